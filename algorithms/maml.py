@@ -1,0 +1,127 @@
+"""Model-agnostic meta-learning: learn an initialisation that adapts in a few steps.
+
+For a task with support set S and query set Q, from eta = theta_0,
+
+    theta_{t+1} = theta_t - alpha grad L_S(theta_t)      t = 0 .. T-1
+    F(eta)      = L_Q(theta_T)
+
+Finn, Abbeel and Levine 2017 (arXiv:1703.03400). Three relatives are options, and combine:
+
+- Meta-SGD, Li et al. 2017 (arXiv:1707.03141): alpha is a vector, one learned rate per
+  parameter (`learned_rates`).
+- First-order MAML, same paper as MAML: the inner gradient is taken as a constant
+  (`first_order`); about a third of the work, and no Hessian products.
+- ANIL, Raghu et al. 2020 (arXiv:1909.09157): only the head adapts, the body is reused
+  (`adapt="head"`); the inner loop carries and differentiates the head alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalearn.algorithm import Algorithm
+from metalearn.algorithms.objectives import Objective, cross_entropy
+from metalearn.batch_norm import batch_norm_policy
+from metalearn.leaves import split_by_path
+from metalearn.model import Model
+from metalearn.unroll import Episode, Unroll
+
+
+class Eta(NamedTuple):
+    """What MAML learns."""
+
+    params: Any  # the initialisation, theta_0
+    rates: Any  # Meta-SGD: one rate per adapted parameter, like them; else None
+
+
+class Adapting(NamedTuple):
+    """What one task's inner loop carries."""
+
+    params: list[jax.Array]  # the adapted leaves of theta
+    optimizer: Any  # the inner optimizer's state
+    statistics: Any  # the model's mutable state
+
+
+@dataclasses.dataclass(frozen=True)
+class MAML(Algorithm):
+    """Model-agnostic meta-learning: learn the initialisation. Finn et al. 2017."""
+
+    model: Model
+    objective: Objective = cross_entropy
+    optimizer: optax.GradientTransformation = optax.sgd(0.4)  # the inner one
+    inner_steps: int = 1
+    eval_steps: int | None = None  # inner steps in evaluation; None: as in training
+    learned_rates: float | None = None  # Meta-SGD: their initial value; they multiply the
+    # inner optimizer's update, so give that a rate of one: `optax.sgd(1.0)`
+    first_order: bool = False
+    adapt: str = ""  # regular expression: the parameter paths that adapt; "": all
+    batch_norm: str = "transductive"  # see `metalearn.batch_norm`
+
+    def __post_init__(self) -> None:
+        batch_norm_policy(self.batch_norm)
+        if self.inner_steps < 1 or (self.eval_steps or 1) < 1:
+            raise ValueError(
+                f"MAML adapts in at least one inner step, but inner_steps={self.inner_steps} "
+                f"and eval_steps={self.eval_steps}."
+            )
+
+    def init(self, key: jax.Array) -> Eta:
+        """Return the initialisation, with its learned rates if there are any."""
+        params, _ = self.model.init(key)
+        if self.learned_rates is None:
+            return Eta(params, None)
+        adapted, _, _ = split_by_path(params, self.adapt)
+        return Eta(params, [jnp.full_like(leaf, self.learned_rates) for leaf in adapted])
+
+    def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
+        """Return the adaptation to one task. Support and query: (inputs, targets)."""
+        policy = batch_norm_policy(self.batch_norm)
+
+        def init(eta: Eta) -> Adapting:
+            adapted, _, _ = split_by_path(eta.params, self.adapt)
+            _, statistics = self.model.init(key)
+            return Adapting(adapted, self.optimizer.init(adapted), statistics)
+
+        def loss_on(data: Any, train: bool, key: jax.Array, adapted: Any, eta: Eta, stats: Any) -> Any:
+            _, fixed, join = split_by_path(eta.params, self.adapt)
+            inputs, targets = data
+            params = join(adapted, fixed)
+            outputs, new = self.model.apply(params, stats, inputs, train=train, key=key)
+            loss, metrics = self.objective(outputs, targets)
+            return loss, (new if policy.carry_statistics else stats, metrics)
+
+        def step(eta: Eta, state: Adapting, key: jax.Array, grad: Any) -> Adapting:
+            def support_loss(adapted: Any) -> Any:
+                train = policy.train_on_support
+                return loss_on(episode.support, train, key, adapted, eta, state.statistics)
+
+            grads, (statistics, _) = grad(support_loss, has_aux=True)(state.params)
+            if self.first_order:
+                grads = jax.lax.stop_gradient(grads)
+            updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+            if eta.rates is not None:
+                updates = jax.tree.map(jnp.multiply, eta.rates, updates)
+            return Adapting(optax.apply_updates(state.params, updates), optimizer, statistics)
+
+        def loss(eta: Eta, state: Adapting) -> tuple[jax.Array, dict[str, jax.Array]]:
+            train = policy.train_on_query
+            value, (_, metrics) = loss_on(
+                episode.query, train, key, state.params, eta, state.statistics
+            )
+            return value, metrics
+
+        return Unroll(init, step, loss)
+
+    def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
+        """Return one key per inner step [T]: every step reads the whole support set."""
+        del episode
+        return jax.random.split(key, self.inner_steps)
+
+    def evaluation(self) -> MAML:
+        """Return the same algorithm with the number of inner steps of evaluation."""
+        return dataclasses.replace(self, inner_steps=self.eval_steps or self.inner_steps)

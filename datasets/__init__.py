@@ -1,0 +1,37 @@
+"""Where tasks come from: episodes sampled on the device, and the data behind them.
+
+A dataset is read once, on the host, into a `ClassIndex` (uint8 examples ordered by
+class); `FewShot` puts it on the device and draws episodes from it inside jit. A
+`Sinusoid` needs no data at all. `digits()` is there offline, `omniglot()` once prepared;
+your own images become an index with `from_labels`:
+
+>>> import jax, numpy as np
+>>> index = from_labels(np.zeros([60, 28, 28, 1], np.uint8), np.arange(60) % 6)
+>>> tasks = FewShot.create(index, ways=5, shots=1, queries=9)
+>>> inputs, labels = tasks.sample(jax.random.key(0)).query
+>>> inputs.shape, labels.shape
+((45, 28, 28, 1), (45,))
+
+Datasets are TensorFlow Datasets (TFDS), read and prepared without TensorFlow.
+Importing this package imports neither: TFDS is loaded when a dataset is first read.
+"""
+
+from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
+from metalearn.datasets.digits import digits
+from metalearn.datasets.few_shot import FewShot
+from metalearn.datasets.omniglot import omniglot
+from metalearn.datasets.reading import DatasetNotPreparedError, open_source
+from metalearn.datasets.sinusoid import Sinusoid
+
+__all__ = [
+    "ClassIndex",
+    "DatasetNotPreparedError",
+    "FewShot",
+    "Sinusoid",
+    "digits",
+    "from_labels",
+    "omniglot",
+    "open_source",
+    "rotate",
+    "select",
+]

@@ -1,0 +1,80 @@
+"""scikit-learn's handwritten digits as a TFDS dataset, made without a network.
+
+The smallest real images there are: 1,797 digits of 8 x 8 pixels, values 0 to 16, half
+a megabyte shipped inside scikit-learn (a part of UCI's Optical Recognition of
+Handwritten Digits, Alpaydin & Kaynak 1998). Prepared in a second, quietly, where the
+cache is; several processes may do so at once, and the first to finish is kept.
+
+Importing this module imports TFDS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets.public_api as tfds
+
+
+class SklearnDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[misc,call-arg]
+    """`sklearn_digits`: image [8, 8, 1] uint8 in 0..16, label 0..9."""
+
+    name = "sklearn_digits"
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> Any:
+        image = tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8)
+        label = tfds.features.ClassLabel(num_classes=10)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="scikit-learn's 8 x 8 handwritten digits.",
+            features=tfds.features.FeaturesDict({"image": image, "label": label}),
+            homepage="https://archive.ics.uci.edu/dataset/80",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        images = data.images.astype(np.uint8)[..., None]
+        for i, (image, label) in enumerate(zip(images, data.target, strict=True)):
+            yield i, {"image": image, "label": int(label)}
+
+
+def prepared(root: pathlib.Path) -> SklearnDigits:
+    """The builder of a prepared `sklearn_digits` in `root`, prepared there if need be."""
+    target = pathlib.Path(SklearnDigits(data_dir=str(root)).data_dir)
+    if not target.exists():
+        _prepare(root, target)
+    return SklearnDigits(data_dir=str(root))
+
+
+def _prepare(root: pathlib.Path, target: pathlib.Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        draft = SklearnDigits(data_dir=scratch)
+        with _quiet():
+            draft.download_and_prepare(file_format="array_record")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.rename(draft.data_dir, target)
+        except OSError:  # another process was first, and its copy is as good
+            if not target.exists():
+                raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what TFDS prints, and its progress bars."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

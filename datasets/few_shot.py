@@ -1,0 +1,119 @@
+"""N-way K-shot classification: a task is a few classes with a few examples of each.
+
+An episode draws `ways` classes, then `shots + queries` examples of each: the inner
+loop learns from the first (support), its result is judged on the rest (query). Labels
+are the slots 0 .. ways-1, and which class sits in which slot is drawn anew for every
+task, so a label means nothing outside its episode: that is what makes the learner
+learn to learn (Vinyals et al. 2016, arXiv:1606.04080).
+
+The examples live on the device as uint8 and are gathered, then converted, in the jit
+that trains on them: no host work, no transfer per step. What is drawn depends on the
+key alone. A batch of tasks is a `vmap` over keys, and costs about as much as writing
+its pixels in float32 (`python -m metalearn.experiments.benchmarks.sampler`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from metalearn.datasets.class_index import ClassIndex
+from metalearn.datasets.distinct import distinct
+from metalearn.tasks import Tasks
+from metalearn.unroll import Episode
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class FewShot(Tasks):
+    """N-way K-shot tasks over an index of classes. Make one with `FewShot.create`.
+
+    A pytree: `examples` and `counts` are its leaves, so pass it to jit as an argument
+    (a jit that closes over it would bake the whole dataset into the program).
+    """
+
+    examples: jax.Array = dataclasses.field(repr=False)  # [classes, examples, ...] uint8
+    counts: jax.Array = dataclasses.field(repr=False)  # [classes] int32: real examples
+    ways: int = dataclasses.field(metadata={"static": True})
+    shots: int = dataclasses.field(metadata={"static": True})
+    queries: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(cls, index: ClassIndex, *, ways: int, shots: int, queries: int) -> FewShot:
+        """Put an index on the device, after checking that it can serve such tasks.
+
+        Args:
+          index: the examples by class.
+          ways: classes in a task.
+          shots: support examples per class.
+          queries: query examples per class.
+
+        Raises:
+          ValueError: if the index has fewer than `ways` classes, or a class has fewer
+            than `shots + queries` examples.
+        """
+        _check(index, ways, shots, queries)
+        examples, counts = jnp.asarray(index.examples), jnp.asarray(index.counts)
+        return cls(examples, counts, ways, shots, queries)
+
+    def indices(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Draw one task as indices: classes [ways], examples [ways, shots + queries], int32."""
+        class_key, example_key = jax.random.split(key)
+        classes = distinct(class_key, self.counts.shape[0], self.ways)
+        keys = jax.random.split(example_key, self.ways)
+        draw = jax.vmap(lambda key, n: distinct(key, n, self.shots + self.queries))
+        return classes, draw(keys, self.counts[classes])
+
+    def sample(self, key: jax.Array) -> Episode:
+        """Draw one task, grouped by class: label 0 first, label ways-1 last.
+
+        Returns:
+          `support` = (inputs [ways * shots, ...] float32 in 0..1, labels [ways * shots]
+          int32 in 0 .. ways-1), and `query` likewise with `queries` per class. Classes
+          are distinct, and so are all examples of a class in the episode.
+        """
+        classes, picks = self.indices(key)
+        rows = classes[:, None] * self.examples.shape[1] + picks
+        support, query = rows[:, : self.shots].reshape(-1), rows[:, self.shots :].reshape(-1)
+        # One gather of whole rows, cut in two where it is contiguous: twice as fast on a
+        # CPU as two gathers, or as one cut per class.
+        inputs = self._gather(jnp.concatenate([support, query]))
+        cut = support.size
+        return Episode(
+            (inputs[:cut], self._labels(self.shots)), (inputs[cut:], self._labels(self.queries))
+        )
+
+    def _gather(self, rows: jax.Array) -> jax.Array:
+        classes, per_class, *shape = self.examples.shape
+        table = self.examples.reshape(classes * per_class, -1)
+        return table[rows].astype(jnp.float32).reshape(-1, *shape) / 255
+
+    def _labels(self, per_class: int) -> jax.Array:
+        return jnp.repeat(jnp.arange(self.ways, dtype=jnp.int32), per_class)
+
+
+def _check(index: ClassIndex, ways: int, shots: int, queries: int) -> None:
+    """Raise unless every task of this shape can be drawn from every choice of classes."""
+    if min(ways, shots, queries) < 1:
+        raise ValueError(
+            f"`FewShot` got ways={ways}, shots={shots}, queries={queries}, but a task has at least "
+            f"one of each. Pass positive integers, such as ways=5, shots=1, queries=15."
+        )
+    classes, needed = len(index.counts), shots + queries
+    if ways > classes:
+        raise ValueError(
+            f"`FewShot` got ways={ways}, but the index has {classes} classes and those of a task "
+            f"are distinct. Ask for at most ways={classes}, or give it an index of more classes "
+            f"(`rotate(index)` makes four of each)."
+        )
+    smallest = int(index.counts.argmin())
+    fewest = int(index.counts[smallest])
+    if needed > fewest:
+        raise ValueError(
+            f"`FewShot` got shots + queries = {shots} + {queries} = {needed}, but class {smallest} "
+            f"has {fewest} examples and those of a task are distinct. Ask for at most {fewest} "
+            f"together, or keep the larger classes alone with "
+            f"`select(index, np.flatnonzero(index.counts >= {needed}))`."
+        )

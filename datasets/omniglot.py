@@ -1,0 +1,129 @@
+"""Omniglot: 1,623 handwritten characters of 50 alphabets, 20 drawings of each.
+
+The classic of few-shot learning (Lake et al. 2015, Science 350, 1332-1338). The drawings
+are black on white, 105 x 105, one bit per pixel; as is usual they are made 28 x 28 with
+ink = 255 and paper = 0, and a character turned by a quarter is a new character
+(Santoro et al. 2016, arXiv:1605.06065).
+
+MAML's code asks Pillow for LANCZOS too, but of the one-bit image, for which Pillow
+takes the nearest pixel instead and breaks thin strokes. Here the grey image is resized.
+
+Two partitions of the characters are in use, and scores compare within one only:
+
+| partition | train | validation | test | held out |
+|---|---|---|---|---|
+| vinyals | 1,028 | 172 | 423 | alphabets; Vinyals et al. 2016, arXiv:1606.04080 |
+| maml | 1,100 | 100 | 423 | characters; Finn et al. 2017, arXiv:1703.03400 |
+
+The lists of vinyals are those of tristandeleu/pytorch-meta (MIT licence): 33, 5 and 13
+alphabets, of which train and test share one, Gurmukhi, but no character. MAML's depend
+on the order in which a file system listed folders, so ours have its sizes and a seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import io
+import json
+from typing import Any
+
+import numpy as np
+
+from metalearn.datasets.cache import cached
+from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
+from metalearn.datasets.reading import check_prepared, examples, pick, source
+
+SIZE = 28  # pixels a side
+CHARACTERS = 1623
+DRAWINGS = 20  # per character
+
+
+def omniglot(
+    split: str = "train",
+    *,
+    partition: str = "vinyals",
+    rotations: bool = True,
+    data_dir: str | None = None,
+) -> ClassIndex:
+    """Read a split of Omniglot, cached after the first time.
+
+    Args:
+      split: "train", "validation" or "test". No character is in two of them.
+      partition: "vinyals" or "maml".
+      rotations: make four classes of each character, one per quarter turn.
+      data_dir: where TFDS's datasets are; None is TFDS's rule, $TFDS_DATA_DIR or
+        ~/tensorflow_datasets.
+
+    Returns:
+      An index of examples [classes, 20, 28, 28, 1] uint8, ink = 255, paper = 0.
+
+    Raises:
+      DatasetNotPreparedError: if TFDS's omniglot is not there; it says how to get it.
+      ValueError: if there is no such split or partition, or the data is incomplete.
+    """
+    labels = characters(split, partition)
+    images = _images(data_dir)
+    index = ClassIndex(images, np.full(CHARACTERS, DRAWINGS, np.int32))
+    chosen = select(index, labels)
+    return rotate(chosen) if rotations else chosen
+
+
+def characters(split: str, partition: str) -> np.ndarray:
+    """The characters of a split, as TFDS's labels: [n] integers in 0 .. 1622."""
+    tables = {"vinyals": _vinyals, "maml": _maml}
+    return np.asarray(pick(pick(tables, partition, "partition of Omniglot")(), split, "split"))
+
+
+def _vinyals() -> dict[str, Any]:
+    lists = importlib.resources.files("metalearn.datasets") / "omniglot_vinyals.json"
+    return json.loads(lists.read_text())
+
+
+def _maml() -> dict[str, Any]:
+    # RandomState's streams are frozen by numpy's policy; those of default_rng are not.
+    shuffled = np.random.RandomState(1).permutation(CHARACTERS)
+    return {"train": shuffled[:1100], "validation": shuffled[1100:1200], "test": shuffled[1200:]}
+
+
+def _images(data_dir: str | None) -> np.ndarray:
+    """All characters in the order of TFDS's labels: [1623, 20, 28, 28, 1] uint8."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder("omniglot", data_dir=data_dir)
+    check_prepared(builder)
+    return cached(_cache_name(builder), lambda: _read(builder))
+
+
+def _cache_name(builder: Any) -> str:
+    """All that the cached array depends on: the version, what is on disk, and the size."""
+    stored = {k: (s.shard_lengths, s.num_bytes) for k, s in sorted(builder.info.splits.items())}
+    digest = hashlib.sha256(json.dumps(stored, default=int).encode()).hexdigest()[:12]
+    return f"omniglot-{builder.version}-{digest}-lanczos-{SIZE}x{SIZE}"
+
+
+def _read(builder: Any) -> np.ndarray:
+    images, labels = [], []
+    for split in ("train", "test"):
+        for record in examples(source(builder, split, undecoded=["image"])):
+            images.append(_shrink(record["image"]))
+            labels.append(record["label"])
+    index = from_labels(np.stack(images), np.asarray(labels))
+    if index.examples.shape[0] != CHARACTERS or (index.counts != DRAWINGS).any():
+        raise ValueError(
+            f"The omniglot in {builder.data_dir} has {len(index.counts)} characters with "
+            f"{index.counts.min()} to {index.counts.max()} drawings, but Omniglot has "
+            f"{CHARACTERS} with {DRAWINGS} each. It is a part of it or damaged: prepare the whole "
+            f"into an empty directory, `python -m metalearn.datasets.prepare omniglot --data-dir=`."
+        )
+    return index.examples
+
+
+def _shrink(png: bytes) -> np.ndarray:
+    """Decode one drawing, ink = 255 on paper = 0: [28, 28, 1] uint8."""
+    from PIL import Image
+
+    # Grey first: one-bit images decode to 0/1, and are never resized smoothly.
+    image = Image.open(io.BytesIO(png)).convert("L")
+    small = image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    return 255 - np.asarray(small)[:, :, None]

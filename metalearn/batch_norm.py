@@ -1,0 +1,45 @@
+"""What batch normalisation does inside an inner loop, said once and by name.
+
+The most repeated question of the field, and the usual reason why two implementations
+of MAML disagree. Three answers are in use:
+
+- "transductive": always normalise by the batch at hand, support and query alike, and
+  keep no running statistics. This is what MAML's own code does (Finn et al. 2017,
+  arXiv:1703.03400), and most published few-shot numbers: the queries of a task are
+  seen together, and help each other. The default.
+- "running": a task starts from the model's initial statistics, updates them on its own
+  support set at every inner step, and its queries are normalised by them one by one.
+  No information passes between queries. After few steps the running averages are
+  young: give the layer a small momentum (0 trusts the last support batch alone).
+- "frozen": the model's initial statistics (of a pre-trained network, say) are used
+  throughout and never change.
+
+`train` in the table is the flag that reaches the network, so dropout follows it too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class BatchNorm(NamedTuple):
+    """How a network is called on the support and on the query set."""
+
+    train_on_support: bool
+    train_on_query: bool
+    carry_statistics: bool  # from one inner step to the next, and to the query set
+
+
+POLICIES = {
+    "transductive": BatchNorm(train_on_support=True, train_on_query=True, carry_statistics=False),
+    "running": BatchNorm(train_on_support=True, train_on_query=False, carry_statistics=True),
+    "frozen": BatchNorm(train_on_support=False, train_on_query=False, carry_statistics=False),
+}
+
+
+def batch_norm_policy(name: str) -> BatchNorm:
+    """Return the policy of that name; ValueError with the names there are."""
+    if name not in POLICIES:
+        known = ", ".join(map(repr, POLICIES))
+        raise ValueError(f"No batch-normalisation policy is called {name!r}. There are: {known}.")
+    return POLICIES[name]

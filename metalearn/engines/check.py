@@ -1,0 +1,42 @@
+"""What an engine refuses before it starts, each with the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_eta(eta: Any) -> None:
+    """Raise TypeError where eta has no leaves, or one without a derivative."""
+    leaves = jax.tree_util.tree_leaves_with_path(eta)
+    if not leaves:
+        raise ValueError("`eta` has no leaves, so there is nothing to learn. Did `init` return it?")
+    for path, leaf in leaves:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"`eta{jax.tree_util.keystr(path)}` has dtype {dtype}, and a meta-gradient "
+                "exists for floating-point leaves only. Keep counters, keys and masks in the "
+                "inner state or on the algorithm, and leave in `eta` what is learned."
+            )
+
+
+def horizon(batches: Any) -> int:
+    """Return T, the leading axis that all leaves of `batches` share."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
+    lengths = {shape[0] if shape else None for shape in shapes}
+    if len(lengths) != 1 or None in lengths or 0 in lengths:
+        found = sorted(str(shape) for shape in shapes) or "no leaves at all"
+        raise ValueError(
+            "The leaves of `batches` must share a leading axis of T >= 1 inner steps, but their "
+            f"shapes are {found}. An inner loop that reads no data takes `jnp.arange(T)`."
+        )
+    return int(lengths.pop())  # type: ignore[arg-type]
+
+
+def check_choice(value: Any, choices: tuple[str, ...], what: str) -> None:
+    """Raise ValueError where an option is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{what} is {value!r}. It can be: {', '.join(map(repr, choices))}.")

@@ -1,0 +1,55 @@
+"""The interface of all engines: how the derivative of an unroll travels.
+
+| engine       | memory                      | time, in forward passes of the loop |
+|--------------|-----------------------------|-------------------------------------|
+| `Reverse`    | O(T), O(sqrt(T)) if nested  | a few, whatever the size of eta     |
+| `Forward`    | O(N) states, flat in T      | 1 + about N, for N meta-parameters  |
+| `MixedFlow`  | one inner Hessian product   | as `Reverse`, or fewer              |
+
+They agree to rounding. An engine that cannot serve a problem refuses at trace time.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, NamedTuple
+
+import jax
+
+from metalearn.engines.recorder import Inner
+from metalearn.unroll import Unroll
+
+
+class Aux(NamedTuple):
+    """What comes out of an unroll beside its loss."""
+
+    metrics: dict[str, jax.Array]  # whatever `unroll.loss` returned
+    state: Any  # the inner state after T steps, so that a truncated run can carry on
+    inner: Inner  # inner losses and finiteness, [T, n]
+    engine: Any = ()  # the engine's own state, for its next call
+
+
+class MetaGradient(abc.ABC):
+    """A way of differentiating through an inner loop. Subclasses are frozen dataclasses."""
+
+    def init(self, key: jax.Array, eta: Any) -> Any:
+        """Return the engine's own state for its first call on a task.
+
+        Exact engines have none. Estimators keep what they carry from call to call
+        here, their randomness first of all; each call returns the next in `aux.engine`.
+        """
+        del key, eta
+        return ()
+
+    @abc.abstractmethod
+    def value_and_grad(
+        self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
+    ) -> tuple[tuple[jax.Array, Aux], Any]:
+        """Return ((loss (), aux), meta-gradient like eta).
+
+        Args:
+          unroll: the inner loop and its loss.
+          eta: pytree of floating-point arrays.
+          batches: pytree with leaves [T, ...]; step t reads slice t.
+          state: from `init`, or from `aux.engine` of the call before.
+        """

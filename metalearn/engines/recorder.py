@@ -1,0 +1,62 @@
+"""The `grad` that a step receives: it differentiates, and notes what it saw.
+
+An inner loop that diverges, or one whose gradients are not finite, shows here and
+nowhere else: the outer loss may look healthy for a while. Each engine brings its own
+way of taking an inner value and gradient; recording is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
+
+
+class Inner(NamedTuple):
+    """What the inner loop saw; stacked over steps by the engines.
+
+    Inner gradients taken inside a transformation of the step's own (its own `vmap`,
+    `scan` or `jit`) are differentiated as any other but not recorded.
+    """
+
+    losses: jax.Array  # [T, n]: the n inner losses of a step, in the order taken
+    finite: jax.Array  # [T, n], bool: whether all of that loss's gradient was finite
+
+
+class Recorder:
+    """Hands out `grad` for one inner step and keeps the losses that pass through it."""
+
+    def __init__(self, value_and_grad: Callable[..., Callable[..., Any]]):
+        self._value_and_grad = value_and_grad
+        self._trace = get_opaque_trace_state(convention="metalearn")
+        self._losses: list[jax.Array] = []
+        self._finite: list[jax.Array] = []
+
+    def grad(
+        self, fun: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    ) -> Callable[..., Any]:
+        """Stand in for `jax.grad`: same arguments, same results."""
+        differentiate = self._value_and_grad(fun, argnums=argnums, has_aux=has_aux)
+
+        def grad_fun(*args: Any, **kwargs: Any) -> Any:
+            value, grads = differentiate(*args, **kwargs)
+            self._record(value[0] if has_aux else value, grads)
+            return (grads, value[1]) if has_aux else grads
+
+        return grad_fun
+
+    def _record(self, loss: jax.Array, grads: Any) -> None:
+        if get_opaque_trace_state(convention="metalearn") != self._trace:
+            return  # these tracers must not leave the transformation they live in
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)]
+        self._losses.append(loss)
+        self._finite.append(jnp.stack(finite).all() if finite else jnp.array(True))
+
+    def inner(self) -> Inner:
+        """Return what was recorded, for one step: leaves [n]."""
+        if not self._losses:
+            return Inner(jnp.zeros((0,)), jnp.zeros((0,), bool))
+        return Inner(jnp.stack(self._losses), jnp.stack(self._finite))

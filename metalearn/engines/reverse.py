@@ -1,0 +1,50 @@
+"""Reverse mode through the loop: what `jax.grad` of an unrolled inner loop does.
+
+One backward pass gives the derivative for any number of meta-parameters. It needs
+every step again on the way back, and `remat` says what is kept and what is
+recomputed. With T inner steps, |theta| the size of the inner state and A the
+activations of one step:
+
+| remat      | memory                   | extra work               |
+|------------|--------------------------|--------------------------|
+| "none"     | T (A + |theta|)          | none                     |
+| "step"     | T |theta| + A            | one more forward loop    |
+| "nested"   | 2 sqrt(T) |theta| + A    | two more forward loops   |
+
+References: Maclaurin et al. 2015 (arXiv:1502.03492); Franceschi et al. 2017
+(arXiv:1703.01785) for reverse against forward; Chen et al. 2016 (arXiv:1604.06174).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from metalearn.engines.check import check_choice, check_eta, horizon
+from metalearn.engines.engine import Aux, MetaGradient
+from metalearn.engines.loop import REMAT, rollout
+from metalearn.unroll import Unroll
+
+
+@dataclasses.dataclass(frozen=True)
+class Reverse(MetaGradient):
+    """Backpropagation through the unrolled loop, exact for any eta."""
+
+    remat: str = "none"  # "none", "step" or "nested"
+
+    def __post_init__(self) -> None:
+        check_choice(self.remat, REMAT, "`Reverse(remat=)`")
+
+    def value_and_grad(
+        self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
+    ) -> tuple[tuple[jax.Array, Aux], Any]:
+        """Return ((loss (), aux), meta-gradient like eta)."""
+        check_eta(eta)
+        horizon(batches)
+
+        def objective(eta: Any) -> tuple[jax.Array, Aux]:
+            return rollout(unroll, eta, batches, remat=self.remat)
+
+        return jax.value_and_grad(objective, has_aux=True)(eta)

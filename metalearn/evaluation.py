@@ -1,0 +1,55 @@
+"""Evaluation on held-out tasks: adapt to each, and say how sure the mean is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metalearn.algorithm import Algorithm
+from metalearn.engines.check import check_eta
+from metalearn.engines.loop import rollout
+from metalearn.tasks import Tasks
+
+
+class Estimate(NamedTuple):
+    """A mean over tasks and the half-width of its 95% confidence interval."""
+
+    mean: float
+    ci95: float  # 1.96 standard errors; nan for a single task
+    tasks: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} +- {self.ci95:.4f}"
+
+
+def task_metrics(algorithm: Algorithm, eta: Any, tasks: Tasks, key: jax.Array) -> dict[str, Any]:
+    """Draw one task, run its inner loop and return its outer loss and metrics."""
+    check_eta(eta)
+    sample_key, unroll_key, batch_key = jax.random.split(key, 3)
+    episode = tasks.sample(sample_key)
+    unroll = algorithm.unroll(episode, unroll_key)
+    loss, aux = rollout(unroll, eta, algorithm.batches(episode, batch_key))
+    return {"loss": loss, **aux.metrics}
+
+
+def estimate(
+    metrics_of: Callable[[jax.Array], dict[str, jax.Array]],
+    key: jax.Array,
+    tasks: int,
+    chunk: int,
+) -> dict[str, Estimate]:
+    """Run `metrics_of` (keys [chunk] -> metrics [chunk]) over `tasks` keys."""
+    keys = jax.random.split(key, math.ceil(tasks / chunk) * chunk)
+    rows = [metrics_of(keys[i : i + chunk]) for i in range(0, len(keys), chunk)]
+    columns = {name: np.concatenate([np.asarray(row[name]) for row in rows]) for name in rows[0]}
+    return {name: _interval(column[:tasks]) for name, column in columns.items()}
+
+
+def _interval(values: np.ndarray) -> Estimate:
+    values = values.astype(np.float64)
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(float(values.mean()), float(1.96 * error), len(values))

@@ -1,0 +1,71 @@
+"""Taking a pytree's leaves apart by kind or by name, and joining them again.
+
+Inner states, batches and model statistics mix float arrays with integers, booleans
+and PRNG keys, and derivatives travel on the first kind only. An algorithm may adapt
+some parameters and leave others alone, and names them by path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Join = Callable[[Sequence[Any], Sequence[Any]], Any]
+
+
+def is_array(leaf: Any) -> bool:
+    """Say whether a leaf is an array (a Python scalar is not: it stays static)."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Say whether a leaf carries derivatives: a floating-point array or scalar."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def split(
+    tree: Any, where: Callable[[Any], bool] = is_differentiable
+) -> tuple[list[Any], list[Any], Join]:
+    """Return (leaves where true, other leaves, the function that joins them again)."""
+    return _split(tree, [where(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def split_by_path(tree: Any, pattern: str) -> tuple[list[Any], list[Any], Join]:
+    """Split into the leaves whose path matches a regular expression, and the others.
+
+    A path reads like "params/head/kernel". ValueError, with the paths there are, where
+    none matches.
+    """
+    names = paths(tree)
+    mask = [re.search(pattern, name) is not None for name in names]
+    if not any(mask):
+        raise ValueError(f"No parameter path matches {pattern!r}. There are: {', '.join(names)}.")
+    return _split(tree, mask)
+
+
+def paths(tree: Any) -> list[str]:
+    """Return the path of each leaf, its keys joined by slashes."""
+    with_path = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_path]
+
+
+def size(tree: Any) -> int:
+    """Return the number of scalars in a pytree."""
+    return sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def _split(tree: Any, mask: Sequence[bool]) -> tuple[list[Any], list[Any], Join]:
+    leaves, treedef = jax.tree.flatten(tree)
+
+    def join(chosen: Sequence[Any], others: Sequence[Any]) -> Any:
+        sources = iter(chosen), iter(others)
+        return jax.tree.unflatten(treedef, [next(sources[0 if m else 1]) for m in mask])
+
+    chosen = [leaf for leaf, m in zip(leaves, mask, strict=True) if m]
+    others = [leaf for leaf, m in zip(leaves, mask, strict=True) if not m]
+    return chosen, others, join

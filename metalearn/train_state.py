@@ -1,0 +1,19 @@
+"""What an outer training run is made of: all of it, and nothing else, is checkpointed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """A pytree. The data of step n is drawn from `fold_in(key, n)`, so it is in here too."""
+
+    step: jax.Array  # (), int32: outer steps taken
+    eta: Any  # the meta-parameters
+    optimizer: Any  # the outer optimizer's state
+    key: jax.Array  # (), PRNG key of the run; constant

@@ -1,0 +1,114 @@
+"""The outer loop: a batch of tasks, their mean meta-gradient, one outer update.
+
+One outer step is one compiled program: it draws the tasks on the device, unrolls all of
+them (vmapped, or in chunks where memory asks for it) and applies the outer optimizer.
+The tasks of step n depend on (key, n) alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalearn.algorithm import Algorithm
+from metalearn.chunks import mean_over
+from metalearn.engines import Aux, MetaGradient, MixedFlow
+from metalearn.engines.check import check_eta
+from metalearn.evaluation import Estimate, estimate, task_metrics
+from metalearn.tasks import Tasks
+from metalearn.train_state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """Trains the eta of any algorithm, with any engine and any optax optimizer."""
+
+    algorithm: Algorithm
+    engine: MetaGradient = MixedFlow()
+    optimizer: optax.GradientTransformation = optax.adam(1e-3)  # the outer one
+    tasks_per_step: int = 16
+    chunk: int | None = None  # tasks unrolled at once; None: all of a step's
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and (self.chunk < 1 or self.tasks_per_step % self.chunk):
+            fitting = [n for n in range(1, self.tasks_per_step + 1) if self.tasks_per_step % n == 0]
+            raise ValueError(
+                f"tasks_per_step={self.tasks_per_step} does not divide into chunks of "
+                f"{self.chunk}. Chunks that fit: {', '.join(map(str, fitting))}."
+            )
+
+    def init(self, key: jax.Array) -> TrainState:
+        """Return the state before the first outer step."""
+        init_key, run_key = jax.random.split(key)
+        eta = jax.jit(self.algorithm.init)(init_key)
+        check_eta(eta)
+        return TrainState(jnp.zeros((), jnp.int32), eta, self.optimizer.init(eta), run_key)
+
+    @functools.cached_property
+    def step(self) -> Callable[[TrainState, Tasks], tuple[TrainState, dict[str, jax.Array]]]:
+        """Take one outer step: (state, tasks) -> (state, metrics). Compiled.
+
+        Metrics are means over the tasks of the step: `loss` (the outer loss), those of
+        the algorithm, `inner_loss_first`, `inner_loss_last` and `inner_finite` (the share
+        of inner gradients that were finite); and `meta_grad_norm`.
+        """
+        return jax.jit(self._step)
+
+    def _step(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
+        def on_task(key: jax.Array) -> Any:
+            return self.task_gradient(state.eta, tasks, key)
+
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), self.tasks_per_step)
+        grads, metrics = mean_over(on_task, keys, self.chunk)
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.eta)
+        eta = optax.apply_updates(state.eta, updates)
+        metrics["meta_grad_norm"] = optax.global_norm(grads)
+        return TrainState(state.step + 1, eta, optimizer, state.key), metrics
+
+    def task_gradient(
+        self, eta: Any, tasks: Tasks, key: jax.Array
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """Return (meta-gradient like eta, metrics) of the one task that `key` draws."""
+        sample_key, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
+        episode = tasks.sample(sample_key)
+        unroll = self.algorithm.unroll(episode, unroll_key)
+        batches = self.algorithm.batches(episode, batch_key)
+        engine_state = self.engine.init(engine_key, eta)
+        (loss, aux), grads = self.engine.value_and_grad(unroll, eta, batches, engine_state)
+        return grads, {"loss": loss, **aux.metrics, **_inner_metrics(aux)}
+
+    def evaluate(
+        self, eta: Any, tasks: Tasks, key: jax.Array, count: int = 1000
+    ) -> dict[str, Estimate]:
+        """Adapt to `count` tasks and return the mean of each metric with its 95% interval.
+
+        The same key draws the same tasks. No meta-gradient is taken.
+        """
+        chunk = min(count, self.chunk or self.tasks_per_step)
+        return estimate(lambda keys: self._evaluate(eta, tasks, keys), key, count, chunk)
+
+    @functools.cached_property
+    def _evaluate(self) -> Callable[..., dict[str, jax.Array]]:
+        algorithm = self.algorithm.evaluation()
+
+        def on_tasks(eta: Any, tasks: Tasks, keys: jax.Array) -> dict[str, jax.Array]:
+            return jax.vmap(lambda key: task_metrics(algorithm, eta, tasks, key))(keys)
+
+        return jax.jit(on_tasks)
+
+
+def _inner_metrics(aux: Aux) -> dict[str, jax.Array]:
+    losses, finite = aux.inner
+    if not losses.size:
+        return {}
+    return {
+        "inner_loss_first": losses[0].mean(),
+        "inner_loss_last": losses[-1].mean(),
+        "inner_finite": finite.mean(),
+    }

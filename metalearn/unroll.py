@@ -1,0 +1,37 @@
+"""What an algorithm hands to an engine: an inner loop, and the task it runs on.
+
+Meta-learning is training through training. With meta-parameters eta and inner
+state theta (parameters, optimizer state, statistics, whatever the loop carries),
+
+    theta_0     = init(eta)
+    theta_{t+1} = step(eta, theta_t, batch_t, grad)        t = 0 .. T-1
+    F(eta)      = loss(eta, theta_T)
+
+and an engine returns F and dF/deta. The three functions are all it knows of the
+problem, which is why any algorithm runs under any engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Unroll(NamedTuple):
+    """An inner loop and the loss of what it ends in, as functions of eta.
+
+    `step` receives `grad`, a stand-in for `jax.grad` (`argnums` and `has_aux`
+    included), and takes its inner gradients with it and nothing else: that is how
+    an engine changes the way they are differentiated.
+    """
+
+    init: Callable[..., Any]  # eta -> state
+    step: Callable[..., Any]  # eta, state, batch, grad -> state
+    loss: Callable[..., Any]  # eta, state -> loss (), metrics: dict of scalars
+
+
+class Episode(NamedTuple):
+    """One task: what the inner loop learns from, and what its result is judged on."""
+
+    support: Any  # pytree of arrays; classification: (inputs [n, ...], labels [n])
+    query: Any  # pytree of arrays; classification: (inputs [m, ...], labels [m])

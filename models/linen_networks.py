@@ -1,0 +1,61 @@
+"""The networks of the few-shot literature in Flax linen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from metalearn.models.convolution import flax_convolution, max_pool
+
+
+class MLP(nn.Module):
+    """Dense layers; inputs [batch, ...] are flattened. Outputs [batch, outputs]."""
+
+    outputs: int
+    hidden: tuple[int, ...] = (40, 40)  # MAML's sinusoid network
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """Apply; the same in training and out of it."""
+        del train
+        x = x.reshape(x.shape[0], -1)
+        for i, width in enumerate(self.hidden):
+            x = self.activation(nn.Dense(width, name=f"hidden_{i}")(x))
+        return nn.Dense(self.outputs, name="head")(x)
+
+
+class ConvNet(nn.Module):
+    """Four blocks of 3x3 convolution, batch normalisation, ReLU and a halving, then a head.
+
+    Vinyals et al. 2016 (arXiv:1606.04080) halve by max-pooling and flatten before the head;
+    Finn et al. 2017 (arXiv:1703.03400) do so on larger images, and on Omniglot halve by
+    strides and average over positions. Images [batch, h, w, c].
+    """
+
+    outputs: int
+    filters: int = 64
+    blocks: int = 4
+    pool: bool = False  # max-pooling and a flat head, instead of strides and an average
+    momentum: float = 0.9  # of running statistics, where the policy keeps any
+    convolution: str = "auto"  # see `metalearn.models.convolution`
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """Apply, with batch statistics where `train`, running ones where not."""
+        stride = 1 if self.pool else 2
+        for i in range(self.blocks):
+            x = nn.Conv(
+                self.filters,
+                (3, 3),
+                strides=(stride, stride),
+                conv_general_dilated=flax_convolution(self.convolution),
+                name=f"conv_{i}",
+            )(x)
+            norm = nn.BatchNorm(not train, momentum=self.momentum, name=f"norm_{i}")
+            x = nn.relu(norm(x))
+            x = max_pool(x) if self.pool else x
+        x = x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2))
+        return nn.Dense(self.outputs, name="head")(x)

@@ -1,0 +1,49 @@
+"""A Flax NNX module as a `Model`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from metalearn.model import Model
+from metalearn.models.mode import Mode, no_flag
+
+
+@dataclasses.dataclass(frozen=True)
+class NNX(Model):
+    """An NNX module, by the function that builds it.
+
+    Params are the `nnx.Param` variables; state is every other variable (running
+    statistics, random streams). Both are plain nested dicts.
+    """
+
+    build: Callable[[nnx.Rngs], nnx.Module]
+    mode: Mode = no_flag  # how the module is told that it is training
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Return (params, state)."""
+        _, params, state = nnx.split(self.build(nnx.Rngs(key)), nnx.Param, ...)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
+
+    def apply(
+        self, params: Any, state: Any, inputs: Any, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[Any, Any]:
+        """Return (outputs, new state)."""
+        module = self._merge(params, state)
+        if key is not None:
+            nnx.reseed(module, default=key)
+        outputs = module(inputs, **self.mode(train))
+        _, _, new = nnx.split(module, nnx.Param, ...)
+        return outputs, nnx.to_pure_dict(new)
+
+    def _merge(self, params: Any, state: Any) -> Any:
+        """Put arrays back into the module, whose structure is built without any."""
+        abstract = nnx.eval_shape(lambda: self.build(nnx.Rngs(0)))
+        graph, param_slots, state_slots = nnx.split(abstract, nnx.Param, ...)
+        nnx.replace_by_pure_dict(param_slots, params)
+        nnx.replace_by_pure_dict(state_slots, state)
+        return nnx.merge(graph, param_slots, state_slots)
