@@ -87,7 +87,9 @@ class MAML(Algorithm):
             _, statistics = self.model.init(key)
             return Adapting(adapted, self.optimizer.init(adapted), statistics)
 
-        def loss_on(data: Any, train: bool, key: jax.Array, adapted: Any, eta: Eta, stats: Any) -> Any:
+        def loss_on(
+            data: Any, train: bool, key: jax.Array, adapted: Any, eta: Eta, stats: Any
+        ) -> Any:
             _, fixed, join = split_by_path(eta.params, self.adapt)
             inputs, targets = data
             params = join(adapted, fixed)

@@ -17,7 +17,8 @@ import numpy as np
 
 from metalearn.datasets.cache import cache_dir
 from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
-from metalearn.datasets.reading import examples, pick, source
+from metalearn.datasets.reading import examples, source
+from metalearn.names import pick
 
 DIGITS = {"train": (0, 1, 6, 8, 9), "validation": (2, 5), "test": (3, 4, 7)}
 

@@ -32,7 +32,8 @@ import numpy as np
 
 from metalearn.datasets.cache import cached
 from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
-from metalearn.datasets.reading import check_prepared, examples, pick, source
+from metalearn.datasets.reading import check_prepared, examples, source
+from metalearn.names import pick
 
 SIZE = 28  # pixels a side
 CHARACTERS = 1623

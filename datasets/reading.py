@@ -9,9 +9,7 @@ prepares it: TFDS itself would look for a network for minutes first.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 # What `python -m metalearn.datasets.prepare` prepares, without TensorFlow.
 PREPARED_HERE = ("omniglot",)
@@ -80,10 +78,3 @@ def _command(name: str, data_dir: Any) -> str:
     if name in PREPARED_HERE:
         return f"python -m metalearn.datasets.prepare {name} --data-dir={data_dir}"
     return f"tfds build {name} --data_dir={data_dir} --file_format=array_record"
-
-
-def pick(table: Mapping[str, T], name: str, what: str) -> T:
-    """Look a name up in a table, or raise a ValueError that lists those there are."""
-    if name not in table:
-        raise ValueError(f"No {what} is called {name!r}. There are: {', '.join(table)}.")
-    return table[name]

@@ -17,3 +17,5 @@ __all__ = [
     "Trainer",
     "Unroll",
 ]
+
+__version__ = "0.1.0"

@@ -11,8 +11,9 @@ of MAML disagree. Three answers are in use:
   support set at every inner step, and its queries are normalised by them one by one.
   No information passes between queries. After few steps the running averages are
   young: give the layer a small momentum (0 trusts the last support batch alone).
-- "frozen": the model's initial statistics (of a pre-trained network, say) are used
-  throughout and never change.
+- "frozen": the model's initial statistics are used throughout and never change. They have
+  to come from somewhere: a pre-trained network whose `init` returns them. (Of an untrained
+  one Flax's are mean 0 and variance 1; Haiku's variance is 0, and the result NaN.)
 
 `train` in the table is the flag that reaches the network, so dropout follows it too.
 """
@@ -20,6 +21,8 @@ of MAML disagree. Three answers are in use:
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from metalearn.names import pick
 
 
 class BatchNorm(NamedTuple):
@@ -39,7 +42,4 @@ POLICIES = {
 
 def batch_norm_policy(name: str) -> BatchNorm:
     """Return the policy of that name; ValueError with the names there are."""
-    if name not in POLICIES:
-        known = ", ".join(map(repr, POLICIES))
-        raise ValueError(f"No batch-normalisation policy is called {name!r}. There are: {known}.")
-    return POLICIES[name]
+    return pick(POLICIES, name, "batch-normalisation policy")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,13 @@ from metalearn.chunks import mean_over
 from metalearn.engines import Aux, MetaGradient, MixedFlow
 from metalearn.engines.check import check_eta
 from metalearn.evaluation import Estimate, estimate, task_metrics
+from metalearn.fit import Fit
+from metalearn.loggers import Logger
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
+
+if TYPE_CHECKING:
+    from metalearn.checkpoint import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,24 @@ class Trainer:
         engine_state = self.engine.init(engine_key, eta)
         (loss, aux), grads = self.engine.value_and_grad(unroll, eta, batches, engine_state)
         return grads, {"loss": loss, **aux.metrics, **_inner_metrics(aux)}
+
+    def fit(
+        self,
+        tasks: Tasks,
+        steps: int,
+        *,
+        key: jax.Array,
+        loggers: Sequence[Logger] = (),
+        checkpoints: Checkpoints | None = None,
+        **options: Any,
+    ) -> TrainState:
+        """Train for `steps` outer steps, or from the newest checkpoint up to there.
+
+        `options` are those of `metalearn.fit.Fit`: `held_out`, `eval_every`, `eval_tasks`,
+        `log_every`, `stop_on_nonfinite`, `progress`.
+        """
+        fit = Fit(steps, **options)
+        return fit.run(self, self.init(key), tasks, loggers, checkpoints)
 
     def evaluate(
         self, eta: Any, tasks: Tasks, key: jax.Array, count: int = 1000

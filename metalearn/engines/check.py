@@ -34,9 +34,3 @@ def horizon(batches: Any) -> int:
             f"shapes are {found}. An inner loop that reads no data takes `jnp.arange(T)`."
         )
     return int(lengths.pop())  # type: ignore[arg-type]
-
-
-def check_choice(value: Any, choices: tuple[str, ...], what: str) -> None:
-    """Raise ValueError where an option is none of its choices."""
-    if value not in choices:
-        raise ValueError(f"{what} is {value!r}. It can be: {', '.join(map(repr, choices))}.")

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 
 from metalearn.engines.check import check_eta, horizon
 from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.leaves import split
 from metalearn.engines.loop import step_body
 from metalearn.engines.recorder import Inner
+from metalearn.leaves import split
 from metalearn.unroll import Unroll
 
 

@@ -17,10 +17,20 @@ import jax
 from metalearn.engines.check import horizon
 from metalearn.engines.engine import Aux
 from metalearn.engines.recorder import Inner, Recorder
+from metalearn.names import pick
 from metalearn.unroll import Unroll
 
-REMAT = ("none", "step", "nested")
+REMAT = {
+    "none": "every step keeps all it computed",
+    "step": "every step keeps its state",
+    "nested": "about every sqrt(T)-th step keeps its state",
+}
 Body = Callable[[Any, Any], tuple[Any, Inner]]
+
+
+def check_remat(name: str) -> None:
+    """Raise ValueError, with the choices, where a `remat` is none of them."""
+    pick(REMAT, name, "remat")
 
 
 def step_body(unroll: Unroll, eta: Any, value_and_grad: Callable[..., Any]) -> Body:

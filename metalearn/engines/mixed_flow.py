@@ -27,10 +27,10 @@ from typing import Any
 
 import jax
 
-from metalearn.engines.check import check_choice, check_eta, horizon
+from metalearn.engines.check import check_eta, horizon
 from metalearn.engines.commuted import INNER_GRADIENT, value_and_grad
 from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.loop import REMAT, rollout
+from metalearn.engines.loop import check_remat, rollout
 from metalearn.unroll import Unroll
 
 
@@ -41,7 +41,7 @@ class MixedFlow(MetaGradient):
     remat: str = "step"  # "none", "step" or "nested"; inner gradients are kept in all
 
     def __post_init__(self) -> None:
-        check_choice(self.remat, REMAT, "`MixedFlow(remat=)`")
+        check_remat(self.remat)
 
     def value_and_grad(
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()

@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 
-from metalearn.engines.check import check_choice, check_eta, horizon
+from metalearn.engines.check import check_eta, horizon
 from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.loop import REMAT, rollout
+from metalearn.engines.loop import check_remat, rollout
 from metalearn.unroll import Unroll
 
 
@@ -35,7 +35,7 @@ class Reverse(MetaGradient):
     remat: str = "none"  # "none", "step" or "nested"
 
     def __post_init__(self) -> None:
-        check_choice(self.remat, REMAT, "`Reverse(remat=)`")
+        check_remat(self.remat)
 
     def value_and_grad(
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()

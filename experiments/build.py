@@ -1,0 +1,170 @@
+"""From a config to objects: literal tables from name to class, and nothing clever.
+
+Config objects stop here; what these functions return takes plain arguments. A name
+that is in no table is refused with the names that are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalearn import Algorithm, Forward, MetaGradient, MixedFlow, Reverse, Tasks, Trainer
+from metalearn.algorithms import MAML, cross_entropy, squared_error
+from metalearn.datasets import FewShot, Sinusoid, digits, omniglot
+from metalearn.models import (
+    NNX,
+    Haiku,
+    Linen,
+    Model,
+    haiku_networks,
+    linen_networks,
+    nnx_networks,
+    train_flag,
+)
+from metalearn.names import pick
+
+ENGINES = {"reverse": Reverse, "forward": Forward, "mixed_flow": MixedFlow}
+OPTIMIZERS = {
+    "sgd": optax.sgd,
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "rmsprop": optax.rmsprop,
+    "adagrad": optax.adagrad,
+    "lion": optax.lion,
+}
+SCHEDULES = {
+    "constant": lambda rate, steps: rate,
+    "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
+}
+OBJECTIVES = {"cross_entropy": cross_entropy, "squared_error": squared_error}
+NETWORKS = {"mlp": "MLP", "conv_net": "ConvNet"}
+
+
+class Splits(NamedTuple):
+    """Tasks to train on, to choose by, and to report; and what a model sees of them."""
+
+    train: Tasks
+    validation: Tasks
+    test: Tasks
+    inputs: jax.ShapeDtypeStruct  # one batch of inputs, [1, ...]
+    outputs: int  # of the network: ways, or the dimension of a regression
+
+
+def trainer(config: Mapping[str, Any], splits: Splits) -> Trainer:
+    """Build the trainer that a config describes."""
+    return Trainer(
+        algorithm(config["algorithm"], model(config["model"], splits)),
+        engine(config["engine"], config.get("engine_options", {})),
+        outer_optimizer(config["optimizer"], config["steps"]),
+        tasks_per_step=config["tasks_per_step"],
+        chunk=config["chunk"],
+    )
+
+
+def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
+    """Build an engine by name: "reverse", "forward" or "mixed_flow"."""
+    return pick(ENGINES, name, "engine")(**dict(options or {}))
+
+
+def optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Build an optax optimizer from its name and its other arguments."""
+    options = dict(config)
+    return pick(OPTIMIZERS, options.pop("name"), "optimizer")(**options)
+
+
+def outer_optimizer(config: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
+    """Build the outer optimizer, its learning rate on a schedule over the outer steps."""
+    options = dict(config)
+    schedule = pick(SCHEDULES, options.pop("schedule"), "schedule")
+    return optimizer({**options, "learning_rate": schedule(options["learning_rate"], steps)})
+
+
+def algorithm(config: Mapping[str, Any], network: Model) -> Algorithm:
+    """Build an algorithm around a model."""
+    options = dict(config)
+    build = pick(ALGORITHMS, options.pop("name"), "algorithm")
+    return build(network, options)
+
+
+def _maml(network: Model, options: dict[str, Any]) -> MAML:
+    inner = optimizer(options.pop("optimizer"))
+    objective = pick(OBJECTIVES, options.pop("objective"), "objective")
+    return MAML(network, objective, inner, **options)
+
+
+ALGORITHMS = {"maml": _maml}
+
+
+def model(config: Mapping[str, Any], splits: Splits) -> Model:
+    """Build a network of a library, sized for the inputs and outputs of a dataset."""
+    options = {key: _plain(value) for key, value in dict(config).items()}
+    library = pick(LIBRARIES, options.pop("library"), "model library")
+    network = pick(NETWORKS, options.pop("name"), "network")
+    return library(network, splits, options)
+
+
+def _linen(network: str, splits: Splits, options: dict[str, Any]) -> Model:
+    module = getattr(linen_networks, network)(splits.outputs, **options)
+    return Linen(module, splits.inputs, train_flag)
+
+
+def _haiku(network: str, splits: Splits, options: dict[str, Any]) -> Model:
+    def forward(x: jax.Array, train: bool) -> jax.Array:
+        return getattr(haiku_networks, network)(splits.outputs, **options)(x, train)
+
+    return Haiku(forward, splits.inputs, train_flag)
+
+
+def _nnx(network: str, splits: Splits, options: dict[str, Any]) -> Model:
+    shape = splits.inputs.shape[1:]
+    first = shape if network == "ConvNet" else splits.inputs.size
+    build = getattr(nnx_networks, network)
+    return NNX(lambda rngs: build(first, splits.outputs, **options, rngs=rngs), train_flag)
+
+
+LIBRARIES = {"linen": _linen, "nnx": _nnx, "haiku": _haiku}
+
+
+def splits(config: Mapping[str, Any]) -> Splits:
+    """Read a dataset and make its three distributions over tasks."""
+    options = dict(config)
+    return pick(DATASETS, options.pop("name"), "dataset")(options)
+
+
+def _few_shot(read: Any, options: dict[str, Any]) -> Splits:
+    shape = {"ways": options.pop("ways"), "shots": options.pop("shots")}
+    queries = {"train": options.pop("queries")}
+    queries["validation"] = queries["test"] = options.pop("eval_queries")
+    indices = {name: read(name, **options) for name in queries}
+    made = {name: FewShot.create(i, **shape, queries=queries[name]) for name, i in indices.items()}
+    image = jax.ShapeDtypeStruct((1, *indices["train"].examples.shape[2:]), jnp.float32)
+    return Splits(made["train"], made["validation"], made["test"], image, shape["ways"])
+
+
+def _sinusoid(options: dict[str, Any]) -> Splits:
+    evaluated = options.pop("eval_queries")
+    train = Sinusoid(**options)
+    held_out = Sinusoid(**{**options, "queries": evaluated})  # waves never repeat
+    return Splits(train, held_out, held_out, jax.ShapeDtypeStruct((1, 1), jnp.float32), 1)
+
+
+DATASETS = {
+    "digits": lambda options: _few_shot(digits, options),
+    "omniglot": lambda options: _few_shot(omniglot, options),
+    "sinusoid": _sinusoid,
+}
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Return an ml-collections config as plain JSON values (tuples become lists)."""
+    return json.loads(config.to_json())

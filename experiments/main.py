@@ -1,0 +1,79 @@
+"""The command line: `metalearn train` and `metalearn eval`.
+
+    metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
+    metalearn eval  --workdir=runs/omniglot --tasks=1000
+
+`--config` takes the name of a packaged config or the path of a config file, which is
+Python and is executed. The same command with the same workdir resumes; a finished run
+says so and only evaluates.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from metalearn.experiments import arguments, run
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A packaged config's name, or a config file's path.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints and logs.")
+_TASKS = flags.DEFINE_integer("tasks", 1000, "eval: how many test tasks.", lower_bound=2)
+_PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
+
+# What a user can mend. Anything else is a bug of ours and keeps its traceback.
+REPORTED = (ValueError, TypeError, FloatingPointError, OSError, flags.Error)
+
+
+def train() -> None:
+    """Train the config in the workdir, resuming what is there; then evaluate on test tasks."""
+    if _CONFIG.value is None:
+        raise ValueError(
+            "`metalearn train` needs a config: --config=NAME or --config=FILE.py. "
+            f"Packaged: {', '.join(arguments.packaged())}."
+        )
+    run.train(_CONFIG.value, _workdir(), _PROGRESS.value)
+
+
+def evaluate() -> None:
+    """Evaluate the newest checkpoint of a workdir on test tasks, by its own config."""
+    run.evaluate(_workdir(), _TASKS.value)
+
+
+COMMANDS: dict[str, Callable[[], None]] = {"train": train, "eval": evaluate}
+
+
+def _workdir() -> pathlib.Path:
+    if _WORKDIR.value is None:
+        raise ValueError("Say where the run lives, or is to live: --workdir=runs/my_run.")
+    return pathlib.Path(_WORKDIR.value)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command line, and return its exit status: 0, or 2 for what the user can mend."""
+    try:
+        command = arguments.command(argv, COMMANDS, __doc__ or "")
+        if command is None:
+            return 0
+        flags.FLAGS(arguments.expanded(argv))
+        COMMANDS[command]()
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
+        return 130
+    except REPORTED as error:
+        if flags.FLAGS.is_parsed() and _TRACEBACK.value:
+            raise
+        print(f"\nmetalearn: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def console() -> None:
+    """Entry point of the `metalearn` command."""
+    sys.exit(main(sys.argv))

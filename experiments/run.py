@@ -1,0 +1,97 @@
+"""One run: from a config and a workdir to a trained eta and its score on test tasks.
+
+workdir/checkpoints/   the whole train state, by Orbax, and what it was made of
+workdir/metrics.jsonl  what was logged, one line each
+workdir/test.json      the score on test tasks: mean, 95% interval, tasks
+workdir/wandb/         the W&B run, unless disabled
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from metalearn import Trainer
+from metalearn.checkpoint import Checkpoints
+from metalearn.evaluation import Estimate
+from metalearn.experiments import build
+from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
+from metalearn.train_state import TrainState
+
+TEST = 2**31  # folded into the seed's key for test tasks; training never draws from it
+
+
+def train(config: Any, workdir: pathlib.Path, progress: bool = True) -> dict[str, Estimate]:
+    """Train, or go on training, in `workdir`; evaluate on test tasks; write both down."""
+    plain = build.to_json(config)
+    splits = build.splits(plain["dataset"])
+    trainer = build.trainer(plain, splits)
+    loggers = _loggers(plain, workdir)
+    checkpoints = Checkpoints(_checkpoints(workdir), plain, plain["checkpoint_every"])
+    try:
+        state = trainer.fit(
+            splits.train,
+            plain["steps"],
+            key=jax.random.key(plain["seed"]),
+            loggers=loggers,
+            checkpoints=checkpoints,
+            held_out=splits.validation,
+            eval_every=plain["eval_every"],
+            eval_tasks=plain["eval_tasks"],
+            log_every=plain["log_every"],
+            progress=progress,
+        )
+    finally:
+        checkpoints.close()
+    found = test(trainer, state, splits, plain["seed"], plain["test_tasks"])
+    for logger in loggers:
+        logger.finish(found)
+    _write(workdir / "test.json", found)
+    return found
+
+
+def evaluate(workdir: pathlib.Path, tasks: int) -> dict[str, Estimate]:
+    """Evaluate the newest checkpoint of a run, with the config it was trained by."""
+    if not _checkpoints(workdir).is_dir():
+        raise ValueError(
+            f"There is no run in {workdir}: no {_checkpoints(workdir)}. Train one with "
+            f"`metalearn train --config=NAME --workdir={workdir}`."
+        )
+    checkpoints = Checkpoints(_checkpoints(workdir))
+    record = checkpoints.record()
+    if record is None:
+        raise ValueError(f"The run in {workdir} has no checkpoint yet. Train it further.")
+    splits = build.splits(record["config"]["dataset"])
+    trainer = build.trainer(record["config"], splits)
+    seed = record["config"]["seed"]
+    state = checkpoints.restore_state(jax.eval_shape(trainer.init, jax.random.key(seed)))
+    checkpoints.close()
+    found = test(trainer, state, splits, seed, tasks)
+    print(f"{workdir}, outer step {int(state.step)}, on test tasks:")
+    ConsoleLogger().finish(found)
+    return found
+
+
+def test(
+    trainer: Trainer, state: TrainState, splits: build.Splits, seed: int, tasks: int
+) -> dict[str, Estimate]:
+    """Evaluate on test tasks; the same seed draws the same ones."""
+    key = jax.random.fold_in(jax.random.key(seed), TEST)
+    return trainer.evaluate(state.eta, splits.test, key, tasks)
+
+
+def _loggers(config: dict[str, Any], workdir: pathlib.Path) -> list[Logger]:
+    wandb = WandbLogger(**config["wandb"], directory=workdir)
+    return [ConsoleLogger(), JsonlLogger(workdir / "metrics.jsonl"), wandb]
+
+
+def _checkpoints(workdir: pathlib.Path) -> pathlib.Path:
+    return workdir / "checkpoints"
+
+
+def _write(path: pathlib.Path, found: dict[str, Estimate]) -> None:
+    rows = {name: value._asdict() for name, value in found.items()}
+    path.write_text(json.dumps(rows, indent=2) + "\n")

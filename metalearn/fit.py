@@ -1,0 +1,151 @@
+"""The host side of training: the loop around `Trainer.step`, and what it reports to.
+
+The device is never waited for: the metrics of a step are read while the next one runs,
+which is also when a loss that is not finite is noticed. Nothing non-finite is ever
+checkpointed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+from tqdm import tqdm
+
+from metalearn.loggers import Logger
+from metalearn.tasks import Tasks
+from metalearn.train_state import TrainState
+
+if TYPE_CHECKING:
+    from metalearn.checkpoint import Checkpoints
+    from metalearn.trainer import Trainer
+
+WATCHED = ("loss", "meta_grad_norm")
+EVALUATION = 2**32 - 1  # folded into the run's key; outer steps count up from 0
+
+
+class NonFiniteError(FloatingPointError):
+    """The outer loss or the meta-gradient became NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How long to train, what to look at on the way, and where to keep it."""
+
+    steps: int  # outer steps, counted from the beginning of the run
+    held_out: Tasks | None = None  # evaluated on the way: validation tasks, not test
+    eval_every: int | None = None  # outer steps; None: never
+    eval_tasks: int = 200
+    log_every: int = 10  # outer steps
+    stop_on_nonfinite: bool = True
+    progress: bool = True  # a bar with the rate and the loss
+
+    def run(
+        self,
+        trainer: Trainer,
+        state: TrainState,
+        tasks: Tasks,
+        loggers: Sequence[Logger] = (),
+        checkpoints: Checkpoints | None = None,
+    ) -> TrainState:
+        """Train from `state` (or from the newest checkpoint) and return the last state.
+
+        The loggers are left open for a final table (`logger.finish(table)`), unless
+        training fails.
+
+        Raises:
+          NonFiniteError: at the first outer loss or meta-gradient that is NaN or infinite.
+            What was logged until then is kept.
+          ChangedConfigError: if the checkpoints are of another config.
+        """
+        record: dict[str, Any] = {}
+        if checkpoints is not None:
+            state, record = checkpoints.restore(state)
+        first = int(state.step)
+        config = checkpoints.config if checkpoints else {}
+        for logger in loggers:
+            logger.start(first, config, record.get(type(logger).__name__, {}))
+        try:
+            with self._bar(first, trainer.tasks_per_step) as bar:
+                return self._loop(trainer, state, tasks, loggers, checkpoints, bar, first)
+        except BaseException:
+            for logger in loggers:
+                logger.finish()
+            raise
+
+    def _loop(
+        self,
+        trainer: Trainer,
+        state: TrainState,
+        tasks: Tasks,
+        loggers: Sequence[Logger],
+        checkpoints: Checkpoints | None,
+        bar: tqdm,
+        first: int,
+    ) -> TrainState:
+        waiting: tuple[int, Any] | None = None
+        for step in range(first + 1, self.steps + 1):
+            state, metrics = trainer.step(state, tasks)
+            if waiting is not None:
+                self._report(*waiting, loggers, bar)
+            waiting = step, metrics
+            evaluates = self._due(step, self.eval_every) and self.held_out is not None
+            saves = checkpoints is not None and self._due(step, checkpoints.every)
+            if not (evaluates or saves or step == self.steps):
+                continue
+            self._report(step, metrics, loggers, bar)
+            waiting = None
+            if evaluates:
+                self._evaluate(trainer, state, step, loggers)
+            if saves and checkpoints is not None:
+                kept = {type(logger).__name__: logger.record() for logger in loggers}
+                checkpoints.save(state, step, kept)
+        return state
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return every is not None and (step % every == 0 or step == self.steps)
+
+    def _report(self, step: int, metrics: Any, loggers: Sequence[Logger], bar: tqdm) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        bar.update()
+        broken = [name for name in WATCHED if not math.isfinite(values[name])]
+        stops = bool(broken) and self.stop_on_nonfinite
+        if stops or self._due(step, self.log_every):
+            for logger in loggers:
+                logger.log(step, values)
+        if stops:
+            raise NonFiniteError(
+                f"`{broken[0]}` became {values[broken[0]]} at outer step {step}, so training "
+                "stopped before it could spread; metrics up to this step are logged, and the "
+                "last checkpoint is from before it. Usual causes: an inner learning rate that "
+                "diverges (see `inner_loss_last`), or an inner optimizer whose second derivative "
+                "is NaN where a gradient is 0 (Adam: set `eps_root`)."
+            )
+
+    def _evaluate(
+        self, trainer: Trainer, state: TrainState, step: int, loggers: Sequence[Logger]
+    ) -> None:
+        assert self.held_out is not None
+        key = jax.random.fold_in(state.key, EVALUATION)  # the same tasks at every evaluation
+        found = trainer.evaluate(state.eta, self.held_out, key, self.eval_tasks)
+        values = {f"eval/{name}": value.mean for name, value in found.items()}
+        values |= {f"eval/{name}_ci95": value.ci95 for name, value in found.items()}
+        for logger in loggers:
+            logger.log(step, values)
+
+    @contextlib.contextmanager
+    def _bar(self, first: int, tasks_per_step: int) -> Iterator[tqdm]:
+        with tqdm(
+            total=self.steps,
+            initial=first,
+            unit="step",
+            desc=f"outer steps of {tasks_per_step} tasks",
+            disable=not self.progress,
+            dynamic_ncols=True,
+        ) as bar:
+            yield bar

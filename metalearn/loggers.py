@@ -1,0 +1,142 @@
+"""Where the numbers of a run go: small objects, any number of them at once.
+
+A logger hears `start` once (with what an earlier, interrupted run left in the
+checkpoint), `log` with plain floats, and `finish` with the final table. The checkpoint
+is the record of a run and loggers follow it: on resuming at step n, whatever was
+logged after step n is taken back where the medium allows it.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from metalearn.evaluation import Estimate
+
+Record = dict[str, Any]
+
+
+class Logger(abc.ABC):
+    """Hears what a run reports. Every method but `log` may be left as it is."""
+
+    def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:
+        """Begin, or go on at `step`. `record` is what `record()` returned before."""
+
+    @abc.abstractmethod
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note the metrics of an outer step, counted from 1."""
+
+    def record(self) -> Record:
+        """Return what a resumed run must know (JSON): kept in the checkpoint."""
+        return {}
+
+    def finish(self, table: Mapping[str, Estimate] | None = None) -> None:
+        """End, with the final evaluation if there was one. Called on errors too."""
+
+
+class ConsoleLogger(Logger):
+    """Prints a line now and then, above the progress bar, and the final table."""
+
+    def __init__(self, every: int = 100):
+        self.every = every
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        evaluated = any(name.startswith("eval/") for name in metrics)
+        if evaluated or step % self.every == 0:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            tqdm.write(f"step {step:>6}  {shown}")
+
+    def finish(self, table: Mapping[str, Estimate] | None = None) -> None:
+        for name, value in (table or {}).items():
+            tqdm.write(f"{name:>20}  {value}  (95% interval, {value.tasks} tasks)")
+
+
+class JsonlLogger(Logger):
+    """Appends one JSON object per line: {"step": 10, "loss": 1.5, ...}."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+
+    def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:
+        """Drop the lines after `step` (and one cut short by a kill): they will come again."""
+        del config, record
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(kept))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+class WandbLogger(Logger):
+    """Logs to Weights & Biases: config, scalars by outer step, and a final table.
+
+    Never prompts. `mode` is "online", "offline", "disabled", or "auto": what the
+    environment variable WANDB_MODE says, else online where this user is logged in, else
+    offline. A resumed run keeps its id online; offline, W&B begins a new directory.
+    """
+
+    def __init__(
+        self,
+        project: str = "metalearn",
+        mode: str = "auto",
+        name: str | None = None,
+        group: str | None = None,
+        directory: str | os.PathLike[str] | None = None,
+    ):
+        modes = ("auto", "online", "offline", "disabled")
+        if mode not in modes:
+            raise ValueError(f"W&B's mode is {mode!r}. It can be: {', '.join(modes)}.")
+        self.project, self.mode, self.name, self.group = project, mode, name, group
+        self.directory = directory
+        self._run: Any = None
+
+    def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:
+        import wandb
+
+        self._wandb = wandb
+        if self.directory is not None:
+            pathlib.Path(self.directory).mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=self.project,
+            name=self.name or None,
+            group=self.group or None,
+            dir=self.directory,
+            config=dict(config),
+            mode=self._resolved_mode(),
+            id=record.get("wandb_id"),
+            resume="allow",
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def _resolved_mode(self) -> Any:
+        if self.mode != "auto":
+            return self.mode
+        named = os.environ.get("WANDB_MODE")
+        if named:
+            return named
+        return "online" if self._wandb.login(prompt=False) else "offline"
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def record(self) -> Record:
+        return {} if self._run is None else {"wandb_id": self._run.id}
+
+    def finish(self, table: Mapping[str, Estimate] | None = None) -> None:
+        if self._run is None:
+            return
+        if table:
+            rows = [[name, value.mean, value.ci95, value.tasks] for name, value in table.items()]
+            columns = ["metric", "mean", "ci95", "tasks"]
+            self._run.log({"test": self._wandb.Table(columns=columns, data=rows)})
+            self._run.summary.update({f"test/{name}": value.mean for name, value in table.items()})
+        self._run.finish()

@@ -1,0 +1,145 @@
+"""One small instance of everything pluggable. `test_conformance.py` runs all pairs.
+
+A new algorithm, engine, model adapter or task distribution gets its case here; a test
+fails until it has one. Names are test ids.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metalearn import Forward, MixedFlow, Reverse
+from metalearn.algorithms import MAML, cross_entropy, squared_error
+from metalearn.datasets import ClassIndex, FewShot, Sinusoid
+from metalearn.leaves import is_differentiable
+from metalearn.model import Model
+from metalearn.models import (
+    NNX,
+    Functions,
+    Haiku,
+    Linen,
+    haiku_networks,
+    linen_networks,
+    nnx_networks,
+    train_flag,
+)
+
+IMAGE = (4, 4, 1)
+WAYS = 2
+LIBRARIES = ("linen", "nnx", "haiku")
+
+
+@dataclasses.dataclass(frozen=True)
+class Float64(Model):
+    """A model computed in float64, whatever its library initialises with."""
+
+    model: Model
+
+    def init(self, key):
+        return to_float64(self.model.init(key))
+
+    def apply(self, params, state, inputs, *, train, key=None):
+        return self.model.apply(params, state, to_float64(inputs), train=train, key=key)
+
+
+def to_float64(tree):
+    return jax.tree.map(lambda x: x.astype(float) if is_differentiable(x) else x, tree)
+
+
+def _functions() -> Model:
+    def init(key):
+        w, v = jax.random.normal(key, (2, 4))
+        return {"body": w[None], "head": v[:, None]}
+
+    return Functions(init, lambda params, x: jnp.tanh(x @ params["body"]) @ params["head"])
+
+
+def _mlp(library: str) -> Model:
+    """A tanh network from [n, 1] to [n, 1], of 10 parameters."""
+    inputs, size = jax.ShapeDtypeStruct((1, 1), jnp.float32), {"outputs": 1, "hidden": (3,)}
+    smooth = {"activation": jnp.tanh}
+    if library == "linen":
+        return Linen(linen_networks.MLP(**size, **smooth), inputs, train_flag)
+    if library == "nnx":
+        return NNX(lambda rngs: nnx_networks.MLP(1, **size, **smooth, rngs=rngs), train_flag)
+    return Haiku(
+        lambda x, train: haiku_networks.MLP(**size, **smooth)(x, train), inputs, train_flag
+    )
+
+
+def conv_net(library: str, image=IMAGE, outputs=WAYS, filters=2, blocks=1, **options) -> Model:
+    """A ConvNet, by default of 30 parameters, 4 of them of batch normalisation."""
+    inputs = jax.ShapeDtypeStruct((1, *image), jnp.float32)
+    size = {"outputs": outputs, "filters": filters, "blocks": blocks, **options}
+    if library == "linen":
+        return Linen(linen_networks.ConvNet(**size), inputs, train_flag)
+    if library == "nnx":
+        return NNX(lambda rngs: nnx_networks.ConvNet(image, **size, rngs=rngs), train_flag)
+    return Haiku(lambda x, train: haiku_networks.ConvNet(**size)(x, train), inputs, train_flag)
+
+
+MODELS: dict[str, Model] = {
+    "Functions": _functions(),
+    **{f"{library}-MLP": _mlp(library) for library in LIBRARIES},
+    **{f"{library}-ConvNet": conv_net(library, momentum=0.5) for library in LIBRARIES},
+}
+
+_INDEX = ClassIndex(
+    np.random.default_rng(0).integers(0, 256, (5, 6, *IMAGE), np.uint8), np.full(5, 6, np.int32)
+)
+TASKS = {
+    "FewShot": FewShot.create(_INDEX, ways=WAYS, shots=2, queries=3),
+    "Sinusoid": Sinusoid(shots=3, queries=4),
+}
+
+ENGINES = {
+    "Reverse": Reverse(),
+    "Reverse-step": Reverse(remat="step"),
+    "Reverse-nested": Reverse(remat="nested"),
+    "Forward": Forward(),
+    "Forward-chunk": Forward(chunk=4),
+    "MixedFlow": MixedFlow(),
+    "MixedFlow-none": MixedFlow(remat="none"),
+    "MixedFlow-nested": MixedFlow(remat="nested"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmCase:
+    """An algorithm but for its model: that comes from each library."""
+
+    make: Callable[..., Any]  # model, objective -> Algorithm
+    network: str = "MLP"
+    exact: bool = True  # whether engines return the derivative of the loss
+
+    def problem(self, library: str) -> tuple[Any, Any]:
+        """Return (algorithm, tasks)."""
+        model = Float64(MODELS[f"{library}-{self.network}"])
+        if self.network == "MLP":
+            return self.make(model, squared_error), TASKS["Sinusoid"]
+        return self.make(model, cross_entropy), TASKS["FewShot"]
+
+
+def _maml(optimizer=optax.sgd(0.1), **options):
+    return functools.partial(MAML, optimizer=optimizer, **{"inner_steps": 2, **options})
+
+
+ALGORITHMS = {
+    "MAML": AlgorithmCase(_maml()),
+    # Adam divides by sqrt(v), whose derivative is infinite at zero: hence eps_root.
+    "MAML-adam": AlgorithmCase(_maml(optax.adam(0.05, eps_root=1e-4), inner_steps=3)),
+    "Meta-SGD": AlgorithmCase(_maml(optax.sgd(1.0), learned_rates=0.1)),
+    "ANIL": AlgorithmCase(_maml(adapt="head")),
+    "first-order": AlgorithmCase(_maml(first_order=True), exact=False),
+    "running": AlgorithmCase(
+        _maml(optax.sgd(0.1, momentum=0.9), inner_steps=3, batch_norm="running"), "ConvNet"
+    ),
+}
+# Exercised in full for every library; the transductive ConvNet for linen alone.
+CONV_MAML = AlgorithmCase(_maml(), "ConvNet")

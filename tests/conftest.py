@@ -1,0 +1,25 @@
+"""What holds for every test: shapes are strict, and caches are the session's own."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METALEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def strict_shapes():
+    """Refuse to add a [3] to a [2, 3]: such a sum is a mistake more often than not."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    """Compute in float64, as every test that compares numbers does."""
+    with jax.enable_x64(True):
+        yield

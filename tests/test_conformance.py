@@ -1,0 +1,180 @@
+"""Every algorithm under every engine, with a model of every library, in float64.
+
+All engines return the same derivative, to rounding, and it is the derivative of the
+loss that they return. A class of ours without a case in `tests/cases.py` fails here.
+"""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from metalearn import Algorithm, MetaGradient, Reverse, Tasks
+from metalearn.engines.loop import rollout
+from metalearn.model import Model
+from tests import cases
+from tests.cases import ALGORITHMS, ENGINES, LIBRARIES, MODELS, TASKS
+
+pytestmark = pytest.mark.usefixtures("x64")
+PAIRS = [(name, library) for name in ALGORITHMS for library in LIBRARIES]
+OTHER_ENGINES = [name for name in ENGINES if name != "Reverse"]
+
+
+@functools.cache
+def problem(case, library):
+    """Return (algorithm, eta, episode, key). Eta is generic: no bias is zero."""
+    algorithm, tasks = case.problem(library)
+    keys = jax.random.split(jax.random.key(7), 4)
+    flat, unravel = ravel_pytree(jax.jit(algorithm.init)(keys[0]))
+    eta = unravel(flat + 0.1 * jax.random.normal(keys[1], flat.shape))
+    return algorithm, eta, cases.to_float64(tasks.sample(keys[2])), keys[3]
+
+
+@functools.cache
+def solved(case, library, engine=Reverse()):
+    """Return ((loss, aux), gradient) as one compiled call gives them."""
+    algorithm, eta, episode, key = problem(case, library)
+
+    @jax.jit
+    def solve(eta, episode):
+        unroll = algorithm.unroll(episode, key)
+        return engine.value_and_grad(unroll, eta, algorithm.batches(episode, key))
+
+    return solve(eta, episode)
+
+
+def relative_error(tree, expected):
+    tree, expected = ravel_pytree(tree)[0], ravel_pytree(expected)[0]
+    assert tree.dtype == expected.dtype == np.float64
+    return float(jnp.linalg.norm(tree - expected) / jnp.linalg.norm(expected))
+
+
+def assert_same(ours, expected):
+    (loss, aux), grads = ours
+    (expected_loss, expected_aux), expected_grads = expected
+    assert jax.tree.structure(grads) == jax.tree.structure(expected_grads)
+    assert relative_error(grads, expected_grads) < 1e-10
+    assert relative_error(loss, expected_loss) < 1e-12
+    assert relative_error(aux.state.params, expected_aux.state.params) < 1e-12
+    assert relative_error(aux.inner.losses, expected_aux.inner.losses) < 1e-12
+    assert aux.inner.finite.all() and expected_aux.inner.finite.all()
+
+
+@pytest.mark.parametrize("engine", OTHER_ENGINES)
+@pytest.mark.parametrize(("name", "library"), PAIRS)
+def test_engines_agree_with_reverse_mode(name, library, engine):
+    case = ALGORITHMS[name]
+    assert_same(solved(case, library, ENGINES[engine]), solved(case, library))
+
+
+@pytest.mark.parametrize("engine", ["Reverse-nested", "Forward", "MixedFlow"])
+def test_engines_agree_on_a_convolution_network_with_batch_statistics(engine):
+    expected = solved(cases.CONV_MAML, "linen")
+    assert_same(solved(cases.CONV_MAML, "linen", ENGINES[engine]), expected)
+
+
+@pytest.mark.parametrize(("name", "library"), [p for p in PAIRS if ALGORITHMS[p[0]].exact])
+def test_gradient_matches_central_differences(name, library):
+    algorithm, eta, episode, key = problem(ALGORITHMS[name], library)
+    flat, unravel = ravel_pytree(eta)
+
+    @jax.jit
+    @jax.vmap
+    def value(point):
+        batches = algorithm.batches(episode, key)
+        return rollout(algorithm.unroll(episode, key), unravel(point), batches)[0]
+
+    directions, step = jax.random.normal(key, (3, flat.size)), 1e-5
+    high, low = (value(flat[None] + s * step * directions).reshape(3) for s in (1, -1))
+    grads = ravel_pytree(solved(ALGORITHMS[name], library)[1])[0]
+    assert jnp.linalg.norm(grads) > 1e-3  # there is something to compare
+    assert relative_error(directions @ grads, (high - low) / (2 * step)) < 1e-5
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_first_order_gradient_is_the_query_gradient_at_the_adapted_parameters(library):
+    """Central differences do not apply: it leaves out how adaptation depends on eta."""
+    case = ALGORITHMS["first-order"]
+    algorithm, eta, episode, key = problem(case, library)
+    (_, aux), grads = solved(case, library)
+
+    def query_loss(params):
+        state = aux.state._replace(params=params)
+        return algorithm.unroll(episode, key).loss(eta, state)[0]
+
+    assert relative_error(grads, jax.jit(jax.grad(query_loss))(aux.state.params)) < 1e-12
+    assert relative_error(grads, solved(ALGORITHMS["MAML"], library)[1]) > 1e-3
+
+
+# What has a case.
+
+BASES = (Algorithm, MetaGradient, Model, Tasks)
+WITH_A_CASE = {
+    type(instance)
+    for instance in (
+        *(case.problem("linen")[0] for case in ALGORITHMS.values()),
+        *ENGINES.values(),
+        *MODELS.values(),
+        *TASKS.values(),
+    )
+}
+
+
+def public_classes(package):
+    """Return the concrete subclasses of `BASES` that a package and its modules define."""
+    names = [m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    library = [n for n in names if not n.startswith("metalearn.experiments")]  # programs
+    modules = [package, *map(importlib.import_module, library)]
+    return {
+        value
+        for module in modules
+        for name, value in inspect.getmembers(module, inspect.isclass)
+        if issubclass(value, BASES)
+        and not inspect.isabstract(value)
+        and not name.startswith("_")
+        and value.__module__ == module.__name__
+    }
+
+
+def test_every_public_class_has_a_case():
+    import metalearn
+
+    found = public_classes(metalearn)
+    assert {base for base in BASES if any(issubclass(c, base) for c in found)} == set(BASES)
+    missing = sorted(c.__qualname__ for c in found - WITH_A_CASE)
+    assert not missing, f"Give {', '.join(missing)} a case in tests/cases.py."
+
+
+def test_the_walk_finds_a_new_class_wherever_it_is(tmp_path, monkeypatch):
+    source = """
+        import abc
+        from metalearn import Algorithm, Reverse
+
+        class Abstract(Algorithm):
+            pass
+
+        class Invented(Algorithm):
+            def init(self, key): ...
+            def unroll(self, episode, key): ...
+
+        class _Private(Invented):
+            pass
+    """
+    folder = tmp_path / "newly_invented" / "deeper"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (folder / "__init__.py").touch()
+    (folder / "method.py").write_text(textwrap.dedent(source))
+    monkeypatch.syspath_prepend(tmp_path)
+    found = public_classes(importlib.import_module("newly_invented"))
+    assert [c.__name__ for c in found - WITH_A_CASE] == ["Invented"]
+    for name in [name for name in sys.modules if name.startswith("newly_invented")]:
+        monkeypatch.delitem(sys.modules, name)
