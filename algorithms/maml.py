@@ -56,8 +56,9 @@ class MAML(Algorithm):
     optimizer: optax.GradientTransformation = optax.sgd(0.4)  # the inner one
     inner_steps: int = 1
     eval_steps: int | None = None  # inner steps in evaluation; None: as in training
-    learned_rates: float | None = None  # Meta-SGD: their initial value; they multiply the
-    # inner optimizer's update, so give that a rate of one: `optax.sgd(1.0)`
+    # Meta-SGD: the initial value of learned rates. They multiply the inner optimizer's
+    # update, so give that a rate of one: `optax.sgd(1.0)`.
+    learned_rates: float | None = None
     first_order: bool = False
     adapt: str = ""  # regular expression: the parameter paths that adapt; "": all
     batch_norm: str = "transductive"  # see `metalearn.batch_norm`
@@ -87,20 +88,10 @@ class MAML(Algorithm):
             _, statistics = self.model.init(key)
             return Adapting(adapted, self.optimizer.init(adapted), statistics)
 
-        def loss_on(
-            data: Any, train: bool, key: jax.Array, adapted: Any, eta: Eta, stats: Any
-        ) -> Any:
-            _, fixed, join = split_by_path(eta.params, self.adapt)
-            inputs, targets = data
-            params = join(adapted, fixed)
-            outputs, new = self.model.apply(params, stats, inputs, train=train, key=key)
-            loss, metrics = self.objective(outputs, targets)
-            return loss, (new if policy.carry_statistics else stats, metrics)
-
         def step(eta: Eta, state: Adapting, key: jax.Array, grad: Any) -> Adapting:
-            def support_loss(adapted: Any) -> Any:
-                train = policy.train_on_support
-                return loss_on(episode.support, train, key, adapted, eta, state.statistics)
+            def support_loss(params: Any) -> Any:
+                moved = state._replace(params=params)
+                return self._loss(eta, moved, episode.support, policy.train_on_support, key)
 
             grads, (statistics, _) = grad(support_loss, has_aux=True)(state.params)
             if self.first_order:
@@ -108,16 +99,27 @@ class MAML(Algorithm):
             updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
             if eta.rates is not None:
                 updates = jax.tree.map(jnp.multiply, eta.rates, updates)
-            return Adapting(optax.apply_updates(state.params, updates), optimizer, statistics)
+            kept = statistics if policy.carry_statistics else state.statistics
+            return Adapting(optax.apply_updates(state.params, updates), optimizer, kept)
 
         def loss(eta: Eta, state: Adapting) -> tuple[jax.Array, dict[str, jax.Array]]:
-            train = policy.train_on_query
-            value, (_, metrics) = loss_on(
-                episode.query, train, key, state.params, eta, state.statistics
-            )
+            value, (_, metrics) = self._loss(eta, state, episode.query, policy.train_on_query, key)
             return value, metrics
 
         return Unroll(init, step, loss)
+
+    def _loss(
+        self, eta: Eta, state: Adapting, data: Any, train: bool, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        """Return (loss (), (new statistics, metrics)) of the adapted model on some data."""
+        _, fixed, join = split_by_path(eta.params, self.adapt)
+        inputs, targets = data
+        params = join(state.params, fixed)
+        outputs, statistics = self.model.apply(
+            params, state.statistics, inputs, train=train, key=key
+        )
+        loss, metrics = self.objective(outputs, targets)
+        return loss, (statistics, metrics)
 
     def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
         """Return one key per inner step [T]: every step reads the whole support set."""

@@ -29,8 +29,11 @@ def train(config: Any, workdir: pathlib.Path, progress: bool = True) -> dict[str
     plain = build.to_json(config)
     splits = build.splits(plain["dataset"])
     trainer = build.trainer(plain, splits)
-    loggers = _loggers(plain, workdir)
     checkpoints = Checkpoints(_checkpoints(workdir), plain, plain["checkpoint_every"])
+    loggers = _loggers(plain, workdir)
+    if checkpoints.latest() == plain["steps"]:
+        print(f"The run in {workdir} has taken its {plain['steps']} outer steps: evaluating it.")
+        loggers = loggers[:1]  # the console: nothing new to log
     try:
         state = trainer.fit(
             splits.train,

@@ -64,9 +64,13 @@ class Checkpoints:
         )
         self._manager.save(step, args=items)
 
+    def latest(self) -> int | None:
+        """Return the outer step of the newest checkpoint, or None where there is none."""
+        return self._manager.latest_step()
+
     def record(self) -> dict[str, Any] | None:
         """Return the record of the newest checkpoint, or None where there is none."""
-        step = self._manager.latest_step()
+        step = self.latest()
         if step is None:
             return None
         items = ocp.args.Composite(record=ocp.args.JsonRestore())
@@ -104,7 +108,7 @@ class Checkpoints:
         """Return the state of the newest checkpoint, whatever its config."""
         shapes = jax.eval_shape(lambda: state)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-        return self._manager.restore(self._manager.latest_step(), args=items).state
+        return self._manager.restore(self.latest(), args=items).state
 
     def close(self) -> None:
         """Wait for the last save to be whole."""

@@ -25,7 +25,7 @@ Record = dict[str, Any]
 class Logger(abc.ABC):
     """Hears what a run reports. Every method but `log` may be left as it is."""
 
-    def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:
+    def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:  # noqa: B027
         """Begin, or go on at `step`. `record` is what `record()` returned before."""
 
     @abc.abstractmethod
@@ -36,7 +36,7 @@ class Logger(abc.ABC):
         """Return what a resumed run must know (JSON): kept in the checkpoint."""
         return {}
 
-    def finish(self, table: Mapping[str, Estimate] | None = None) -> None:
+    def finish(self, table: Mapping[str, Estimate] | None = None) -> None:  # noqa: B027
         """End, with the final evaluation if there was one. Called on errors too."""
 
 
@@ -69,7 +69,9 @@ class JsonlLogger(Logger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(kept))
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(kept))
+        aside.replace(self.path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         with self.path.open("a") as file:
@@ -136,7 +138,7 @@ class WandbLogger(Logger):
             return
         if table:
             rows = [[name, value.mean, value.ci95, value.tasks] for name, value in table.items()]
-            columns = ["metric", "mean", "ci95", "tasks"]
+            columns: list[str | int] = ["metric", "mean", "ci95", "tasks"]
             self._run.log({"test": self._wandb.Table(columns=columns, data=rows)})
             self._run.summary.update({f"test/{name}": value.mean for name, value in table.items()})
         self._run.finish()

@@ -19,7 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-METHODS = ("auto", "patches", "lax")
+from metalearn.names import pick
+
+METHODS = {
+    "auto": "by the size of the output",
+    "patches": "as patches times a matrix",
+    "lax": "as `lax.conv_general_dilated`",
+}
+NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # with HWIO kernels, in lax's own terms
 PATCHES_UP_TO = 64 * 64  # pixels of output, where "auto" changes over
 
 
@@ -29,24 +36,38 @@ def convolve(
     strides: tuple[int, int] = (1, 1),
     padding: str | Sequence[tuple[int, int]] = "SAME",
     method: str = "auto",
+    precision: Any = None,
 ) -> jax.Array:
-    """Convolve images [n, h, w, c] with a kernel [kh, kw, c, features]."""
-    if method not in METHODS:
-        raise ValueError(f"A convolution is done by one of {METHODS}, not {method!r}.")
-    pads = padding
+    """Convolve images [n, h, w, c] with a kernel [kh, kw, c, features].
+
+    Args:
+      images: [n, h, w, c].
+      kernel: [kh, kw, c, features].
+      strides: along h and w.
+      padding: "SAME", "VALID", or ((top, bottom), (left, right)).
+      method: "patches", "lax", or "auto": by the size of the output.
+      precision: of the products, as in `jax.lax`.
+    """
+    pick(METHODS, method, "convolution method")
+    size, window = images.shape[1:3], kernel.shape[:2]
+    pads: Any = padding
     if isinstance(padding, str):
-        pads = jax.lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
-    height, width = (
-        (size + sum(pad) - k) // stride + 1
-        for size, pad, k, stride in zip(
-            images.shape[1:3], pads, kernel.shape[:2], strides, strict=True
-        )
-    )
+        pads = jax.lax.padtype_to_pads(size, window, strides, padding)
+    (top, bottom), (left, right) = pads
+    height = (size[0] + top + bottom - window[0]) // strides[0] + 1
+    width = (size[1] + left + right - window[1]) // strides[1] + 1
     if method == "lax" or (method == "auto" and height * width > PATCHES_UP_TO):
-        layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(images, kernel, strides, pads, dimension_numbers=layout)
-    columns = _patches(images, kernel.shape[:2], strides, pads, (height, width))
-    flat = columns.reshape(-1, columns.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
+        return jax.lax.conv_general_dilated(
+            images,
+            kernel,
+            strides,
+            pads,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision,
+        )
+    columns = _patches(images, window, strides, pads, (height, width))
+    rows = columns.reshape(-1, columns.shape[-1])
+    flat = jnp.matmul(rows, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
     return flat.reshape(*columns.shape[:-1], kernel.shape[-1])
 
 
@@ -73,15 +94,17 @@ def flax_convolution(method: str) -> Any:
     def conv_general_dilated(
         lhs: jax.Array, rhs: jax.Array, window_strides: Any, padding: Any, **options: Any
     ) -> jax.Array:
+        ones = (options.get("lhs_dilation"), options.get("rhs_dilation"))
         plain = (
             lhs.ndim == 4
+            and tuple(options.get("dimension_numbers") or ()) == NHWC
             and options.get("feature_group_count", 1) == 1
-            and math.prod(options.get("lhs_dilation") or (1,)) == 1
-            and math.prod(options.get("rhs_dilation") or (1,)) == 1
+            and all(math.prod(dilation or (1,)) == 1 for dilation in ones)
         )
         if not plain:
             return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
-        return convolve(lhs, rhs, tuple(window_strides), padding, method)
+        strides, precision = tuple(window_strides), options.get("precision")
+        return convolve(lhs, rhs, strides, padding, method, precision)
 
     return conv_general_dilated
 

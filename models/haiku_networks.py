@@ -50,6 +50,35 @@ class Conv(hk.Module):
         return out + bias[None, None, None]
 
 
+class Norm(hk.Module):
+    """Batch normalisation over all axes but the last, with Flax's initial statistics.
+
+    `hk.BatchNorm` keeps its parameters as [1, 1, 1, channels], which under MAML's second
+    derivative takes twice the time of [channels] on a CPU.
+    """
+
+    def __init__(self, momentum: float, name: str | None = None):
+        super().__init__(name)
+        self.momentum = momentum
+
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Normalise by the batch, and remember it; or by what is remembered."""
+        shape, leading = (x.shape[-1],), tuple(range(x.ndim - 1))
+        scale = hk.get_parameter("scale", shape, x.dtype, init=jnp.ones)
+        offset = hk.get_parameter("offset", shape, x.dtype, init=jnp.zeros)
+        mean = hk.get_state("mean", shape, x.dtype, init=jnp.zeros)
+        variance = hk.get_state("variance", shape, x.dtype, init=jnp.ones)
+        if is_training:
+            old, keep = (mean, variance), self.momentum
+            mean = x.mean(leading)
+            variance = jnp.maximum((x * x).mean(leading) - mean * mean, 0)
+            hk.set_state("mean", keep * old[0] + (1 - keep) * mean)
+            hk.set_state("variance", keep * old[1] + (1 - keep) * variance)
+        gain = scale * jax.lax.rsqrt(variance + 1e-5)
+        along = (None,) * len(leading)
+        return (x - mean[along]) * gain[along] + offset[along]
+
+
 class ConvNet(hk.Module):
     """The 4-block network; see `linen_networks.ConvNet`. Images [batch, h, w, c]."""
 
@@ -72,8 +101,7 @@ class ConvNet(hk.Module):
         for i in range(self.blocks):
             stride = 1 if self.pool else 2
             x = Conv(self.filters, stride, self.convolution, name=f"conv_{i}")(x)
-            norm = hk.BatchNorm(True, True, self.momentum, name=f"norm_{i}")
-            x = jax.nn.relu(norm(x, is_training=train))
+            x = jax.nn.relu(Norm(self.momentum, name=f"norm_{i}")(x, train))
             x = max_pool(x) if self.pool else x
         x = x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2))
         return hk.Linear(self.outputs, name="head")(x)

@@ -26,7 +26,7 @@ class NNX(Model):
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return (params, state)."""
-        _, params, state = nnx.split(self.build(nnx.Rngs(key)), nnx.Param, ...)
+        _, params, state = _split(self.build(nnx.Rngs(key)))
         return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
     def apply(
@@ -37,13 +37,19 @@ class NNX(Model):
         if key is not None:
             nnx.reseed(module, default=key)
         outputs = module(inputs, **self.mode(train))
-        _, _, new = nnx.split(module, nnx.Param, ...)
+        _, _, new = _split(module)
         return outputs, nnx.to_pure_dict(new)
 
     def _merge(self, params: Any, state: Any) -> Any:
         """Put arrays back into the module, whose structure is built without any."""
         abstract = nnx.eval_shape(lambda: self.build(nnx.Rngs(0)))
-        graph, param_slots, state_slots = nnx.split(abstract, nnx.Param, ...)
+        graph, param_slots, state_slots = _split(abstract)
         nnx.replace_by_pure_dict(param_slots, params)
         nnx.replace_by_pure_dict(state_slots, state)
         return nnx.merge(graph, param_slots, state_slots)
+
+
+def _split(module: Any) -> tuple[Any, nnx.State, nnx.State]:
+    """Return (structure, the `nnx.Param` variables, all others)."""
+    graph, params, others = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
+    return graph, params, others

@@ -145,10 +145,10 @@ class Forward(MetaGradient):
         if self.directions is None:
             flat, unravel = jax.flatten_util.ravel_pytree(eta)
             return unravel(slopes.astype(flat.dtype))
-        return jax.tree.map(lambda v: jnp.tensordot(slopes, v, 1) / self.directions, directions)
+        return jax.tree.map(lambda v: jnp.tensordot(slopes, v, 1) / len(slopes), directions)
 
 
 def _inner_products(cotangents: Any, tangents: Any) -> jax.Array:
     """Return <cotangents, tangents[i]> for each i: [k]."""
     parts = jax.tree.map(lambda c, t: jnp.tensordot(t, c, c.ndim), cotangents, tangents)
-    return sum(jax.tree.leaves(parts), start=0.0)
+    return jnp.asarray(sum(jax.tree.leaves(parts)))

@@ -1,0 +1,172 @@
+"""MAML on Omniglot's shapes: this framework against plain JAX and against PyTorch.
+
+    python -m metalearn.experiments.benchmarks.maml [--torch-python=.venv-torch/bin/python]
+
+One outer step: 16 tasks, 5-way 1-shot, 25 query images of 28 x 28, four convolutions of 64
+filters with stride 2 and batch statistics, one inner step of SGD, exact second order, outer
+Adam. The images are noise, drawn from the device-resident index as in training.
+
+- `metalearn`     `Trainer.step`, reverse and mixed flow, tasks one at a time (`chunk=1`)
+- `metalearn, all tasks at once`     the same with `chunk=None`
+- `hand-written`  the same model and tasks in plain JAX, jitted: what the framework costs
+- `naive`         plain JAX as one writes it first: `vmap` over tasks, `lax.conv`
+- `pytorch ...`   `pytorch_maml.py` in an environment of its own, which is set up by
+                  python -m venv .venv-torch &&
+                  .venv-torch/bin/pip install -r experiments/benchmarks/pytorch.lock
+
+The contenders take turns, round by round, so that a busy moment hits them all; each row is
+the median over rounds, and each ratio is the median of the ratios within rounds. Run it on
+an idle machine: other work hits PyTorch's threads much harder than XLA's. About 3 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalearn import MixedFlow, Reverse, Trainer
+from metalearn.algorithms import MAML
+from metalearn.datasets import FewShot
+from metalearn.experiments.benchmarks.sampler import random_index
+from metalearn.models import Linen, train_flag
+from metalearn.models.linen_networks import ConvNet
+
+TASKS, QUERIES = 16, 25
+IMAGE = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+BASE = "metalearn, reverse"
+Contender = Callable[[int], float]  # outer steps -> tasks per second
+
+
+def metalearn(tasks: FewShot, engine: Any, chunk: int | None) -> Contender:
+    """`Trainer.step`, as a user calls it."""
+    model = Linen(ConvNet(5), IMAGE, train_flag)
+    trainer = Trainer(MAML(model), engine, optax.adam(1e-3), TASKS, chunk)
+    return timed(lambda state: trainer.step(state, tasks)[0], trainer.init(jax.random.key(0)))
+
+
+def hand_written(tasks: FewShot, convolution: str, one_by_one: bool) -> Contender:
+    """MAML in plain JAX: nothing of the framework but the network and the sampler."""
+    net, optimizer = ConvNet(5, convolution=convolution), optax.adam(1e-3)
+
+    def loss(params: Any, statistics: Any, data: Any) -> jax.Array:
+        variables = {"params": params, **statistics}
+        logits, _ = net.apply(variables, data[0], True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, data[1]).mean()
+
+    def task_loss(params: Any, tasks: FewShot, statistics: Any, key: jax.Array) -> jax.Array:
+        support, query = tasks.sample(key)
+        grads = jax.grad(loss)(params, statistics, support)
+        adapted = jax.tree.map(lambda p, g: p - 0.4 * g, params, grads)
+        return loss(adapted, statistics, query)
+
+    @jax.jit
+    def step(state: Any, tasks: FewShot) -> Any:
+        count, params, moments, statistics, key = state
+        keys = jax.random.split(jax.random.fold_in(key, count), TASKS)
+        gradient = functools.partial(jax.grad(task_loss), params, tasks, statistics)
+        if one_by_one:
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            total, _ = jax.lax.scan(
+                lambda total, key: (jax.tree.map(jnp.add, total, gradient(key)), None), zeros, keys
+            )
+            grads = jax.tree.map(lambda g: g / TASKS, total)
+        else:
+            grads = jax.tree.map(lambda g: g.mean(0), jax.vmap(gradient)(keys))
+        updates, moments = optimizer.update(grads, moments, params)
+        return count + 1, optax.apply_updates(params, updates), moments, statistics, key
+
+    statistics = dict(net.init(jax.random.key(0), jnp.zeros(IMAGE.shape), True))
+    params = statistics.pop("params")
+    start = (
+        jnp.zeros((), jnp.int32),
+        params,
+        optimizer.init(params),
+        statistics,
+        jax.random.key(1),
+    )
+    return timed(lambda state: step(state, tasks), start)
+
+
+def timed(step: Callable[[Any], Any], start: Any) -> Contender:
+    """Compile, and return a function that times outer steps."""
+    jax.block_until_ready(step(start))
+
+    def run(steps: int) -> float:
+        state, began = start, time.perf_counter()
+        for _ in range(steps):
+            state = step(state)
+        jax.block_until_ready(state)
+        return steps * TASKS / (time.perf_counter() - began)
+
+    return run
+
+
+def pytorch(python: str, variant: str, threads: int) -> Contender:
+    """The script of the other environment; its own warm-up is not timed."""
+    script = pathlib.Path(__file__).with_name("pytorch_maml.py")
+
+    def run(steps: int) -> float:
+        options = [f"--variant={variant}", f"--threads={threads}", f"--steps={steps}"]
+        options += [f"--tasks={TASKS}", f"--queries={QUERIES}"]
+        done = subprocess.run(
+            [python, script, *options], check=True, capture_output=True, text=True
+        )
+        return json.loads(done.stdout.splitlines()[-1])["tasks_per_second"]
+
+    return run
+
+
+def contenders(torch_python: str | None) -> Iterator[tuple[str, Contender]]:
+    """Yield (name, contender), compiled and warm."""
+    tasks = FewShot.create(random_index(), ways=5, shots=1, queries=QUERIES // 5)
+    yield BASE, metalearn(tasks, Reverse(), 1)
+    yield "hand-written", hand_written(tasks, "auto", one_by_one=True)
+    yield "metalearn, mixed flow", metalearn(tasks, MixedFlow(), 1)
+    yield "metalearn, all tasks at once", metalearn(tasks, Reverse(), None)
+    yield "naive vmap over lax.conv", hand_written(tasks, "lax", one_by_one=False)
+    if torch_python is None:
+        print("PyTorch is skipped: no --torch-python (see the top of this file).")
+        return
+    for variant in ("loop", "vmap", "torchopt"):
+        for threads in sorted({1, os.cpu_count() or 1}):
+            yield f"pytorch {variant}, threads={threads}", pytorch(torch_python, variant, threads)
+
+
+def main() -> None:
+    """Measure and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--torch-python", default=os.environ.get("METALEARN_TORCH_PYTHON"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5, help="outer steps a round")
+    arguments = parser.parse_args()
+    rows = dict(contenders(arguments.torch_python))
+    load = os.getloadavg()[0]
+    rates: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(arguments.rounds):
+        for name, run in rows.items():
+            rates[name].append(run(arguments.steps))
+    print(
+        f"{os.cpu_count()} cores, load {load:.1f} before, {jax.devices()[0].device_kind}, ", end=""
+    )
+    print(f"jax {jax.__version__}, flax {importlib.metadata.version('flax')}\n")
+    print("| | tasks/s | metalearn (reverse) against it |\n|---|---|---|")
+    for name, measured in rates.items():
+        ratios = [ours / theirs for ours, theirs in zip(rates[BASE], measured, strict=True)]
+        print(f"| {name} | {statistics.median(measured):.1f} | {statistics.median(ratios):.2f}x |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""MAML and its relatives against the same thing written out in plain JAX."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metalearn import MixedFlow, Reverse, Trainer
+from metalearn.algorithms import MAML, cross_entropy, squared_error
+from tests.cases import MODELS, TASKS, Float64, to_float64
+
+pytestmark = pytest.mark.usefixtures("x64")
+MODEL = Float64(MODELS["Functions"])
+KEY = jax.random.key(0)
+
+
+def predict(params, x):
+    return jnp.tanh(x @ params["body"]) @ params["head"]
+
+
+def error(params, data):
+    return jnp.mean((predict(params, data[0]) - data[1]) ** 2)
+
+
+def episode():
+    return to_float64(TASKS["Sinusoid"].sample(jax.random.key(1)))
+
+
+def maml(optimizer=None, **options):
+    optimizer = optax.sgd(0.1) if optimizer is None else optimizer
+    return MAML(MODEL, squared_error, optimizer, **{"inner_steps": 2, **options})
+
+
+def meta_gradient(algorithm, eta, engine=None):
+    """((loss, aux), gradient) on `episode()`."""
+
+    @jax.jit
+    def run(eta):
+        unroll = algorithm.unroll(episode(), KEY)
+        return (engine or MixedFlow()).value_and_grad(
+            unroll, eta, algorithm.batches(episode(), KEY)
+        )
+
+    return run(eta)
+
+
+def assert_close(ours, by_hand):
+    assert jax.tree.structure(ours) == jax.tree.structure(by_hand)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(by_hand), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_maml_is_gradient_descent_from_the_initialisation():
+    def by_hand(params):
+        support, query = episode()
+        adapted = params
+        for _ in range(2):
+            grads = jax.grad(error)(adapted, support)
+            adapted = jax.tree.map(lambda p, g: p - 0.1 * g, adapted, grads)
+        return error(adapted, query)
+
+    eta = maml().init(KEY)
+    loss, grads = jax.value_and_grad(by_hand)(eta.params)
+    (ours, _), our_grads = meta_gradient(maml(), eta)
+    assert_close(ours, loss)
+    assert_close(our_grads.params, grads)
+    assert our_grads.rates is None
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(0.1, momentum=0.9, nesterov=True),
+        optax.rmsprop(0.05, eps=1e-3, eps_in_sqrt=True),
+        optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1, eps_root=1e-4)),
+        optax.sgd(optax.linear_schedule(0.2, 0.1, 2)),
+    ],
+    ids=["nesterov", "rmsprop", "clip-adamw", "schedule"],
+)
+def test_the_inner_optimizer_is_any_of_optax(optimizer):
+    def by_hand(params):
+        support, query = episode()
+        adapted, state = params, optimizer.init(params)
+        for _ in range(3):
+            grads = jax.grad(error)(adapted, support)
+            updates, state = optimizer.update(grads, state, adapted)
+            adapted = optax.apply_updates(adapted, updates)
+        return error(adapted, query)
+
+    algorithm = maml(optimizer, inner_steps=3)
+    eta = algorithm.init(KEY)
+    loss, grads = jax.jit(jax.value_and_grad(by_hand))(eta.params)
+    (ours, _), our_grads = meta_gradient(algorithm, eta)
+    assert_close(ours, loss)
+    assert_close(our_grads.params, grads)
+
+
+def test_meta_sgd_learns_a_rate_for_every_parameter():
+    algorithm = maml(optax.sgd(1.0), learned_rates=0.1)
+    eta = algorithm.init(KEY)
+    assert [r.tolist() for r in eta.rates] == [[[0.1]] * 4, [[0.1] * 4]]  # head, body
+
+    def by_hand(params, rates):
+        support, query = episode()
+        adapted = params
+        for _ in range(2):
+            grads = jax.grad(error)(adapted, support)
+            adapted = jax.tree.map(lambda p, r, g: p - r * g, adapted, rates, grads)
+        return error(adapted, query)
+
+    rates = dict(zip(("head", "body"), eta.rates, strict=True))
+    loss, (grads, rate_grads) = jax.value_and_grad(by_hand, (0, 1))(eta.params, rates)
+    (ours, _), our_grads = meta_gradient(algorithm, eta)
+    assert_close(ours, loss)
+    assert_close(our_grads.params, grads)
+    assert_close(our_grads.rates, [rate_grads["head"], rate_grads["body"]])
+    assert all(abs(g).min() > 1e-6 for g in our_grads.rates)
+
+
+def test_meta_sgd_learns_rates_of_the_adapted_parameters_alone():
+    eta = maml(optax.sgd(1.0), learned_rates=0.1, adapt="body").init(KEY)
+    assert [r.shape for r in eta.rates] == [(1, 4)]
+
+
+def test_anil_adapts_the_head_alone_and_learns_all():
+    algorithm = maml(adapt="head")
+    eta = algorithm.init(KEY)
+
+    def by_hand(params):
+        support, query = episode()
+        head = params["head"]
+        for _ in range(2):
+            head -= 0.1 * jax.grad(lambda h: error({**params, "head": h}, support))(head)
+        return error({**params, "head": head}, query), head
+
+    (_, head), grads = jax.value_and_grad(by_hand, has_aux=True)(eta.params)
+    (_, aux), our_grads = meta_gradient(algorithm, eta)
+    assert_close(aux.state.params, [head])
+    assert_close(our_grads.params, grads)
+    assert abs(our_grads.params["body"]).min() > 1e-6
+
+
+def test_a_pattern_that_matches_no_parameter_is_refused_with_the_paths_there_are():
+    message = "No parameter path matches 'classifier'. There are: body, head."
+    algorithm = maml(adapt="classifier")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        algorithm.unroll(episode(), KEY).init(maml().init(KEY))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        maml(adapt="classifier", learned_rates=0.1).init(KEY)
+
+
+@pytest.mark.parametrize(("steps", "of"), [(0, None), (-1, None), (1, -1)])
+def test_less_than_one_inner_step_is_refused(steps, of):
+    message = (
+        f"MAML adapts in at least one inner step, but inner_steps={steps} and eval_steps={of}."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        maml(inner_steps=steps, eval_steps=of)
+
+
+def test_zero_evaluation_steps_are_refused():
+    with pytest.raises(ValueError, match="at least one inner step.*eval_steps=0"):
+        maml(eval_steps=0)
+
+
+def test_evaluation_takes_its_own_number_of_inner_steps():
+    algorithm = maml(eval_steps=7)
+    eta, tasks, count = algorithm.init(KEY), TASKS["Sinusoid"], 4
+    results = {
+        name: Trainer(a, tasks_per_step=count).evaluate(eta, tasks, KEY, count)["loss"].mean
+        for name, a in {
+            "as said": algorithm,
+            "seven": maml(inner_steps=7),
+            "two": maml(),
+        }.items()
+    }
+    assert results["as said"] == results["seven"] != results["two"]
+    assert algorithm.evaluation().inner_steps == 7 and maml().evaluation() == maml()
+
+
+def test_inner_losses_are_those_of_the_support_set():
+    eta = maml().init(KEY)
+    (_, aux), _ = meta_gradient(maml(), eta, Reverse())
+    support, _ = episode()
+    first = error(eta.params, support)
+    moved = jax.tree.map(lambda p, g: p - 0.1 * g, eta.params, jax.grad(error)(eta.params, support))
+    assert_close(aux.inner.losses, jnp.stack([first, error(moved, support)])[:, None])
+
+
+def test_cross_entropy_is_the_mean_surprise_and_counts_hits():
+    logits, labels = jnp.log(jnp.array([[0.7, 0.3], [0.4, 0.6], [0.9, 0.1]])), jnp.array([0, 1, 1])
+    loss, metrics = cross_entropy(logits, labels)
+    np.testing.assert_allclose(loss, -np.log([0.7, 0.6, 0.1]).mean(), rtol=1e-12)
+    np.testing.assert_allclose(metrics["accuracy"], 2 / 3)

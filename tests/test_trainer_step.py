@@ -1,0 +1,149 @@
+"""One outer step, and evaluation: what they compute, whatever computes it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from metalearn import Forward, MixedFlow, Reverse, Trainer
+from metalearn.algorithms import MAML, squared_error
+from metalearn.datasets import Sinusoid
+from metalearn.engines.loop import rollout
+from tests.cases import MODELS, TASKS, Float64
+
+pytestmark = pytest.mark.usefixtures("x64")
+MODEL, WAVES = Float64(MODELS["Functions"]), TASKS["Sinusoid"]
+ALGORITHM = MAML(MODEL, squared_error, optax.sgd(0.05), inner_steps=2)
+TRAINER = Trainer(ALGORITHM, optimizer=optax.adam(0.01), tasks_per_step=6)
+KEY = jax.random.key(0)
+
+
+def flat(tree):
+    return np.asarray(ravel_pytree(tree)[0])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 6])
+def test_a_step_in_chunks_is_the_same_step(chunk):
+    state, metrics = TRAINER.step(TRAINER.init(KEY), WAVES)
+    chunked = dataclasses.replace(TRAINER, chunk=chunk)
+    chunked_state, chunked_metrics = chunked.step(chunked.init(KEY), WAVES)
+    np.testing.assert_allclose(flat(chunked_state.eta), flat(state.eta), rtol=1e-12)
+    np.testing.assert_allclose(
+        flat(chunked_state.optimizer), flat(state.optimizer), rtol=1e-11, atol=1e-15
+    )
+    assert chunked_metrics.keys() == metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(chunked_metrics[name], value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [0, 4, 12])
+def test_a_chunk_that_does_not_divide_is_refused_with_those_that_fit(chunk):
+    message = (
+        f"^tasks_per_step=6 does not divide into chunks of {chunk}. Chunks that fit: 1, 2, 3, 6.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        Trainer(ALGORITHM, tasks_per_step=6, chunk=chunk)
+
+
+@pytest.mark.parametrize("engine", [Reverse(), Forward(), MixedFlow()], ids=repr)
+def test_a_step_descends_the_mean_of_the_meta_gradients_of_its_tasks(engine):
+    trainer = dataclasses.replace(TRAINER, engine=engine, optimizer=optax.sgd(0.5))
+    start = trainer.init(KEY)
+    end, metrics = trainer.step(start, WAVES)
+    keys = jax.random.split(jax.random.fold_in(start.key, 0), 6)
+    of_each = jax.jit(jax.vmap(lambda key: trainer.task_gradient(start.eta, WAVES, key)))
+    grads, losses = of_each(keys)
+    mean = jax.tree.map(lambda g: g.mean(0), grads)
+    np.testing.assert_allclose(flat(end.eta), flat(start.eta) - 0.5 * flat(mean), rtol=1e-12)
+    np.testing.assert_allclose(metrics["loss"], losses["loss"].mean(), rtol=1e-12)
+    np.testing.assert_allclose(metrics["meta_grad_norm"], np.linalg.norm(flat(mean)), rtol=1e-12)
+    assert np.unique(losses["loss"]).size == 6  # six different tasks
+
+
+def test_a_step_reports_the_outer_loss_the_metrics_and_the_inner_loop():
+    always = {"loss", "inner_loss_first", "inner_loss_last", "inner_finite", "meta_grad_norm"}
+    _, metrics = TRAINER.step(TRAINER.init(KEY), WAVES)
+    assert metrics.keys() == always
+    assert all(value.shape == () for value in metrics.values())
+    assert metrics["inner_finite"] == 1
+    assert metrics["inner_loss_last"] < metrics["inner_loss_first"]
+    classifier = Trainer(MAML(Float64(MODELS["linen-ConvNet"])), tasks_per_step=2)
+    _, metrics = classifier.step(classifier.init(KEY), TASKS["FewShot"])
+    assert metrics.keys() == always | {"accuracy"}
+
+
+def test_an_inner_gradient_that_is_not_finite_is_counted():
+    """One wave in two is infinite far from zero: its loss is infinite, its gradient NaN."""
+    wild = Sinusoid(shots=3, queries=4, amplitude=(-3e38, 3e38))
+    trainer = Trainer(MAML(MODELS["Functions"], squared_error, optax.sgd(1e30)), tasks_per_step=2)
+    _, metrics = trainer.step(trainer.init(KEY), wild)
+    assert metrics["inner_finite"] < 1
+
+
+def test_the_key_decides_the_run_and_the_step_its_tasks():
+    states = {}
+    for name, seed in {"one": 0, "again": 0, "other": 1}.items():
+        state = TRAINER.init(jax.random.key(seed))
+        for _ in range(3):
+            state, _ = TRAINER.step(state, WAVES)
+        states[name] = flat(state.eta)
+    assert (states["one"] == states["again"]).all() and (states["one"] != states["other"]).all()
+    state = TRAINER.init(KEY)
+    _, first = TRAINER.step(state, WAVES)
+    _, later = TRAINER.step(dataclasses.replace(state, step=state.step + 1), WAVES)
+    assert first["loss"] != later["loss"]
+
+
+def test_evaluation_is_the_mean_over_tasks_with_its_95_percent_interval():
+    eta = TRAINER.init(KEY).eta
+    result = TRAINER.evaluate(eta, WAVES, jax.random.key(9), count=12)["loss"]
+
+    def loss_of(key):  # as documented: one key each for the task, the unroll, the batches
+        sample_key, unroll_key, batch_key = jax.random.split(key, 3)
+        episode = WAVES.sample(sample_key)
+        unroll = ALGORITHM.unroll(episode, unroll_key)
+        return rollout(unroll, eta, ALGORITHM.batches(episode, batch_key))[0]
+
+    losses = np.asarray(jax.jit(jax.vmap(loss_of))(jax.random.split(jax.random.key(9), 12)))
+    assert result.tasks == 12
+    np.testing.assert_allclose(result.mean, losses.mean(), rtol=1e-12)
+    interval = 1.96 * np.std(losses, ddof=1) / np.sqrt(12)
+    np.testing.assert_allclose(result.ci95, interval, rtol=1e-10)
+    assert str(result) == f"{losses.mean():.4f} +- {interval:.4f}"
+
+
+def test_evaluation_is_decided_by_its_key():
+    eta = TRAINER.init(KEY).eta
+    once, again, other = (
+        TRAINER.evaluate(eta, WAVES, jax.random.key(seed), count=12) for seed in (1, 1, 2)
+    )
+    assert once == again and once["loss"].mean != other["loss"].mean
+
+
+def test_evaluation_takes_any_number_of_tasks_in_chunks_of_a_step():
+    eta = TRAINER.init(KEY).eta
+    result = TRAINER.evaluate(eta, WAVES, KEY, count=8)  # chunks of 6
+    assert result["loss"].tasks == 8
+    keys = jax.random.split(KEY, 12)[:8]
+    losses = jnp.concatenate(
+        [TRAINER._evaluate(eta, WAVES, k)["loss"] for k in (keys[:4], keys[4:])]
+    )
+    np.testing.assert_allclose(result["loss"].mean, losses.mean(), rtol=1e-12)
+    single = TRAINER.evaluate(eta, WAVES, KEY, count=1)["loss"]
+    assert np.isnan(single.ci95) and np.isfinite(single.mean)
+
+
+def test_a_hundred_steps_of_sinusoid_lower_the_loss():
+    algorithm = MAML(MODELS["linen-MLP"], squared_error, optax.sgd(0.02))
+    trainer = Trainer(algorithm, optimizer=optax.adam(0.02), tasks_per_step=16)
+    state, waves, key = trainer.init(KEY), Sinusoid(), jax.random.key(5)
+    before = trainer.evaluate(state.eta, waves, key, 320)["loss"]
+    for _ in range(100):
+        state, _ = trainer.step(state, waves)
+    after = trainer.evaluate(state.eta, waves, key, 320)["loss"]
+    print(before, after)
+    assert after.mean + after.ci95 < before.mean
