@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -147,5 +148,7 @@ class Fit:
             desc=f"outer steps of {tasks_per_step} tasks",
             disable=not self.progress,
             dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 5.0,
         ) as bar:
+            bar.set_postfix_str("compiling the first step")
             yield bar

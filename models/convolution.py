@@ -3,11 +3,11 @@
 Under `vmap` over tasks, each with kernels of its own, a convolution becomes a grouped
 one, and no backend is good at those; its second derivative is worse. The same sum
 written as patches times a matrix is a batched matmul, which all of them are good at, and
-so are its derivatives. On a CPU it wins without `vmap` too, while images are small.
-`experiments/benchmarks/convolution.py` measures both.
+so are its derivatives. `experiments/benchmarks/convolution.py` measures both: on a CPU, patches
+are 1.4 to 5.9 times as fast with a kernel per task, and about even with one kernel.
 
 A patch matrix holds kernel_h * kernel_w copies of the image, so large images go back to
-`lax.conv_general_dilated`.
+`lax.conv_general_dilated`; and a model that is never adapted per task may do so by choice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ METHODS = {
     "lax": "as `lax.conv_general_dilated`",
 }
 NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # with HWIO kernels, in lax's own terms
-PATCHES_UP_TO = 64 * 64  # pixels of output, where "auto" changes over
+PATCHES_UP_TO = 128 * 128  # pixels of output, where "auto" changes over
 
 
 def convolve(

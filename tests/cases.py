@@ -126,7 +126,8 @@ class AlgorithmCase:
         return self.make(model, cross_entropy), TASKS["FewShot"]
 
 
-def _maml(optimizer=optax.sgd(0.1), **options):
+def _maml(optimizer=None, **options):
+    optimizer = optax.sgd(0.1) if optimizer is None else optimizer
     return functools.partial(MAML, optimizer=optimizer, **{"inner_steps": 2, **options})
 
 

@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
 import sys
 import textwrap
 
@@ -25,6 +26,16 @@ from tests.cases import ALGORITHMS, ENGINES, LIBRARIES, MODELS, TASKS
 
 pytestmark = pytest.mark.usefixtures("x64")
 PAIRS = [(name, library) for name in ALGORITHMS for library in LIBRARIES]
+REVERSE = Reverse()
+STOPPED = pytest.mark.xfail(
+    strict=True,
+    reason="nnx.BatchNorm stops the gradient through its running statistics",
+)
+EXACT_PAIRS = [
+    pytest.param(*pair, marks=[STOPPED] if pair == ("running", "nnx") else [])
+    for pair in PAIRS
+    if ALGORITHMS[pair[0]].exact
+]
 OTHER_ENGINES = [name for name in ENGINES if name != "Reverse"]
 
 
@@ -39,7 +50,7 @@ def problem(case, library):
 
 
 @functools.cache
-def solved(case, library, engine=Reverse()):
+def solved(case, library, engine=REVERSE):
     """Return ((loss, aux), gradient) as one compiled call gives them."""
     algorithm, eta, episode, key = problem(case, library)
 
@@ -81,7 +92,7 @@ def test_engines_agree_on_a_convolution_network_with_batch_statistics(engine):
     assert_same(solved(cases.CONV_MAML, "linen", ENGINES[engine]), expected)
 
 
-@pytest.mark.parametrize(("name", "library"), [p for p in PAIRS if ALGORITHMS[p[0]].exact])
+@pytest.mark.parametrize(("name", "library"), EXACT_PAIRS)
 def test_gradient_matches_central_differences(name, library):
     algorithm, eta, episode, key = problem(ALGORITHMS[name], library)
     flat, unravel = ravel_pytree(eta)
@@ -131,7 +142,7 @@ WITH_A_CASE = {
 def public_classes(package):
     """Return the concrete subclasses of `BASES` that a package and its modules define."""
     names = [m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
-    library = [n for n in names if not n.startswith("metalearn.experiments")]  # programs
+    library = [n for n in names if not re.match(r"metalearn\.(experiments|__main__)", n)]
     modules = [package, *map(importlib.import_module, library)]
     return {
         value

@@ -1,0 +1,227 @@
+"""The loop around the step: what is logged when, and what happens to a loss that breaks."""
+
+import dataclasses
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metalearn import Algorithm, Reverse, Trainer, Unroll
+from metalearn.algorithms import MAML, squared_error
+from metalearn.checkpoint import Checkpoints
+from metalearn.datasets import Sinusoid
+from metalearn.fit import NonFiniteError
+from metalearn.loggers import JsonlLogger, Logger
+from metalearn.models import Functions
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock(Algorithm):
+    """eta is the number of outer steps taken: its derivative is -1, and the rate is 1.
+
+    `loss_at` and `slope_at` break the loss, or the derivative alone, once eta is there.
+    """
+
+    loss_at: float = math.inf
+    slope_at: float = math.inf
+    broken: float = math.nan
+
+    def init(self, key):
+        return jnp.zeros(())
+
+    def unroll(self, episode, key):
+        _, y = episode.query
+
+        def loss(eta, state):
+            # 0 * d/dx sqrt(x) is nan at x = 0, where the value is 0.
+            slope = 0.0 * jnp.sqrt(jnp.maximum(self.slope_at - eta, 0.0))
+            slope = jnp.where(jnp.isfinite(self.slope_at), slope, 0.0)
+            value = y.mean() - eta + slope
+            value = jnp.where(eta >= self.loss_at, self.broken, value)
+            return value, {"clock": eta, "size": jnp.abs(y).max()}
+
+        return Unroll(lambda eta: eta, lambda eta, state, batch, grad: state, loss)
+
+
+class Heard(Logger):
+    """Keeps what it hears."""
+
+    def __init__(self):
+        self.started, self.rows, self.tables = [], [], []
+
+    def start(self, step, config, record):
+        self.started.append((step, config, record))
+
+    def log(self, step, metrics):
+        self.rows.append((step, dict(metrics)))
+
+    def record(self):
+        return {"rows": len(self.rows)}
+
+    def finish(self, table=None):
+        self.tables.append(table)
+
+
+TASKS = Sinusoid(shots=2, queries=3)
+KEY = jax.random.key(0)
+
+
+def clock(**options):
+    return Trainer(Clock(**options), Reverse(), optax.sgd(1.0), tasks_per_step=2)
+
+
+def fit(trainer, steps, *loggers, **options):
+    options = {"progress": False, "log_every": 1, **options}
+    return trainer.fit(TASKS, steps, key=KEY, loggers=loggers, **options)
+
+
+def steps_of(rows, name="loss"):
+    return [step for step, metrics in rows if name in metrics]
+
+
+def test_metrics_are_logged_every_log_every_steps_and_at_the_last_one():
+    heard = Heard()
+    state = fit(clock(), 7, heard, log_every=3)
+    assert steps_of(heard.rows) == [3, 6, 7]
+    assert [metrics["clock"] for _, metrics in heard.rows] == [2.0, 5.0, 6.0]
+    assert all(type(value) is float for _, metrics in heard.rows for value in metrics.values())
+    assert int(state.step) == 7 and float(state.eta) == 7.0
+
+
+def test_loggers_are_started_once_and_left_open_for_the_final_table():
+    heard = Heard()
+    fit(clock(), 2, heard)
+    assert heard.started == [(0, {}, {})]
+    assert heard.tables == []
+
+
+def test_evaluation_is_of_held_out_tasks_every_eval_every_steps_and_at_the_last_one():
+    heard, trainer = Heard(), clock()
+    far = dataclasses.replace(TASKS, amplitude=(100.0, 101.0))
+    fit(trainer, 5, heard, held_out=far, eval_every=2, eval_tasks=50)
+    evaluated = {step: metrics for step, metrics in heard.rows if "eval/loss" in metrics}
+    assert list(evaluated) == [2, 4, 5]
+    assert [metrics["eval/clock"] for metrics in evaluated.values()] == [2.0, 4.0, 5.0]
+    assert all(metrics["eval/size"] > 10 for metrics in evaluated.values())
+    assert all(metrics["size"] < 10 for _, metrics in heard.rows if "size" in metrics)
+
+
+def test_evaluation_reports_a_mean_with_its_interval_over_the_same_tasks_every_time():
+    heard = Heard()
+    fit(clock(), 2, heard, held_out=TASKS, eval_every=1, eval_tasks=400)
+    first, second = (metrics for _, metrics in heard.rows if "eval/loss" in metrics)
+    assert first["eval/size"] == second["eval/size"]
+    np.testing.assert_allclose(first["eval/loss"] - second["eval/loss"], 1.0, rtol=1e-5)
+    # The loss differs between tasks by the mean of three points of a wave.
+    means = jax.vmap(lambda key: TASKS.sample(key).query[1].mean())(jax.random.split(KEY, 400))
+    expected = 1.96 * np.std(means, ddof=1) / math.sqrt(400)
+    np.testing.assert_allclose(first["eval/loss_ci95"], expected, rtol=0.2)
+    assert first["eval/clock_ci95"] == 0.0
+
+
+def test_nothing_is_evaluated_unless_asked_for():
+    heard = Heard()
+    fit(clock(), 2, heard, held_out=TASKS)
+    assert steps_of(heard.rows, "eval/loss") == []
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_an_outer_loss_that_is_not_finite_stops_training_and_keeps_what_was_logged(
+    broken, tmp_path
+):
+    heard, rows = Heard(), JsonlLogger(tmp_path / "metrics.jsonl")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1)
+    trainer = clock(loss_at=3.0, broken=broken)
+    with pytest.raises(NonFiniteError, match=f"^`loss` became {broken} at outer step 4, so"):
+        fit(trainer, 8, heard, rows, log_every=3, checkpoints=checkpoints)
+    checkpoints.close()
+    logged = [json.loads(line) for line in rows.path.read_text().splitlines()]
+    assert [row["step"] for row in logged] == [3, 4]
+    assert not math.isfinite(logged[-1]["loss"]) and math.isfinite(logged[-1]["meta_grad_norm"])
+    assert heard.tables == [None]
+
+    restored, _ = Checkpoints(tmp_path / "checkpoints").restore(trainer.init(KEY))
+    assert int(restored.step) == 3
+    assert float(restored.eta) == 3.0
+
+
+def test_the_message_about_a_broken_loss_says_where_to_look():
+    with pytest.raises(NonFiniteError, match=r"see `inner_loss_last`.*Adam: set `eps_root`"):
+        fit(clock(loss_at=0.0), 2)
+
+
+def test_a_meta_gradient_that_is_not_finite_stops_training_though_the_loss_is_healthy():
+    heard = Heard()
+    with pytest.raises(NonFiniteError, match="^`meta_grad_norm` became nan at outer step 3"):
+        fit(clock(slope_at=2.0), 8, heard)
+    step, metrics = heard.rows[-1]
+    assert step == 3 and math.isfinite(metrics["loss"])
+    assert heard.tables == [None]
+
+
+def _with_a_dead_unit(eps_root):
+    """MAML by Adam on a model one of whose parameters has a gradient of exactly zero."""
+
+    def init(key):
+        return {"slope": jax.random.normal(key), "dead": jnp.full((), -100.0)}
+
+    model = Functions(init, lambda params, x: params["slope"] * x + jax.nn.relu(params["dead"]))
+    inner = optax.adam(0.1, eps_root=eps_root)
+    return Trainer(MAML(model, squared_error, inner, inner_steps=2), Reverse(), tasks_per_step=2)
+
+
+def test_inner_adam_with_a_zero_gradient_is_caught_and_eps_root_mends_it():
+    with pytest.raises(NonFiniteError, match="^`meta_grad_norm` became nan at outer step 1"):
+        fit(_with_a_dead_unit(eps_root=0.0), 2)
+    assert int(fit(_with_a_dead_unit(eps_root=1e-8), 2).step) == 2
+
+
+def test_stop_on_nonfinite_can_be_switched_off():
+    heard = Heard()
+    state = fit(clock(loss_at=2.0, slope_at=4.0), 6, heard, log_every=2, stop_on_nonfinite=False)
+    assert int(state.step) == 6
+    assert steps_of(heard.rows) == [2, 4, 6]
+    assert [math.isfinite(metrics["loss"]) for _, metrics in heard.rows] == [True, False, False]
+
+
+@pytest.mark.parametrize("first", [3, 4])  # a checkpoint off and on the common rhythm
+def test_a_run_in_two_parts_ends_where_one_in_one_part_does(first, tmp_path):
+    trainer = _with_a_dead_unit(eps_root=1e-8)
+    whole, parts = Heard(), Heard()
+    expected = fit(trainer, 6, whole)
+    for steps in (first, 6):
+        checkpoints = Checkpoints(tmp_path, {"seed": 0}, every=2)
+        state = fit(trainer, steps, parts, checkpoints=checkpoints)
+        checkpoints.close()
+    assert parts.rows == whole.rows
+    assert parts.started == [(0, {"seed": 0}, {}), (first, {"seed": 0}, {"rows": first})]
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), state, expected)
+    assert jax.tree.all(same)
+
+
+def test_a_run_that_has_taken_its_steps_takes_no_more(tmp_path):
+    heard = Heard()
+    for _ in range(2):
+        checkpoints = Checkpoints(tmp_path, every=2)
+        state = fit(clock(), 2, heard, checkpoints=checkpoints)
+        checkpoints.close()
+    assert steps_of(heard.rows) == [1, 2]
+    assert float(state.eta) == 2.0
+
+
+def test_the_progress_bar_shows_the_rate_and_the_loss(capsys):
+    fit(clock(), 5, progress=True)
+    shown = capsys.readouterr().err
+    assert "outer steps of 2 tasks" in shown and "5/5" in shown
+    assert re.search(r"\d(step/s|s/step)", shown)
+    assert re.search(r"loss=-?\d+\.\d{4}", shown)
+
+
+def test_the_progress_bar_can_be_switched_off(capsys):
+    fit(clock(), 2, progress=False)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,228 @@
+"""What the loggers write, read back from where they wrote it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import optax
+import pytest
+
+from metalearn import Reverse, Trainer
+from metalearn.algorithms import MAML, squared_error
+from metalearn.datasets import Sinusoid
+from metalearn.evaluation import Estimate
+from metalearn.loggers import ConsoleLogger, JsonlLogger, WandbLogger
+from metalearn.models import Functions
+
+TABLE = {"loss": Estimate(1.25, 0.5, 600), "accuracy": Estimate(0.75, 0.125, 600)}
+
+
+def test_jsonl_logger_appends_one_object_a_line_in_a_directory_it_makes(tmp_path):
+    logger = JsonlLogger(tmp_path / "new" / "metrics.jsonl")
+    logger.start(0, {}, {})
+    logger.log(1, {"loss": 0.5})
+    logger.log(2, {"loss": 0.25, "eval/loss": 1.0})
+    logger.finish(TABLE)
+    assert [json.loads(line) for line in logger.path.read_text().splitlines()] == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 0.25, "eval/loss": 1.0},
+    ]
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "lo', '{"step": 4, "loss": 1.0}'])
+def test_jsonl_logger_drops_what_came_after_the_resumed_step_and_a_torn_line(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    kept = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "eval/loss": 2.5}\n'
+    path.write_text(kept + '{"step": 3, "loss": 1.0}\n' + torn)
+    logger = JsonlLogger(path)
+    logger.start(2, {}, {})
+    assert path.read_text() == kept
+    logger.log(3, {"loss": 0.5})
+    assert path.read_text() == kept + '{"step": 3, "loss": 0.5}\n'
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_jsonl_logger_begins_anew_where_nothing_was_checkpointed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n')
+    JsonlLogger(path).start(0, {}, {})
+    assert path.read_text() == ""
+
+
+def test_console_logger_prints_now_and_then_every_evaluation_and_the_table(capsys):
+    logger = ConsoleLogger(every=10)
+    logger.start(0, {}, {})
+    for step in (5, 10):
+        logger.log(step, {"loss": 1.23456})
+    logger.log(15, {"eval/loss": 2.0})
+    logger.finish(TABLE)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["step", "10", "loss", "1.235"],
+        ["step", "15", "eval/loss", "2"],
+        ["loss", "1.2500", "+-", "0.5000", "(95%", "interval,", "600", "tasks)"],
+        ["accuracy", "0.7500", "+-", "0.1250", "(95%", "interval,", "600", "tasks)"],
+    ]
+
+
+def test_console_logger_prints_nothing_where_there_is_no_table(capsys):
+    ConsoleLogger().finish()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def nobody(tmp_path, monkeypatch):
+    """The environment of somebody who never logged in to W&B, with a home of their own."""
+    for name in list(os.environ):
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(home / name.lower()))
+    return home
+
+
+@pytest.fixture
+def wandb(nobody):
+    """W&B, its background process ended afterwards."""
+    import wandb
+
+    yield wandb
+    wandb.teardown()
+
+
+def inspect(run: pathlib.Path) -> list[dict]:
+    """The records of an offline run, as W&B's own reader prints them."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def without_underscores(record: dict) -> dict:
+    return {name: value for name, value in record.items() if not name.startswith("_")}
+
+
+def test_an_offline_wandb_run_holds_the_config_the_scalars_by_step_and_the_table(wandb, tmp_path):
+    model = Functions(lambda key: jax.random.normal(key), lambda params, x: params * x)
+    trainer = Trainer(MAML(model, squared_error, optax.sgd(0.01)), Reverse(), tasks_per_step=2)
+    tasks, key = Sinusoid(shots=2, queries=2), jax.random.key(0)
+    config = {"seed": 0, "model": {"hidden": [40, 40]}}
+    logger = WandbLogger(mode="offline", name="a name", group="a group", directory=tmp_path / "run")
+    rows = JsonlLogger(tmp_path / "metrics.jsonl")
+    with_config = _Configured(logger, config, {"wandb_id": "kept"})
+    state = trainer.fit(
+        tasks,
+        5,
+        key=key,
+        loggers=[with_config, rows],
+        held_out=tasks,
+        eval_every=4,
+        eval_tasks=4,
+        log_every=2,
+        progress=False,
+    )
+    assert logger.record() == {"wandb_id": "kept"}
+    found = trainer.evaluate(state.eta, tasks, key, 4)
+    logger.finish(found)
+
+    (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    records = inspect(run)
+    (started,) = (record["run"] for record in records if record["type"] == "run")
+    assert without_underscores(started["config"]["update"]) == config
+    assert (started["project"], started["run_id"]) == ("metalearn", "kept")
+    assert (started["display_name"], started["run_group"]) == ("a name", "a group")
+
+    expected: dict[int, dict] = {}
+    for line in rows.path.read_text().splitlines():
+        row = json.loads(line)
+        expected.setdefault(row.pop("step"), {}).update(row)
+    history = [record["history"] for record in records if record["type"] == "history"]
+    scalars = {
+        row["step"]["num"]: {
+            name: value
+            for name, value in without_underscores(row["item"]).items()
+            if not name.startswith("test.")
+        }
+        for row in history
+    }
+    assert sorted(scalars) == [2, 4, 5]
+    assert {"eval/loss", "eval/loss_ci95", "loss", "meta_grad_norm"} <= scalars[4].keys()
+    assert scalars == expected
+
+    assert history[-1]["item"]["test._type"] == "table-file"
+    (table,) = (json.loads(file.read_text()) for file in run.glob("files/media/table/*.json"))
+    assert table["columns"] == ["metric", "mean", "ci95", "tasks"]
+    assert table["data"] == [[name, *estimate] for name, estimate in found.items()]
+    summary: dict = {}
+    for record in records:
+        summary |= record.get("summary", {}).get("update", {})
+    assert summary["test/loss"] == found["loss"].mean
+
+
+class _Configured(WandbLogger):
+    """A logger that is told of a config and a record, as `Fit` does from a checkpoint."""
+
+    def __init__(self, logger, config, record):
+        self.logger, self.told = logger, (config, record)
+
+    def start(self, step, config, record):
+        self.logger.start(step, *self.told)
+
+    def log(self, step, metrics):
+        self.logger.log(step, metrics)
+
+
+def test_a_disabled_wandb_run_writes_nothing(wandb, tmp_path):
+    logger = WandbLogger(mode="disabled", directory=tmp_path / "run")
+    logger.start(0, {"seed": 0}, {})
+    logger.log(1, {"loss": 1.0})
+    logger.finish(TABLE)
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+
+
+ANSWER_NOTHING = """
+import sys
+from metalearn.loggers import WandbLogger
+
+logger = WandbLogger(directory=sys.argv[1])
+logger.start(0, {}, {})
+logger.log(1, {"loss": 1.0})
+logger.finish()
+"""
+
+
+def test_auto_mode_is_offline_for_somebody_not_logged_in_and_asks_nothing(nobody, tmp_path):
+    command = [sys.executable, "-c", ANSWER_NOTHING, str(tmp_path / "run")]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+    (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert any(record["type"] == "history" for record in inspect(run))
+
+
+def test_auto_mode_does_what_the_environment_says(wandb, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    logger = WandbLogger(directory=tmp_path / "run")
+    logger.start(0, {}, {})
+    logger.log(1, {"loss": 1.0})
+    logger.finish()
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+
+
+def test_an_unknown_wandb_mode_is_refused_with_those_there_are():
+    expected = r"^W&B's mode is 'ofline'. It can be: auto, online, offline, disabled\.$"
+    with pytest.raises(ValueError, match=expected):
+        WandbLogger(mode="ofline")
+
+
+def test_a_wandb_logger_that_never_started_has_nothing_to_record_or_finish():
+    logger = WandbLogger(mode="online")
+    logger.finish(TABLE)
+    assert logger.record() == {}
