@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metalearn.algorithm import Algorithm
@@ -43,8 +44,10 @@ def estimate(
     chunk: int,
 ) -> dict[str, Estimate]:
     """Run `metrics_of` (keys [chunk] -> metrics [chunk]) over `tasks` keys."""
-    keys = jax.random.split(key, math.ceil(tasks / chunk) * chunk)
-    rows = [metrics_of(keys[i : i + chunk]) for i in range(0, len(keys), chunk)]
+    keys = jax.random.split(key, tasks)
+    padded = -(-tasks // chunk) * chunk  # one shape, one compilation; the surplus is dropped
+    keys = keys[jnp.arange(padded) % tasks]
+    rows = [metrics_of(keys[i : i + chunk]) for i in range(0, padded, chunk)]
     columns = {name: np.concatenate([np.asarray(row[name]) for row in rows]) for name in rows[0]}
     return {name: _interval(column[:tasks]) for name, column in columns.items()}
 

@@ -11,22 +11,34 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 from tqdm import tqdm
 
+from metalearn.evaluation import Estimate
 from metalearn.loggers import Logger
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 
 if TYPE_CHECKING:
     from metalearn.checkpoint import Checkpoints
-    from metalearn.trainer import Trainer
 
 WATCHED = ("loss", "meta_grad_norm")
 EVALUATION = 2**32 - 1  # folded into the run's key; outer steps count up from 0
+
+
+class Steps(Protocol):
+    """What this loop needs of a `Trainer`."""
+
+    @property
+    def tasks_per_step(self) -> int: ...
+    @property
+    def step(self) -> Callable[[TrainState, Tasks], tuple[TrainState, Any]]: ...
+    def evaluate(
+        self, eta: Any, tasks: Tasks, key: jax.Array, count: int = ...
+    ) -> dict[str, Estimate]: ...
 
 
 class NonFiniteError(FloatingPointError):
@@ -47,7 +59,7 @@ class Fit:
 
     def run(
         self,
-        trainer: Trainer,
+        trainer: Steps,
         state: TrainState,
         tasks: Tasks,
         loggers: Sequence[Logger] = (),
@@ -80,7 +92,7 @@ class Fit:
 
     def _loop(
         self,
-        trainer: Trainer,
+        trainer: Steps,
         state: TrainState,
         tasks: Tasks,
         loggers: Sequence[Logger],
@@ -129,7 +141,7 @@ class Fit:
             )
 
     def _evaluate(
-        self, trainer: Trainer, state: TrainState, step: int, loggers: Sequence[Logger]
+        self, trainer: Steps, state: TrainState, step: int, loggers: Sequence[Logger]
     ) -> None:
         assert self.held_out is not None
         key = jax.random.fold_in(state.key, EVALUATION)  # the same tasks at every evaluation

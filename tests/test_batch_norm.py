@@ -21,7 +21,8 @@ MOMENTUM = 0.7
 
 def episodes(n=2):
     keys = jax.random.split(jax.random.key(4), n)
-    return [to_float64(TASKS["FewShot"].sample(key)) for key in keys]
+    sample = jax.jit(TASKS["FewShot"].sample)
+    return [to_float64(sample(key)) for key in keys]
 
 
 def adapted(library, policy, *episodes, steps=2, rate=0.1):
@@ -34,7 +35,7 @@ def adapted(library, policy, *episodes, steps=2, rate=0.1):
     model = Float64(conv_net(library, momentum=MOMENTUM))
     algorithm = MAML(model, logits_of, optax.sgd(rate), steps, batch_norm=policy)
     key = jax.random.key(0)
-    eta = algorithm.init(key)
+    eta = jax.jit(algorithm.init)(key)
 
     @jax.jit
     def run(episode):
@@ -42,7 +43,7 @@ def adapted(library, policy, *episodes, steps=2, rate=0.1):
         _, aux = rollout(unroll, eta, algorithm.batches(episode, key))
         return aux.metrics["outputs"], aux.state.statistics
 
-    _, initial = model.init(key)
+    _, initial = jax.jit(model.init)(key)
     return [run(episode) for episode in episodes], initial
 
 

@@ -164,21 +164,21 @@ def test_a_meta_gradient_that_is_not_finite_stops_training_though_the_loss_is_he
     assert heard.tables == [None]
 
 
-def _with_a_dead_unit(eps_root):
-    """MAML by Adam on a model one of whose parameters has a gradient of exactly zero."""
+def maml_by_adam(eps_root):
+    """MAML by Adam on a model that begins where some gradients are exactly zero."""
 
     def init(key):
-        return {"slope": jax.random.normal(key), "dead": jnp.full((), -100.0)}
+        return {"slope": jax.random.normal(key), "gate": jnp.zeros(()), "gated": jnp.zeros(())}
 
-    model = Functions(init, lambda params, x: params["slope"] * x + jax.nn.relu(params["dead"]))
+    model = Functions(init, lambda p, x: (p["slope"] + p["gate"] * p["gated"]) * x)
     inner = optax.adam(0.1, eps_root=eps_root)
     return Trainer(MAML(model, squared_error, inner, inner_steps=2), Reverse(), tasks_per_step=2)
 
 
 def test_inner_adam_with_a_zero_gradient_is_caught_and_eps_root_mends_it():
     with pytest.raises(NonFiniteError, match="^`meta_grad_norm` became nan at outer step 1"):
-        fit(_with_a_dead_unit(eps_root=0.0), 2)
-    assert int(fit(_with_a_dead_unit(eps_root=1e-8), 2).step) == 2
+        fit(maml_by_adam(eps_root=0.0), 2)
+    assert int(fit(maml_by_adam(eps_root=1e-8), 2).step) == 2
 
 
 def test_stop_on_nonfinite_can_be_switched_off():
@@ -191,7 +191,7 @@ def test_stop_on_nonfinite_can_be_switched_off():
 
 @pytest.mark.parametrize("first", [3, 4])  # a checkpoint off and on the common rhythm
 def test_a_run_in_two_parts_ends_where_one_in_one_part_does(first, tmp_path):
-    trainer = _with_a_dead_unit(eps_root=1e-8)
+    trainer = clock()
     whole, parts = Heard(), Heard()
     expected = fit(trainer, 6, whole)
     for steps in (first, 6):

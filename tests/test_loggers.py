@@ -12,6 +12,7 @@ import pytest
 
 from metalearn import Reverse, Trainer
 from metalearn.algorithms import MAML, squared_error
+from metalearn.checkpoint import Checkpoints
 from metalearn.datasets import Sinusoid
 from metalearn.evaluation import Estimate
 from metalearn.loggers import ConsoleLogger, JsonlLogger, WandbLogger
@@ -114,27 +115,30 @@ def test_an_offline_wandb_run_holds_the_config_the_scalars_by_step_and_the_table
     config = {"seed": 0, "model": {"hidden": [40, 40]}}
     logger = WandbLogger(mode="offline", name="a name", group="a group", directory=tmp_path / "run")
     rows = JsonlLogger(tmp_path / "metrics.jsonl")
-    with_config = _Configured(logger, config, {"wandb_id": "kept"})
+    checkpoints = Checkpoints(tmp_path / "checkpoints", config, every=4)
     state = trainer.fit(
         tasks,
         5,
         key=key,
-        loggers=[with_config, rows],
+        loggers=[logger, rows],
+        checkpoints=checkpoints,
         held_out=tasks,
         eval_every=4,
         eval_tasks=4,
         log_every=2,
         progress=False,
     )
-    assert logger.record() == {"wandb_id": "kept"}
     found = trainer.evaluate(state.eta, tasks, key, 4)
     logger.finish(found)
+    _, kept = checkpoints.restore(state)
+    checkpoints.close()
 
     (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     records = inspect(run)
     (started,) = (record["run"] for record in records if record["type"] == "run")
     assert without_underscores(started["config"]["update"]) == config
-    assert (started["project"], started["run_id"]) == ("metalearn", "kept")
+    assert started["project"] == "metalearn"
+    assert kept["WandbLogger"] == {"wandb_id": started["run_id"]}
     assert (started["display_name"], started["run_group"]) == ("a name", "a group")
 
     expected: dict[int, dict] = {}
@@ -164,17 +168,12 @@ def test_an_offline_wandb_run_holds_the_config_the_scalars_by_step_and_the_table
     assert summary["test/loss"] == found["loss"].mean
 
 
-class _Configured(WandbLogger):
-    """A logger that is told of a config and a record, as `Fit` does from a checkpoint."""
-
-    def __init__(self, logger, config, record):
-        self.logger, self.told = logger, (config, record)
-
-    def start(self, step, config, record):
-        self.logger.start(step, *self.told)
-
-    def log(self, step, metrics):
-        self.logger.log(step, metrics)
+def test_a_resumed_wandb_run_keeps_its_id(wandb, tmp_path):
+    logger = WandbLogger(mode="offline", directory=tmp_path)
+    logger.start(2, {}, {"wandb_id": "kept"})
+    assert logger.record() == {"wandb_id": "kept"}
+    logger.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/run-kept.wandb"))
 
 
 def test_a_disabled_wandb_run_writes_nothing(wandb, tmp_path):

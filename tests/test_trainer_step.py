@@ -145,5 +145,4 @@ def test_a_hundred_steps_of_sinusoid_lower_the_loss():
     for _ in range(100):
         state, _ = trainer.step(state, waves)
     after = trainer.evaluate(state.eta, waves, key, 320)["loss"]
-    print(before, after)
     assert after.mean + after.ci95 < before.mean

@@ -9,28 +9,15 @@ Command      metalearn train --config=maml_omniglot --workdir=runs/maml_omniglot
 
 import ml_collections
 
+from metalearn.experiments.configs import _common
+
 
 def get_config() -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.engine = "reverse"  # one inner step of a small net: nothing to save
+    config = _common.maml()
+    config.engine = "reverse"  # one inner step of a small net: there is no memory to save
+    config.chunk = 1  # one task at a time is fastest on a CPU; on a GPU take all, 16
 
-    config.algorithm = ml_collections.ConfigDict()
-    config.algorithm.name = "maml"
-    config.algorithm.objective = "cross_entropy"
-    config.algorithm.optimizer = {"name": "sgd", "learning_rate": 0.4}
-    config.algorithm.inner_steps = 1
-    config.algorithm.eval_steps = 3
-    config.algorithm.learned_rates = ml_collections.config_dict.placeholder(float)
-    config.algorithm.first_order = False
-    config.algorithm.adapt = ""
-    config.algorithm.batch_norm = "transductive"
-
-    config.model = ml_collections.ConfigDict()
-    config.model.name = "conv_net"
-    config.model.library = "linen"
-    config.model.filters = 64
-    config.model.blocks = 4
+    config.model = {"name": "conv_net", "library": "linen", "filters": 64, "blocks": 4}
 
     config.dataset = ml_collections.ConfigDict()
     config.dataset.name = "omniglot"
@@ -41,16 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset.queries = 5
     config.dataset.eval_queries = 15
 
-    config.optimizer = {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine"}
-    config.tasks_per_step = 16
-    config.chunk = 1  # tasks at once: 1 is fastest on a CPU; on a GPU take all, 16
-
     config.steps = 20_000
     config.log_every = 50
     config.checkpoint_every = 1000
     config.eval_every = 1000
-    config.eval_tasks = 400  # on the validation classes, on the way
-    config.test_tasks = 1000  # on the test classes, once, at the end
-
-    config.wandb = {"mode": "auto", "project": "metalearn", "name": "", "group": ""}
     return config

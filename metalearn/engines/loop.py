@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from metalearn.engines.check import horizon
+from metalearn.engines.check import check_eta, horizon
 from metalearn.engines.engine import Aux
 from metalearn.engines.recorder import Inner, Recorder
 from metalearn.names import pick
@@ -44,6 +45,23 @@ def step_body(unroll: Unroll, eta: Any, value_and_grad: Callable[..., Any]) -> B
     return body
 
 
+def backpropagate(
+    unroll: Unroll,
+    eta: Any,
+    batches: Any,
+    value_and_grad: Callable[..., Any] = jax.value_and_grad,
+    remat: str = "none",
+    policy: Callable[..., bool] | None = None,
+) -> tuple[tuple[jax.Array, Aux], Any]:
+    """Return ((loss (), aux), meta-gradient like eta), by reverse mode over the loop."""
+    check_eta(eta)
+
+    def objective(eta: Any) -> tuple[jax.Array, Aux]:
+        return rollout(unroll, eta, batches, value_and_grad, remat, policy)
+
+    return jax.value_and_grad(objective, has_aux=True)(eta)
+
+
 def rollout(
     unroll: Unroll,
     eta: Any,
@@ -53,6 +71,7 @@ def rollout(
     policy: Callable[..., bool] | None = None,
 ) -> tuple[jax.Array, Aux]:
     """Run the inner loop and the outer loss: (loss (), aux). Differentiable in eta."""
+    horizon(batches)
     body = step_body(unroll, eta, value_and_grad)
     state, inner = scan(body, unroll.init(eta), batches, remat, policy)
     loss, metrics = unroll.loss(eta, state)
@@ -89,4 +108,4 @@ def _nested(
     if whole == steps:
         return state, inner
     state, rest = segment(state, jax.tree.map(lambda x: x[whole:], batches))
-    return state, jax.tree.map(lambda a, b: jax.numpy.concatenate([a, b]), inner, rest)
+    return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), inner, rest)

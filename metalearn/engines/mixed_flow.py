@@ -27,10 +27,9 @@ from typing import Any
 
 import jax
 
-from metalearn.engines.check import check_eta, horizon
 from metalearn.engines.commuted import INNER_GRADIENT, value_and_grad
 from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.loop import check_remat, rollout
+from metalearn.engines.loop import backpropagate, check_remat
 from metalearn.unroll import Unroll
 
 
@@ -47,11 +46,5 @@ class MixedFlow(MetaGradient):
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         """Return ((loss (), aux), meta-gradient like eta)."""
-        check_eta(eta)
-        horizon(batches)
         keep = jax.checkpoint_policies.save_only_these_names(INNER_GRADIENT)
-
-        def objective(eta: Any) -> tuple[jax.Array, Aux]:
-            return rollout(unroll, eta, batches, value_and_grad, self.remat, keep)
-
-        return jax.value_and_grad(objective, has_aux=True)(eta)
+        return backpropagate(unroll, eta, batches, value_and_grad, self.remat, keep)

@@ -22,9 +22,8 @@ from typing import Any
 
 import jax
 
-from metalearn.engines.check import check_eta, horizon
 from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.loop import check_remat, rollout
+from metalearn.engines.loop import backpropagate, check_remat
 from metalearn.unroll import Unroll
 
 
@@ -41,10 +40,4 @@ class Reverse(MetaGradient):
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         """Return ((loss (), aux), meta-gradient like eta)."""
-        check_eta(eta)
-        horizon(batches)
-
-        def objective(eta: Any) -> tuple[jax.Array, Aux]:
-            return rollout(unroll, eta, batches, remat=self.remat)
-
-        return jax.value_and_grad(objective, has_aux=True)(eta)
+        return backpropagate(unroll, eta, batches, remat=self.remat)

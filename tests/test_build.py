@@ -1,0 +1,215 @@
+"""From a config to objects: every packaged config, and every name in every table."""
+
+import importlib
+import math
+import os
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+import pytest
+
+from metalearn import Reverse
+from metalearn.experiments import arguments, build
+
+SMALL = {
+    "tasks_per_step": 2,
+    "chunk": None,
+    "dataset.queries": 2,
+    "dataset.eval_queries": 2,
+    "model.filters": 2,
+    "model.blocks": 1,
+    "model.hidden": (4,),
+}
+INPUTS = {
+    "mlp": jax.ShapeDtypeStruct((1, 1), jnp.float32),
+    "conv_net": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),
+}
+SIZES = {"mlp": {"hidden": [4]}, "conv_net": {"filters": 2, "blocks": 1}}
+TABLES = {
+    "engine": build.ENGINES,
+    "optimizer": build.OPTIMIZERS,
+    "schedule": build.SCHEDULES,
+    "objective": build.OBJECTIVES,
+    "network": build.NETWORKS,
+    "algorithm": build.ALGORITHMS,
+    "model library": build.LIBRARIES,
+    "dataset": build.DATASETS,
+}
+
+
+def module(name):
+    return importlib.import_module(f"metalearn.experiments.configs.{name}")
+
+
+def small(name, **overrides) -> ml_collections.ConfigDict:
+    config = module(name).get_config()
+    present = {key: value for key, value in SMALL.items() if _has(config, key)}
+    config.update_from_flattened_dict({**present, **overrides})
+    return config
+
+
+def _has(config, path):
+    for key in path.split("."):
+        if key not in config:
+            return False
+        config = config[key]
+    return True
+
+
+def skip_without(dataset):
+    where = os.environ.get("TFDS_DATA_DIR")
+    if dataset == "omniglot" and not (where and (pathlib.Path(where) / dataset).is_dir()):
+        pytest.skip("TFDS_DATA_DIR does not hold omniglot")
+
+
+def splits(network, outputs=3) -> build.Splits:
+    """The part of a dataset that a model is built from."""
+    return build.Splits(None, None, None, INPUTS[network], outputs)  # type: ignore[arg-type]
+
+
+def model(network, library):
+    return build.model({"name": network, "library": library, **SIZES[network]}, splits(network))
+
+
+def takes_a_step(config):
+    plain = build.to_json(config)
+    data = build.splits(plain["dataset"])
+    trainer = build.trainer(plain, data)
+    before = trainer.init(jax.random.key(plain["seed"]))
+    after, metrics = trainer.step(before, data.train)
+    assert all(math.isfinite(value) for value in metrics.values()), metrics
+    assert int(after.step) == 1
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.eta, after.eta)
+    assert any(jax.tree.leaves(moved))
+    return trainer, data, after
+
+
+@pytest.mark.parametrize("name", arguments.packaged())
+def test_a_packaged_config_builds_and_takes_a_step(name):
+    config = small(name)
+    skip_without(config.dataset.name)
+    takes_a_step(config)
+
+
+@pytest.mark.parametrize("library", build.LIBRARIES)
+def test_digits_train_and_evaluate_with_every_model_library(library):
+    config = small("maml_digits", **{"model.library": library, "engine": "reverse"})
+    trainer, data, state = takes_a_step(config)
+    found = trainer.evaluate(state.eta, data.test, jax.random.key(1), 4)
+    assert found["loss"].tasks == 4 and 0.0 <= found["accuracy"].mean <= 1.0
+
+
+@pytest.mark.parametrize("name", arguments.packaged())
+def test_a_config_file_opens_with_its_card(name):
+    card = module(name).__doc__ or ""
+    assert re.match(r"\S.*\.\n\n", card), "a first sentence that says what it is"
+    assert re.search(r"^Reproduces +\w", card, re.MULTILINE)
+    command = re.search(r"^Command +(.+(?:\n  .*)*)", card, re.MULTILINE)
+    assert command and f"--config={name} " in command[1]
+
+
+def test_a_config_becomes_plain_json_with_lists_for_tuples():
+    plain = build.to_json(module("maml_sinusoid").get_config())
+    assert plain["model"] == {"name": "mlp", "library": "linen", "hidden": [40, 40]}
+    assert plain["chunk"] is None and plain["optimizer"]["learning_rate"] == 1e-3
+
+
+def test_every_table_of_the_module_is_in_this_test():
+    found = [v for name, v in vars(build).items() if name.isupper() and isinstance(v, dict)]
+    assert sorted(map(id, found)) == sorted(map(id, TABLES.values()))
+
+
+def _asks(what):
+    """A function that builds something of which only the name of a `what` is wrong."""
+    mlp = {"name": "mlp", "library": "linen"}
+    sgd = {"name": "sgd", "learning_rate": 0.1}
+    maml = {"name": "maml", "optimizer": sgd}
+    return {
+        "engine": lambda name: build.engine(name),
+        "optimizer": lambda name: build.optimizer({**sgd, "name": name}),
+        "schedule": lambda name: build.outer_optimizer({**sgd, "schedule": name}, 10),
+        "objective": lambda name: build.algorithm({**maml, "objective": name}, None),
+        "network": lambda name: build.model({**mlp, "name": name}, splits("mlp")),
+        "algorithm": lambda name: build.algorithm({**maml, "name": name}, None),
+        "model library": lambda name: build.model({**mlp, "library": name}, splits("mlp")),
+        "dataset": lambda name: build.splits({"name": name}),
+    }[what]
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_a_name_in_no_table_is_refused_with_those_there_are(what):
+    known = ", ".join(sorted(TABLES[what]))
+    expected = f"No {what} is called 'x_y'. There are: {known}."
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        _asks(what)("x_y")
+
+
+@pytest.mark.parametrize("name", build.ENGINES)
+def test_every_engine_builds(name):
+    assert isinstance(build.engine(name), build.ENGINES[name])
+
+
+def test_an_engine_is_built_with_its_options():
+    assert build.engine("reverse", {"remat": "step"}) == Reverse(remat="step")
+
+
+@pytest.mark.parametrize("schedule", build.SCHEDULES)
+@pytest.mark.parametrize("name", build.OPTIMIZERS)
+def test_every_optimizer_moves_against_the_gradient_on_every_schedule(name, schedule):
+    config = {"name": name, "learning_rate": 0.5, "schedule": schedule}
+    optimizer = build.outer_optimizer(config, steps=10)
+    eta = jnp.ones(2)
+    updates, _ = optimizer.update(jnp.array([1.0, -1.0]), optimizer.init(eta), eta)
+    moved = optax.apply_updates(eta, updates)
+    assert moved[0] < 1.0 < moved[1]
+
+
+def test_the_cosine_schedule_ends_at_zero_after_the_outer_steps_and_the_constant_one_stays():
+    assert build.SCHEDULES["constant"](0.5, 10) == 0.5
+    rate = build.SCHEDULES["cosine"](0.5, 10)
+    assert [round(float(rate(step)), 6) for step in (0, 5, 10)] == [0.5, 0.25, 0.0]
+
+
+@pytest.mark.parametrize("name", build.OBJECTIVES)
+def test_every_objective_goes_with_every_algorithm(name):
+    inner = {"name": "sgd", "learning_rate": 0.1}
+    for algorithm in build.ALGORITHMS:
+        config = {"name": algorithm, "objective": name, "optimizer": inner, "inner_steps": 2}
+        made = build.algorithm(config, model("mlp", "linen"))
+        assert made.objective is build.OBJECTIVES[name]
+        assert made.inner_steps == 2
+
+
+@pytest.mark.parametrize("library", build.LIBRARIES)
+@pytest.mark.parametrize("network", build.NETWORKS)
+def test_every_network_of_every_library_fits_its_dataset(network, library):
+    made = model(network, library)
+    batch = jax.ShapeDtypeStruct((5, *INPUTS[network].shape[1:]), jnp.float32)
+
+    def outputs(x):
+        params, state = made.init(jax.random.key(0))
+        return made.apply(params, state, x, train=True, key=jax.random.key(1))[0]
+
+    assert jax.eval_shape(outputs, batch).shape == (5, 3)
+
+
+@pytest.mark.parametrize("name", build.DATASETS)
+def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name):
+    skip_without(name)
+    config = {"name": name, "shots": 1, "queries": 2, "eval_queries": 3}
+    if name != "sinusoid":
+        config |= {"ways": 4, "rotations": True}
+    data = build.splits(config)
+    keys = jax.random.key(0), jax.random.key(0), jax.random.key(0)
+    tasks = data.train, data.validation, data.test
+    episodes = [jax.eval_shape(t.sample, key) for t, key in zip(tasks, keys, strict=True)]
+    per_query = 1 if name == "sinusoid" else 4
+    for episode, queries in zip(episodes, (2, 3, 3), strict=True):
+        inputs, targets = episode.query
+        assert inputs.shape == (queries * per_query, *data.inputs.shape[1:])
+        assert targets.shape[0] == queries * per_query
+    assert data.outputs == (1 if name == "sinusoid" else 4)
