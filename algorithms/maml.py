@@ -65,11 +65,16 @@ class MAML(Algorithm):
 
     def __post_init__(self) -> None:
         batch_norm_policy(self.batch_norm)
-        if self.inner_steps < 1 or (self.eval_steps or 1) < 1:
+        if min(self.inner_steps, self.evaluation_steps) < 1:
             raise ValueError(
                 f"MAML adapts in at least one inner step, but inner_steps={self.inner_steps} "
                 f"and eval_steps={self.eval_steps}."
             )
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Return the inner steps of evaluation."""
+        return self.inner_steps if self.eval_steps is None else self.eval_steps
 
     def init(self, key: jax.Array) -> Eta:
         """Return the initialisation, with its learned rates if there are any."""
@@ -128,4 +133,4 @@ class MAML(Algorithm):
 
     def evaluation(self) -> MAML:
         """Return the same algorithm with the number of inner steps of evaluation."""
-        return dataclasses.replace(self, inner_steps=self.eval_steps or self.inner_steps)
+        return dataclasses.replace(self, inner_steps=self.evaluation_steps)

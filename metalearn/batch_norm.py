@@ -10,7 +10,9 @@ of MAML disagree. Three answers are in use:
 - "running": a task starts from the model's initial statistics, updates them on its own
   support set at every inner step, and its queries are normalised by them one by one.
   No information passes between queries. After few steps the running averages are
-  young: give the layer a small momentum (0 trusts the last support batch alone).
+  young: give the layer a small momentum (0 trusts the last support batch alone). The
+  statistics depend on the parameters and so carry a derivative; `flax.nnx.BatchNorm` cuts it
+  with a `stop_gradient` of its own, the layers of `metalearn.models` do not.
 - "frozen": the model's initial statistics are used throughout and never change. They have
   to come from somewhere: a pre-trained network whose `init` returns them. (Of an untrained
   one Flax's are mean 0 and variance 1; Haiku's variance is 0, and the result NaN.)

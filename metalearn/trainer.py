@@ -73,7 +73,7 @@ class Trainer:
         grads, metrics = mean_over(on_task, keys, self.chunk)
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.eta)
         eta = optax.apply_updates(state.eta, updates)
-        metrics["meta_grad_norm"] = optax.global_norm(grads)
+        metrics["meta_grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, eta, optimizer, state.key), metrics
 
     def task_gradient(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn.models.convolution import convolve, max_pool
+from metalearn.models.normalization import batch_statistics, normalized
 
 
 class MLP(hk.Module):
@@ -63,20 +64,17 @@ class Norm(hk.Module):
 
     def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
         """Normalise by the batch, and remember it; or by what is remembered."""
-        shape, leading = (x.shape[-1],), tuple(range(x.ndim - 1))
+        shape = (x.shape[-1],)
         scale = hk.get_parameter("scale", shape, x.dtype, init=jnp.ones)
         offset = hk.get_parameter("offset", shape, x.dtype, init=jnp.zeros)
         mean = hk.get_state("mean", shape, x.dtype, init=jnp.zeros)
         variance = hk.get_state("variance", shape, x.dtype, init=jnp.ones)
         if is_training:
             old, keep = (mean, variance), self.momentum
-            mean = x.mean(leading)
-            variance = jnp.maximum((x * x).mean(leading) - mean * mean, 0)
+            mean, variance = batch_statistics(x)
             hk.set_state("mean", keep * old[0] + (1 - keep) * mean)
             hk.set_state("variance", keep * old[1] + (1 - keep) * variance)
-        gain = scale * jax.lax.rsqrt(variance + 1e-5)
-        along = (None,) * len(leading)
-        return (x - mean[along]) * gain[along] + offset[along]
+        return normalized(x, mean, variance, scale, offset)
 
 
 class ConvNet(hk.Module):

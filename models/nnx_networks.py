@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from metalearn.models.convolution import flax_convolution, max_pool
+from metalearn.models.normalization import batch_statistics, normalized
 
 
 class MLP(nnx.Module):
@@ -37,6 +39,31 @@ class MLP(nnx.Module):
         for layer in self.hidden:
             x = self.activation(layer(x))
         return self.head(x)
+
+
+class Norm(nnx.Module):
+    """Batch normalisation whose running statistics carry their derivative.
+
+    `nnx.BatchNorm` cuts it with a `stop_gradient`; under the policy "running" the
+    meta-gradient would then not be that of the loss.
+    """
+
+    def __init__(self, features: int, momentum: float):
+        self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
+        self.mean, self.var = (
+            nnx.BatchStat(jnp.zeros(features)),
+            nnx.BatchStat(jnp.ones(features)),
+        )
+        self.momentum = momentum
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Normalise over all axes but the last, by the batch or by what is remembered."""
+        mean, var = self.mean[...], self.var[...]
+        if train:
+            mean, var = batch_statistics(x)
+            self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean
+            self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * var
+        return normalized(x, mean, var, self.scale[...], self.bias[...])
 
 
 class ConvNet(nnx.Module):
@@ -68,7 +95,7 @@ class ConvNet(nnx.Module):
                     rngs=rngs,
                 )
             )
-            norms.append(nnx.BatchNorm(filters, momentum=momentum, rngs=rngs))
+            norms.append(Norm(filters, momentum))
             channels = filters
             sides = [side // 2 for side in sides]
         self.convs, self.norms = nnx.List(convs), nnx.List(norms)
@@ -79,6 +106,6 @@ class ConvNet(nnx.Module):
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
         """Apply, with batch statistics where `train`, running ones where not."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = nnx.relu(norm(conv(x), use_running_average=not train))
+            x = nnx.relu(norm(conv(x), train))
             x = max_pool(x) if self.pool else x
         return self.head(x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2)))

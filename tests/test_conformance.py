@@ -27,15 +27,7 @@ from tests.cases import ALGORITHMS, ENGINES, LIBRARIES, MODELS, TASKS
 pytestmark = pytest.mark.usefixtures("x64")
 PAIRS = [(name, library) for name in ALGORITHMS for library in LIBRARIES]
 REVERSE = Reverse()
-STOPPED = pytest.mark.xfail(
-    strict=True,
-    reason="nnx.BatchNorm stops the gradient through its running statistics",
-)
-EXACT_PAIRS = [
-    pytest.param(*pair, marks=[STOPPED] if pair == ("running", "nnx") else [])
-    for pair in PAIRS
-    if ALGORITHMS[pair[0]].exact
-]
+EXACT_PAIRS = [pair for pair in PAIRS if ALGORITHMS[pair[0]].exact]
 OTHER_ENGINES = [name for name in ENGINES if name != "Reverse"]
 
 

@@ -133,6 +133,22 @@ def only_aux_is_used():
     return simple(step)
 
 
+def complex_aux_and_closure():
+    """A spectrum on the way: complex values whose cotangents are complex too."""
+
+    def step(eta, theta, batch, grad):
+        phases = jnp.exp(1j * eta["log_rate"] * jnp.arange(theta.size))  # complex, and of eta
+
+        def loss(theta):
+            spectrum = jnp.fft.fft(theta * phases)
+            return penalised(eta, theta, batch) + jnp.sum(jnp.abs(spectrum) ** 2), spectrum
+
+        grads, spectrum = grad(loss, has_aux=True)(theta)
+        return descend(eta, theta, grads) + 0.1 * jnp.real(spectrum * phases) * theta
+
+    return simple(step)
+
+
 def two_players():
     """Several gradients in one step, tuples of argnums, and a state of several leaves."""
 
@@ -229,6 +245,7 @@ SCENARIOS = [
     eta_is_an_argument,
     aux_carries_gradient,
     only_aux_is_used,
+    complex_aux_and_closure,
     two_players,
     keywords_and_static_arguments,
     keys_integers_and_booleans,

@@ -161,7 +161,6 @@ def test_less_than_one_inner_step_is_refused(steps, of):
         maml(inner_steps=steps, eval_steps=of)
 
 
-@pytest.mark.xfail(strict=True, reason="eval_steps=0 is taken for None")
 def test_zero_evaluation_steps_are_refused():
     with pytest.raises(ValueError, match="at least one inner step.*eval_steps=0"):
         maml(eval_steps=0)

@@ -13,7 +13,16 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from metalearn.leaves import size
-from metalearn.models import NNX, Functions, Haiku, Linen, deterministic_flag, no_flag, train_flag
+from metalearn.models import (
+    NNX,
+    Functions,
+    Haiku,
+    Linen,
+    convolution,
+    deterministic_flag,
+    no_flag,
+    train_flag,
+)
 from metalearn.models.convolution import convolve, flax_convolution, max_pool
 from tests.cases import IMAGE, LIBRARIES, MODELS, Float64, conv_net
 
@@ -217,9 +226,10 @@ def primitives(function, *args):
     return str(jax.make_jaxpr(function)(*args))
 
 
-def test_a_large_image_goes_to_lax_and_a_small_one_to_a_matrix_product():
+def test_a_large_image_goes_to_lax_and_a_small_one_to_a_matrix_product(monkeypatch):
+    monkeypatch.setattr(convolution, "PATCHES_UP_TO", 8 * 8)
     kernel = jnp.ones((3, 3, 1, 2))
-    small, large = jnp.ones((1, 64, 64, 1)), jnp.ones((1, 64, 65, 1))
+    small, large = jnp.ones((1, 8, 8, 1)), jnp.ones((1, 8, 9, 1))
     assert "conv_general_dilated" not in primitives(convolve, small, kernel)
     assert "conv_general_dilated" in primitives(convolve, large, kernel)
 

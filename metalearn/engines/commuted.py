@@ -117,6 +117,6 @@ def _commuted(loss: Loss) -> Callable[[Leaves, Leaves, Leaves], Any]:
 
 
 def _inner_product(cotangents: Any, values: Any) -> jax.Array | float:
-    """Return the inner product over the leaves that carry derivatives."""
+    """Return the real inner product over the leaves that carry derivatives."""
     pairs = zip(jax.tree.leaves(cotangents), jax.tree.leaves(values), strict=True)
-    return sum((jnp.vdot(c, v) for c, v in pairs if is_differentiable(v)), start=0.0)
+    return sum((jnp.real(jnp.sum(c * v)) for c, v in pairs if is_differentiable(v)), start=0.0)

@@ -13,8 +13,9 @@ elementwise and differentiated as usual. The inner gradients themselves are kept
 through the checkpoint of each step, so that the way back never computes them again.
 
 Exact, and as general as reverse mode, with three limits of JAX's custom derivative
-rules: the meta-gradient cannot itself be differentiated, inner losses are real, and a
-model with a kernel that has no JVP is refused by JAX.
+rules: the meta-gradient cannot itself be differentiated; what `grad` differentiates with
+respect to is real; and a model with an operation that has no JVP (a fused kernel, or a
+`custom_vjp` whose forward or backward rule has none) is refused by JAX, and needs `Reverse`.
 
 Reference: Kemaev et al. 2025, "Scalable Meta-Learning via Mixed-Mode
 Differentiation" (arXiv:2505.00793).
