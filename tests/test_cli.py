@@ -131,7 +131,7 @@ def test_a_key_that_is_no_leaf_of_the_config_is_refused_however_it_is_set(
 def test_an_unknown_engine_is_refused_with_those_there_are(refused, tmp_path):
     message = refused(*SINUSOID, f"--workdir={tmp_path}", "--config.engine=revers")
     known = ", ".join(sorted(build.ENGINES))
-    assert message == (f"No engine is called 'revers'. Did you mean 'reverse'? There are: {known}.")
+    assert message == f"No engine is called 'revers'. Did you mean 'reverse'? There are: {known}."
 
 
 def test_an_unknown_dataset_is_refused_with_those_there_are(refused, tmp_path):

@@ -14,8 +14,8 @@ Adam. The images are noise, drawn from the device-resident index as in training.
                   python -m venv .venv-torch &&
                   .venv-torch/bin/pip install -r experiments/benchmarks/pytorch.lock
 
-The contenders take turns, round by round, so that a busy moment hits them all; each row is
-the median over rounds, and each ratio is the median of the ratios within rounds. Run it on
+The contenders take turns, round by round and not always in the same order, so that a busy
+moment hits them all; each row is the median over rounds, and each ratio is the median of the ratios within rounds. Run it on
 an idle machine: other work hits PyTorch's threads much harder than XLA's. About 3 minutes.
 """
 
@@ -155,9 +155,11 @@ def main() -> None:
     rows = dict(contenders(arguments.torch_python))
     load = os.getloadavg()[0]
     rates: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(arguments.rounds):
-        for name, run in rows.items():
-            rates[name].append(run(arguments.steps))
+    for turn in range(arguments.rounds):
+        order = list(rows)
+        first = turn * 2 % len(order)  # nobody always runs after the same neighbour
+        for name in order[first:] + order[:first]:
+            rates[name].append(rows[name](arguments.steps))
     print(
         f"{os.cpu_count()} cores, load {load:.1f} before, {jax.devices()[0].device_kind}, ", end=""
     )

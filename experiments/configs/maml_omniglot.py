@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset.queries = 5
     config.dataset.eval_queries = 15
 
-    config.steps = 20_000
+    config.steps = 10_000
     config.log_every = 50
     config.checkpoint_every = 1000
     config.eval_every = 1000

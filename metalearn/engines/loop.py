@@ -71,7 +71,6 @@ def rollout(
     policy: Callable[..., bool] | None = None,
 ) -> tuple[jax.Array, Aux]:
     """Run the inner loop and the outer loss: (loss (), aux). Differentiable in eta."""
-    horizon(batches)
     body = step_body(unroll, eta, value_and_grad)
     state, inner = scan(body, unroll.init(eta), batches, remat, policy)
     loss, metrics = unroll.loss(eta, state)
@@ -82,12 +81,21 @@ def scan(
     body: Body, state: Any, batches: Any, remat: str, policy: Callable[..., bool] | None
 ) -> tuple[Any, Inner]:
     """Scan `body` over the T slices of `batches`, checkpointed as `remat` says."""
+    once = horizon(batches) == 1
     if remat == "none":
-        return jax.lax.scan(body, state, batches)
-    step = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        return _once(body, state, batches) if once else jax.lax.scan(body, state, batches)
+    step = jax.checkpoint(body, policy=policy, prevent_cse=once)
+    if once:
+        return _once(step, state, batches)
     if remat == "step":
         return jax.lax.scan(step, state, batches)
     return _nested(step, state, batches, policy)
+
+
+def _once(body: Body, state: Any, batches: Any) -> tuple[Any, Inner]:
+    """Take the only step without a loop, which would copy all it keeps for the way back."""
+    state, inner = body(state, jax.tree.map(lambda x: x[0], batches))
+    return state, jax.tree.map(lambda x: x[None], inner)
 
 
 def _nested(
