@@ -26,7 +26,8 @@ def packaged() -> list[str]:
 
 def command(argv: Sequence[str], commands: Mapping[str, Any], usage: str) -> str | None:
     """Return the command's name; None, with the usage printed, where help was asked for."""
-    if len(argv) > 1 and argv[1] not in ("help", "-h", "--help"):
+    asked = argv[1:2] == ["help"] or {"-h", "--help"} & set(argv)
+    if len(argv) > 1 and not asked:
         pick(commands, argv[1], "command")
         return argv[1]
     print(usage.strip())
@@ -37,6 +38,9 @@ def command(argv: Sequence[str], commands: Mapping[str, Any], usage: str) -> str
 def expanded(argv: Sequence[str]) -> list[str]:
     """Return argv without the command, with `--config=NAME` made a path, keys checked."""
     rest = [argv[0], *argv[2:]]
+    for i in range(len(rest) - 1, 0, -1):
+        if rest[i - 1] in ("-config", "--config"):  # `--config NAME`
+            rest[i - 1 : i + 1] = [f"--config={rest[i]}"]
     for i, argument in enumerate(rest):
         match = re.fullmatch(r"--?config=(.+)", argument)
         if match:

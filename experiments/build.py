@@ -6,6 +6,7 @@ that is in no table is refused with the names that are.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import optax
 
 from metalearn import Algorithm, Forward, MetaGradient, MixedFlow, Reverse, Tasks, Trainer
 from metalearn.algorithms import MAML, cross_entropy, squared_error
-from metalearn.datasets import FewShot, Sinusoid, digits, omniglot
+from metalearn.datasets import ClassIndex, FewShot, Sinusoid, digits, omniglot
 from metalearn.models import (
     NNX,
     Haiku,
@@ -69,7 +70,13 @@ def trainer(config: Mapping[str, Any], splits: Splits) -> Trainer:
 
 def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
     """Build an engine by name: "reverse", "forward" or "mixed_flow"."""
-    return pick(ENGINES, name, "engine")(**dict(options or {}))
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    build: Any = pick(ENGINES, name, "engine")
+    known = [field.name for field in dataclasses.fields(build)]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"The engine {name!r} has no option {key!r}. It has: {known}.")
+    return build(**given)
 
 
 def optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -142,9 +149,16 @@ def _few_shot(read: Any, options: dict[str, Any]) -> Splits:
     queries = {"train": options.pop("queries")}
     queries["validation"] = queries["test"] = options.pop("eval_queries")
     indices = {name: read(name, **options) for name in queries}
-    made = {name: FewShot.create(i, **shape, queries=queries[name]) for name, i in indices.items()}
+    made = {name: _tasks(name, index, shape, queries[name]) for name, index in indices.items()}
     image = jax.ShapeDtypeStruct((1, *indices["train"].examples.shape[2:]), jnp.float32)
     return Splits(made["train"], made["validation"], made["test"], image, shape["ways"])
+
+
+def _tasks(split: str, index: ClassIndex, shape: dict[str, int], queries: int) -> FewShot:
+    try:
+        return FewShot.create(index, **shape, queries=queries)
+    except ValueError as error:
+        raise ValueError(f"In the {split} split: {error}") from error
 
 
 def _sinusoid(options: dict[str, Any]) -> Splits:

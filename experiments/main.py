@@ -3,6 +3,8 @@
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
     metalearn eval  --workdir=runs/omniglot --tasks=1000
 
+Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback; eval: --tasks.
+
 `--config` takes the name of a packaged config or the path of a config file, which is
 Python and is executed. The same command with the same workdir resumes; a finished run
 says so and only evaluates.
@@ -61,7 +63,12 @@ def main(argv: Sequence[str]) -> int:
         command = arguments.command(argv, COMMANDS, __doc__ or "")
         if command is None:
             return 0
-        flags.FLAGS(arguments.expanded(argv))
+        left = flags.FLAGS(arguments.expanded(argv))[1:]
+        if left:
+            raise ValueError(
+                f"{left[0]!r} is not an option: those begin with two dashes, such as "
+                "--config.seed=1."
+            )
         COMMANDS[command]()
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
@@ -69,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     except REPORTED as error:
         if flags.FLAGS.is_parsed() and _TRACEBACK.value:
             raise
-        print(f"\nmetalearn: {error}", file=sys.stderr)
+        print(f"\nmetalearn: {error}\n(--traceback shows where.)", file=sys.stderr)
         return 2
     return 0
 

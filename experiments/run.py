@@ -30,10 +30,12 @@ def train(config: Any, workdir: pathlib.Path, progress: bool = True) -> dict[str
     splits = build.splits(plain["dataset"])
     trainer = build.trainer(plain, splits)
     checkpoints = Checkpoints(_checkpoints(workdir), plain, plain["checkpoint_every"])
-    loggers = _loggers(plain, workdir)
-    if checkpoints.latest() == plain["steps"]:
+    checkpoints.check_config()
+    if checkpoints.latest() == plain["steps"] and (workdir / "test.json").exists():
         print(f"The run in {workdir} has taken its {plain['steps']} outer steps: evaluating it.")
-        loggers = loggers[:1]  # the console: nothing new to log
+        loggers: list[Logger] = [ConsoleLogger()]  # nothing new to log
+    else:
+        loggers = _loggers(plain, workdir)
     try:
         state = trainer.fit(
             splits.train,
@@ -49,9 +51,12 @@ def train(config: Any, workdir: pathlib.Path, progress: bool = True) -> dict[str
         )
     finally:
         checkpoints.close()
-    found = test(trainer, state, splits, plain["seed"], plain["test_tasks"])
-    for logger in loggers:
-        logger.finish(found)
+    found: dict[str, Estimate] = {}
+    try:
+        found = test(trainer, state, splits, plain["seed"], plain["test_tasks"])
+    finally:
+        for logger in loggers:
+            logger.finish(found)
     _write(workdir / "test.json", found)
     return found
 

@@ -6,7 +6,8 @@ of MAML disagree. Three answers are in use:
 - "transductive": always normalise by the batch at hand, support and query alike, and
   keep no running statistics. This is what MAML's own code does (Finn et al. 2017,
   arXiv:1703.03400), and most published few-shot numbers: the queries of a task are
-  seen together, and help each other. The default.
+  seen together, and help each other. The default. Dropout, if any, stays on with it: a
+  network that has dropout wants "running" or "frozen".
 - "running": a task starts from the model's initial statistics, updates them on its own
   support set at every inner step, and its queries are normalised by them one by one.
   No information passes between queries. After few steps the running averages are

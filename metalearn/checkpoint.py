@@ -95,14 +95,19 @@ class Checkpoints:
         record = self.record()
         if record is None:
             return state, {}
-        changes = difference(record["config"], self.config)
+        self.check_config()
+        return self.restore_state(state), record["loggers"]
+
+    def check_config(self) -> None:
+        """Raise ChangedConfigError if the newest checkpoint was written under another config."""
+        record = self.record()
+        changes = difference(record["config"], self.config) if record else []
         if changes:
             raise ChangedConfigError(
                 f"The run in {self.directory} was started with another config:\n"
                 + "\n".join(f"  {line}" for line in changes)
                 + "\nGive it the config it had, or train the new one in another workdir."
             )
-        return self.restore_state(state), record["loggers"]
 
     def restore_state(self, state: TrainState) -> TrainState:
         """Return the state of the newest checkpoint, whatever its config."""

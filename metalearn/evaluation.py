@@ -34,7 +34,18 @@ def task_metrics(algorithm: Algorithm, eta: Any, tasks: Tasks, key: jax.Array) -
     episode = tasks.sample(sample_key)
     unroll = algorithm.unroll(episode, unroll_key)
     loss, aux = rollout(unroll, eta, algorithm.batches(episode, batch_key))
-    return {"loss": loss, **aux.metrics}
+    return merged({"loss": loss}, aux.metrics)
+
+
+def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Join our metrics and an algorithm's; ValueError where it takes a name of ours."""
+    taken = sorted((ours.keys() | {"meta_grad_norm", "meta_update_norm"}) & theirs.keys())
+    if taken:
+        raise ValueError(
+            f"The algorithm's `loss` returns a metric called {taken[0]!r}, a name that the Trainer "
+            "needs for its own. Call it something else."
+        )
+    return {**ours, **theirs}
 
 
 def estimate(

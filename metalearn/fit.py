@@ -1,7 +1,7 @@
 """The host side of training: the loop around `Trainer.step`, and what it reports to.
 
 The device is never waited for: the metrics of a step are read while the next one runs,
-which is also when a loss that is not finite is noticed. Nothing non-finite is ever
+which is also when a loss that is not finite is noticed; a step is looked at before it is
 checkpointed.
 """
 
@@ -25,7 +25,7 @@ from metalearn.train_state import TrainState
 if TYPE_CHECKING:
     from metalearn.checkpoint import Checkpoints
 
-WATCHED = ("loss", "meta_grad_norm")
+WATCHED = ("loss", "meta_grad_norm", "meta_update_norm")
 EVALUATION = 2**32 - 1  # folded into the run's key; outer steps count up from 0
 
 
@@ -51,7 +51,7 @@ class Fit:
 
     steps: int  # outer steps, counted from the beginning of the run
     held_out: Tasks | None = None  # evaluated on the way: validation tasks, not test
-    eval_every: int | None = None  # outer steps; None: never
+    eval_every: int | None = None  # outer steps; None or 0: never
     eval_tasks: int = 200
     log_every: int = 10  # outer steps
     stop_on_nonfinite: bool = True
@@ -80,9 +80,9 @@ class Fit:
             state, record = checkpoints.restore(state)
         first = int(state.step)
         config = checkpoints.config if checkpoints else {}
-        for logger in loggers:
-            logger.start(first, config, record.get(type(logger).__name__, {}))
         try:
+            for logger in loggers:
+                logger.start(first, config, record.get(type(logger).__name__, {}))
             with self._bar(first, trainer.tasks_per_step) as bar:
                 return self._loop(trainer, state, tasks, loggers, checkpoints, bar, first)
         except BaseException:
@@ -120,7 +120,7 @@ class Fit:
         return state
 
     def _due(self, step: int, every: int | None) -> bool:
-        return every is not None and (step % every == 0 or step == self.steps)
+        return bool(every) and (step % (every or 1) == 0 or step == self.steps)
 
     def _report(self, step: int, metrics: Any, loggers: Sequence[Logger], bar: tqdm) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}

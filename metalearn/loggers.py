@@ -120,12 +120,24 @@ class WandbLogger(Logger):
         )
 
     def _resolved_mode(self) -> Any:
-        if self.mode != "auto":
-            return self.mode
-        named = os.environ.get("WANDB_MODE")
-        if named:
-            return named
-        return "online" if self._wandb.login(prompt=False) else "offline"
+        asked = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+        if asked not in ("auto", "online"):
+            return asked
+        if self._logged_in():
+            return "online"
+        if asked == "online":
+            raise ValueError(
+                "W&B is to log online, but no user is logged in here, or the server does not "
+                "answer. Run `wandb login` once, or use the mode 'offline' and `wandb sync` later."
+            )
+        return "offline"
+
+    def _logged_in(self) -> bool:
+        try:
+            return self._wandb.login(prompt=False)
+        except self._wandb.Error as error:
+            tqdm.write(f"W&B does not answer ({error}).")
+            return False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

@@ -20,7 +20,7 @@ from metalearn.algorithm import Algorithm
 from metalearn.chunks import mean_over
 from metalearn.engines import Aux, MetaGradient, MixedFlow
 from metalearn.engines.check import check_eta
-from metalearn.evaluation import Estimate, estimate, task_metrics
+from metalearn.evaluation import Estimate, estimate, merged, task_metrics
 from metalearn.fit import Fit
 from metalearn.loggers import Logger
 from metalearn.tasks import Tasks
@@ -41,6 +41,13 @@ class Trainer:
     chunk: int | None = None  # tasks unrolled at once; None: all of a step's
 
     def __post_init__(self) -> None:
+        if not isinstance(self.engine, MetaGradient):
+            raise TypeError(
+                f"`Trainer(engine=)` takes an engine, such as `MixedFlow()`, not {self.engine!r}. "
+                "Names are for configs."
+            )
+        if self.tasks_per_step < 1:
+            raise ValueError(f"An outer step takes at least one task, not {self.tasks_per_step}.")
         if self.chunk is not None and (self.chunk < 1 or self.tasks_per_step % self.chunk):
             fitting = [n for n in range(1, self.tasks_per_step + 1) if self.tasks_per_step % n == 0]
             raise ValueError(
@@ -53,6 +60,7 @@ class Trainer:
         init_key, run_key = jax.random.split(key)
         eta = jax.jit(self.algorithm.init)(init_key)
         check_eta(eta)
+        eta = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), eta)  # no weak types
         return TrainState(jnp.zeros((), jnp.int32), eta, self.optimizer.init(eta), run_key)
 
     @functools.cached_property
@@ -61,7 +69,7 @@ class Trainer:
 
         Metrics are means over the tasks of the step: `loss` (the outer loss), those of
         the algorithm, `inner_loss_first`, `inner_loss_last` and `inner_finite` (the share
-        of inner gradients that were finite); and `meta_grad_norm`.
+        of inner gradients that were finite); and `meta_grad_norm`, `meta_update_norm`.
         """
         return jax.jit(self._step)
 
@@ -74,6 +82,7 @@ class Trainer:
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.eta)
         eta = optax.apply_updates(state.eta, updates)
         metrics["meta_grad_norm"] = optax.tree.norm(grads)
+        metrics["meta_update_norm"] = optax.tree.norm(updates)
         return TrainState(state.step + 1, eta, optimizer, state.key), metrics
 
     def task_gradient(
@@ -86,7 +95,7 @@ class Trainer:
         batches = self.algorithm.batches(episode, batch_key)
         engine_state = self.engine.init(engine_key, eta)
         (loss, aux), grads = self.engine.value_and_grad(unroll, eta, batches, engine_state)
-        return grads, {"loss": loss, **aux.metrics, **_inner_metrics(aux)}
+        return grads, merged({"loss": loss, **_inner_metrics(aux)}, aux.metrics)
 
     def fit(
         self,

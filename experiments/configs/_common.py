@@ -9,13 +9,22 @@ def maml() -> ml_collections.ConfigDict:
     config.seed = 0
     config.engine = "mixed_flow"  # or "reverse", or "forward" for a small eta
 
+    config.engine_options = {  # those of the engine that are set; see its docstring
+        "remat": placeholder(str),
+        "directions": placeholder(int),
+        "chunk": placeholder(int),
+        "max_directions": placeholder(int),
+    }
+
     config.algorithm = ml_collections.ConfigDict()
     config.algorithm.name = "maml"
     config.algorithm.objective = "cross_entropy"
     config.algorithm.optimizer = {"name": "sgd", "learning_rate": 0.4}  # the inner one
     config.algorithm.inner_steps = 1
     config.algorithm.eval_steps = 3
-    config.algorithm.learned_rates = placeholder(float)  # Meta-SGD: their initial value
+    # Meta-SGD: the initial value of learned rates, which multiply the inner optimizer's
+    # update; its own learning_rate should then be 1.
+    config.algorithm.learned_rates = placeholder(float)
     config.algorithm.first_order = False
     config.algorithm.adapt = ""  # ANIL: "head"
     config.algorithm.batch_norm = "transductive"
@@ -24,7 +33,7 @@ def maml() -> ml_collections.ConfigDict:
     config.tasks_per_step = 16
     config.chunk = placeholder(int)  # tasks unrolled at once; None: all of a step's
 
-    config.log_every = 10
+    config.log_every = 10  # outer steps; 0: never, here and below
     config.eval_tasks = 400  # validation tasks, on the way
     config.test_tasks = 1000  # test tasks, once, at the end
     config.wandb = {"mode": "auto", "project": "metalearn", "name": "", "group": ""}

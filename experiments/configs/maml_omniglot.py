@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.dataset = ml_collections.ConfigDict()
     config.dataset.name = "omniglot"
-    config.dataset.partition = "vinyals"  # or "maml": 1,200 characters to train, 423 to test
+    config.dataset.partition = "vinyals"  # or "maml": 1,100 + 100 characters, 423 to test
     config.dataset.rotations = True
     config.dataset.ways = 5
     config.dataset.shots = 1

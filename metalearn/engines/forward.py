@@ -145,7 +145,9 @@ class Forward(MetaGradient):
         if self.directions is None:
             flat, unravel = jax.flatten_util.ravel_pytree(eta)
             return unravel(slopes.astype(flat.dtype))
-        return jax.tree.map(lambda v: jnp.tensordot(slopes, v, 1) / len(slopes), directions)
+        return jax.tree.map(
+            lambda v: (jnp.tensordot(slopes, v, 1) / len(slopes)).astype(v.dtype), directions
+        )
 
 
 def _inner_products(cotangents: Any, tangents: Any) -> jax.Array:

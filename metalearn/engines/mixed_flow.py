@@ -12,10 +12,12 @@ ordinary backward pass. Everything else in the step (an optax update, say) is mo
 elementwise and differentiated as usual. The inner gradients themselves are kept by name
 through the checkpoint of each step, so that the way back never computes them again.
 
-Exact, and as general as reverse mode, with three limits of JAX's custom derivative
+Exact, and as general as reverse mode, within the limits of JAX's custom derivative
 rules: the meta-gradient cannot itself be differentiated; what `grad` differentiates with
 respect to is real; and a model with an operation that has no JVP (a fused kernel, or a
 `custom_vjp` whose forward or backward rule has none) is refused by JAX, and needs `Reverse`.
+For the same reason a step cannot push a `jax.jvp` through `grad`: take a Hessian product as
+the `grad` of `<grad, v>`, or by `jax.vjp`, both exact here.
 
 Reference: Kemaev et al. 2025, "Scalable Meta-Learning via Mixed-Mode
 Differentiation" (arXiv:2505.00793).
