@@ -16,7 +16,7 @@ of MAML disagree. Three answers are in use:
   with a `stop_gradient` of its own, the layers of `metalearn.models` do not.
 - "frozen": the model's initial statistics are used throughout and never change. They have
   to come from somewhere: a pre-trained network whose `init` returns them. (Of an untrained
-  one Flax's are mean 0 and variance 1; Haiku's variance is 0, and the result NaN.)
+  one they are mean 0 and variance 1; in `hk.BatchNorm` variance 0, and the result NaN.)
 
 `train` in the table is the flag that reaches the network, so dropout follows it too.
 """

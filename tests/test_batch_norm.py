@@ -15,7 +15,6 @@ from metalearn.engines.loop import rollout
 from tests.cases import LIBRARIES, TASKS, Float64, conv_net, to_float64
 
 pytestmark = pytest.mark.usefixtures("x64")
-FLAX = ("linen", "nnx")  # Haiku's initial variance is 0: frozen, it is NaN
 MOMENTUM = 0.7
 
 
@@ -103,7 +102,7 @@ def test_running_statistics_are_the_average_that_the_momentum_says():
     assert initial["batch_stats"]["norm_0"]["mean"].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("library", FLAX)
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_frozen_statistics_never_change_and_queries_are_predicted_one_by_one(library):
     episode, _ = episodes()
     results, initial = adapted(library, "frozen", episode, with_other_queries(episode))

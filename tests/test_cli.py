@@ -60,7 +60,9 @@ def refused(capsys):
         shown = captured.err.rpartition("\nmetalearn: ")
         assert shown[1], captured.err
         assert "Traceback" not in captured.err and captured.out == ""
-        return shown[2].strip()
+        message, hint, _ = shown[2].strip().rpartition("\n(--traceback shows where.)")
+        assert hint
+        return message
 
     return refuse
 
@@ -288,3 +290,30 @@ def test_an_unprepared_omniglot_is_refused_at_once_with_the_command_that_prepare
     command = f"python -m metalearn.datasets.prepare omniglot --data-dir={nowhere}"
     assert f"The dataset 'omniglot' is not prepared: there is no {nowhere}" in done.stderr
     assert command in done.stderr
+
+
+def test_a_config_may_follow_after_a_space(refused):
+    message = refused("train", "--config", "maml_digits", "--config.stepz=1", "--workdir=w")
+    assert message.startswith("The config has no key 'stepz'. Did you mean 'steps'?")
+
+
+def test_a_word_that_is_no_option_is_refused(refused, tmp_path):
+    message = refused(*SINUSOID, f"--workdir={tmp_path}", "config.steps=1")
+    assert message.startswith("'config.steps=1' is not an option: those begin with two dashes")
+
+
+def test_help_is_given_wherever_it_is_asked_for(capsys):
+    assert call("train", "--help") == 0
+    assert "--traceback" in capsys.readouterr().out
+
+
+def test_engine_options_are_set_from_the_command_line(refused, tmp_path):
+    words = (*SINUSOID, f"--workdir={tmp_path}", "--noprogress")
+    assert call(*words, "--config.engine_options.remat=step") == 0
+    message = refused(*SINUSOID, f"--workdir={tmp_path}/2", "--config.engine_options.chunk=2")
+    assert message == "The engine 'reverse' has no option 'chunk'. It has: ['remat']."
+
+
+def test_the_split_with_too_few_classes_is_named(refused, tmp_path):
+    message = refused(*DIGITS, f"--workdir={tmp_path}", "--config.dataset.ways=10")
+    assert message.startswith("In the validation split: `FewShot` got ways=10")

@@ -225,3 +225,11 @@ def test_the_progress_bar_shows_the_rate_and_the_loss(capsys):
 def test_the_progress_bar_can_be_switched_off(capsys):
     fit(clock(), 2, progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_an_interval_of_zero_steps_means_never(tmp_path):
+    heard, checkpoints = Heard(), Checkpoints(tmp_path / "checkpoints", every=0)
+    options = {"held_out": TASKS, "eval_every": 0, "log_every": 0, "checkpoints": checkpoints}
+    state = fit(clock(), 2, heard, **options)
+    checkpoints.close()
+    assert int(state.step) == 2 and heard.rows == [] and checkpoints.latest() is None

@@ -225,3 +225,13 @@ def test_a_wandb_logger_that_never_started_has_nothing_to_record_or_finish():
     logger = WandbLogger(mode="online")
     logger.finish(TABLE)
     assert logger.record() == {}
+
+
+def test_online_mode_without_a_login_is_refused_and_asks_nothing(nobody, tmp_path):
+    script = ANSWER_NOTHING.replace("directory", "mode='online', directory")
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert "Run `wandb login` once, or use the mode 'offline'" in done.stderr

@@ -13,6 +13,7 @@ from metalearn import Forward, MixedFlow, Reverse, Trainer
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
 from metalearn.engines.loop import rollout
+from metalearn.model import Model
 from tests.cases import MODELS, TASKS, Float64
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -65,7 +66,8 @@ def test_a_step_descends_the_mean_of_the_meta_gradients_of_its_tasks(engine):
 
 
 def test_a_step_reports_the_outer_loss_the_metrics_and_the_inner_loop():
-    always = {"loss", "inner_loss_first", "inner_loss_last", "inner_finite", "meta_grad_norm"}
+    always = {"loss", "inner_loss_first", "inner_loss_last", "inner_finite"}
+    always |= {"meta_grad_norm", "meta_update_norm"}
     _, metrics = TRAINER.step(TRAINER.init(KEY), WAVES)
     assert metrics.keys() == always
     assert all(value.shape == () for value in metrics.values())
@@ -146,3 +148,53 @@ def test_a_hundred_steps_of_sinusoid_lower_the_loss():
         state, _ = trainer.step(state, waves)
     after = trainer.evaluate(state.eta, waves, key, 320)["loss"]
     assert after.mean + after.ci95 < before.mean
+
+
+def test_an_engine_by_name_is_refused_where_objects_are_taken():
+    with pytest.raises(TypeError, match=r"takes an engine, such as `MixedFlow\(\)`, not 'reverse'"):
+        Trainer(ALGORITHM, engine="reverse")
+
+
+def test_a_step_of_no_tasks_is_refused():
+    with pytest.raises(ValueError, match="^An outer step takes at least one task, not 0.$"):
+        Trainer(ALGORITHM, tasks_per_step=0)
+
+
+class TakesAName(MAML):
+    """Returns a metric that would hide the outer loss."""
+
+    def unroll(self, episode, key):
+        unroll = super().unroll(episode, key)
+        return unroll._replace(loss=lambda eta, state: (unroll.loss(eta, state)[0], {"loss": 1.0}))
+
+
+def test_a_metric_by_the_name_of_the_outer_loss_is_refused():
+    trainer = Trainer(TakesAName(MODEL, squared_error), tasks_per_step=2)
+    with pytest.raises(ValueError, match="returns a metric called 'loss', a name that the Trainer"):
+        trainer.step(trainer.init(KEY), WAVES)
+
+
+def test_the_outer_step_compiles_once_though_eta_begins_with_weak_types():
+    model = MODELS["Functions"]
+    trainer = Trainer(MAML(Scaled(model), squared_error), tasks_per_step=2)
+    state = trainer.init(KEY)
+    for _ in range(3):
+        state, _ = trainer.step(state, WAVES)
+    assert trainer.step._cache_size() == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(Model):
+    """A model with one more parameter, weakly typed: a gain."""
+
+    model: Model
+
+    def init(self, key):
+        params, state = self.model.init(key)
+        gain = jnp.exp(0.0)
+        assert gain.weak_type
+        return {"params": params, "gain": gain}, state
+
+    def apply(self, params, state, inputs, *, train, key=None):
+        outputs, state = self.model.apply(params["params"], state, inputs, train=train, key=key)
+        return params["gain"] * outputs, state

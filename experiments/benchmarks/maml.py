@@ -15,8 +15,9 @@ Adam. The images are noise, drawn from the device-resident index as in training.
                   .venv-torch/bin/pip install -r experiments/benchmarks/pytorch.lock
 
 The contenders take turns, round by round and not always in the same order, so that a busy
-moment hits them all; each row is the median over rounds, and each ratio is the median of the ratios within rounds. Run it on
-an idle machine: other work hits PyTorch's threads much harder than XLA's. About 3 minutes.
+moment hits them all; each row is the median over rounds, and each ratio is the median of the
+ratios within rounds. Run it on an idle machine: other work hits PyTorch's threads much harder
+than XLA's. About 3 minutes.
 """
 
 from __future__ import annotations
