@@ -110,6 +110,8 @@ def test_a_config_file_opens_with_its_card(name):
     assert re.search(r"^Reproduces +\w", card, re.MULTILINE)
     command = re.search(r"^Command +(.+(?:\n  .*)*)", card, re.MULTILINE)
     assert command and f"--config={name} " in command[1]
+    assert re.search(r"^Takes +\w.*(core|CPU)", card, re.MULTILINE), "hardware and time"
+    assert re.search(r"^Expect +\d.*", card, re.MULTILINE), "the score"
 
 
 def test_a_config_becomes_plain_json_with_lists_for_tuples():

@@ -135,8 +135,8 @@ def test_the_partition_of_maml_never_changes():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (("val", "vinyals"), "No split is called 'val'. There are: train, validation, test."),
-        (("train", "lake"), "No partition of Omniglot is called 'lake'. There are: vinyals, maml."),
+        (("val", "vinyals"), "No split is called 'val'. There are: test, train, validation."),
+        (("train", "lake"), "No partition of Omniglot is called 'lake'. There are: maml, vinyals."),
     ],
 )
 def test_unknown_names_are_refused_with_those_there_are(asked, message):

@@ -28,6 +28,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import random
 import statistics
 import subprocess
 import time
@@ -157,9 +158,8 @@ def main() -> None:
     load = os.getloadavg()[0]
     rates: dict[str, list[float]] = {name: [] for name in rows}
     for turn in range(arguments.rounds):
-        order = list(rows)
-        first = turn * 2 % len(order)  # nobody always runs after the same neighbour
-        for name in order[first:] + order[:first]:
+        # Nobody always runs after the same neighbour: a subprocess leaves caches cold.
+        for name in random.Random(turn).sample(list(rows), len(rows)):
             rates[name].append(rows[name](arguments.steps))
     print(
         f"{os.cpu_count()} cores, load {load:.1f} before, {jax.devices()[0].device_kind}, ", end=""

@@ -5,6 +5,9 @@ Reproduces   Finn et al. 2017 (arXiv:1703.03400), table 1: 98.7 +- 0.4%, after 6
              filters with strides, batch statistics, 1 inner step (3 in evaluation).
 Command      metalearn train --config=maml_omniglot --workdir=runs/maml_omniglot
              The dataset: python -m metalearn.datasets.prepare omniglot
+Takes        6 minutes for 4,000 outer steps on 2 CPU cores
+Expect       0.955 test accuracy after 4,000 steps (--config.steps=4000; 0.955 +- 0.003, seed 0,
+             1,000 tasks of characters never seen in training); see docs/results.md
 """
 
 import ml_collections

@@ -23,7 +23,7 @@ class Inner(NamedTuple):
     """
 
     losses: jax.Array  # [T, n]: the n inner losses of a step, in the order taken
-    finite: jax.Array  # [T, n], bool: whether all of that loss's gradient was finite
+    finite: jax.Array  # [T, n], bool: whether that loss's gradient has a finite squared norm
 
 
 class Recorder:
@@ -51,12 +51,17 @@ class Recorder:
     def _record(self, loss: jax.Array, grads: Any) -> None:
         if get_opaque_trace_state(convention="metalearn") != self._trace:
             return  # these tracers must not leave the transformation they live in
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)]
         self._losses.append(loss)
-        self._finite.append(jnp.stack(finite).all() if finite else jnp.array(True))
+        self._finite.append(jnp.isfinite(sum(map(_squared_norm, jax.tree.leaves(grads)))))
 
     def inner(self) -> Inner:
         """Return what was recorded, for one step: leaves [n]."""
         if not self._losses:
             return Inner(jnp.zeros((0,)), jnp.zeros((0,), bool))
         return Inner(jnp.stack(self._losses), jnp.stack(self._finite))
+
+
+def _squared_norm(leaf: jax.Array) -> jax.Array:
+    """Return |leaf|^2 (): a dot product, far faster on a CPU than `isfinite(leaf).all()`."""
+    precise = jnp.promote_types(leaf.dtype, jnp.float32)
+    return jnp.vdot(leaf, leaf, preferred_element_type=precise)
