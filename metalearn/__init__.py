@@ -2,6 +2,7 @@
 
 from metalearn.algorithm import Algorithm
 from metalearn.engines import Forward, MetaGradient, MixedFlow, Reverse
+from metalearn.example_mean import ExampleMean
 from metalearn.tasks import Tasks
 from metalearn.trainer import Trainer
 from metalearn.unroll import Episode, Unroll
@@ -9,6 +10,7 @@ from metalearn.unroll import Episode, Unroll
 __all__ = [
     "Algorithm",
     "Episode",
+    "ExampleMean",
     "Forward",
     "MetaGradient",
     "MixedFlow",

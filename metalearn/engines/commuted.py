@@ -40,7 +40,7 @@ def value_and_grad(
         chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
         thetas = [args[i] for i in chosen]
         theta, treedef = jax.tree.flatten(thetas)
-        theta = [_real(leaf) for leaf in theta]
+        theta = [real(leaf) for leaf in theta]
 
         def loss_fn(theta: Leaves, dynamic: Leaves) -> Any:
             positional, named = join(dynamic, static)
@@ -54,16 +54,27 @@ def value_and_grad(
         for i in chosen:
             held[i] = None  # theta travels apart from the other arguments
         dynamic, static, join = split((held, kwargs), is_array)
-        loss, others, rest = _hoist(loss_fn, theta, dynamic)
-        (value, aux), grads = _commuted(loss)(theta, others, rest)
-        grads = jax.tree.unflatten(treedef, [checkpoint_name(g, INNER_GRADIENT) for g in grads])
+        loss, consts, _ = hoist(loss_fn, theta, dynamic)
+        others, rest, join_inputs = split([list(dynamic), consts])
+
+        def hoisted(theta: Leaves, others: Leaves, rest: Leaves) -> Any:
+            return loss(theta, *join_inputs(others, rest))
+
+        (value, aux), grads = _commuted(hoisted)(theta, others, rest)
+        grads = jax.tree.unflatten(treedef, named(grads))
         grads = grads[0] if isinstance(argnums, int) else tuple(grads)
         return ((value, aux) if has_aux else value), grads
 
     return value_and_grad_fun
 
 
-def _real(leaf: Any) -> jax.Array:
+def named(grads: Leaves) -> list[jax.Array]:
+    """Name inner gradients, so that a checkpoint's policy can keep them."""
+    return [checkpoint_name(g, INNER_GRADIENT) for g in grads]
+
+
+def real(leaf: Any) -> jax.Array:
+    """Return a leaf of theta as an array; TypeError unless it is real and floating."""
     array = jnp.asarray(leaf)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
@@ -74,20 +85,21 @@ def _real(leaf: Any) -> jax.Array:
     return array
 
 
-def _hoist(
+def hoist(
     function: Callable[[Leaves, Leaves], Any], theta: Leaves, dynamic: Leaves
-) -> tuple[Loss, list[Any], list[Any]]:
-    """Make all that a loss reads an argument: (loss, other float leaves, other leaves)."""
+) -> tuple[Callable[[Leaves, Leaves, Leaves], Any], list[Any], Any]:
+    """Make all that a loss closes over an argument.
+
+    Returns (loss(theta, dynamic, consts), consts, the shapes of what the loss returns).
+    """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(theta, dynamic)
     treedef = jax.tree.structure(shapes)
-    others, rest, join = split([list(dynamic), list(closed.consts)])
 
-    def loss(theta: Leaves, others: Leaves, rest: Leaves) -> tuple[jax.Array, Any]:
-        dynamic, consts = join(others, rest)
+    def loss(theta: Leaves, dynamic: Leaves, consts: Leaves) -> Any:
         flat = jax.core.eval_jaxpr(closed.jaxpr, consts, *theta, *dynamic)
         return jax.tree.unflatten(treedef, flat)
 
-    return loss, others, rest
+    return loss, list(closed.consts), shapes
 
 
 def _commuted(loss: Loss) -> Callable[[Leaves, Leaves, Leaves], Any]:
@@ -97,23 +109,29 @@ def _commuted(loss: Loss) -> Callable[[Leaves, Leaves, Leaves], Any]:
         return jax.value_and_grad(loss, has_aux=True)(theta, others, rest)
 
     def backward(residuals: Any, cotangents: Any) -> Any:
-        theta, others, rest = residuals
-        (value_bar, aux_bar), u = cotangents
-
-        def phi(theta: Leaves, others: Leaves, s: jax.Array) -> jax.Array:
-            value, aux = loss(theta, others, rest)
-            return (1 + s * value_bar) * value + s * _inner_product(aux_bar, aux)
-
-        def gradient(theta: Leaves, s: jax.Array) -> Any:
-            return jax.grad(phi, (0, 1))(theta, others, s)
-
-        s = jnp.zeros((), value_bar.dtype)
-        _, (theta_bar, others_bar) = jax.jvp(gradient, (theta, s), (u, jnp.ones_like(s)))
-        return theta_bar, others_bar, None
+        return *pullback(loss, *residuals, cotangents), None
 
     rule = jax.custom_vjp(forward)
     rule.defvjp(lambda *inputs: (forward(*inputs), inputs), backward)
     return rule
+
+
+def pullback(
+    loss: Loss, theta: Leaves, others: Leaves, rest: Leaves, cotangents: Any
+) -> tuple[Leaves, Leaves]:
+    """Pull ((value, aux), grads) cotangents back to (theta, others): one jvp of a gradient."""
+    (value_bar, aux_bar), u = cotangents
+
+    def phi(theta: Leaves, others: Leaves, s: jax.Array) -> jax.Array:
+        value, aux = loss(theta, others, rest)
+        return (1 + s * value_bar) * value + s * _inner_product(aux_bar, aux)
+
+    def gradient(theta: Leaves, s: jax.Array) -> Any:
+        return jax.grad(phi, (0, 1))(theta, others, s)
+
+    s = jnp.zeros((), value_bar.dtype)
+    _, bars = jax.jvp(gradient, (theta, s), (u, jnp.ones_like(s)))
+    return bars
 
 
 def _inner_product(cotangents: Any, values: Any) -> jax.Array | float:

@@ -4,10 +4,15 @@ Reverse mode reads every step again, backwards. Keeping what each step computed 
 O(T) activations; keeping only the states costs one more forward pass; keeping the
 state of every sqrt(T)-th step costs two, and memory O(sqrt(T)) (Griewank 1992,
 Chen et al. 2016, arXiv:1604.06174).
+
+Where theta_0 does not depend on eta, nothing upstream of the first step needs a derivative
+with respect to it. A scan computes it all the same, since its steps are all alike; a first
+step taken apart from the scan ("peeled") does not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn.engines.check import check_eta, horizon
+from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
 from metalearn.engines.recorder import Inner, Recorder
 from metalearn.names import pick
@@ -29,9 +35,22 @@ REMAT = {
 Body = Callable[[Any, Any], tuple[Any, Inner]]
 
 
-def check_remat(name: str) -> None:
-    """Raise ValueError, with the choices, where a `remat` is none of them."""
-    pick(REMAT, name, "remat")
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What of the loop is kept for the way back."""
+
+    remat: str = "none"
+    segment: int | None = None  # "nested": steps between kept states; None: sqrt(T)
+    peel: bool = False  # take the first step apart, where theta_0 does not depend on eta
+    policy: Callable[..., bool] | None = None  # of `jax.checkpoint`: what else is kept
+
+    def __post_init__(self) -> None:
+        pick(REMAT, self.remat, "remat")
+        if self.segment is not None and (self.segment < 1 or self.remat != "nested"):
+            raise ValueError(
+                f"`segment` is the number of inner steps between kept states of remat='nested', "
+                f"and cannot be {self.segment} with remat={self.remat!r}."
+            )
 
 
 def step_body(unroll: Unroll, eta: Any, value_and_grad: Callable[..., Any]) -> Body:
@@ -49,15 +68,14 @@ def backpropagate(
     unroll: Unroll,
     eta: Any,
     batches: Any,
-    value_and_grad: Callable[..., Any] = jax.value_and_grad,
-    remat: str = "none",
-    policy: Callable[..., bool] | None = None,
+    value_and_grad: Callable[..., Any],
+    kept: Kept,
 ) -> tuple[tuple[jax.Array, Aux], Any]:
     """Return ((loss (), aux), meta-gradient like eta), by reverse mode over the loop."""
     check_eta(eta)
 
     def objective(eta: Any) -> tuple[jax.Array, Aux]:
-        return rollout(unroll, eta, batches, value_and_grad, remat, policy)
+        return rollout(unroll, eta, batches, value_and_grad, kept)
 
     return jax.value_and_grad(objective, has_aux=True)(eta)
 
@@ -67,53 +85,68 @@ def rollout(
     eta: Any,
     batches: Any,
     value_and_grad: Callable[..., Any] = jax.value_and_grad,
-    remat: str = "none",
-    policy: Callable[..., bool] | None = None,
+    kept: Kept = Kept(),
 ) -> tuple[jax.Array, Aux]:
     """Run the inner loop and the outer loss: (loss (), aux). Differentiable in eta."""
     body = step_body(unroll, eta, value_and_grad)
-    state, inner = scan(body, unroll.init(eta), batches, remat, policy)
+    if kept.peel and depends(unroll.init, eta):
+        kept = dataclasses.replace(kept, peel=False)
+    state, inner = scan(body, unroll.init(eta), batches, kept)
     loss, metrics = unroll.loss(eta, state)
     return loss, Aux(metrics, state, inner)
 
 
-def scan(
-    body: Body, state: Any, batches: Any, remat: str, policy: Callable[..., bool] | None
-) -> tuple[Any, Inner]:
-    """Scan `body` over the T slices of `batches`, checkpointed as `remat` says."""
-    once = horizon(batches) == 1
-    if remat == "none":
-        return _once(body, state, batches) if once else jax.lax.scan(body, state, batches)
-    step = jax.checkpoint(body, policy=policy, prevent_cse=once)
-    if once:
-        return _once(step, state, batches)
-    if remat == "step":
-        return jax.lax.scan(step, state, batches)
-    return _nested(step, state, batches, policy)
+def scan(body: Body, state: Any, batches: Any, kept: Kept) -> tuple[Any, Inner]:
+    """Scan `body` over the T slices of `batches`."""
+    if horizon(batches) == 1:
+        return _once(body, state, batches, kept)
+    if not kept.peel:
+        return _scan(body, state, batches, kept)
+    head, tail = (jax.tree.map(lambda x, part=part: x[part], batches) for part in _PEELED)
+    state, first = _once(body, state, head, kept)
+    rest = dataclasses.replace(kept, peel=False)
+    state, inner = scan(body, state, tail, rest)
+    return state, _joined(first, inner)
 
 
-def _once(body: Body, state: Any, batches: Any) -> tuple[Any, Inner]:
+_PEELED = slice(0, 1), slice(1, None)
+
+
+def _once(body: Body, state: Any, batches: Any, kept: Kept) -> tuple[Any, Inner]:
     """Take the only step without a loop, which would copy all it keeps for the way back."""
+    if kept.remat != "none":
+        body = jax.checkpoint(body, policy=kept.policy)
     state, inner = body(state, jax.tree.map(lambda x: x[0], batches))
     return state, jax.tree.map(lambda x: x[None], inner)
 
 
-def _nested(
-    step: Body, state: Any, batches: Any, policy: Callable[..., bool] | None
-) -> tuple[Any, Inner]:
-    """Scan over about sqrt(T) segments, each a scan, both levels checkpointed."""
+def _scan(body: Body, state: Any, batches: Any, kept: Kept) -> tuple[Any, Inner]:
+    if kept.remat == "none":
+        return jax.lax.scan(body, state, batches)
+    step = jax.checkpoint(body, policy=kept.policy, prevent_cse=False)
+    if kept.remat == "step":
+        return jax.lax.scan(step, state, batches)
+    return _nested(step, state, batches, kept)
+
+
+def _nested(step: Body, state: Any, batches: Any, kept: Kept) -> tuple[Any, Inner]:
+    """Scan over segments, each a scan, both levels checkpointed."""
     steps = horizon(batches)
-    length = math.isqrt(steps - 1) + 1
+    length = min(kept.segment or math.isqrt(steps - 1) + 1, steps)
     whole = steps - steps % length
 
     def segment(state: Any, batches: Any) -> tuple[Any, Inner]:
         return jax.lax.scan(step, state, batches)
 
     head = jax.tree.map(lambda x: x[:whole].reshape(-1, length, *x.shape[1:]), batches)
-    checkpointed = jax.checkpoint(segment, policy=policy, prevent_cse=False)
+    checkpointed = jax.checkpoint(segment, policy=kept.policy, prevent_cse=False)
     state, inner = jax.lax.scan(checkpointed, state, head)
     inner = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), inner)
     if whole == steps:
         return state, inner
     state, rest = segment(state, jax.tree.map(lambda x: x[whole:], batches))
-    return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), inner, rest)
+    return state, _joined(inner, rest)
+
+
+def _joined(first: Inner, rest: Inner) -> Inner:
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)

@@ -26,13 +26,14 @@ Differentiation" (arXiv:2505.00793).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 
-from metalearn.engines.commuted import INNER_GRADIENT, value_and_grad
+from metalearn.engines import commuted, micro_batches
 from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.loop import backpropagate, check_remat
+from metalearn.engines.loop import Kept, backpropagate
 from metalearn.unroll import Unroll
 
 
@@ -41,13 +42,28 @@ class MixedFlow(MetaGradient):
     """Backpropagation through the loop whose inner Hessian products run forward."""
 
     remat: str = "step"  # "none", "step" or "nested"; inner gradients are kept in all
+    segment: int | None = None  # "nested": inner steps between kept states; None: sqrt(T)
+    # Take the first step apart where theta_0 does not depend on eta: its Hessian product is
+    # not needed. Costs one more step to compile.
+    peel: bool = True
+    # Take inner gradients and Hessian products a part of the batch at a time; the inner loss
+    # must be a `metalearn.ExampleMean`. Holds one part's activations; same FLOPs, more time.
+    micro_batches: int = 1
 
     def __post_init__(self) -> None:
-        check_remat(self.remat)
+        self._kept()
+        if self.micro_batches < 1:
+            raise ValueError(f"micro_batches={self.micro_batches}, but one is the least.")
 
     def value_and_grad(
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         """Return ((loss (), aux), meta-gradient like eta)."""
-        keep = jax.checkpoint_policies.save_only_these_names(INNER_GRADIENT)
-        return backpropagate(unroll, eta, batches, value_and_grad, self.remat, keep)
+        inner = commuted.value_and_grad
+        if self.micro_batches > 1:
+            inner = functools.partial(micro_batches.value_and_grad, parts=self.micro_batches)
+        return backpropagate(unroll, eta, batches, inner, self._kept())
+
+    def _kept(self) -> Kept:
+        policy = jax.checkpoint_policies.save_only_these_names(commuted.INNER_GRADIENT)
+        return Kept(self.remat, self.segment, self.peel, policy)

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.loop import backpropagate, check_remat
+from metalearn.engines.loop import Kept, backpropagate
 from metalearn.unroll import Unroll
 
 
@@ -32,12 +32,19 @@ class Reverse(MetaGradient):
     """Backpropagation through the unrolled loop, exact for any eta."""
 
     remat: str = "none"  # "none", "step" or "nested"
+    segment: int | None = None  # "nested": inner steps between kept states; None: sqrt(T)
+    # Take the first step apart where theta_0 does not depend on eta: fewer FLOPs, one more
+    # step to compile. Off: this engine is the textbook's.
+    peel: bool = False
 
     def __post_init__(self) -> None:
-        check_remat(self.remat)
+        self._kept()
 
     def value_and_grad(
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         """Return ((loss (), aux), meta-gradient like eta)."""
-        return backpropagate(unroll, eta, batches, remat=self.remat)
+        return backpropagate(unroll, eta, batches, jax.value_and_grad, self._kept())
+
+    def _kept(self) -> Kept:
+        return Kept(self.remat, self.segment, self.peel)

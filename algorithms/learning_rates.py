@@ -1,0 +1,105 @@
+"""Per-parameter learning rates of the inner optimizer.
+
+From a fresh theta_0 the inner loop takes T steps on training batches, each with the
+direction u_t of an optax optimizer and one learned rate per parameter,
+
+    theta_{t+1} = theta_t + exp(eta) * u_t(grad L_t(theta_t))      t = 0 .. T-1
+    F(eta)      = L_val(theta_T)
+
+and eta is the logarithm of the rates, so that they stay positive. The first task of Kemaev
+et al. 2025 (arXiv:2505.00793), and the rates alone of Meta-SGD (Li et al. 2017,
+arXiv:1707.03141). eta is as large as theta: not a problem for `Forward`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalearn.algorithm import Algorithm
+from metalearn.algorithms.objectives import Objective, cross_entropy
+from metalearn.example_mean import ExampleMean
+from metalearn.model import Model
+from metalearn.unroll import Episode, Unroll
+
+
+class Training(NamedTuple):
+    """What the inner training run carries."""
+
+    params: Any  # theta
+    optimizer: Any  # the inner optimizer's state
+    statistics: Any  # the model's mutable state
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRates(Algorithm):
+    """Learn one learning rate per parameter. Kemaev et al. 2025.
+
+    Support: (inputs, targets), leaves [T, batch, ...], a slice a step. Query: (inputs,
+    targets), leaves [batch, ...].
+    """
+
+    model: Model
+    objective: Objective = cross_entropy
+    # Its update is multiplied by the learned rates, so it has a rate of one. `eps_root`
+    # keeps the derivative of Adam's square root finite where a gradient is exactly zero.
+    optimizer: optax.GradientTransformation = optax.adam(1.0, eps_root=1e-8)
+    initial: float = 1e-3  # every learned rate, before any outer step
+
+    def __post_init__(self) -> None:
+        if not self.initial > 0:
+            raise ValueError(f"Learned rates are positive, so initial={self.initial} cannot be.")
+
+    def init(self, key: jax.Array) -> Any:
+        """Return the logarithm of each parameter's rate, a tree like theta."""
+        params, _ = jax.eval_shape(self.model.init, key)
+        return jax.tree.map(lambda p: jnp.full(p.shape, math.log(self.initial), p.dtype), params)
+
+    def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
+        """Return the training of a fresh model, drawn with `key`."""
+
+        def init(eta: Any) -> Training:
+            del eta
+            params, statistics = self.model.init(key)
+            return Training(params, self.optimizer.init(params), statistics)
+
+        def step(eta: Any, state: Training, batch: Any, grad: Any) -> Training:
+            grads, statistics = self._gradient(state, batch, grad)
+            updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+            updates = jax.tree.map(lambda rate, u: jnp.exp(rate) * u, eta, updates)
+            return Training(optax.apply_updates(state.params, updates), optimizer, statistics)
+
+        def loss(eta: Any, state: Training) -> tuple[jax.Array, dict[str, jax.Array]]:
+            del eta
+            value, (_, metrics) = self._loss(state.params, state.statistics, episode.query, False)
+            return value, metrics
+
+        return Unroll(init, step, loss)
+
+    def _gradient(self, state: Training, batch: Any, grad: Any) -> tuple[Any, Any]:
+        """Return (grad L, new statistics). A model without any is a mean over examples."""
+        if jax.tree.leaves(state.statistics):
+
+            def batch_loss(params: Any) -> Any:
+                value, (statistics, _) = self._loss(params, state.statistics, batch, True)
+                return value, statistics
+
+            return grad(batch_loss, has_aux=True)(state.params)
+
+        def example_loss(params: Any, example: Any) -> jax.Array:
+            alone = jax.tree.map(lambda x: x[None], example)
+            return self._loss(params, state.statistics, alone, True)[0]
+
+        return grad(ExampleMean(example_loss))(state.params, batch), state.statistics
+
+    def _loss(self, params: Any, statistics: Any, data: Any, train: bool) -> tuple[jax.Array, Any]:
+        """Return (loss (), (new statistics, metrics))."""
+        inputs, targets = data
+        outputs, statistics = self.model.apply(params, statistics, inputs, train=train)
+        loss, metrics = self.objective(outputs, targets)
+        return loss, (statistics, metrics)

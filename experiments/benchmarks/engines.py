@@ -1,0 +1,227 @@
+"""Memory, FLOPs and time of the engines on a language model, and how they grow.
+
+    python -m metalearn.experiments.benchmarks.engines                     # the workload below
+    python -m metalearn.experiments.benchmarks.engines --layers 2 6 12 24  # against depth
+    python -m metalearn.experiments.benchmarks.engines --task weights --seconds 7
+
+One meta-gradient of a task of Kemaev et al. 2025 (arXiv:2505.00793): per-parameter learning
+rates (`rates`), MAML (`maml`) or loss weights (`weights`), a transformer trained with Adam.
+By default T=2, batch 4, sequence 256, 12 layers, width 64, 4 heads, 256 tokens. Every axis
+takes several values, and every combination is a row per setting.
+
+Memory is the temporaries of the compiled program, FLOPs are its matrix products with loop
+trip counts, in units of F, one forward pass of an inner batch, per inner step: both are
+deterministic, and nothing is allocated. Seconds only with `--seconds ROUNDS`: the settings
+take turns, and a row is the median. Writes engines.csv, engines.md and a picture per axis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import pathlib
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalearn import Algorithm, Episode, MetaGradient, MixedFlow, Reverse
+from metalearn.algorithms import MAML, LearningRates, LossWeights, TokenWeights
+from metalearn.cost import cost
+from metalearn.datasets.text import Windows
+from metalearn.experiments.benchmarks import pictures
+from metalearn.models import Functions
+from metalearn.models.transformer import Architecture
+
+AXES = {"T": 2, "batch": 4, "length": 256, "layers": 12, "width": 64}
+BASE = "b: reverse, step and block remat"
+Sizes = dict[str, int]
+
+
+class Setting(NamedTuple):
+    """How the derivative is taken: an engine, and what a block of the model keeps."""
+
+    engine: MetaGradient
+    block: str  # `Architecture.remat`
+
+
+def settings(size: Sizes) -> dict[str, Setting]:
+    """Return the rows, from the textbook to the leanest. Parts of one example each."""
+    parts = size["batch"]
+    return {
+        "plain reverse": Setting(Reverse(), "none"),
+        "reverse, block remat": Setting(Reverse(), "block"),
+        BASE: Setting(Reverse("step"), "block"),
+        "b, first step peeled": Setting(Reverse("step", peel=True), "block"),
+        "mixed flow as in the paper": Setting(MixedFlow(peel=False), "block"),
+        "MixedFlow()": Setting(MixedFlow(), "block"),
+        "MixedFlow(), blocks keep dots": Setting(MixedFlow(), "dots"),
+        "MixedFlow(), no block remat": Setting(MixedFlow(), "none"),
+        "MixedFlow(nested)": Setting(MixedFlow("nested"), "block"),
+        "MixedFlow(micro_batches)": Setting(MixedFlow(micro_batches=parts), "block"),
+        "MixedFlow(nested, micro_batches)": Setting(
+            MixedFlow("nested", micro_batches=parts), "block"
+        ),
+    }
+
+
+def architecture(size: Sizes, block: str) -> Architecture:
+    """Return the transformer of a size."""
+    return Architecture(256, size["width"], size["layers"], heads=4, remat=block)
+
+
+def rates(model: Functions, size: Sizes) -> tuple[Algorithm, Episode]:
+    """Per-parameter learning rates: eta is as large as theta."""
+    return LearningRates(model), Episode((_tokens(size, "T"),) * 2, (_tokens(size),) * 2)
+
+
+def maml(model: Functions, size: Sizes) -> tuple[Algorithm, Episode]:
+    """MAML: eta is theta_0; every step reads the same batch."""
+    algorithm = MAML(model, optimizer=optax.adam(1e-3, eps_root=1e-8), inner_steps=size["T"])
+    return algorithm, Episode((_tokens(size),) * 2, (_tokens(size),) * 2)
+
+
+def weights(model: Functions, size: Sizes) -> tuple[Algorithm, Episode]:
+    """Loss weights: eta is a small network on each token's loss and position."""
+    algorithm = LossWeights(model, TokenWeights(), optax.adam(1e-3, eps_root=1e-8))
+    return algorithm, Episode(_windows(size, "T"), _windows(size))
+
+
+TASKS: dict[str, Callable[[Functions, Sizes], tuple[Algorithm, Episode]]] = {
+    "rates": rates,
+    "maml": maml,
+    "weights": weights,
+}
+
+
+def _tokens(size: Sizes, *leading: str) -> jax.ShapeDtypeStruct:
+    shape = tuple(size[axis] for axis in (*leading, "batch", "length"))
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _windows(size: Sizes, *leading: str) -> Windows:
+    tokens = _tokens(size, *leading)
+    return Windows(tokens, tokens, jax.ShapeDtypeStruct(tokens.shape[:-1], jnp.int32), None)
+
+
+def program(task: str, size: Sizes, setting: Setting) -> tuple[Any, tuple[Any, ...]]:
+    """Return (a jitted meta-gradient, the shapes of its arguments)."""
+    shape = architecture(size, setting.block)
+    algorithm, episode = TASKS[task](Functions(shape.init, shape.apply), size)
+
+    def meta_gradient(eta: Any, episode: Episode, key: jax.Array) -> Any:
+        unroll = algorithm.unroll(episode, key)
+        batches = algorithm.batches(episode, key)
+        (loss, _), grads = setting.engine.value_and_grad(unroll, eta, batches)
+        return loss, grads
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.jit(meta_gradient), (jax.eval_shape(algorithm.init, key), episode, key)
+
+
+def forward_flops(size: Sizes) -> int:
+    """Return F: the FLOPs of one forward pass of the model on one inner batch."""
+    shape = architecture(size, "none")
+    params = jax.eval_shape(shape.init, jax.random.key(0))
+    return cost(jax.jit(shape.apply), params, _tokens(size)).flops
+
+
+def measure(task: str, size: Sizes, chosen: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield a row per setting, with its ratios to the strongest standard set-up."""
+    flops = forward_flops(size)
+    programs = {name: program(task, size, settings(size)[name]) for name in chosen}
+    costs = {name: cost(*made) for name, made in ((n, (f, *a)) for n, (f, a) in programs.items())}
+    seconds = timed(programs, rounds) if rounds else dict.fromkeys(chosen, float("nan"))
+    base = costs.get(BASE, next(iter(costs.values())))
+    for name, found in costs.items():
+        yield {
+            "task": task,
+            **size,
+            "setting": name,
+            "temporaries_mib": round(found.temporaries / 2**20, 1),
+            "memory_below_b": round(base.temporaries / found.temporaries, 2),
+            "flops_f_per_step": round(found.flops / flops / size["T"], 2),
+            "flops_of_b": round(found.flops / base.flops, 3),
+            "seconds": seconds[name],
+            "seconds_of_b": seconds[name] / seconds.get(BASE, float("nan")),
+        }
+
+
+def timed(programs: dict[str, Any], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each program; they take turns, in a new order every round."""
+    taken: dict[str, list[float]] = {name: [] for name in programs}
+    ready = {name: (run, _arguments(shapes)) for name, (run, shapes) in programs.items()}
+    for run, arguments in ready.values():
+        jax.block_until_ready(run(*arguments))
+    for turn in range(rounds):
+        for name in random.Random(turn).sample(list(ready), len(ready)):
+            run, arguments = ready[name]
+            began = time.perf_counter()
+            jax.block_until_ready(run(*arguments))
+            taken[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _arguments(shapes: Any) -> Any:
+    """Return small random numbers, tokens and a key of these shapes."""
+
+    def draw(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        if jnp.issubdtype(shape.dtype, jnp.integer):
+            return jax.random.randint(jax.random.key(1), shape.shape, 0, 256, shape.dtype)
+        return 0.02 * jax.random.normal(jax.random.key(2), shape.shape, shape.dtype)
+
+    return jax.tree.map(draw, shapes)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table, without the columns that never change."""
+    kept = [k for k in rows[0] if k == "setting" or len({str(row[k]) for row in rows}) > 1]
+    lines = [
+        [f"{row[k]:.3g}" if isinstance(row[k], float) else str(row[k]) for k in kept]
+        for row in rows
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [kept, ["---"] * len(kept), *lines])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the table and write everything down."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--task", choices=TASKS, default="rates")
+    for axis, value in AXES.items():
+        parser.add_argument(f"--{axis}", type=int, nargs="+", default=[value])
+    names = list(settings(AXES))
+    parser.add_argument("--settings", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--seconds", type=int, default=0, metavar="ROUNDS")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/engines"))
+    given = vars(parser.parse_args(argv))
+    rows = []
+    for values in itertools.product(*(given[axis] for axis in AXES)):
+        size = dict(zip(AXES, values, strict=True))
+        for row in measure(given["task"], size, given["settings"], given["seconds"]):
+            rows.append(row)
+            print(*(f"{k}={v}" for k, v in row.items() if v == v), flush=True)
+    machine = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+    table = f"{given['task']}, {machine}\n\n{markdown(rows)}\n"
+    print(f"\n{table}")
+    out = given["out"]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "engines.md").write_text(table)
+    with (out / "engines.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for axis in AXES:
+        if len(given[axis]) > 1:
+            pictures.against(rows, axis, out, AXES)
+
+
+if __name__ == "__main__":
+    main()

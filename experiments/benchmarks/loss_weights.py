@@ -1,0 +1,140 @@
+"""Learned loss weights against uniform ones and against knowing what is clean.
+
+    python -m metalearn.experiments.benchmarks.loss_weights [--seeds=0,1,2] [--workdir=DIR]
+
+Per seed, weights are meta-learned as `--config=loss_weights_shakespeare` says, then frozen,
+and a language model is trained from scratch for many more steps than meta-learning ever
+looked ahead, three times from the same initialisation with the same number of steps:
+
+- `learned`   on the corrupted text, with the learned weights
+- `uniform`   on the same batches, with equal weights
+- `clean`     on the clean pieces alone, with equal weights: what an oracle would do
+
+The loss is of clean text of the test split that nothing was chosen on, in nats per byte. The
+AUC says how well a score tells clean from corrupted windows of that split, by the model of
+the `learned` arm: its weights, and, for comparison, its bare loss, low and high.
+
+A seed decides the weights' initialisation, the meta-training, and the model's initialisation
+and batches; which text is corrupted is the config's. Rows are kept in DIR, so that a run can
+be continued. Intervals are 95%, Student's t over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metalearn import Trainer
+from metalearn.algorithms import DomainWeights, LossWeights
+from metalearn.algorithms.separation import auc
+from metalearn.datasets import Text
+from metalearn.engines.loop import rollout
+from metalearn.experiments import build
+from metalearn.experiments.configs import loss_weights_shakespeare
+from metalearn.loggers import ConsoleLogger
+
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # by seeds
+
+
+class Arms:
+    """Trains a language model with some weights, and looks at it on test text. Compiled once."""
+
+    def __init__(self, trainer: Trainer, test: Text):
+        self.test = test
+        self.learner: Any = trainer.algorithm
+        self.uniform = LossWeights(
+            self.learner.model, DomainWeights(test.sources), self.learner.optimizer
+        )
+        self.run = jax.jit(_run, static_argnums=0)
+
+    def rows(self, eta: Any, key: jax.Array) -> dict[str, float]:
+        """Return the test loss of the three arms, and the AUCs of the first."""
+        equal = jnp.zeros(self.test.sources)
+        learned = self.run(self.learner, eta, self.test, key)
+        uniform = self.run(self.uniform, equal, self.test, key)
+        clean = self.run(self.uniform, equal, self.test.clean(), key)
+        found = {
+            "learned": learned["loss"],
+            "uniform": uniform["loss"],
+            "clean": clean["loss"],
+            **{name: value for name, value in learned.items() if name != "loss"},
+        }
+        return {name: float(value) for name, value in found.items()}
+
+
+def _run(algorithm: LossWeights, eta: Any, tasks: Text, key: jax.Array) -> dict[str, jax.Array]:
+    sample_key, unroll_key, batch_key = jax.random.split(key, 3)
+    episode = tasks.sample(sample_key)
+    batches = algorithm.batches(episode, batch_key)
+    loss, aux = rollout(algorithm.unroll(episode, unroll_key), eta, batches)
+    losses = algorithm.losses(aux.state, episode.query).mean(1)
+    clean = ~episode.query.corrupted
+    bare = {"low_loss_auc": auc(-losses, clean), "high_loss_auc": auc(losses, clean)}
+    return {"loss": loss, **bare, **aux.metrics}
+
+
+def measure(config: Any, seed: int, arms: Arms, trainer: Trainer, tasks: Text) -> dict[str, float]:
+    """Meta-learn weights with a seed, then train with them and without."""
+    began = time.perf_counter()
+    how = {"loggers": [ConsoleLogger()], "log_every": config["log_every"], "progress": False}
+    state = trainer.fit(tasks, config["steps"], key=jax.random.key(seed), **how)
+    learned = time.perf_counter()
+    row = arms.rows(state.eta, jax.random.fold_in(jax.random.key(seed), 1))
+    ended = time.perf_counter()
+    return {"seed": seed, **row, "meta_seconds": learned - began, "arm_seconds": ended - learned}
+
+
+def interval(values: Sequence[float]) -> str:
+    """Format a mean with its 95% interval."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    width = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.3f} +- {width:.3f}"
+
+
+def table(rows: Sequence[dict[str, float]]) -> str:
+    """Return the Markdown table of all seeds."""
+    seeds = ", ".join(str(row["seed"]) for row in rows)
+    lines = [f"| seeds {seeds} | mean and 95% interval |", "|---|---|"]
+    for name in ("learned", "uniform", "clean"):
+        lines.append(f"| test loss, {name} | {interval([row[name] for row in rows])} |")
+    for a, b in (("uniform", "learned"), ("learned", "clean")):
+        lines.append(f"| {a} - {b}, paired | {interval([row[a] - row[b] for row in rows])} |")
+    for name in ("weight_auc", "low_loss_auc", "high_loss_auc"):
+        lines.append(f"| {name} | {interval([row[name] for row in rows])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is not measured yet, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/loss_weights"))
+    arguments = parser.parse_args()
+    config = build.to_json(loss_weights_shakespeare.get_config())
+    splits = build.splits(config["dataset"])
+    trainer = build.trainer(config, splits)
+    arms = Arms(trainer, splits.test)
+    arguments.workdir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in map(int, arguments.seeds.split(",")):
+        path = arguments.workdir / f"benchmark_seed_{seed}.json"
+        if not path.exists():
+            row = measure(config, seed, arms, trainer, splits.train)
+            path.write_text(json.dumps(row) + "\n")
+        rows.append(json.loads(path.read_text()))
+        print(rows[-1], flush=True)
+    print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}\n\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The commuted rule a few examples at a time, for a loss that is a mean over examples.
+
+    g = 1/k sum_j grad L_j          u^T H = 1/k sum_j u^T H_j
+
+over k parts of the batch, one after the other: the same sums in another order, so the result
+is that of the whole batch up to rounding, and only one part's activations are alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.dtypes
+import jax.numpy as jnp
+
+from metalearn.engines.commuted import Leaves, Loss, hoist, named, pullback, real
+from metalearn.example_mean import ExampleMean
+from metalearn.leaves import is_array, split
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    *,
+    parts: int,
+) -> Callable[..., Any]:
+    """Stand in for `jax.value_and_grad` of an `ExampleMean` with respect to theta."""
+    if not isinstance(fun, ExampleMean) or argnums != 0:
+        raise ValueError(
+            f"`MixedFlow(micro_batches={parts})` takes an inner loss in parts, which is exact for "
+            f"a mean over examples and wrong for any other, but `grad` was given {fun!r} with "
+            f"argnums={argnums}. Write the loss as a `metalearn.ExampleMean` and differentiate it "
+            "in its first argument, or use `micro_batches=1`."
+        )
+
+    def value_and_grad_fun(theta: Any, examples: Any, *shared: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(theta)
+        leaves = [real(leaf) for leaf in leaves]
+        rows, rows_treedef = jax.tree.flatten(examples)
+        rows = [_cut(row, parts) for row in rows]
+        dynamic, static, join = split(shared, is_array)
+
+        def loss_fn(leaves: Leaves, inputs: Any) -> Any:
+            part, dynamic = inputs
+            theta, part = jax.tree.unflatten(treedef, leaves), rows_treedef.unflatten(part)
+            result = fun(theta, part, *join(dynamic, static))
+            return result if has_aux else (result, ())
+
+        loss, consts, shapes = hoist(loss_fn, leaves, ([row[0] for row in rows], dynamic))
+        cut, cut_rest, join_cut = split(rows)
+        common, common_rest, join_common = split([dynamic, consts])
+
+        def hoisted(theta: Leaves, others: Any, rest: Any) -> Any:
+            part = join_cut(others[0], rest[0])
+            dynamic, consts = join_common(others[1], rest[1])
+            return loss(theta, [*part, *dynamic], consts)
+
+        rule = _in_parts(hoisted, parts, shapes[0].dtype)
+        (value, aux), grads = rule(leaves, (cut, common), (cut_rest, common_rest))
+        grads = jax.tree.unflatten(treedef, named(grads))
+        return ((value, aux) if has_aux else value), grads
+
+    return value_and_grad_fun
+
+
+def _cut(row: Any, parts: int) -> jax.Array:
+    """Return an array [batch, ...] as [parts, batch / parts, ...]."""
+    row = jnp.asarray(row)
+    if row.shape[0] % parts:
+        raise ValueError(
+            f"micro_batches={parts} does not divide an inner batch of {row.shape[0]} examples."
+        )
+    return row.reshape(parts, -1, *row.shape[1:])
+
+
+def _whole(rows: jax.Array) -> jax.Array:
+    return rows.reshape(-1, *rows.shape[2:])
+
+
+def _in_parts(loss: Loss, parts: int, dtype: Any) -> Callable[..., Any]:
+    """Return (theta, others, rest) -> ((value, aux), grads): the commuted rule, part by part.
+
+    others and rest are (cut, common): arrays [parts, ...], one slice a part, and arrays that
+    all parts read. `dtype` is the loss's.
+    """
+
+    def forward(theta: Leaves, others: Any, rest: Any) -> Any:
+        def add(total: Any, part: Any) -> tuple[Any, Any]:
+            inputs = (part[0], others[1]), (part[1], rest[1])
+            (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(theta, *inputs)
+            return _plus(total, (value, grads), 1 / parts), aux
+
+        zero = jnp.zeros((), dtype), list(map(jnp.zeros_like, theta))
+        (value, grads), aux = jax.lax.scan(add, zero, (others[0], rest[0]))
+        return (value, jax.tree.map(_whole, aux)), grads
+
+    def backward(residuals: Any, cotangents: Any) -> Any:
+        theta, others, rest = residuals
+        (value_bar, aux_bar), u = cotangents
+        scaled = value_bar / parts, [leaf / parts for leaf in u]
+        leaves, treedef = jax.tree.flatten(aux_bar)
+        leaves = [_cut_cotangent(leaf, parts) for leaf in leaves]
+
+        def add(total: Any, part: Any) -> tuple[Any, Any]:
+            cut, cut_rest, bars = part
+            cotangents = (scaled[0], treedef.unflatten(bars)), scaled[1]
+            inputs = (cut, others[1]), (cut_rest, rest[1])
+            theta_bar, (cut_bar, common_bar) = pullback(loss, theta, *inputs, cotangents)
+            return _plus(total, (theta_bar, common_bar)), cut_bar
+
+        zero = jax.tree.map(jnp.zeros_like, (list(theta), others[1]))
+        (theta_bar, common_bar), cut_bar = jax.lax.scan(add, zero, (others[0], rest[0], leaves))
+        return theta_bar, (cut_bar, common_bar), None
+
+    rule = jax.custom_vjp(forward)
+    rule.defvjp(lambda *inputs: (forward(*inputs), inputs), backward)
+    return rule
+
+
+def _plus(total: Any, terms: Any, scale: float = 1) -> Any:
+    return jax.tree.map(lambda a, b: a + scale * b, total, terms)
+
+
+def _cut_cotangent(leaf: Any, parts: int) -> jax.Array:
+    """Cut as the values are; what carries no derivative gets a placeholder."""
+    return jnp.zeros(parts) if leaf.dtype == jax.dtypes.float0 else _cut(leaf, parts)
