@@ -1,22 +1,28 @@
-"""Models: an adapter for each library, and the networks of the few-shot literature.
+"""Models: an adapter for each library, the networks of the few-shot literature, a transformer.
 
 The networks live in `linen_networks`, `nnx_networks` and `haiku_networks`, under the
-same names: `MLP`, `ConvNet`.
+same names: `MLP`, `ConvNet`, `Transformer`. What a `Transformer` computes is said by an
+`Architecture`, once for all three; `chinchilla` has a family of them.
 """
 
 from metalearn.model import Model
+from metalearn.models.attention import BlockedAttention, causal_attention
 from metalearn.models.functions import Functions
 from metalearn.models.haiku import Haiku
 from metalearn.models.linen import Linen
 from metalearn.models.mode import deterministic_flag, no_flag, train_flag
 from metalearn.models.nnx import NNX
+from metalearn.models.transformer import Architecture
 
 __all__ = [
     "NNX",
+    "Architecture",
+    "BlockedAttention",
     "Functions",
     "Haiku",
     "Linen",
     "Model",
+    "causal_attention",
     "deterministic_flag",
     "no_flag",
     "train_flag",

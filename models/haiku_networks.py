@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from metalearn.models.convolution import convolve, max_pool
 from metalearn.models.normalization import batch_statistics, normalized
+from metalearn.models.transformer import Architecture
 
 
 class MLP(hk.Module):
@@ -103,3 +104,25 @@ class ConvNet(hk.Module):
             x = max_pool(x) if self.pool else x
         x = x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2))
         return hk.Linear(self.outputs, name="head")(x)
+
+
+class Transformer(hk.Module):
+    """A language model of some architecture: tokens [batch, S] -> logits [batch, S, vocabulary]."""
+
+    def __init__(self, architecture: Architecture, name: str | None = None):
+        super().__init__(name)
+        self.architecture = architecture
+
+    def __call__(self, tokens: jax.Array, train: bool = True) -> jax.Array:
+        """Apply; the same in training and out of it."""
+        del train
+        params = {
+            name: hk.get_parameter(name, shape, jnp.float32, _seeded(init))
+            for name, (shape, init) in self.architecture.declare().items()
+        }
+        return self.architecture.apply(params, tokens)
+
+
+def _seeded(init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Give Haiku an initialiser that takes a key first."""
+    return lambda shape, dtype: init(hk.next_rng_key(), shape, dtype)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from metalearn.models.convolution import flax_convolution, max_pool
+from metalearn.models.transformer import Architecture
 
 
 class MLP(nn.Module):
@@ -59,3 +61,19 @@ class ConvNet(nn.Module):
             x = max_pool(x) if self.pool else x
         x = x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2))
         return nn.Dense(self.outputs, name="head")(x)
+
+
+class Transformer(nn.Module):
+    """A language model of some architecture: tokens [batch, S] -> logits [batch, S, vocabulary]."""
+
+    architecture: Architecture
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, train: bool = True) -> jax.Array:
+        """Apply; the same in training and out of it."""
+        del train
+        params = {
+            name: self.param(name, init, shape, jnp.float32)
+            for name, (shape, init) in self.architecture.declare().items()
+        }
+        return self.architecture.apply(params, tokens)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from metalearn.models.convolution import flax_convolution, max_pool
 from metalearn.models.normalization import batch_statistics, normalized
+from metalearn.models.transformer import Architecture
 
 
 class MLP(nnx.Module):
@@ -109,3 +110,18 @@ class ConvNet(nnx.Module):
             x = nnx.relu(norm(conv(x), train))
             x = max_pool(x) if self.pool else x
         return self.head(x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2)))
+
+
+class Transformer(nnx.Module):
+    """A language model of some architecture: tokens [batch, S] -> logits [batch, S, vocabulary]."""
+
+    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
+        self.architecture = architecture
+        for name, (shape, init) in architecture.declare().items():
+            setattr(self, name, nnx.Param(init(rngs.params(), shape, jnp.float32)))
+
+    def __call__(self, tokens: jax.Array, train: bool = True) -> jax.Array:
+        """Apply; the same in training and out of it."""
+        del train
+        params = {name: getattr(self, name)[...] for name in self.architecture.declare()}
+        return self.architecture.apply(params, tokens)

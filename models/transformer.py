@@ -1,0 +1,192 @@
+"""A decoder-only transformer as one pure function of a dict of stacked parameters.
+
+Every layer's parameters of one kind are one array [layers, ...], and the layers run in a
+`lax.scan`, so that a deep model compiles as fast as a shallow one. The same function serves
+linen, NNX and Haiku: their `Transformer` modules declare these parameters and call it.
+
+Blocks are pre-normalised, x + attention(norm(x)) and then x + mlp(norm(x)), with rotary
+positions and no biases in the projections. `remat` says what a block keeps for its way
+back; under `MixedFlow`, only one block's tangents are then alive at a time, which is
+where the memory goes (Kemaev et al. 2025, arXiv:2505.00793). For L layers, activations A
+of one block and x the residual stream, a gradient holds and computes
+
+| remat    | memory                           | extra work                    |
+|----------|----------------------------------|-------------------------------|
+| "none"   | L A                              | none                          |
+| "dots"   | L (products with weights) + A    | attention and all elementwise |
+| "block"  | L |x| + A                        | one more forward pass         |
+
+`metalearn.models.chinchilla` has a family of sizes, from 44M to 16B parameters.
+
+References: Vaswani et al. 2017 (arXiv:1706.03762); RMSNorm, Zhang and Sennrich 2019
+(arXiv:1910.07467); rematerialisation, Chen et al. 2016 (arXiv:1604.06174).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metalearn.models.attention import causal_attention, rotate
+from metalearn.names import pick
+
+Params = dict[str, jax.Array]
+NORMS = {"rms": "divide by the root mean square", "layer": "centre, then divide by the deviation"}
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not the scores
+}
+
+
+class Parameter(NamedTuple):
+    """What a library needs to know to declare a parameter."""
+
+    shape: tuple[int, ...]
+    init: Callable[..., jax.Array]  # key, shape, dtype -> array
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The shape of a transformer, its parameters, and the function they belong to."""
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    hidden: int | None = None  # of the MLP; None: 4 * width
+    head_dim: int | None = None  # None: width // heads
+    norm: str = "rms"  # or "layer"
+    tied: bool = False  # whether the embedding is the output head too
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu
+    attention: Callable[..., jax.Array] = causal_attention  # q, k, v -> out, as q
+    remat: str = "none"  # "none", "block" or "dots": what a block keeps for its way back
+    dtype: Any = None  # to compute in; None: that of the parameters
+
+    def __post_init__(self) -> None:
+        pick(NORMS, self.norm, "norm")
+        pick(REMAT, self.remat, "remat")
+        for name in ("vocabulary", "width", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"`Architecture({name}={getattr(self, name)})` must be at least 1."
+                )
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(
+                f"A width of {self.width} does not divide into {self.heads} heads. Choose a "
+                "multiple, or say how wide a head is with `head_dim`."
+            )
+        if self.head_size % 2:
+            raise ValueError(
+                f"Rotary positions turn pairs of features, but a head has {self.head_size} of "
+                "them. Choose another number of heads, or an even `head_dim`."
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Return the features of one head."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters."""
+        return sum(math.prod(shape) for shape, _ in self.declare().values())
+
+    def declare(self) -> dict[str, Parameter]:
+        """Return every parameter's shape and initialiser, by name."""
+        outside = {"embedding": Parameter((self.vocabulary, self.width), _normal(self.width))}
+        if not self.tied:
+            outside["head"] = Parameter((self.width, self.vocabulary), _normal(self.width))
+        return {**outside, **self._norm("final_norm", ()), **self._block()}
+
+    def _block(self) -> dict[str, Parameter]:
+        """Declare the parameters of all blocks, stacked along the first axis."""
+        inner, hidden = self.heads * self.head_size, self.hidden or 4 * self.width
+        shapes = {
+            "query": (self.width, inner),
+            "key": (self.width, inner),
+            "value": (self.width, inner),
+            "out": (inner, self.width),
+            "up": (self.width, hidden),
+            "down": (hidden, self.width),
+        }
+        shrink = {"out": 2 * self.layers, "down": 2 * self.layers}  # 2 L terms are summed up
+        return {
+            **self._norm("attention_norm", (self.layers,)),
+            **self._norm("mlp_norm", (self.layers,)),
+            **{
+                name: Parameter((self.layers, *shape), _normal(shape[0] * shrink.get(name, 1)))
+                for name, shape in shapes.items()
+            },
+        }
+
+    def _norm(self, name: str, stack: tuple[int, ...]) -> dict[str, Parameter]:
+        shape = (*stack, self.width)
+        declared = {name: Parameter(shape, jax.nn.initializers.ones)}
+        if self.norm == "layer":
+            declared[f"{name}_shift"] = Parameter(shape, jax.nn.initializers.zeros)
+        return declared
+
+    def init(self, key: jax.Array) -> Params:
+        """Return parameters in float32."""
+        declared = self.declare()
+        keys = jax.random.split(key, len(declared))
+        pairs = zip(keys, declared.items(), strict=True)
+        return {name: init(key, shape, jnp.float32) for key, (name, (shape, init)) in pairs}
+
+    def apply(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """Return next-token logits [batch, S, vocabulary], at least float32."""
+        _check(tokens)
+        stacked = {name: params[name] for name in self._block()}
+        outside = self._cast({name: params[name] for name in params.keys() - stacked.keys()})
+        block = self._apply_block
+        if self.remat != "none":
+            block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
+        x, _ = jax.lax.scan(block, outside["embedding"][tokens], stacked)
+        x = self._normalise(x, outside, "final_norm")
+        head = outside["embedding"].T if self.tied else outside["head"]
+        precise = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.einsum("bsd,dv->bsv", x, head, preferred_element_type=precise)
+
+    def _apply_block(self, x: jax.Array, params: Params) -> tuple[jax.Array, None]:
+        """Apply one layer to the residual stream [batch, S, width]."""
+        params = self._cast(params)
+        normalised = self._normalise(x, params, "attention_norm")
+        heads = (*x.shape[:2], self.heads, self.head_size)
+        q, k, v = ((normalised @ params[n]).reshape(heads) for n in ("query", "key", "value"))
+        attended = self.attention(rotate(q), rotate(k), v)
+        x = x + attended.reshape(*x.shape[:2], -1) @ params["out"]
+        hidden = self.activation(self._normalise(x, params, "mlp_norm") @ params["up"])
+        return x + hidden @ params["down"], None
+
+    def _cast(self, params: Params) -> Params:
+        if self.dtype is None:
+            return params
+        return {name: leaf.astype(self.dtype) for name, leaf in params.items()}
+
+    def _normalise(self, x: jax.Array, params: Params, name: str) -> jax.Array:
+        """Normalise the last axis, in float32 at least."""
+        precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.norm == "layer":
+            precise = precise - precise.mean(-1, keepdims=True)
+        scale = jax.lax.rsqrt((precise * precise).mean(-1, keepdims=True) + 1e-6)
+        out = (precise * scale).astype(x.dtype) * params[name][None, None]
+        return out + params[f"{name}_shift"][None, None] if self.norm == "layer" else out
+
+
+def _normal(fan_in: int) -> Callable[..., jax.Array]:
+    return jax.nn.initializers.normal(1 / math.sqrt(fan_in))
+
+
+def _check(tokens: jax.Array) -> None:
+    shape, dtype = jnp.shape(tokens), jnp.result_type(tokens)
+    if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"A transformer reads tokens as integers [batch, S], but got {dtype}{list(shape)}. "
+            "Give a single sequence a batch axis, and ids of a tokenizer, or bytes, for text."
+        )
