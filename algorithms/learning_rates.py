@@ -25,6 +25,7 @@ from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.example_mean import ExampleMean
 from metalearn.model import Model
+from metalearn.reversible import Reversible
 from metalearn.unroll import Episode, Unroll
 
 
@@ -48,7 +49,7 @@ class LearningRates(Algorithm):
     objective: Objective = cross_entropy
     # Its update is multiplied by the learned rates, so it has a rate of one. `eps_root`
     # keeps the derivative of Adam's square root finite where a gradient is exactly zero.
-    optimizer: optax.GradientTransformation = optax.adam(1.0, eps_root=1e-8)
+    optimizer: optax.GradientTransformation | Reversible = optax.adam(1.0, eps_root=1e-8)
     initial: float = 1e-3  # every learned rate, before any outer step
 
     def __post_init__(self) -> None:
@@ -79,7 +80,18 @@ class LearningRates(Algorithm):
             value, (_, metrics) = self._loss(state.params, state.statistics, episode.query, False)
             return value, metrics
 
-        return Unroll(init, step, loss)
+        if not isinstance(self.optimizer, Reversible):
+            return Unroll(init, step, loss)
+
+        def undo(eta: Any, state: Training, batch: Any, grad: Any) -> Training:
+            taken = jax.tree.map(
+                lambda rate, u: jnp.exp(rate) * u, eta, self.optimizer.taken(state.optimizer)
+            )
+            params = jax.tree.map(jnp.subtract, state.params, taken)
+            grads, statistics = self._gradient(state._replace(params=params), batch, grad)
+            return Training(params, self.optimizer.before(state.optimizer, grads), statistics)
+
+        return Unroll(init, step, loss, undo)
 
     def _gradient(self, state: Training, batch: Any, grad: Any) -> tuple[Any, Any]:
         """Return (grad L, new statistics). A model without any is a mean over examples."""

@@ -28,6 +28,8 @@ class Unroll(NamedTuple):
     init: Callable[..., Any]  # eta -> state
     step: Callable[..., Any]  # eta, state, batch, grad -> state
     loss: Callable[..., Any]  # eta, state -> loss (), metrics: dict of scalars
+    # Where a step can be undone: eta, next state, batch, grad -> state. See `reversible`.
+    undo: Callable[..., Any] | None = None
 
 
 class Episode(NamedTuple):

@@ -1,7 +1,13 @@
 """What holds for every test: shapes are strict, and caches are the session's own."""
 
+import os
+
 import jax
 import pytest
+
+# Most of a test's time is LLVM's, on programs that then run for milliseconds. XLA's own
+# passes, and with them memory and FLOPs, are as ever.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 @pytest.fixture(scope="session", autouse=True)

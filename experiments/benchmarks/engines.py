@@ -100,14 +100,15 @@ TASKS: dict[str, Callable[[Functions, Sizes], tuple[Algorithm, Episode]]] = {
 }
 
 
-def _tokens(size: Sizes, *leading: str) -> jax.ShapeDtypeStruct:
+def _tokens(size: Sizes, *leading: str) -> Any:
     shape = tuple(size[axis] for axis in (*leading, "batch", "length"))
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def _windows(size: Sizes, *leading: str) -> Windows:
     tokens = _tokens(size, *leading)
-    return Windows(tokens, tokens, jax.ShapeDtypeStruct(tokens.shape[:-1], jnp.int32), None)
+    source: Any = jax.ShapeDtypeStruct(tokens.shape[:-1], jnp.int32)
+    return Windows(tokens, tokens, source, None)
 
 
 def program(task: str, size: Sizes, setting: Setting) -> tuple[Any, tuple[Any, ...]]:

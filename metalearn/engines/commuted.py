@@ -32,9 +32,15 @@ Loss = Callable[[Leaves, Leaves, Leaves], tuple[jax.Array, Any]]  # theta, other
 
 
 def value_and_grad(
-    fun: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    fun: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    given: Any = None,
 ) -> Callable[..., Any]:
-    """Stand in for `jax.value_and_grad`; the derivative of its gradient runs forward."""
+    """Stand in for `jax.value_and_grad`; the derivative of its gradient runs forward.
+
+    With `given`, its result is known from before and only its derivative is computed.
+    """
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
         chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
@@ -60,7 +66,8 @@ def value_and_grad(
         def hoisted(theta: Leaves, others: Leaves, rest: Leaves) -> Any:
             return loss(theta, *join_inputs(others, rest))
 
-        (value, aux), grads = _commuted(hoisted)(theta, others, rest)
+        known = None if given is None else primal(given, has_aux)
+        (value, aux), grads = _commuted(hoisted)(theta, others, rest, known)
         grads = jax.tree.unflatten(treedef, named(grads))
         grads = grads[0] if isinstance(argnums, int) else tuple(grads)
         return ((value, aux) if has_aux else value), grads
@@ -102,17 +109,26 @@ def hoist(
     return loss, list(closed.consts), shapes
 
 
-def _commuted(loss: Loss) -> Callable[[Leaves, Leaves, Leaves], Any]:
-    """Return (theta, others, rest) -> ((value, aux), grads), with the commuted rule."""
+def primal(given: Any, has_aux: bool) -> Any:
+    """Return a known result of `value_and_grad` as the rules have it: ((value, aux), leaves)."""
+    value, grads = given
+    return value if has_aux else (value, ()), jax.tree.leaves(grads)
 
-    def forward(theta: Leaves, others: Leaves, rest: Leaves) -> Any:
+
+def _commuted(loss: Loss) -> Callable[[Leaves, Leaves, Leaves, Any], Any]:
+    """Return (theta, others, rest, known) -> ((value, aux), grads), with the commuted rule."""
+
+    def forward(theta: Leaves, others: Leaves, rest: Leaves, known: Any) -> Any:
+        if known is not None:
+            return known
         return jax.value_and_grad(loss, has_aux=True)(theta, others, rest)
 
     def backward(residuals: Any, cotangents: Any) -> Any:
-        return *pullback(loss, *residuals, cotangents), None
+        theta, others, rest = residuals
+        return *pullback(loss, theta, others, rest, cotangents), None, None
 
     rule = jax.custom_vjp(forward)
-    rule.defvjp(lambda *inputs: (forward(*inputs), inputs), backward)
+    rule.defvjp(lambda *inputs: (forward(*inputs), inputs[:3]), backward)
     return rule
 
 

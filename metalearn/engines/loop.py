@@ -36,20 +36,20 @@ Body = Callable[[Any, Any], tuple[Any, Inner]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class Remat:
     """What of the loop is kept for the way back."""
 
-    remat: str = "none"
+    mode: str = "none"  # one of REMAT
     segment: int | None = None  # "nested": steps between kept states; None: sqrt(T)
     peel: bool = False  # take the first step apart, where theta_0 does not depend on eta
     policy: Callable[..., bool] | None = None  # of `jax.checkpoint`: what else is kept
 
     def __post_init__(self) -> None:
-        pick(REMAT, self.remat, "remat")
-        if self.segment is not None and (self.segment < 1 or self.remat != "nested"):
+        pick(REMAT, self.mode, "remat")
+        if self.segment is not None and (self.segment < 1 or self.mode != "nested"):
             raise ValueError(
                 f"`segment` is the number of inner steps between kept states of remat='nested', "
-                f"and cannot be {self.segment} with remat={self.remat!r}."
+                f"and cannot be {self.segment} with remat={self.mode!r}."
             )
 
 
@@ -69,13 +69,13 @@ def backpropagate(
     eta: Any,
     batches: Any,
     value_and_grad: Callable[..., Any],
-    kept: Kept,
+    remat: Remat,
 ) -> tuple[tuple[jax.Array, Aux], Any]:
     """Return ((loss (), aux), meta-gradient like eta), by reverse mode over the loop."""
     check_eta(eta)
 
     def objective(eta: Any) -> tuple[jax.Array, Aux]:
-        return rollout(unroll, eta, batches, value_and_grad, kept)
+        return rollout(unroll, eta, batches, value_and_grad, remat)
 
     return jax.value_and_grad(objective, has_aux=True)(eta)
 
@@ -85,26 +85,26 @@ def rollout(
     eta: Any,
     batches: Any,
     value_and_grad: Callable[..., Any] = jax.value_and_grad,
-    kept: Kept = Kept(),
+    remat: Remat = Remat(),
 ) -> tuple[jax.Array, Aux]:
     """Run the inner loop and the outer loss: (loss (), aux). Differentiable in eta."""
     body = step_body(unroll, eta, value_and_grad)
-    if kept.peel and depends(unroll.init, eta):
-        kept = dataclasses.replace(kept, peel=False)
-    state, inner = scan(body, unroll.init(eta), batches, kept)
+    if remat.peel and depends(unroll.init, eta):
+        remat = dataclasses.replace(remat, peel=False)
+    state, inner = scan(body, unroll.init(eta), batches, remat)
     loss, metrics = unroll.loss(eta, state)
     return loss, Aux(metrics, state, inner)
 
 
-def scan(body: Body, state: Any, batches: Any, kept: Kept) -> tuple[Any, Inner]:
+def scan(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inner]:
     """Scan `body` over the T slices of `batches`."""
     if horizon(batches) == 1:
-        return _once(body, state, batches, kept)
-    if not kept.peel:
-        return _scan(body, state, batches, kept)
+        return _once(body, state, batches, remat)
+    if not remat.peel:
+        return _scan(body, state, batches, remat)
     head, tail = (jax.tree.map(lambda x, part=part: x[part], batches) for part in _PEELED)
-    state, first = _once(body, state, head, kept)
-    rest = dataclasses.replace(kept, peel=False)
+    state, first = _once(body, state, head, remat)
+    rest = dataclasses.replace(remat, peel=False)
     state, inner = scan(body, state, tail, rest)
     return state, _joined(first, inner)
 
@@ -112,34 +112,34 @@ def scan(body: Body, state: Any, batches: Any, kept: Kept) -> tuple[Any, Inner]:
 _PEELED = slice(0, 1), slice(1, None)
 
 
-def _once(body: Body, state: Any, batches: Any, kept: Kept) -> tuple[Any, Inner]:
+def _once(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inner]:
     """Take the only step without a loop, which would copy all it keeps for the way back."""
-    if kept.remat != "none":
-        body = jax.checkpoint(body, policy=kept.policy)
+    if remat.mode != "none":
+        body = jax.checkpoint(body, policy=remat.policy)
     state, inner = body(state, jax.tree.map(lambda x: x[0], batches))
     return state, jax.tree.map(lambda x: x[None], inner)
 
 
-def _scan(body: Body, state: Any, batches: Any, kept: Kept) -> tuple[Any, Inner]:
-    if kept.remat == "none":
+def _scan(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inner]:
+    if remat.mode == "none":
         return jax.lax.scan(body, state, batches)
-    step = jax.checkpoint(body, policy=kept.policy, prevent_cse=False)
-    if kept.remat == "step":
+    step = jax.checkpoint(body, policy=remat.policy, prevent_cse=False)
+    if remat.mode == "step":
         return jax.lax.scan(step, state, batches)
-    return _nested(step, state, batches, kept)
+    return _nested(step, state, batches, remat)
 
 
-def _nested(step: Body, state: Any, batches: Any, kept: Kept) -> tuple[Any, Inner]:
+def _nested(step: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inner]:
     """Scan over segments, each a scan, both levels checkpointed."""
     steps = horizon(batches)
-    length = min(kept.segment or math.isqrt(steps - 1) + 1, steps)
+    length = min(remat.segment or math.isqrt(steps - 1) + 1, steps)
     whole = steps - steps % length
 
     def segment(state: Any, batches: Any) -> tuple[Any, Inner]:
         return jax.lax.scan(step, state, batches)
 
     head = jax.tree.map(lambda x: x[:whole].reshape(-1, length, *x.shape[1:]), batches)
-    checkpointed = jax.checkpoint(segment, policy=kept.policy, prevent_cse=False)
+    checkpointed = jax.checkpoint(segment, policy=remat.policy, prevent_cse=False)
     state, inner = jax.lax.scan(checkpointed, state, head)
     inner = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), inner)
     if whole == steps:

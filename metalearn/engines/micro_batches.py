@@ -15,7 +15,7 @@ import jax
 import jax.dtypes
 import jax.numpy as jnp
 
-from metalearn.engines.commuted import Leaves, Loss, hoist, named, pullback, real
+from metalearn.engines.commuted import Leaves, Loss, hoist, named, primal, pullback, real
 from metalearn.example_mean import ExampleMean
 from metalearn.leaves import is_array, split
 
@@ -24,6 +24,7 @@ def value_and_grad(
     fun: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
+    given: Any = None,
     *,
     parts: int,
 ) -> Callable[..., Any]:
@@ -45,7 +46,10 @@ def value_and_grad(
 
         def loss_fn(leaves: Leaves, inputs: Any) -> Any:
             part, dynamic = inputs
-            theta, part = jax.tree.unflatten(treedef, leaves), rows_treedef.unflatten(part)
+            theta, part = (
+                jax.tree.unflatten(treedef, leaves),
+                jax.tree.unflatten(rows_treedef, part),
+            )
             result = fun(theta, part, *join(dynamic, static))
             return result if has_aux else (result, ())
 
@@ -59,7 +63,8 @@ def value_and_grad(
             return loss(theta, [*part, *dynamic], consts)
 
         rule = _in_parts(hoisted, parts, shapes[0].dtype)
-        (value, aux), grads = rule(leaves, (cut, common), (cut_rest, common_rest))
+        known = None if given is None else primal(given, has_aux)
+        (value, aux), grads = rule(leaves, (cut, common), (cut_rest, common_rest), known)
         grads = jax.tree.unflatten(treedef, named(grads))
         return ((value, aux) if has_aux else value), grads
 
@@ -81,13 +86,18 @@ def _whole(rows: jax.Array) -> jax.Array:
 
 
 def _in_parts(loss: Loss, parts: int, dtype: Any) -> Callable[..., Any]:
-    """Return (theta, others, rest) -> ((value, aux), grads): the commuted rule, part by part.
+    """Return the commuted rule, part by part.
+
+    theta, others, rest, known -> ((value, aux), grads), as `commuted` has it.
 
     others and rest are (cut, common): arrays [parts, ...], one slice a part, and arrays that
     all parts read. `dtype` is the loss's.
     """
 
-    def forward(theta: Leaves, others: Any, rest: Any) -> Any:
+    def forward(theta: Leaves, others: Any, rest: Any, known: Any) -> Any:
+        if known is not None:
+            return known
+
         def add(total: Any, part: Any) -> tuple[Any, Any]:
             inputs = (part[0], others[1]), (part[1], rest[1])
             (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(theta, *inputs)
@@ -106,17 +116,17 @@ def _in_parts(loss: Loss, parts: int, dtype: Any) -> Callable[..., Any]:
 
         def add(total: Any, part: Any) -> tuple[Any, Any]:
             cut, cut_rest, bars = part
-            cotangents = (scaled[0], treedef.unflatten(bars)), scaled[1]
+            cotangents = (scaled[0], jax.tree.unflatten(treedef, bars)), scaled[1]
             inputs = (cut, others[1]), (cut_rest, rest[1])
             theta_bar, (cut_bar, common_bar) = pullback(loss, theta, *inputs, cotangents)
             return _plus(total, (theta_bar, common_bar)), cut_bar
 
         zero = jax.tree.map(jnp.zeros_like, (list(theta), others[1]))
         (theta_bar, common_bar), cut_bar = jax.lax.scan(add, zero, (others[0], rest[0], leaves))
-        return theta_bar, (cut_bar, common_bar), None
+        return theta_bar, (cut_bar, common_bar), None, None
 
     rule = jax.custom_vjp(forward)
-    rule.defvjp(lambda *inputs: (forward(*inputs), inputs), backward)
+    rule.defvjp(lambda *inputs: (forward(*inputs), inputs[:3]), backward)
     return rule
 
 

@@ -30,19 +30,48 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from metalearn.engines import commuted, micro_batches
 from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.loop import Kept, backpropagate
+from metalearn.engines.kept import Anchors, in_precision, on_host
+from metalearn.engines.loop import Remat, backpropagate
+from metalearn.engines.sweep import sweep
+from metalearn.names import pick
 from metalearn.unroll import Unroll
+
+RECONSTRUCT = "inexact_reconstruct"
+STORES: dict[str, Any] = {
+    "device": None,  # by `jax.checkpoint`
+    "host": on_host(),
+    "inexact_bfloat16": in_precision(jnp.bfloat16),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class MixedFlow(MetaGradient):
-    """Backpropagation through the loop whose inner Hessian products run forward."""
+    """Backpropagation through the loop whose inner Hessian products run forward.
 
-    remat: str = "step"  # "none", "step" or "nested"; inner gradients are kept in all
-    segment: int | None = None  # "nested": inner steps between kept states; None: sqrt(T)
+    Exact as it stands; what is not exact has "inexact" in its name. T inner steps, |theta|
+    the size of the inner state:
+
+    | remat                 | keeps                                  | extra work            |
+    |-----------------------|----------------------------------------|-----------------------|
+    | "none"                | all but the inner loss's activations   | none                  |
+    | "step"                | T (state + g)                          | the optimizer, again  |
+    | "nested"              | T g + 2 sqrt(T) states                 | the optimizer, twice  |
+    | "inexact_reconstruct" | T / segment states                     | T inner gradients     |
+    """
+
+    remat: str = "step"
+    # "nested": inner steps between kept states, None: sqrt(T). "inexact_reconstruct": between
+    # anchors, None: 64. It undoes steps (`Unroll.undo`, see `metalearn.reversible`), and what
+    # rounding adds grows geometrically from an anchor back.
+    segment: int | None = None
+    # Where remat="step" keeps states and inner gradients: "device"; "host", its memory, for
+    # the price of the transfers; "inexact_bfloat16", on the device in half the bytes, which
+    # rounds the points at which Hessian products are taken by 2^-9.
+    store: str = "device"
     # Take the first step apart where theta_0 does not depend on eta: its Hessian product is
     # not needed. Costs one more step to compile.
     peel: bool = True
@@ -51,19 +80,31 @@ class MixedFlow(MetaGradient):
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
-        self._kept()
+        pick(STORES, self.store, "store")
+        if self.store != "device" and self.remat != "step":
+            raise ValueError(
+                f"store={self.store!r} is for what remat='step' keeps, not for {self.remat!r}."
+            )
         if self.micro_batches < 1:
             raise ValueError(f"micro_batches={self.micro_batches}, but one is the least.")
+        if self.remat == RECONSTRUCT and self.segment is not None and self.segment < 1:
+            raise ValueError(f"Anchors lie at least one step apart, not segment={self.segment}.")
+        if self.remat != RECONSTRUCT:
+            self._remat()
 
     def value_and_grad(
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         """Return ((loss (), aux), meta-gradient like eta)."""
-        inner = commuted.value_and_grad
+        inner: Any = commuted.value_and_grad
         if self.micro_batches > 1:
             inner = functools.partial(micro_batches.value_and_grad, parts=self.micro_batches)
-        return backpropagate(unroll, eta, batches, inner, self._kept())
+        if self.remat == RECONSTRUCT:
+            return sweep(unroll, eta, batches, inner, Anchors(self.segment or 64))
+        if self.store != "device":
+            return sweep(unroll, eta, batches, inner, STORES[self.store])
+        return backpropagate(unroll, eta, batches, inner, self._remat())
 
-    def _kept(self) -> Kept:
+    def _remat(self) -> Remat:
         policy = jax.checkpoint_policies.save_only_these_names(commuted.INNER_GRADIENT)
-        return Kept(self.remat, self.segment, self.peel, policy)
+        return Remat(self.remat, self.segment, self.peel, policy)

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.loop import Kept, backpropagate
+from metalearn.engines.loop import Remat, backpropagate
 from metalearn.unroll import Unroll
 
 
@@ -38,13 +38,13 @@ class Reverse(MetaGradient):
     peel: bool = False
 
     def __post_init__(self) -> None:
-        self._kept()
+        self._remat()
 
     def value_and_grad(
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         """Return ((loss (), aux), meta-gradient like eta)."""
-        return backpropagate(unroll, eta, batches, jax.value_and_grad, self._kept())
+        return backpropagate(unroll, eta, batches, jax.value_and_grad, self._remat())
 
-    def _kept(self) -> Kept:
-        return Kept(self.remat, self.segment, self.peel)
+    def _remat(self) -> Remat:
+        return Remat(self.remat, self.segment, self.peel)

@@ -1,0 +1,129 @@
+"""Ways of having the inner states again on the way back through the loop.
+
+`Copies` keeps all T of them, and the inner gradients, somewhere cheaper: in host memory, or
+in low precision. `Anchors` keeps every k-th and undoes the steps in between.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metalearn.engines.one_step import OneStep
+from metalearn.leaves import is_differentiable
+
+Bars = tuple[list[jax.Array], Any]  # cotangents of the state's float leaves, and of eta
+
+
+class Kept(abc.ABC):
+    """What is kept of a loop over batches [T, ...] for the way back. T may be zero."""
+
+    @abc.abstractmethod
+    def forward(self, step: OneStep, state: Any, batches: Any) -> tuple[Any, Any, Any]:
+        """Return (last state, what the steps saw, what is kept)."""
+
+    @abc.abstractmethod
+    def back(self, step: OneStep, state: Any, batches: Any, kept: Any, bars: Bars) -> Bars:
+        """Pull cotangents of the last state back to the first, adding up eta's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies(Kept):
+    """Keep every state and inner gradient, as `put` stores an array and `get` reads it."""
+
+    put: Callable[[jax.Array], Any]
+    get: Callable[[Any, Any], jax.Array]  # stored, the dtype it had -> array
+
+    def forward(self, step: OneStep, state: Any, batches: Any) -> tuple[Any, Any, Any]:
+        """Scan, and store on the way."""
+
+        def body(state: Any, batch: Any) -> Any:
+            after, (inner, tape) = step.forward(state, batch)
+            return after, (inner, jax.tree.map(self.put, (state, tape)))
+
+        state, (inner, kept) = jax.lax.scan(body, state, batches)
+        return state, inner, kept
+
+    def back(self, step: OneStep, state: Any, batches: Any, kept: Any, bars: Bars) -> Bars:
+        """Scan backwards over what was stored."""
+        first = jax.tree.map(lambda x: x[0], batches)
+        _, (_, tape) = jax.eval_shape(step.forward, state, first)
+        dtypes = jax.tree.map(lambda x: x.dtype, (state, tape))
+
+        def body(bars: Bars, slice_: Any) -> Any:
+            batch, kept = slice_
+            state, tape = jax.tree.map(self.get, kept, dtypes)
+            return _added(bars, step.back(state, batch, tape, bars[0])), None
+
+        return jax.lax.scan(body, bars, (batches, kept), reverse=True)[0]
+
+
+def in_precision(dtype: Any) -> Copies:
+    """Keep floating-point arrays in a lower precision."""
+    return Copies(
+        lambda x: x.astype(dtype) if is_differentiable(x) else x,
+        lambda x, was: x.astype(was) if is_differentiable(x) else x,
+    )
+
+
+def on_host() -> Copies:
+    """Keep arrays in host memory; where that is the device's own, nothing moves."""
+    device, host = jax.memory.Space.Device, jax.memory.Space.Host
+    return Copies(lambda x: jax.device_put(x, host), lambda x, _: jax.device_put(x, device))
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchors(Kept):
+    """Keep the state after every `every` steps, and undo the steps in between."""
+
+    every: int
+
+    def forward(self, step: OneStep, state: Any, batches: Any) -> tuple[Any, Any, Any]:
+        """Scan over segments, keeping the state at the end of each."""
+
+        def body(state: Any, batch: Any) -> Any:
+            state, (inner, _) = step.forward(state, batch)
+            return state, inner
+
+        def segment(state: Any, batches: Any) -> Any:
+            state, inner = jax.lax.scan(body, state, batches)
+            return state, (inner, state)
+
+        head, tail = self._segments(batches)
+        state, (inner, ends) = jax.lax.scan(segment, state, head)
+        inner = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), inner)
+        state, rest = jax.lax.scan(body, state, tail)
+        return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), inner, rest), ends
+
+    def back(self, step: OneStep, state: Any, batches: Any, kept: Any, bars: Bars) -> Bars:
+        """Go back segment by segment, each from its own end."""
+
+        def body(carry: Any, batch: Any) -> Any:
+            state, bars = carry
+            state, tape = step.undone(state, batch)
+            return (state, _added(bars, step.back(state, batch, tape, bars[0]))), None
+
+        def segment(bars: Bars, slice_: Any) -> Any:
+            end, batches = slice_
+            (_, bars), _ = jax.lax.scan(body, (end, bars), batches, reverse=True)
+            return bars, None
+
+        head, tail = self._segments(batches)
+        bars, _ = segment(bars, (state, tail))
+        return jax.lax.scan(segment, bars, (kept, head), reverse=True)[0]
+
+    def _segments(self, batches: Any) -> tuple[Any, Any]:
+        """Return the batches of whole segments [n, every, ...], and those left over."""
+        steps = jax.tree.leaves(batches)[0].shape[0]
+        whole = steps - steps % self.every
+        head = jax.tree.map(lambda x: x[:whole].reshape(-1, self.every, *x.shape[1:]), batches)
+        return head, jax.tree.map(lambda x: x[whole:], batches)
+
+
+def _added(bars: Bars, step: Bars) -> Bars:
+    return step[0], jax.tree.map(jnp.add, bars[1], step[1])

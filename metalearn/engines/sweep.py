@@ -1,0 +1,56 @@
+"""The way back through the loop written out, for keeping less than the states themselves.
+
+`jax.checkpoint` keeps values or computes them again. Here the backward loop is explicit,
+
+    c_t  =  (d theta_{t+1} / d theta_t)^T c_{t+1}        c_T = dF / d theta_T
+    dF/deta  =  sum_t (d theta_{t+1} / d eta)^T c_{t+1}  + direct terms
+
+so that the state it needs at step t may come from elsewhere (`kept.py`). Inner gradients are
+recorded and played back (`tape.py`), so that no loss is evaluated again for them. The first
+step is taken apart: where theta_0 does not depend on eta, c_0 is not computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metalearn.engines.check import check_eta, horizon
+from metalearn.engines.dependence import depends
+from metalearn.engines.engine import Aux
+from metalearn.engines.kept import Kept
+from metalearn.engines.one_step import OneStep
+from metalearn.engines.tape import ValueAndGrad
+from metalearn.leaves import split
+from metalearn.unroll import Unroll
+
+
+def sweep(
+    unroll: Unroll, eta: Any, batches: Any, value_and_grad: ValueAndGrad, kept: Kept
+) -> tuple[tuple[jax.Array, Aux], Any]:
+    """Return ((loss (), aux), meta-gradient like eta)."""
+    check_eta(eta)
+    horizon(batches)
+    step = OneStep(unroll, eta, value_and_grad)
+    first, rest = jax.tree.map(lambda x: x[0], batches), jax.tree.map(lambda x: x[1:], batches)
+    theta_0 = unroll.init(eta)
+    theta_1, (seen, tape) = step.forward(theta_0, first)
+    theta_T, inner, stored = kept.forward(step, theta_1, rest)
+    inner = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), seen, inner)
+
+    floats, others, join = split(theta_T)
+
+    def outer(eta: Any, floats: list[Any]) -> tuple[jax.Array, Any]:
+        return unroll.loss(eta, join(floats, others))
+
+    (loss, metrics), bars = jax.value_and_grad(outer, (1, 0), has_aux=True)(eta, floats)
+    state_bar, eta_bar = kept.back(step, theta_T, rest, stored, bars)
+    wanted = depends(unroll.init, eta)
+    state_bar, from_first = step.back(theta_0, first, tape, state_bar, wanted)
+    eta_bar = jax.tree.map(jnp.add, eta_bar, from_first)
+    if wanted:
+        _, pull = jax.vjp(lambda eta: split(unroll.init(eta))[0], eta)
+        eta_bar = jax.tree.map(jnp.add, eta_bar, *pull(state_bar))
+    return (loss, Aux(metrics, theta_T, inner)), eta_bar

@@ -1,0 +1,66 @@
+"""Inner optimizers whose step can be undone, without the gradient it was taken with.
+
+Adam's update is a function of its moments after the step, so the parameters before it are
+
+    theta_t = theta_{t+1} - u(m_{t+1}, v_{t+1})
+
+and with the gradient g_t taken there again, m_t = (m_{t+1} - (1 - b1) g_t) / b1 and v_t
+likewise. An inner loop then need not keep its states for the way back
+(`MixedFlow(remat="inexact_reconstruct")`): memory is flat in T. But 1 / b1 > 1: what rounding
+adds grows geometrically, step by step back, so the states are kept again every so often.
+
+Maclaurin et al. 2015 (arXiv:1502.03492) undo momentum steps exactly, in integers, at the
+price of an information buffer; here nothing is buffered, and the states are inexact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Reversible(NamedTuple):
+    """An optax transformation (`init`, `update`), and how to undo it."""
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+    taken: Callable[[Any], Any]  # state after a step -> the update of that step
+    before: Callable[[Any, Any], Any]  # state after a step, its gradients -> state before it
+
+
+def adam(
+    learning_rate: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+) -> Reversible:
+    """Return `optax.adam`, its step reversible. Arguments and numbers are optax's."""
+    plain = optax.scale_by_adam(b1, b2, eps, eps_root)
+
+    def taken(state: optax.ScaleByAdamState) -> Any:
+        def of(m: jax.Array, v: jax.Array) -> jax.Array:
+            m_hat, v_hat = m / (1 - b1**state.count), v / (1 - b2**state.count)
+            return -learning_rate * m_hat / (jnp.sqrt(v_hat + eps_root) + eps)
+
+        return jax.tree.map(of, state.mu, state.nu)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, state = plain.update(grads, state, params)
+        return taken(state), state
+
+    def before(state: optax.ScaleByAdamState, grads: Any) -> optax.ScaleByAdamState:
+        mu = jax.tree.map(lambda m, g: (m - (1 - b1) * g) / b1, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: _positive(v - (1 - b2) * g * g) / b2, state.nu, grads)
+        return optax.ScaleByAdamState(state.count - 1, mu, nu)
+
+    return Reversible(plain.init, update, taken, before)
+
+
+def _positive(v: jax.Array) -> jax.Array:
+    """Keep a second moment from falling below zero by rounding."""
+    return jnp.maximum(v, 0)
