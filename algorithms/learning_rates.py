@@ -41,8 +41,8 @@ class Training(NamedTuple):
 class LearningRates(Algorithm):
     """Learn one learning rate per parameter. Kemaev et al. 2025.
 
-    Support: (inputs, targets), leaves [T, batch, ...], a slice a step. Query: (inputs,
-    targets), leaves [batch, ...].
+    Support: (inputs, targets, ...), leaves [T, batch, ...], a slice a step. Query: the same
+    with leaves [batch, ...].
     """
 
     model: Model
@@ -111,7 +111,7 @@ class LearningRates(Algorithm):
 
     def _loss(self, params: Any, statistics: Any, data: Any, train: bool) -> tuple[jax.Array, Any]:
         """Return (loss (), (new statistics, metrics))."""
-        inputs, targets = data
+        inputs, targets, *_ = data
         outputs, statistics = self.model.apply(params, statistics, inputs, train=train)
         loss, metrics = self.objective(outputs, targets)
         return loss, (statistics, metrics)

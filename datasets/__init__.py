@@ -1,7 +1,8 @@
 """Where tasks come from: episodes sampled on the device, and the data behind them.
 
 A dataset is read once, on the host, into a `ClassIndex` (uint8 examples ordered by
-class); `FewShot` puts it on the device and draws episodes from it inside jit. A
+class); `FewShot` puts it on the device and draws episodes from it inside jit. `Text` does
+the same with windows of a text, corrupted in part if asked. A
 `Sinusoid` needs no data at all. `digits()` is there offline, `omniglot()` once prepared;
 your own images become an index with `from_labels`:
 
@@ -17,21 +18,29 @@ Importing this package imports neither: TFDS is loaded when a dataset is first r
 """
 
 from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
+from metalearn.datasets.corruption import Corruption
 from metalearn.datasets.digits import digits
 from metalearn.datasets.few_shot import FewShot
 from metalearn.datasets.omniglot import omniglot
 from metalearn.datasets.reading import DatasetNotPreparedError, open_source
 from metalearn.datasets.sinusoid import Sinusoid
+from metalearn.datasets.text import Text
+from metalearn.datasets.tokens import BYTES, Tokenizer, read_text
 
 __all__ = [
+    "BYTES",
     "ClassIndex",
+    "Corruption",
     "DatasetNotPreparedError",
     "FewShot",
     "Sinusoid",
+    "Text",
+    "Tokenizer",
     "digits",
     "from_labels",
     "omniglot",
     "open_source",
+    "read_text",
     "rotate",
     "select",
 ]

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from metalearn import Algorithm, Forward, MetaGradient, MixedFlow, Reverse, Tasks, Trainer
-from metalearn.algorithms import MAML, cross_entropy, squared_error
+from metalearn.algorithms import MAML, LearningRates, LossWeights, cross_entropy, squared_error
 from metalearn.datasets import ClassIndex, FewShot, Sinusoid, digits, omniglot
+from metalearn.experiments import language
 from metalearn.models import (
     NNX,
     Haiku,
@@ -44,7 +45,7 @@ SCHEDULES = {
     "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
 }
 OBJECTIVES = {"cross_entropy": cross_entropy, "squared_error": squared_error}
-NETWORKS = {"mlp": "MLP", "conv_net": "ConvNet"}
+NETWORKS = {"mlp": "MLP", "conv_net": "ConvNet", "transformer": "Transformer"}
 
 
 class Splits(NamedTuple):
@@ -58,7 +59,8 @@ class Splits(NamedTuple):
 
 
 def trainer(config: Mapping[str, Any], splits: Splits) -> Trainer:
-    """Build the trainer that a config describes."""
+    """Build the trainer that a config describes, with what `engine="auto"` chose if it did."""
+    config = {**config, **config.get("auto", {})}
     return Trainer(
         algorithm(config["algorithm"], model(config["model"], splits)),
         engine(config["engine"], config.get("engine_options", {})),
@@ -81,7 +83,7 @@ def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
 
 def optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
     """Build an optax optimizer from its name and its other arguments."""
-    options = dict(config)
+    options = {key: value for key, value in config.items() if value is not None}
     return pick(OPTIMIZERS, options.pop("name"), "optimizer")(**options)
 
 
@@ -99,13 +101,23 @@ def algorithm(config: Mapping[str, Any], network: Model) -> Algorithm:
     return build(network, options)
 
 
+def _loss_weights(network: Model, options: dict[str, Any]) -> LossWeights:
+    return language.loss_weights(network, options, optimizer(options.pop("optimizer")))
+
+
 def _maml(network: Model, options: dict[str, Any]) -> MAML:
     inner = optimizer(options.pop("optimizer"))
     objective = pick(OBJECTIVES, options.pop("objective"), "objective")
     return MAML(network, objective, inner, **options)
 
 
-ALGORITHMS = {"maml": _maml}
+def _learning_rates(network: Model, options: dict[str, Any]) -> LearningRates:
+    inner = optimizer({**options.pop("optimizer"), "learning_rate": 1.0})
+    objective = pick(OBJECTIVES, options.pop("objective"), "objective")
+    return LearningRates(network, objective, inner, **options)
+
+
+ALGORITHMS = {"learning_rates": _learning_rates, "loss_weights": _loss_weights, "maml": _maml}
 
 
 def model(config: Mapping[str, Any], splits: Splits) -> Model:
@@ -113,17 +125,19 @@ def model(config: Mapping[str, Any], splits: Splits) -> Model:
     options = {key: _plain(value) for key, value in dict(config).items()}
     library = pick(LIBRARIES, options.pop("library"), "model library")
     network = pick(NETWORKS, options.pop("name"), "network")
+    if network == "Transformer":
+        options = {"architecture": language.architecture(splits.outputs, options)}
     return library(network, splits, options)
 
 
 def _linen(network: str, splits: Splits, options: dict[str, Any]) -> Model:
-    module = getattr(linen_networks, network)(splits.outputs, **options)
+    module = getattr(linen_networks, network)(*_outputs(network, splits), **options)
     return Linen(module, splits.inputs, train_flag)
 
 
 def _haiku(network: str, splits: Splits, options: dict[str, Any]) -> Model:
     def forward(x: jax.Array, train: bool) -> jax.Array:
-        return getattr(haiku_networks, network)(splits.outputs, **options)(x, train)
+        return getattr(haiku_networks, network)(*_outputs(network, splits), **options)(x, train)
 
     return Haiku(forward, splits.inputs, train_flag)
 
@@ -131,8 +145,14 @@ def _haiku(network: str, splits: Splits, options: dict[str, Any]) -> Model:
 def _nnx(network: str, splits: Splits, options: dict[str, Any]) -> Model:
     shape = splits.inputs.shape[1:]
     first = shape if network == "ConvNet" else splits.inputs.size
+    sizes = () if network == "Transformer" else (first, splits.outputs)
     build = getattr(nnx_networks, network)
-    return NNX(lambda rngs: build(first, splits.outputs, **options, rngs=rngs), train_flag)
+    return NNX(lambda rngs: build(*sizes, **options, rngs=rngs), train_flag)
+
+
+def _outputs(network: str, splits: Splits) -> tuple[int, ...]:
+    """Return the number of outputs; an architecture has it already."""
+    return () if network == "Transformer" else (splits.outputs,)
 
 
 LIBRARIES = {"linen": _linen, "nnx": _nnx, "haiku": _haiku}
@@ -168,10 +188,17 @@ def _sinusoid(options: dict[str, Any]) -> Splits:
     return Splits(train, held_out, held_out, jax.ShapeDtypeStruct((1, 1), jnp.float32), 1)
 
 
+def _text(options: dict[str, Any]) -> Splits:
+    made = language.texts(options)
+    window = jax.ShapeDtypeStruct((1, made["train"].length), jnp.int32)
+    return Splits(**made, inputs=window, outputs=made["train"].vocabulary)
+
+
 DATASETS = {
     "digits": lambda options: _few_shot(digits, options),
     "omniglot": lambda options: _few_shot(omniglot, options),
     "sinusoid": _sinusoid,
+    "text": _text,
 }
 
 

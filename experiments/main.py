@@ -1,9 +1,12 @@
-"""The command line: `metalearn train` and `metalearn eval`.
+"""The command line: `metalearn plan`, `metalearn train` and `metalearn eval`.
 
+    metalearn plan  --config=maml_omniglot --budget=4GiB
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
     metalearn eval  --workdir=runs/omniglot --tasks=1000
 
-Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback; eval: --tasks.
+Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback; eval: --tasks;
+plan: --budget (such as 40GiB; else the memory of the device), --json, --largest=KEY (how large
+an integer of the config may become, such as --largest=algorithm.inner_steps).
 
 `--config` takes the name of a packaged config or the path of a config file, which is
 Python and is executed. The same command with the same workdir resumes; a finished run
@@ -15,17 +18,22 @@ from __future__ import annotations
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from metalearn.experiments import arguments, run
+from metalearn.device_memory import parse_bytes
+from metalearn.experiments import arguments, plan, run
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A packaged config's name, or a config file's path.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints and logs.")
 _TASKS = flags.DEFINE_integer("tasks", 1000, "eval: how many test tasks.", lower_bound=2)
+_BUDGET = flags.DEFINE_string("budget", None, "plan: the memory there is, such as 40GiB.")
+_JSON = flags.DEFINE_bool("json", False, "plan: print JSON and nothing else.")
+_LARGEST = flags.DEFINE_string("largest", None, "plan: find the largest value of this key.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
@@ -35,12 +43,7 @@ REPORTED = (ValueError, TypeError, FloatingPointError, OSError, flags.Error)
 
 def train() -> None:
     """Train the config in the workdir, resuming what is there; then evaluate on test tasks."""
-    if _CONFIG.value is None:
-        raise ValueError(
-            "`metalearn train` needs a config: --config=NAME or --config=FILE.py. "
-            f"Packaged: {', '.join(arguments.packaged())}."
-        )
-    run.train(_CONFIG.value, _workdir(), _PROGRESS.value)
+    run.train(_config("train"), _workdir(), _PROGRESS.value)
 
 
 def evaluate() -> None:
@@ -48,7 +51,22 @@ def evaluate() -> None:
     run.evaluate(_workdir(), _TASKS.value)
 
 
-COMMANDS: dict[str, Callable[[], None]] = {"train": train, "eval": evaluate}
+def show_plan() -> None:
+    """Print what each engine would cost on the config, and which one to take."""
+    budget = None if _BUDGET.value is None else parse_bytes(_BUDGET.value)
+    plan.show(_config("plan"), budget, _JSON.value, _LARGEST.value)
+
+
+COMMANDS: dict[str, Callable[[], None]] = {"plan": show_plan, "train": train, "eval": evaluate}
+
+
+def _config(command: str) -> Any:
+    if _CONFIG.value is None:
+        raise ValueError(
+            f"`metalearn {command}` needs a config: --config=NAME or --config=FILE.py. "
+            f"Packaged: {', '.join(arguments.packaged())}."
+        )
+    return _CONFIG.value
 
 
 def _workdir() -> pathlib.Path:

@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 
-from metalearn import Trainer
+from metalearn import Tasks, Trainer, health
 from metalearn.checkpoint import Checkpoints
 from metalearn.evaluation import Estimate
-from metalearn.experiments import build
+from metalearn.experiments import auto, build
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
 from metalearn.train_state import TrainState
 
@@ -26,7 +26,7 @@ TEST = 2**31  # folded into the seed's key for test tasks; training never draws 
 
 def train(config: Any, workdir: pathlib.Path, progress: bool = True) -> dict[str, Estimate]:
     """Train, or go on training, in `workdir`; evaluate on test tasks; write both down."""
-    plain = build.to_json(config)
+    plain = auto.settled(build.to_json(config), _checkpoints(workdir))
     splits = build.splits(plain["dataset"])
     trainer = build.trainer(plain, splits)
     checkpoints = Checkpoints(_checkpoints(workdir), plain, plain["checkpoint_every"])
@@ -36,17 +36,21 @@ def train(config: Any, workdir: pathlib.Path, progress: bool = True) -> dict[str
         loggers: list[Logger] = [ConsoleLogger()]  # nothing new to log
     else:
         loggers = _loggers(plain, workdir)
+    key = jax.random.key(plain["seed"])
     try:
+        if plain["health"] and checkpoints.latest() is None:
+            check(trainer, splits.train, key)
         state = trainer.fit(
             splits.train,
             plain["steps"],
-            key=jax.random.key(plain["seed"]),
+            key=key,
             loggers=loggers,
             checkpoints=checkpoints,
             held_out=splits.validation,
             eval_every=plain["eval_every"],
             eval_tasks=plain["eval_tasks"],
             log_every=plain["log_every"],
+            check_every=plain["check_every"],
             progress=progress,
         )
     finally:
@@ -81,6 +85,13 @@ def evaluate(workdir: pathlib.Path, tasks: int) -> dict[str, Estimate]:
     print(f"{workdir}, outer step {int(state.step)}, on test tasks:")
     ConsoleLogger().finish(found)
     return found
+
+
+def check(trainer: Trainer, tasks: Tasks, key: jax.Array) -> None:
+    """Print what a health check finds, one line where that is nothing; HealthError if bad."""
+    report = health.check(trainer, trainer.init(key), tasks)
+    report.raise_errors()
+    print(report)
 
 
 def test(

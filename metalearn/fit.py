@@ -2,7 +2,7 @@
 
 The device is never waited for: the metrics of a step are read while the next one runs,
 which is also when a loss that is not finite is noticed; a step is looked at before it is
-checkpointed.
+checkpointed. A step that failed is looked at once more, task by task, to say where.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 from tqdm import tqdm
 
+from metalearn import health
 from metalearn.evaluation import Estimate
 from metalearn.loggers import Logger
 from metalearn.tasks import Tasks
@@ -29,7 +30,7 @@ WATCHED = ("loss", "meta_grad_norm", "meta_update_norm")
 EVALUATION = 2**32 - 1  # folded into the run's key; outer steps count up from 0
 
 
-class Steps(Protocol):
+class Steps(health.Looks, Protocol):
     """What this loop needs of a `Trainer`."""
 
     @property
@@ -45,6 +46,14 @@ class NonFiniteError(FloatingPointError):
     """The outer loss or the meta-gradient became NaN or infinite."""
 
 
+class _Taken(NamedTuple):
+    """An outer step whose metrics have not been read yet."""
+
+    step: int
+    metrics: Any
+    before: TrainState  # the state it was taken from, but for the outer optimizer's
+
+
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """How long to train, what to look at on the way, and where to keep it."""
@@ -54,6 +63,7 @@ class Fit:
     eval_every: int | None = None  # outer steps; None or 0: never
     eval_tasks: int = 200
     log_every: int = 10  # outer steps
+    check_every: int | None = None  # outer steps; a `HealthWarning` for what is found
     stop_on_nonfinite: bool = True
     progress: bool = True  # a bar with the rate and the loss
 
@@ -100,18 +110,22 @@ class Fit:
         bar: tqdm,
         first: int,
     ) -> TrainState:
-        waiting: tuple[int, Any] | None = None
+        waiting: _Taken | None = None
         for step in range(first + 1, self.steps + 1):
+            before = dataclasses.replace(state, optimizer=None)
             state, metrics = trainer.step(state, tasks)
             if waiting is not None:
-                self._report(*waiting, loggers, bar)
-            waiting = step, metrics
+                self._report(waiting, trainer, tasks, loggers, bar)
+            waiting = _Taken(step, metrics, before)
             evaluates = self._due(step, self.eval_every) and self.held_out is not None
             saves = checkpoints is not None and self._due(step, checkpoints.every)
-            if not (evaluates or saves or step == self.steps):
+            checks = self._due(step, self.check_every)
+            if not (evaluates or saves or checks or step == self.steps):
                 continue
-            self._report(step, metrics, loggers, bar)
+            self._report(waiting, trainer, tasks, loggers, bar)
             waiting = None
+            if checks:
+                health.check(trainer, state, tasks).warn()
             if evaluates:
                 self._evaluate(trainer, state, step, loggers)
             if saves and checkpoints is not None:
@@ -122,7 +136,10 @@ class Fit:
     def _due(self, step: int, every: int | None) -> bool:
         return bool(every) and (step % (every or 1) == 0 or step == self.steps)
 
-    def _report(self, step: int, metrics: Any, loggers: Sequence[Logger], bar: tqdm) -> None:
+    def _report(
+        self, taken: _Taken, trainer: Steps, tasks: Tasks, loggers: Sequence[Logger], bar: tqdm
+    ) -> None:
+        step, metrics, before = taken
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         bar.update()
@@ -135,9 +152,8 @@ class Fit:
             raise NonFiniteError(
                 f"`{broken[0]}` became {values[broken[0]]} at outer step {step}, so training "
                 "stopped before it could spread; metrics up to this step are logged, and the "
-                "last checkpoint is from before it. Usual causes: an inner learning rate that "
-                "diverges (see `inner_loss_last`), or an inner optimizer whose second derivative "
-                "is NaN where a gradient is 0 (Adam: set `eps_root`)."
+                "last checkpoint is from before it. "
+                f"{health.diagnose(trainer, before, tasks)}"
             )
 
     def _evaluate(

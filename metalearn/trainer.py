@@ -23,6 +23,7 @@ from metalearn.engines.check import check_eta
 from metalearn.evaluation import Estimate, estimate, merged, task_metrics
 from metalearn.fit import Fit
 from metalearn.loggers import Logger
+from metalearn.probe import Look, look_at
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 
@@ -68,8 +69,9 @@ class Trainer:
         """Take one outer step: (state, tasks) -> (state, metrics). Compiled.
 
         Metrics are means over the tasks of the step: `loss` (the outer loss), those of
-        the algorithm, `inner_loss_first`, `inner_loss_last` and `inner_finite` (the share
-        of inner gradients that were finite); and `meta_grad_norm`, `meta_update_norm`.
+        the algorithm, `inner_loss_first`, `inner_loss_last`, `inner_finite` (the share of
+        inner gradients that were finite) and `inner_update_norm` (of one step's change of
+        theta); and `meta_grad_norm`, `meta_update_norm`.
         """
         return jax.jit(self._step)
 
@@ -77,25 +79,39 @@ class Trainer:
         def on_task(key: jax.Array) -> Any:
             return self.task_gradient(state.eta, tasks, key)
 
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step), self.tasks_per_step)
-        grads, metrics = mean_over(on_task, keys, self.chunk)
+        grads, metrics = mean_over(on_task, self.task_keys(state), self.chunk)
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.eta)
         eta = optax.apply_updates(state.eta, updates)
         metrics["meta_grad_norm"] = optax.tree.norm(grads)
         metrics["meta_update_norm"] = optax.tree.norm(updates)
         return TrainState(state.step + 1, eta, optimizer, state.key), metrics
 
+    def task_keys(self, state: TrainState) -> jax.Array:
+        """Return the keys [tasks_per_step] of the tasks of the outer step after `state`."""
+        return jax.random.split(jax.random.fold_in(state.key, state.step), self.tasks_per_step)
+
     def task_gradient(
         self, eta: Any, tasks: Tasks, key: jax.Array
     ) -> tuple[Any, dict[str, jax.Array]]:
         """Return (meta-gradient like eta, metrics) of the one task that `key` draws."""
+        (loss, aux), grads = self._solve(self.algorithm, eta, tasks, key)
+        return grads, merged({"loss": loss, **_inner_metrics(aux)}, aux.metrics)
+
+    def _solve(
+        self, algorithm: Algorithm, eta: Any, tasks: Tasks, key: jax.Array
+    ) -> tuple[tuple[jax.Array, Aux], Any]:
         sample_key, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
         episode = tasks.sample(sample_key)
-        unroll = self.algorithm.unroll(episode, unroll_key)
-        batches = self.algorithm.batches(episode, batch_key)
+        unroll = algorithm.unroll(episode, unroll_key)
+        batches = algorithm.batches(episode, batch_key)
         engine_state = self.engine.init(engine_key, eta)
-        (loss, aux), grads = self.engine.value_and_grad(unroll, eta, batches, engine_state)
-        return grads, merged({"loss": loss, **_inner_metrics(aux)}, aux.metrics)
+        return self.engine.value_and_grad(unroll, eta, batches, engine_state)
+
+    @functools.cached_property
+    def look(self) -> Callable[..., Look]:
+        """Look at one task, for `metalearn.health`: (eta, tasks, key, zeros, steps). Compiled."""
+        seen = functools.partial(look_at, self._solve, self.algorithm)
+        return jax.jit(seen, static_argnames="steps")
 
     def fit(
         self,
@@ -110,7 +126,7 @@ class Trainer:
         """Train for `steps` outer steps, or from the newest checkpoint up to there.
 
         `options` are those of `metalearn.fit.Fit`: `held_out`, `eval_every`, `eval_tasks`,
-        `log_every`, `stop_on_nonfinite`, `progress`.
+        `log_every`, `check_every`, `stop_on_nonfinite`, `progress`.
         """
         fit = Fit(steps, **options)
         return fit.run(self, self.init(key), tasks, loggers, checkpoints)
@@ -136,11 +152,13 @@ class Trainer:
 
 
 def _inner_metrics(aux: Aux) -> dict[str, jax.Array]:
-    losses, finite = aux.inner
+    losses, finite, update_norm = aux.inner
     if not losses.size:
         return {}
+    moved = {"inner_update_norm": update_norm.mean()} if update_norm.size else {}
     return {
         "inner_loss_first": losses[0].mean(),
         "inner_loss_last": losses[-1].mean(),
         "inner_finite": finite.mean(),
+        **moved,
     }

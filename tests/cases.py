@@ -14,9 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metalearn import Forward, MixedFlow, Reverse
-from metalearn.algorithms import MAML, cross_entropy, squared_error
-from metalearn.datasets import ClassIndex, FewShot, Sinusoid
+from metalearn import Episode, Forward, MixedFlow, Reverse, Tasks
+from metalearn.algorithms import (
+    MAML,
+    ExampleWeights,
+    LearningRates,
+    LossWeights,
+    TokenWeights,
+    cross_entropy,
+    mean_one,
+    squared_error,
+)
+from metalearn.datasets import ClassIndex, Corruption, FewShot, Sinusoid, Text, Tokenizer
 from metalearn.leaves import is_differentiable
 from metalearn.model import Model
 from metalearn.models import (
@@ -37,12 +46,17 @@ LIBRARIES = ("linen", "nnx", "haiku")
 
 @dataclasses.dataclass(frozen=True)
 class Float64(Model):
-    """A model computed in float64, whatever its library initialises with."""
+    """A model computed in float64, whatever its library initialises with.
+
+    Its parameters begin on a coarse grid: drawn in float32 inside one compiled program and
+    another they may differ in the last bit, which no comparison in float64 would forgive.
+    """
 
     model: Model
 
     def init(self, key):
-        return to_float64(self.model.init(key))
+        params, state = to_float64(self.model.init(key))
+        return jax.tree.map(lambda x: jnp.round(1024 * x) / 1024, params), state
 
     def apply(self, params, state, inputs, *, train, key=None):
         return self.model.apply(params, state, to_float64(inputs), train=train, key=key)
@@ -60,14 +74,14 @@ def _functions() -> Model:
     return Functions(init, lambda params, x: jnp.tanh(x @ params["body"]) @ params["head"])
 
 
-def _mlp(library: str) -> Model:
-    """A tanh network from [n, 1] to [n, 1], of 10 parameters."""
-    inputs, size = jax.ShapeDtypeStruct((1, 1), jnp.float32), {"outputs": 1, "hidden": (3,)}
+def _mlp(library: str, width: int = 1) -> Model:
+    """A tanh network from [n, width] to [n, width], by default of 10 parameters."""
+    inputs, size = jax.ShapeDtypeStruct((1, width), jnp.float32), {"outputs": width, "hidden": (3,)}
     smooth = {"activation": jnp.tanh}
     if library == "linen":
         return Linen(linen_networks.MLP(**size, **smooth), inputs, train_flag)
     if library == "nnx":
-        return NNX(lambda rngs: nnx_networks.MLP(1, **size, **smooth, rngs=rngs), train_flag)
+        return NNX(lambda rngs: nnx_networks.MLP(width, **size, **smooth, rngs=rngs), train_flag)
     return Haiku(
         lambda x, train: haiku_networks.MLP(**size, **smooth)(x, train), inputs, train_flag
     )
@@ -84,6 +98,21 @@ def conv_net(library: str, image=IMAGE, outputs=WAYS, filters=2, blocks=1, **opt
     return Haiku(lambda x, train: haiku_networks.ConvNet(**size)(x, train), inputs, train_flag)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tokenwise(Model):
+    """A network [n, 4] -> [n, 4], applied to every token of [batch, S] on its own."""
+
+    model: Model
+
+    def init(self, key):
+        return self.model.init(key)
+
+    def apply(self, params, state, inputs, *, train, key=None):
+        rows = jax.nn.one_hot(inputs, 4).reshape(-1, 4)
+        outputs, state = self.model.apply(params, state, to_float64(rows), train=train, key=key)
+        return outputs.reshape(*inputs.shape, -1), state
+
+
 MODELS: dict[str, Model] = {
     "Functions": _functions(),
     **{f"{library}-MLP": _mlp(library) for library in LIBRARIES},
@@ -93,20 +122,47 @@ MODELS: dict[str, Model] = {
 _INDEX = ClassIndex(
     np.random.default_rng(0).integers(0, 256, (5, 6, *IMAGE), np.uint8), np.full(5, 6, np.int32)
 )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Run(Tasks):
+    """A training run: T support sets of a few-shot distribution, one a step."""
+
+    tasks: Tasks
+    steps: int = dataclasses.field(default=3, metadata={"static": True})
+
+    def sample(self, key):
+        episodes = jax.vmap(self.tasks.sample)(jax.random.split(key, self.steps))
+        return Episode(episodes.support, jax.tree.map(lambda x: x[0], episodes.query))
+
+
 TASKS = {
     "FewShot": FewShot.create(_INDEX, ways=WAYS, shots=2, queries=3),
     "Sinusoid": Sinusoid(shots=3, queries=4),
+    "Text": Text.create(
+        *("abacadbdcabcdd" * 4, "dabacabbdabcadcd"),
+        length=3,
+        steps=3,
+        batch=4,
+        queries=3,
+        probes=2,
+        pieces=4,
+        corruption=Corruption(0.5, ("shuffled", "repeated")),
+        tokenizer=Tokenizer(lambda text: np.array([ord(c) - ord("a") for c in text]), 4),
+    ),
 }
 
 ENGINES = {
     "Reverse": Reverse(),
     "Reverse-step": Reverse(remat="step"),
     "Reverse-nested": Reverse(remat="nested"),
+    "Reverse-peel": Reverse(remat="step", peel=True),
     "Forward": Forward(),
     "Forward-chunk": Forward(chunk=4),
     "MixedFlow": MixedFlow(),
     "MixedFlow-none": MixedFlow(remat="none"),
-    "MixedFlow-nested": MixedFlow(remat="nested"),
+    "MixedFlow-nested": MixedFlow(remat="nested", segment=2, peel=False),
 }
 
 
@@ -117,18 +173,32 @@ class AlgorithmCase:
     make: Callable[..., Any]  # model, objective -> Algorithm
     network: str = "MLP"
     exact: bool = True  # whether engines return the derivative of the loss
+    run: bool = False  # whether the support set is [T, batch, ...], a batch a step
 
     def problem(self, library: str) -> tuple[Any, Any]:
         """Return (algorithm, tasks)."""
+        if self.network == "language":
+            return self.make(Float64(_Tokenwise(_mlp(library, width=4)))), TASKS["Text"]
         model = Float64(MODELS[f"{library}-{self.network}"])
+        objective, tasks = cross_entropy, TASKS["FewShot"]
         if self.network == "MLP":
-            return self.make(model, squared_error), TASKS["Sinusoid"]
-        return self.make(model, cross_entropy), TASKS["FewShot"]
+            objective, tasks = squared_error, TASKS["Sinusoid"]
+        return self.make(model, objective), _Run(tasks) if self.run else tasks
 
 
 def _maml(optimizer=None, **options):
     optimizer = optax.sgd(0.1) if optimizer is None else optimizer
     return functools.partial(MAML, optimizer=optimizer, **{"inner_steps": 2, **options})
+
+
+def _learning_rates(model, objective):
+    optimizer = optax.adam(1.0, eps_root=1e-4)
+    return LearningRates(model, objective, optimizer, initial=0.05)
+
+
+def _loss_weights(weighting, **options):
+    optimizer = optax.adam(0.3, eps_root=1e-4)
+    return functools.partial(LossWeights, weighting=weighting, optimizer=optimizer, **options)
 
 
 ALGORITHMS = {
@@ -138,9 +208,20 @@ ALGORITHMS = {
     "Meta-SGD": AlgorithmCase(_maml(optax.sgd(1.0), learned_rates=0.1)),
     "ANIL": AlgorithmCase(_maml(adapt="head")),
     "first-order": AlgorithmCase(_maml(first_order=True), exact=False),
+    "example-weights": AlgorithmCase(
+        _loss_weights(ExampleWeights(hidden=(3,)), normalize=mean_one), "language", exact=False
+    ),
+    "token-weights": AlgorithmCase(
+        _loss_weights(
+            TokenWeights(("loss", "position", "source"), (2,), sources=4), through_features=True
+        ),
+        "language",
+    ),
     "running": AlgorithmCase(
         _maml(optax.sgd(0.1, momentum=0.9), inner_steps=3, batch_norm="running"), "ConvNet"
     ),
+    "LearningRates": AlgorithmCase(_learning_rates, run=True),
+    "LearningRates-ConvNet": AlgorithmCase(_learning_rates, "ConvNet", run=True),
 }
 # Exercised in full for every library; the transductive ConvNet for linen alone.
 CONV_MAML = AlgorithmCase(_maml(), "ConvNet")

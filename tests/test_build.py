@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from metalearn import Reverse
-from metalearn.experiments import arguments, build
+from metalearn.experiments import arguments, build, language
 
 SMALL = {
     "tasks_per_step": 2,
@@ -23,12 +23,24 @@ SMALL = {
     "model.filters": 2,
     "model.blocks": 1,
     "model.hidden": (4,),
+    "model.width": 4,
+    "dataset.length": 8,
+    "dataset.batch": 2,
+    "dataset.steps": 2,
+    "dataset.eval_steps": 2,
+    "dataset.probes": 2,
+    "dataset.eval_probes": 2,
 }
 INPUTS = {
     "mlp": jax.ShapeDtypeStruct((1, 1), jnp.float32),
     "conv_net": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),
+    "transformer": jax.ShapeDtypeStruct((1, 6), jnp.int32),
 }
-SIZES = {"mlp": {"hidden": [4]}, "conv_net": {"filters": 2, "blocks": 1}}
+SIZES: dict[str, dict] = {
+    "mlp": {"hidden": [4]},
+    "conv_net": {"filters": 2, "blocks": 1},
+    "transformer": {"width": 4, "layers": 2, "heads": 2},
+}
 TABLES = {
     "engine": build.ENGINES,
     "optimizer": build.OPTIMIZERS,
@@ -62,8 +74,9 @@ def _has(config, path):
 
 def skip_without(dataset):
     where = os.environ.get("TFDS_DATA_DIR")
-    if dataset == "omniglot" and not (where and (pathlib.Path(where) / dataset).is_dir()):
-        pytest.skip("TFDS_DATA_DIR does not hold omniglot")
+    folder = {"omniglot": "omniglot", "text": "tiny_shakespeare"}.get(dataset)
+    if folder and not (where and (pathlib.Path(where) / folder).is_dir()):
+        pytest.skip(f"TFDS_DATA_DIR does not hold {folder}")
 
 
 def splits(network, outputs=3) -> build.Splits:
@@ -179,7 +192,7 @@ def test_the_cosine_schedule_ends_at_zero_after_the_outer_steps_and_the_constant
 @pytest.mark.parametrize("name", build.OBJECTIVES)
 def test_every_objective_goes_with_every_algorithm(name):
     inner = {"name": "sgd", "learning_rate": 0.1}
-    for algorithm in build.ALGORITHMS:
+    for algorithm in build.ALGORITHMS.keys() - {"loss_weights"}:  # its loss is per token
         config = {"name": algorithm, "objective": name, "optimizer": inner, "inner_steps": 2}
         made = build.algorithm(config, model("mlp", "linen"))
         assert made.objective is build.OBJECTIVES[name]
@@ -190,16 +203,17 @@ def test_every_objective_goes_with_every_algorithm(name):
 @pytest.mark.parametrize("network", build.NETWORKS)
 def test_every_network_of_every_library_fits_its_dataset(network, library):
     made = model(network, library)
-    batch = jax.ShapeDtypeStruct((5, *INPUTS[network].shape[1:]), jnp.float32)
+    batch = jax.ShapeDtypeStruct((5, *INPUTS[network].shape[1:]), INPUTS[network].dtype)
 
     def outputs(x):
         params, state = made.init(jax.random.key(0))
         return made.apply(params, state, x, train=True, key=jax.random.key(1))[0]
 
-    assert jax.eval_shape(outputs, batch).shape == (5, 3)
+    per_token = (6,) if network == "transformer" else ()
+    assert jax.eval_shape(outputs, batch).shape == (5, *per_token, 3)
 
 
-@pytest.mark.parametrize("name", build.DATASETS)
+@pytest.mark.parametrize("name", [name for name in build.DATASETS if name != "text"])
 def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name):
     skip_without(name)
     config = {"name": name, "shots": 1, "queries": 2, "eval_queries": 3}
@@ -215,3 +229,55 @@ def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name):
         assert inputs.shape == (queries * per_query, *data.inputs.shape[1:])
         assert targets.shape[0] == queries * per_query
     assert data.outputs == (1 if name == "sinusoid" else 4)
+
+
+def text_config(**options):
+    return build.to_json(small("loss_weights_shakespeare", **options))
+
+
+def test_a_text_trains_for_the_steps_of_training_and_is_evaluated_for_more():
+    skip_without("text")
+    plain = text_config(**{"dataset.eval_steps": 7, "dataset.eval_queries": 3})
+    data = build.splits(plain["dataset"])
+    key = jax.random.key(0)
+    assert data.inputs.shape == (1, 8) and data.outputs == 256
+    assert (data.train.train.tokens == data.test.train.tokens).all()
+    for tasks, steps, queries in ((data.train, 2, 4), (data.validation, 7, 5), (data.test, 7, 5)):
+        support, query = jax.eval_shape(tasks.sample, key)
+        assert support.inputs.shape == (steps, 2, 8) and query.inputs.shape == (queries, 8)
+
+
+@pytest.mark.parametrize("name", language.WEIGHTINGS)
+def test_every_weighting_builds_with_its_options(name):
+    options = {"domains": 5} if name == "domain" else {"hidden": [3, 2]}
+    made = language.weighting({"name": name, "sources": None, **options})
+    assert made == language.WEIGHTINGS[name](
+        **({"domains": 5} if name == "domain" else {"hidden": (3, 2)})
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "table", "what"),
+    [
+        ("weighting", language.WEIGHTINGS, "weighting"),
+        ("squash", language.SQUASHES, "squash"),
+        ("normalize", language.NORMALIZATIONS, "normalization"),
+    ],
+)
+def test_the_parts_of_a_loss_weight_are_refused_by_name(key, table, what):
+    config = text_config()["algorithm"]
+    config[key] = {"name": "x_y"} if key == "weighting" else "x_y"
+    known = ", ".join(sorted(table))
+    with pytest.raises(ValueError, match=f"^No {what} is called 'x_y'. There are: {known}.$"):
+        build.algorithm(config, None)
+
+
+def test_an_option_that_a_weighting_has_not_is_refused_with_those_it_has():
+    with pytest.raises(ValueError, match="The weighting 'domain' has no option 'hidden'. It has:"):
+        language.weighting({"name": "domain", "domains": 2, "hidden": [3]})
+
+
+def test_a_corrupted_share_of_zero_is_clean_text():
+    config = {"share": 0.0, "kinds": ["random"], "probability": 0.5, "seed": 0}
+    assert language.corruption(config) is None
+    assert language.corruption({**config, "share": 0.2}).kinds == ("random",)

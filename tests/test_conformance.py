@@ -68,6 +68,7 @@ def assert_same(ours, expected):
     assert relative_error(loss, expected_loss) < 1e-12
     assert relative_error(aux.state.params, expected_aux.state.params) < 1e-12
     assert relative_error(aux.inner.losses, expected_aux.inner.losses) < 1e-12
+    assert relative_error(aux.inner.update_norm, expected_aux.inner.update_norm) < 1e-10
     assert aux.inner.finite.all() and expected_aux.inner.finite.all()
 
 

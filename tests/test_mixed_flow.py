@@ -28,13 +28,24 @@ def transformer(dtype=jnp.float64):
     return Functions(init, SHAPE.apply)
 
 
+def network(dtype=jnp.float64, width=4):
+    """A network that compiles fast: [batch, S] tokens -> logits."""
+
+    def init(key):
+        w, v = jnp.sin(jnp.arange(2.0 * TOKENS * width)).reshape(2, TOKENS, width)
+        return {"w": w.astype(dtype), "v": v.T.astype(dtype)}
+
+    return Functions(init, lambda params, x: jnp.tanh(params["w"][x]) @ params["v"])
+
+
 def tokens(*shape):
     return jnp.asarray(np.random.default_rng(0).integers(0, TOKENS, shape), jnp.int32)
 
 
-def rates(optimizer=None, steps=T, dtype=jnp.float64):
+def rates(optimizer=None, steps=T, model=None):
     optimizer = optax.adam(1.0, **ADAM) if optimizer is None else optimizer
-    algorithm = LearningRates(transformer(dtype), optimizer=optimizer, initial=0.02)
+    model = network() if model is None else model
+    algorithm = LearningRates(model, optimizer=optimizer, initial=0.02)
     data = tokens(steps, BATCH, S + 1)
     support = data[..., :-1], data[..., 1:]
     return algorithm, Episode(support, jax.tree.map(lambda x: x[0], support))
@@ -62,7 +73,11 @@ def solve(problem, engine):
     return run(eta, episode)
 
 
-PROBLEMS = {"rates": rates, "weights": weights}
+PROBLEMS = {
+    "rates": lambda: rates(model=transformer()),
+    "weights": weights,
+    "small-rates": rates,
+}
 
 
 @functools.cache
@@ -92,7 +107,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", ["rates", "weights"])
 @pytest.mark.parametrize("engine", EXACT)
 def test_exact_settings_agree_with_reverse_mode_on_a_transformer(x64, name, engine):
     assert_same(solve(PROBLEMS[name](), EXACT[engine]), expected(name))
@@ -137,7 +152,9 @@ def test_parts_carry_aux_keys_counts_and_shared_arguments(x64, engine, given_eta
     x = jax.random.normal(jax.random.key(1), (4, 6, 3))
     batches = x, x.sum(-1), keys, jnp.arange(24).reshape(4, 6)
     eta = {"w": jnp.array([0.3, -0.2, 0.1]), "rate": jnp.array(-5.0), "scale": jnp.array(0.7)}
-    run = jax.jit(lambda eta, engine: engine.value_and_grad(varied(given_eta), eta, batches), static_argnums=1)
+    run = jax.jit(
+        lambda eta, engine: engine.value_and_grad(varied(given_eta), eta, batches), static_argnums=1
+    )
     ours, theirs = run(eta, engine), run(eta, Reverse())
     assert error(ours[1], theirs[1]) < 1e-12
     assert (theirs[1]["scale"] != 0) == given_eta
@@ -163,7 +180,7 @@ def test_parts_that_do_not_divide_the_batch_are_refused(x64):
 
 
 def temporaries(engine, steps, optimizer=None):
-    algorithm, episode = rates(optimizer, steps, jnp.float32)
+    algorithm, episode = rates(optimizer, steps, network(jnp.float32, 64))
 
     def run(eta, episode):
         unroll = algorithm.unroll(episode, jax.random.key(0))
@@ -197,13 +214,13 @@ def test_reversible_adam_is_optax_adam_and_undoes_its_step(x64):
 def test_reconstructed_states_are_right_up_to_what_rounding_adds(x64, segment):
     engine = MixedFlow("inexact_reconstruct", segment=segment)
     ours = solve(rates(REVERSIBLE), engine)
-    assert error(ours[1], expected("rates")[1]) < 1e-8
-    assert error(ours[0][1].inner.losses, expected("rates")[0][1].inner.losses) < 1e-12
+    assert error(ours[1], expected("small-rates")[1]) < 1e-8
+    assert error(ours[0][1].inner.losses, expected("small-rates")[0][1].inner.losses) < 1e-12
 
 
 def test_reconstruction_over_a_thousand_steps_stays_finite_in_float32():
     engine = MixedFlow("inexact_reconstruct", segment=16)
-    (loss, _), grads = solve(rates(REVERSIBLE, 1000, jnp.float32), engine)
+    (loss, _), grads = solve(rates(REVERSIBLE, 1000, network(jnp.float32)), engine)
     assert jnp.isfinite(loss) and jnp.isfinite(ravel_pytree(grads)[0]).all()
 
 
@@ -211,12 +228,14 @@ def test_memory_of_reconstruction_is_flat_in_the_horizon():
     engine = MixedFlow("inexact_reconstruct", segment=1000)
     short, long = (temporaries(engine, steps, REVERSIBLE) for steps in (8, 64))
     indices = 56 * BATCH * S * 4 * 2
-    assert long - short < 2 * indices
+    assert long - short < 3 * indices
     assert temporaries(MixedFlow(), 64) > 3 * long
 
 
 def test_bfloat16_copies_are_close_and_not_exact(x64):
-    found = error(solve(rates(), MixedFlow(store="inexact_bfloat16"))[1], expected("rates")[1])
+    found = error(
+        solve(rates(), MixedFlow(store="inexact_bfloat16"))[1], expected("small-rates")[1]
+    )
     assert 1e-6 < found < 0.1
 
 
@@ -255,7 +274,7 @@ def test_options_that_cannot_be_are_refused(options, message):
 def test_a_peeled_first_step_saves_its_hessian_product():
     from metalearn.cost import cost
 
-    algorithm, episode = rates(dtype=jnp.float32, steps=2)
+    algorithm, episode = rates(steps=2, model=network(jnp.float32))
     key = jax.random.key(0)
 
     def flops(engine):

@@ -362,8 +362,8 @@ def test_mixed_flow_pushes_through_a_rule_whose_parts_have_a_jvp(remat):
 NO_JVP = {
     "callback in forward": (fused(forward=called_back), "Pure callbacks do not support JVP"),
     "callback in backward": (fused(backward=called_back), "Pure callbacks do not support JVP"),
-    "rule in forward": (fused(forward=ruled), "custom_vjp"),
-    "rule in backward": (fused(backward=ruled), "custom_vjp"),
+    "rule in forward": (fused(forward=ruled), "custom_vjp` inside the rule .* `Reverse\\(\\)`"),
+    "rule in backward": (fused(backward=ruled), "custom_vjp` inside the rule .* `Reverse\\(\\)`"),
 }
 
 
@@ -371,9 +371,8 @@ NO_JVP = {
 @pytest.mark.parametrize("name", NO_JVP)
 def test_mixed_flow_refuses_a_kernel_without_a_jvp(name, remat):
     attention, message = NO_JVP[name]
-    with pytest.raises((TypeError, ValueError)) as caught:
+    with pytest.raises(TypeError, match=f"pushes the inner gradient forward.*{message}"):
         lower(MixedFlow(), attention, remat)
-    assert message in f"{caught.value} {caught.value.__cause__}"
 
 
 def test_reverse_takes_a_rule_within_a_rule_but_no_callback_either():

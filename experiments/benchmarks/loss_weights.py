@@ -10,9 +10,10 @@ looked ahead, three times from the same initialisation with the same number of s
 - `uniform`   on the same batches, with equal weights
 - `clean`     on the clean pieces alone, with equal weights: what an oracle would do
 
-The loss is of clean text of the test split that nothing was chosen on, in nats per byte. The
-AUC says how well a score tells clean from corrupted windows of that split, by the model of
-the `learned` arm: its weights, and, for comparison, its bare loss, low and high.
+The loss is of clean text of the test split, on which nothing was chosen, in nats per byte.
+The AUC says how well a score tells clean from corrupted windows of that split: the learned
+weights, and for comparison a low loss, by the model of the same arm and by the uniform one's
+(which has learned the repeated bytes, so that a low loss is no sign of clean text).
 
 A seed decides the weights' initialisation, the meta-training, and the model's initialisation
 and batches; which text is corrupted is the config's. Rows are kept in DIR, so that a run can
@@ -44,20 +45,27 @@ from metalearn.loggers import ConsoleLogger
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # by seeds
 
+SCORES = {
+    "auc_weights": "the learned weights",
+    "auc_low_loss": "a low loss, model of `learned`",
+    "auc_low_loss_uniform": "a low loss, model of `uniform`",
+}
+
 
 class Arms:
     """Trains a language model with some weights, and looks at it on test text. Compiled once."""
 
     def __init__(self, trainer: Trainer, test: Text):
         self.test = test
-        self.learner: Any = trainer.algorithm
-        self.uniform = LossWeights(
-            self.learner.model, DomainWeights(test.sources), self.learner.optimizer
-        )
+        learner = trainer.algorithm
+        assert isinstance(learner, LossWeights)
+        self.learner = learner
+        equal = DomainWeights(test.sources)  # its scores stay zero, so its weights one
+        self.uniform = LossWeights(learner.model, equal, learner.optimizer)
         self.run = jax.jit(_run, static_argnums=0)
 
     def rows(self, eta: Any, key: jax.Array) -> dict[str, float]:
-        """Return the test loss of the three arms, and the AUCs of the first."""
+        """Return the test losses of the three arms, and what tells clean from corrupted."""
         equal = jnp.zeros(self.test.sources)
         learned = self.run(self.learner, eta, self.test, key)
         uniform = self.run(self.uniform, equal, self.test, key)
@@ -66,7 +74,11 @@ class Arms:
             "learned": learned["loss"],
             "uniform": uniform["loss"],
             "clean": clean["loss"],
-            **{name: value for name, value in learned.items() if name != "loss"},
+            "auc_weights": learned["weight_auc"],
+            "auc_low_loss": learned["auc_low_loss"],
+            "auc_low_loss_uniform": uniform["auc_low_loss"],
+            "weight_clean": learned["weight_clean"],
+            "weight_corrupted": learned["weight_corrupted"],
         }
         return {name: float(value) for name, value in found.items()}
 
@@ -78,8 +90,7 @@ def _run(algorithm: LossWeights, eta: Any, tasks: Text, key: jax.Array) -> dict[
     loss, aux = rollout(algorithm.unroll(episode, unroll_key), eta, batches)
     losses = algorithm.losses(aux.state, episode.query).mean(1)
     clean = ~episode.query.corrupted
-    bare = {"low_loss_auc": auc(-losses, clean), "high_loss_auc": auc(losses, clean)}
-    return {"loss": loss, **bare, **aux.metrics}
+    return {"loss": loss, "auc_low_loss": auc(-losses, clean), **aux.metrics}
 
 
 def measure(config: Any, seed: int, arms: Arms, trainer: Trainer, tasks: Text) -> dict[str, float]:
@@ -109,8 +120,8 @@ def table(rows: Sequence[dict[str, float]]) -> str:
         lines.append(f"| test loss, {name} | {interval([row[name] for row in rows])} |")
     for a, b in (("uniform", "learned"), ("learned", "clean")):
         lines.append(f"| {a} - {b}, paired | {interval([row[a] - row[b] for row in rows])} |")
-    for name in ("weight_auc", "low_loss_auc", "high_loss_auc"):
-        lines.append(f"| {name} | {interval([row[name] for row in rows])} |")
+    for name, what in SCORES.items():
+        lines.append(f"| AUC, {what} | {interval([row[name] for row in rows])} |")
     return "\n".join(lines)
 
 
@@ -121,7 +132,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/loss_weights"))
     arguments = parser.parse_args()
     config = build.to_json(loss_weights_shakespeare.get_config())
-    splits = build.splits(config["dataset"])
+    splits: Any = build.splits(config["dataset"])
     trainer = build.trainer(config, splits)
     arms = Arms(trainer, splits.test)
     arguments.workdir.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,15 @@ from ml_collections.config_dict import placeholder
 def maml() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.engine = "mixed_flow"  # or "reverse", or "forward" for a small eta
+    # Or "reverse", or "forward" for a small eta, or "auto": what `metalearn plan` would choose.
+    config.engine = "mixed_flow"
 
     config.engine_options = {  # those of the engine that are set; see its docstring
         "remat": placeholder(str),
+        "segment": placeholder(int),
+        "peel": placeholder(bool),
+        "micro_batches": placeholder(int),
+        "store": placeholder(str),
         "directions": placeholder(int),
         "chunk": placeholder(int),
         "max_directions": placeholder(int),
@@ -19,7 +24,9 @@ def maml() -> ml_collections.ConfigDict:
     config.algorithm = ml_collections.ConfigDict()
     config.algorithm.name = "maml"
     config.algorithm.objective = "cross_entropy"
-    config.algorithm.optimizer = {"name": "sgd", "learning_rate": 0.4}  # the inner one
+    # The inner one. Adam and its relatives need `eps_root`, such as 1e-8; see metalearn.health.
+    config.algorithm.optimizer = {"name": "sgd", "learning_rate": 0.4}
+    config.algorithm.optimizer.eps_root = placeholder(float)
     config.algorithm.inner_steps = 1
     config.algorithm.eval_steps = 3
     # Meta-SGD: the initial value of learned rates, which multiply the inner optimizer's
@@ -33,7 +40,9 @@ def maml() -> ml_collections.ConfigDict:
     config.tasks_per_step = 16
     config.chunk = placeholder(int)  # tasks unrolled at once; None: all of a step's
 
-    config.log_every = 10  # outer steps; 0: never, here and below
+    config.health = True  # look at one meta-gradient before a run starts; see metalearn.health
+    config.check_every = 0  # and again every so many outer steps; 0: never, here and below
+    config.log_every = 10  # outer steps
     config.eval_tasks = 400  # validation tasks, on the way
     config.test_tasks = 1000  # test tasks, once, at the end
     config.wandb = {"mode": "auto", "project": "metalearn", "name": "", "group": ""}

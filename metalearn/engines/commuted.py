@@ -23,6 +23,7 @@ import jax.core
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from metalearn.engines.pushforward import pushforward
 from metalearn.leaves import is_array, is_differentiable, split
 
 INNER_GRADIENT = "metalearn_inner_gradient"
@@ -146,8 +147,7 @@ def pullback(
         return jax.grad(phi, (0, 1))(theta, others, s)
 
     s = jnp.zeros((), value_bar.dtype)
-    _, bars = jax.jvp(gradient, (theta, s), (u, jnp.ones_like(s)))
-    return bars
+    return pushforward(gradient, (theta, s), (u, jnp.ones_like(s)))
 
 
 def _inner_product(cotangents: Any, values: Any) -> jax.Array | float:

@@ -63,12 +63,20 @@ class Copies(Kept):
         return jax.lax.scan(body, bars, (batches, kept), reverse=True)[0]
 
 
-def in_precision(dtype: Any) -> Copies:
-    """Keep floating-point arrays in a lower precision."""
-    return Copies(
-        lambda x: x.astype(dtype) if is_differentiable(x) else x,
-        lambda x, was: x.astype(was) if is_differentiable(x) else x,
-    )
+def in_bfloat16() -> Copies:
+    """Keep floating-point arrays in bfloat16, as bits: XLA would undo a plain conversion."""
+
+    def put(x: jax.Array) -> jax.Array:
+        if not is_differentiable(x):
+            return x
+        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+
+    def get(x: jax.Array, was: Any) -> jax.Array:
+        if x.dtype == was:
+            return x
+        return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(was)
+
+    return Copies(put, get)
 
 
 def on_host() -> Copies:

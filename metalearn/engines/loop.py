@@ -58,8 +58,8 @@ def step_body(unroll: Unroll, eta: Any, value_and_grad: Callable[..., Any]) -> B
 
     def body(state: Any, batch: Any) -> tuple[Any, Inner]:
         recorder = Recorder(value_and_grad)
-        state = unroll.step(eta, state, batch, recorder.grad)
-        return state, recorder.inner()
+        after = unroll.step(eta, state, batch, recorder.grad)
+        return after, recorder.inner(state, after)
 
     return body
 

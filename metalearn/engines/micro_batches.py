@@ -32,9 +32,9 @@ def value_and_grad(
     if not isinstance(fun, ExampleMean) or argnums != 0:
         raise ValueError(
             f"`MixedFlow(micro_batches={parts})` takes an inner loss in parts, which is exact for "
-            f"a mean over examples and wrong for any other, but `grad` was given {fun!r} with "
-            f"argnums={argnums}. Write the loss as a `metalearn.ExampleMean` and differentiate it "
-            "in its first argument, or use `micro_batches=1`."
+            f"a mean over examples and wrong for any other, but `grad` was given {_name(fun)} "
+            f"with argnums={argnums}. Write the loss as a `metalearn.ExampleMean` and "
+            "differentiate it in its first argument, or use `micro_batches=1`."
         )
 
     def value_and_grad_fun(theta: Any, examples: Any, *shared: Any) -> Any:
@@ -69,6 +69,10 @@ def value_and_grad(
         return ((value, aux) if has_aux else value), grads
 
     return value_and_grad_fun
+
+
+def _name(fun: Any) -> str:
+    return getattr(fun, "__qualname__", type(fun).__name__)
 
 
 def _cut(row: Any, parts: int) -> jax.Array:

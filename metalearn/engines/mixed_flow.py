@@ -12,10 +12,11 @@ ordinary backward pass. Everything else in the step (an optax update, say) is mo
 elementwise and differentiated as usual. The inner gradients themselves are kept by name
 through the checkpoint of each step, so that the way back never computes them again.
 
-Exact, and as general as reverse mode, within the limits of JAX's custom derivative
-rules: the meta-gradient cannot itself be differentiated; what `grad` differentiates with
-respect to is real; and a model with an operation that has no JVP (a fused kernel, or a
-`custom_vjp` whose forward or backward rule has none) is refused by JAX, and needs `Reverse`.
+As general as reverse mode, within the limits of JAX's custom derivative rules: the
+meta-gradient cannot itself be differentiated; what `grad` differentiates with respect to is
+real; and the inner loss must have a JVP of its gradient. A `custom_vjp` has one if its two
+rules are plain JAX. A callback or a kernel without any derivative of its backward pass serves
+no engine; a `custom_vjp` inside the rule of another serves `Reverse` alone. Both are refused.
 For the same reason a step cannot push a `jax.jvp` through `grad`: take a Hessian product as
 the `grad` of `<grad, v>`, or by `jax.vjp`, both exact here.
 
@@ -30,11 +31,10 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from metalearn.engines import commuted, micro_batches
 from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.kept import Anchors, in_precision, on_host
+from metalearn.engines.kept import Anchors, in_bfloat16, on_host
 from metalearn.engines.loop import Remat, backpropagate
 from metalearn.engines.sweep import sweep
 from metalearn.names import pick
@@ -44,7 +44,7 @@ RECONSTRUCT = "inexact_reconstruct"
 STORES: dict[str, Any] = {
     "device": None,  # by `jax.checkpoint`
     "host": on_host(),
-    "inexact_bfloat16": in_precision(jnp.bfloat16),
+    "inexact_bfloat16": in_bfloat16(),
 }
 
 

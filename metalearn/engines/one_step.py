@@ -26,8 +26,8 @@ class OneStep:
         """Return (next state, (what the step saw, the tape of its inner gradients))."""
         tape = Tape()
         recorder = Recorder(tape.recording(self.value_and_grad))
-        state = self.unroll.step(self.eta, state, batch, recorder.grad)
-        return state, (recorder.inner(), tape.results)
+        after = self.unroll.step(self.eta, state, batch, recorder.grad)
+        return after, (recorder.inner(state, after), tape.results)
 
     def undone(self, state: Any, batch: Any) -> tuple[Any, list[Any]]:
         """Return (the state that the step led from, the tape of its inner gradients)."""

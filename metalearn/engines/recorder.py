@@ -24,6 +24,9 @@ class Inner(NamedTuple):
 
     losses: jax.Array  # [T, n]: the n inner losses of a step, in the order taken
     finite: jax.Array  # [T, n], bool: whether that loss's gradient has a finite squared norm
+    # [T, 1]: the norm of the step's change of what `grad` differentiated; [T, 0] where that is
+    # no part of the inner state as it stands.
+    update_norm: jax.Array
 
 
 class Recorder:
@@ -34,6 +37,7 @@ class Recorder:
         self._trace = get_opaque_trace_state(convention="metalearn")
         self._losses: list[jax.Array] = []
         self._finite: list[jax.Array] = []
+        self._theta: set[int] = set()  # of the leaves that were differentiated: their id()
 
     def grad(
         self, fun: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
@@ -43,6 +47,8 @@ class Recorder:
 
         def grad_fun(*args: Any, **kwargs: Any) -> Any:
             value, grads = differentiate(*args, **kwargs)
+            chosen = (argnums,) if isinstance(argnums, int) else argnums
+            self._theta |= {id(leaf) for i in chosen for leaf in jax.tree.leaves(args[i])}
             self._record(value[0] if has_aux else value, grads)
             return (grads, value[1]) if has_aux else grads
 
@@ -54,11 +60,18 @@ class Recorder:
         self._losses.append(loss)
         self._finite.append(jnp.isfinite(sum(map(_squared_norm, jax.tree.leaves(grads)))))
 
-    def inner(self) -> Inner:
-        """Return what was recorded, for one step: leaves [n]."""
-        if not self._losses:
-            return Inner(jnp.zeros((0,)), jnp.zeros((0,), bool))
-        return Inner(jnp.stack(self._losses), jnp.stack(self._finite))
+    def inner(self, before: Any, after: Any) -> Inner:
+        """Return what was recorded for one step from state to state: leaves [n]."""
+        pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=False)
+        moved = [(old, new) for old, new in pairs if id(old) in self._theta]
+        squares = [_squared_norm(new - old) for old, new in moved]
+        norms = [jnp.sqrt(sum(squares[1:], squares[0]))] if squares else []
+        found = self._losses, self._finite, norms
+        return jax.lax.stop_gradient(Inner(*map(_stacked, found, (float, bool, float))))
+
+
+def _stacked(values: list[jax.Array], dtype: Any) -> jax.Array:
+    return jnp.stack(values) if values else jnp.zeros((0,), dtype)
 
 
 def _squared_norm(leaf: jax.Array) -> jax.Array:

@@ -1,0 +1,137 @@
+"""The parts of a learned loss weight: a score, a positive function of it, a normalisation.
+
+    w = normalize(squash(score(eta, features)))
+
+- score: a `Weighting`, any real number per domain, per example or per token.
+- squash: from a score to a weight, positive whatever the score, and one at zero, so that a
+  weighting whose scores begin at zero begins as plain training. A negative weight would
+  *raise* the loss of its token without bound, and weights that are all zero have no
+  derivative to come back by: `LossWeights` refuses functions that allow either. `bounded` is
+  the cautious one; under a normalisation its upper bound holds learning up, as what has
+  reached it can no longer be told apart: take `unbounded` there.
+- normalize: None, or a function of the weights of a batch, such as `mean_one`. It ties the
+  examples of a batch together: with it, a micro-batched Hessian product is no longer exact
+  and an engine takes the batch whole.
+
+References: Ren et al. 2018 (arXiv:1803.09050) and Shu et al. 2019 (arXiv:1902.07379), who
+normalise over the batch; Kemaev et al. 2025 (arXiv:2505.00793) for weights of a language
+model's data.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metalearn.algorithms.loss_features import Seen, features, width
+
+
+class Weighting(abc.ABC):
+    """Scores of the examples of a batch. Subclasses are frozen dataclasses.
+
+    The score of an example depends on that example alone.
+    """
+
+    @abc.abstractmethod
+    def init(self, key: jax.Array) -> Any:
+        """Return eta, the parameters: any pytree of floating-point arrays."""
+
+    @abc.abstractmethod
+    def __call__(self, eta: Any, seen: Seen) -> jax.Array:
+        """Return scores: [batch, 1], one per example, or [batch, S], one per token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainWeights(Weighting):
+    """One score per domain. A source that is none of them gives NaN, and training stops."""
+
+    domains: int
+
+    def init(self, key: jax.Array) -> jax.Array:
+        """Return the scores [domains], all zero."""
+        del key
+        return jnp.zeros(self.domains)
+
+    def __call__(self, eta: jax.Array, seen: Seen) -> jax.Array:
+        """Look the source up: [batch, 1]."""
+        known = (seen.source >= 0) & (seen.source < self.domains)
+        return jnp.where(known, eta[seen.source], jnp.nan)[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenWeights(Weighting):
+    """A small network on the features of each token. See `loss_features` for their names."""
+
+    features: tuple[str, ...] = ("loss", "position")
+    hidden: tuple[int, ...] = (16,)
+    sources: int = 0  # how many there are, for the feature "source"
+
+    def __post_init__(self) -> None:
+        width(self.features, self.sources)
+
+    def init(self, key: jax.Array) -> list[dict[str, jax.Array]]:
+        """Return the layers; the last is zero, so that all scores are."""
+        return init_mlp(key, (width(self.features, self.sources), *self.hidden, 1))
+
+    def __call__(self, eta: Any, seen: Seen) -> jax.Array:
+        """Score every token: [batch, S]."""
+        return mlp(eta, features(self.features, seen, self.sources))[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleWeights(Weighting):
+    """A small network on the mean over the tokens of an example's features."""
+
+    features: tuple[str, ...] = ("example_loss", "spread")
+    hidden: tuple[int, ...] = (16,)
+    sources: int = 0  # how many there are, for the feature "source"
+
+    def __post_init__(self) -> None:
+        width(self.features, self.sources)
+
+    def init(self, key: jax.Array) -> list[dict[str, jax.Array]]:
+        """Return the layers; the last is zero, so that all scores are."""
+        return init_mlp(key, (width(self.features, self.sources), *self.hidden, 1))
+
+    def __call__(self, eta: Any, seen: Seen) -> jax.Array:
+        """Score every example: [batch, 1]."""
+        return mlp(eta, features(self.features, seen, self.sources).mean(1))
+
+
+def init_mlp(key: jax.Array, widths: Sequence[int]) -> list[dict[str, jax.Array]]:
+    """Return dense layers whose units bend in different places, and a last one of zeros."""
+    keys = jax.random.split(key, (len(widths) - 1, 2))
+    layers = [
+        {"w": jax.random.normal(k[0], (a, b)) / math.sqrt(a), "b": jax.random.normal(k[1], (b,))}
+        for k, a, b in zip(keys, widths[:-1], widths[1:], strict=True)
+    ]
+    return [*layers[:-1], jax.tree.map(jnp.zeros_like, layers[-1])]
+
+
+def mlp(layers: Sequence[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+    """Apply dense layers [..., a] -> [..., b] with tanh between them."""
+    for i, layer in enumerate(layers):
+        x = jnp.tanh(x) if i else x
+        x = x @ layer["w"] + layer["b"].reshape(*[1] * (x.ndim - 1), -1)
+    return x
+
+
+def bounded(scores: jax.Array) -> jax.Array:
+    """Return 2 sigmoid(score): a weight between 0 and 2, one at score zero."""
+    return 2 * jax.nn.sigmoid(scores)
+
+
+def unbounded(scores: jax.Array) -> jax.Array:
+    """Return softplus(score) / log 2: a weight above 0, one at score zero."""
+    return jax.nn.softplus(scores) / math.log(2)
+
+
+def mean_one(weights: jax.Array) -> jax.Array:
+    """Scale the weights of a batch to mean one; zeros stay zeros rather than become NaN."""
+    return weights / jnp.maximum(weights.mean(), jnp.finfo(weights.dtype).tiny ** 0.5)

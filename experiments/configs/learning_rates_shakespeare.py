@@ -1,0 +1,60 @@
+"""One learned learning rate per parameter, for a language model trained from scratch.
+
+Reproduces   the first task of Kemaev et al. 2025 (arXiv:2505.00793), at a size for a CPU: the
+             inner loop trains a byte-level transformer with Adam for 32 steps on tiny
+             Shakespeare, from a fresh start each time; the outer loss is held-out text.
+Command      metalearn train --config=learning_rates_shakespeare --workdir=runs/learning_rates
+             The dataset: tfds build tiny_shakespeare --file_format=array_record
+Takes        PENDING on 2 CPU cores
+Expect       PENDING
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from metalearn.experiments.configs import _common
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = _common.maml()
+    config.chunk = 1
+
+    config.algorithm = ml_collections.ConfigDict()
+    config.algorithm.name = "learning_rates"
+    config.algorithm.objective = "cross_entropy"
+    config.algorithm.optimizer = {"name": "adam", "eps_root": 1e-8}  # its rate is what is learned
+    config.algorithm.initial = 3e-3
+
+    config.model = {"name": "transformer", "library": "linen", "remat": "block"}
+    config.model.update({"width": 32, "layers": 2, "heads": 2})
+
+    config.dataset = ml_collections.ConfigDict()
+    config.dataset.name = "text"
+    config.dataset.tfds = "tiny_shakespeare"  # any text of TFDS, bytes as tokens
+    config.dataset.feature = "text"
+    config.dataset.length = 64  # S
+    config.dataset.batch = 8
+    config.dataset.steps = 32  # T
+    config.dataset.eval_steps = 32
+    config.dataset.pieces = 1
+    config.dataset.held_out = 0.1  # of the training split, for the outer loss
+    config.dataset.queries = 32
+    config.dataset.probes = 0
+    config.dataset.eval_queries = 128
+    config.dataset.eval_probes = 0
+    config.dataset.corruption = {
+        "share": 0.0,
+        "kinds": placeholder(tuple),
+        "probability": 0.5,
+        "seed": 0,
+    }
+
+    config.optimizer = {"name": "adam", "learning_rate": 0.05, "schedule": "cosine"}
+    config.tasks_per_step = 2
+
+    config.steps = 200
+    config.checkpoint_every = 50
+    config.eval_every = 50
+    config.eval_tasks = 20
+    config.test_tasks = 100
+    return config

@@ -1,0 +1,88 @@
+"""From a config to a language-modelling task, and to the parts of a learned loss weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from metalearn.algorithms import (
+    DomainWeights,
+    ExampleWeights,
+    LossWeights,
+    TokenWeights,
+    bounded,
+    mean_one,
+    unbounded,
+)
+from metalearn.datasets import Corruption, Text, read_text
+from metalearn.model import Model
+from metalearn.models import Architecture
+from metalearn.names import pick
+
+WEIGHTINGS = {"domain": DomainWeights, "example": ExampleWeights, "token": TokenWeights}
+SQUASHES = {"bounded": bounded, "unbounded": unbounded}
+NORMALIZATIONS = {"none": None, "mean_one": mean_one}
+
+
+def texts(config: Mapping[str, Any]) -> dict[str, Text]:
+    """Read a text dataset: tasks to train on, to choose by, and to report.
+
+    The inner loop always reads the training split, but for its last `held_out` share: that
+    is what the outer loss of training reads. Validation and test read their own split, and
+    train for `eval_steps`.
+    """
+    options = dict(config)
+    name, feature = options.pop("tfds"), options.pop("feature")
+    held_out, eval_steps = options.pop("held_out"), options.pop("eval_steps")
+    options["corruption"] = corruption(options.pop("corruption"))
+    queries = {"queries": options.pop("eval_queries"), "probes": options.pop("eval_probes")}
+    read = {split: read_text(name, split, feature=feature) for split in SPLITS}
+    kept = round(len(read["train"]) * (1 - held_out))
+    inner, read["train"] = read["train"][:kept], read["train"][kept:]
+    train = Text.create(inner, read["train"], **options)
+    options |= {**queries, "steps": eval_steps}
+    made = {split: Text.create(inner, read[split], **options) for split in SPLITS[1:]}
+    return {"train": train, **made}
+
+
+SPLITS = ("train", "validation", "test")
+
+
+def corruption(config: Mapping[str, Any]) -> Corruption | None:
+    """Build a corruption; a share of zero is none."""
+    return Corruption(**{**config, "kinds": tuple(config["kinds"])}) if config["share"] else None
+
+
+def loss_weights(
+    network: Model, options: dict[str, Any], inner: optax.GradientTransformation
+) -> LossWeights:
+    """Build the learner of loss weights around a model."""
+    return LossWeights(
+        network,
+        weighting(options["weighting"]),
+        inner,
+        pick(SQUASHES, options["squash"], "squash"),
+        pick(NORMALIZATIONS, options["normalize"], "normalization"),
+        through_features=options["through_features"],
+    )
+
+
+def weighting(config: Mapping[str, Any]) -> Any:
+    """Build a weighting by name, from those of its options that are set."""
+    options = {key: value for key, value in dict(config).items() if value is not None}
+    build: Any = pick(WEIGHTINGS, options.pop("name"), "weighting")
+    known = [field.name for field in dataclasses.fields(build)]
+    for key in options:
+        if key not in known:
+            raise ValueError(
+                f"The weighting {config['name']!r} has no option {key!r}. It has: {known}."
+            )
+    return build(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+def architecture(vocabulary: int, options: Mapping[str, Any]) -> Architecture:
+    """Build a transformer's architecture for a vocabulary."""
+    return Architecture(vocabulary, **options)

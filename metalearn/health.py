@@ -1,0 +1,187 @@
+"""Meta-gradient health: what would make a run fail, found before it starts.
+
+Two things go wrong without a word in training through training. An inner optimizer whose
+update has an infinite derivative at a zero gradient (sqrt(v) of Adam, and of about half of
+optax) turns the first exact zero into a NaN in all of eta. And a leaf of eta that no path
+leads to (unused, or behind a `stop_gradient`) has the meta-gradient zero: nothing fails, and
+nothing is learned.
+
+`check` looks at the first task of the next outer step, with the trainer's own engine and
+over its first few inner steps: one more program to compile, the memory of one task. What it
+finds is an error where this task itself has a NaN, since training would stop at its first
+step. It is a warning where only an exact zero would: a ReLU network will meet one, a tanh
+network will not, and an algorithm does not say which it has.
+
+`diagnose` says the same of an outer step that has failed: which task, where, from which
+inner step on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metalearn.probe import Look
+from metalearn.tasks import Tasks
+from metalearn.train_state import TrainState
+
+STEPS = 5  # inner steps of a check: enough for every optimizer of optax to show itself
+
+ROOT = (
+    "An infinite derivative of the inner optimizer, as sqrt(v) has at v = 0, meets a gradient "
+    "that is exactly zero. Give the inner optimizer `eps_root=1e-8` if it takes that (adam, "
+    "adamw, nadam, radam, amsgrad and lamb of optax do), or wrap it: "
+    "`metalearn.optimizers.differentiable_at_zero(optimizer)`."
+)
+DIVERGES = (
+    "The inner loop diverges, or its data are not finite: lower the inner learning rate, clip "
+    "the inner gradients, or take fewer inner steps."
+)
+
+
+class HealthError(FloatingPointError):
+    """The meta-gradient of the first task is not finite: training would fail at once."""
+
+
+class HealthWarning(UserWarning):
+    """Training can go on, but something will not be learned, or is a zero away from NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a check found, a paragraph each."""
+
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def healthy(self) -> bool:
+        """Say whether nothing was found."""
+        return not (self.errors or self.warnings)
+
+    def __str__(self) -> str:
+        if self.healthy:
+            return "Health: the meta-gradient is finite, at zero inner gradients too."
+        found = [f"Error: {text}" for text in self.errors]
+        return "\n".join(found + [f"Warning: {text}" for text in self.warnings])
+
+    def raise_errors(self) -> None:
+        """Raise HealthError if training would fail at its first step."""
+        if self.errors:
+            raise HealthError(" ".join(self.errors))
+
+    def warn(self) -> None:
+        """Give a HealthWarning for each thing found, errors included."""
+        for text in (*self.errors, *self.warnings):
+            warnings.warn(text, HealthWarning, stacklevel=2)
+
+
+class Looks(Protocol):
+    """What this module needs of a `Trainer`."""
+
+    @property
+    def look(self) -> Callable[..., Look]: ...
+    def task_keys(self, state: TrainState) -> jax.Array: ...
+
+
+def check(trainer: Looks, state: TrainState, tasks: Tasks) -> Report:
+    """Look at the first task of the outer step that comes after `state`."""
+    key, names = trainer.task_keys(state)[0], _names(state.eta)
+    seen = trainer.look(state.eta, tasks, key, zeros=False, steps=STEPS)
+    trouble = _trouble(seen, names)
+    if trouble and not _outer_finite(seen):
+        return Report(errors=(f"On the first task {trouble}",))
+    found = [f"On the first task {trouble}"] if trouble else []
+    at_zero = trainer.look(state.eta, tasks, key, zeros=True, steps=STEPS)
+    if not at_zero.finite.all():
+        found.append(
+            "The meta-gradient becomes NaN or infinite where an inner gradient is exactly zero "
+            "(a dead ReLU, an unused embedding, a masked output), in "
+            f"{_listed(names, ~at_zero.finite)}. {ROOT}"
+        )
+    if seen.zero.any():
+        found += _unreached(trainer, state.eta, tasks, key, names)
+    return Report(warnings=tuple(found))
+
+
+def diagnose(trainer: Looks, state: TrainState, tasks: Tasks) -> str:
+    """Say what is not finite in the outer step that was taken from `state`, task by task.
+
+    Only the eta, the key and the step of `state` are read.
+    """
+    names, keys = _names(state.eta), trainer.task_keys(state)
+    for i, key in enumerate(keys):
+        trouble = _trouble(trainer.look(state.eta, tasks, key), names)
+        if trouble:
+            return f"In its task {i + 1} of {len(keys)} {trouble}"
+    return (
+        "Each of its tasks has a finite outer loss and meta-gradient of its own, so it is their "
+        "sum, or the outer optimizer, that is not."
+    )
+
+
+def _trouble(seen: Look, names: Sequence[str]) -> str:
+    """Say what is not finite on a task, and what to do; "" where everything is."""
+    losses, finite = np.asarray(seen.inner.losses), np.asarray(seen.inner.finite)
+    bad = ~(np.isfinite(losses) & finite)
+    if bad.any():
+        first = int(bad.any(axis=1).argmax())
+        return (
+            f"the inner loss or its gradient is not finite from inner step {first + 1} of "
+            f"{len(losses)} on (inner loss: first {losses[0].mean():.4g}, last "
+            f"{losses[-1].mean():.4g}; {1 - bad.mean():.0%} finite). {DIVERGES}"
+        )
+    if not jnp.isfinite(seen.loss):
+        return (
+            f"the outer loss is {float(seen.loss)}, though every inner loss and gradient is "
+            "finite: look at the `loss` of the algorithm's unroll, and at the data it reads."
+        )
+    if not seen.finite.all():
+        return (
+            f"the meta-gradient is not finite in {_listed(names, ~seen.finite)}, though the outer "
+            f"loss and every inner loss and gradient are. {ROOT}"
+        )
+    return ""
+
+
+def _outer_finite(seen: Look) -> bool:
+    return bool(jnp.isfinite(seen.loss) & seen.finite.all())
+
+
+def _unreached(
+    trainer: Looks, eta: Any, tasks: Tasks, key: jax.Array, names: Sequence[str]
+) -> list[str]:
+    """Warn of leaves of eta with a meta-gradient of zero here, and close by, over all steps.
+
+    A layer that starts at zero gives those before it a zero meta-gradient too, once.
+    """
+    leaves, treedef = jax.tree.flatten(eta)
+    draws = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+    noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(draws, leaves, strict=True)]
+    moved = [x + 0.01 * (1 + abs(x)) * n for x, n in zip(leaves, noise, strict=True)]
+    seen = trainer.look(jax.tree.unflatten(treedef, moved), tasks, key)
+    if not seen.zero.any():
+        return []
+    return [
+        f"The meta-gradient is exactly zero in {_listed(names, seen.zero)}, at the initial eta "
+        "and beside it: no path leads from there to the outer loss, so it will not be learned. Is "
+        "it used in `init`, `step` or `loss`, and not behind a `stop_gradient`, a rounding or an "
+        "argmax? What is not learned belongs on the algorithm, not in `eta`."
+    ]
+
+
+def _names(eta: Any) -> list[str]:
+    with_path = jax.tree_util.tree_leaves_with_path(eta)
+    return [f"`eta{jax.tree_util.keystr(path)}`" for path, _ in with_path]
+
+
+def _listed(names: Sequence[str], where: jax.Array, most: int = 4) -> str:
+    chosen = [name for name, is_so in zip(names, np.asarray(where), strict=True) if is_so]
+    more = f" and {len(chosen) - most} more" if len(chosen) > most else ""
+    return f"{', '.join(chosen[:most])}{more} ({len(chosen)} of {len(names)} leaves)"

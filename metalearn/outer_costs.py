@@ -1,0 +1,127 @@
+"""What an outer step costs with an engine: compiled for shapes, never run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from metalearn.algorithm import Algorithm
+from metalearn.chunks import mean_over
+from metalearn.cost import Cost, cost
+from metalearn.engines import MetaGradient
+from metalearn.engines.check import horizon
+from metalearn.evaluation import task_metrics
+from metalearn.trainer import Trainer
+
+HORIZON = "inner_steps"  # the field by which an algorithm sets T
+# What an engine raises when it cannot serve a problem, and XLA when it cannot compile it.
+REFUSALS = (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError)
+
+
+class Candidate(NamedTuple):
+    """An engine with its settings."""
+
+    engine: MetaGradient
+    exact: bool = True  # an inexact one is shown, and never chosen
+
+
+class Row(NamedTuple):
+    """One engine and setting, and what an outer step with it costs."""
+
+    engine: MetaGradient
+    exact: bool
+    chunk: int  # tasks unrolled at once
+    cost: Cost | None  # None: the engine refuses
+    refusal: str = ""  # its reason
+
+    @property
+    def name(self) -> str:
+        """Return the engine as one writes it, without what is at its default."""
+        return spelled(self.engine)
+
+    @property
+    def peak(self) -> int:
+        """Return the bytes of an outer step, of a row that is not a refusal."""
+        assert self.cost is not None, self.refusal
+        return self.cost.peak
+
+    @property
+    def flops(self) -> int:
+        """Return the FLOPs of an outer step, of a row that is not a refusal."""
+        assert self.cost is not None, self.refusal
+        return self.cost.flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """The costs of one problem; programs that turn out the same are compiled once."""
+
+    trainer: Trainer  # what would train; its own engine does not matter
+    tasks: Any  # shapes
+    known: dict[str, Cost] = dataclasses.field(default_factory=dict)
+
+    def row(self, candidate: Candidate, chunk: int) -> Row:
+        """Return what an outer step costs with a candidate, or why it refuses."""
+        engine, exact = candidate
+        trainer = dataclasses.replace(self.trainer, engine=engine, chunk=chunk)
+        state = self._state()
+        try:
+            found = cost(trainer.step, state, self.tasks, known=self.known)
+        except REFUSALS as error:
+            return Row(engine, exact, chunk, None, str(error).strip())
+        return Row(engine, exact, chunk, found)
+
+    def plain(self) -> Cost:
+        """Return what plain training costs: the inner loops and the outer loss, run forward."""
+        trainer, state = self.trainer, self._state()
+
+        def step(eta: Any, tasks: Any, key: jax.Array) -> dict[str, Any]:
+            def on_task(key: jax.Array) -> dict[str, Any]:
+                return task_metrics(trainer.algorithm, eta, tasks, key)
+
+            return mean_over(on_task, jax.random.split(key, trainer.tasks_per_step), trainer.chunk)
+
+        return cost(jax.jit(step), state.eta, self.tasks, state.key, known=self.known)
+
+    def with_horizon(self, steps: int) -> Costs:
+        """Return the costs of the same problem with another number of inner steps."""
+        change: Callable[..., Algorithm] = dataclasses.replace  # an Algorithm is a dataclass
+        algorithm = change(self.trainer.algorithm, **{HORIZON: steps})
+        return Costs(dataclasses.replace(self.trainer, algorithm=algorithm), self.tasks, self.known)
+
+    def inner_steps(self) -> int:
+        """Return T, whether the algorithm or the tasks set it."""
+
+        def batches(tasks: Any, key: jax.Array) -> Any:
+            return self.trainer.algorithm.batches(tasks.sample(key), key)
+
+        return horizon(jax.eval_shape(batches, self.tasks, self._state().key))
+
+    def _state(self) -> Any:
+        return jax.eval_shape(self.trainer.init, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def sets_horizon(algorithm: Any) -> bool:
+    """Say whether an algorithm sets T by a field `inner_steps`."""
+    fields = dataclasses.fields(algorithm) if dataclasses.is_dataclass(algorithm) else ()
+    return HORIZON in [field.name for field in fields]
+
+
+def spelled(engine: Any) -> str:
+    """Write an engine, or any dataclass, without the fields that are at their default.
+
+    >>> from metalearn import Reverse
+    >>> spelled(Reverse()), spelled(Reverse(remat="step"))
+    ('Reverse()', "Reverse(remat='step')")
+    """
+    fields = [f"{key}={value!r}" for key, value in changed_fields(engine).items()]
+    return f"{type(engine).__name__}({', '.join(fields)})"
+
+
+def changed_fields(engine: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that are not at their default."""
+    values = {field: getattr(engine, field.name) for field in dataclasses.fields(engine)}
+    return {field.name: value for field, value in values.items() if value != field.default}

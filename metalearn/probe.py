@@ -1,0 +1,115 @@
+"""A look at one task: its meta-gradient, what its inner loop saw, and what zeros would do.
+
+A network with a dead ReLU, an embedding that no token of the batch uses or a masked output
+has inner gradients with exact zeros. A task drawn now may have none, and the thousandth one
+some. So a look can put them there: one entry per leaf of each inner gradient is multiplied
+by zero, value and derivative alike, which is what the dead unit does. No optimizer needs to
+be known for that, and no engine: it wraps the algorithm and the `grad` its steps receive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metalearn.algorithm import Algorithm
+from metalearn.engines import Aux, Inner
+from metalearn.engines.check import horizon
+from metalearn.tasks import Tasks
+from metalearn.unroll import Episode, Unroll
+
+
+class Look(NamedTuple):
+    """What is seen of one task. The leaves of eta are in the order of `jax.tree.leaves`."""
+
+    loss: jax.Array  # (): the outer loss
+    finite: jax.Array  # [leaves], bool: whether a leaf's meta-gradient is finite everywhere
+    zero: jax.Array  # [leaves], bool: whether it is zero everywhere
+    inner: Inner  # inner losses and finiteness, [T, n]
+
+
+Solve = Callable[[Algorithm, Any, Tasks, jax.Array], tuple[tuple[jax.Array, Aux], Any]]
+
+
+def look_at(
+    solve: Solve,
+    algorithm: Algorithm,
+    eta: Any,
+    tasks: Tasks,
+    key: jax.Array,
+    zeros: jax.Array | bool = False,
+    steps: int | None = None,
+) -> Look:
+    """Look at the task that `key` draws.
+
+    Args:
+      solve: algorithm, eta, tasks, key -> ((loss (), aux), meta-gradient like eta).
+      algorithm: with the inner loop to look at.
+      eta: where to look.
+      tasks: where the task comes from.
+      key: draws the task.
+      zeros: (), bool: whether inner gradients get an entry per leaf that is exactly zero.
+      steps: look at no more inner steps than the first so many; None: at all.
+    """
+    probed = _Probed(algorithm, jnp.asarray(zeros), steps)
+    (loss, aux), grads = solve(probed, eta, tasks, key)
+    leaves = jax.tree.leaves(grads)
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+    zero = jnp.stack([(leaf == 0).all() for leaf in leaves])
+    return Look(loss, finite, zero, aux.inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Probed(Algorithm):
+    """Another algorithm with zeros in its inner gradients, or fewer inner steps."""
+
+    algorithm: Algorithm
+    zeros: jax.Array  # (), bool
+    steps: int | None
+
+    def init(self, key: jax.Array) -> Any:
+        return self.algorithm.init(key)
+
+    def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
+        unroll = self.algorithm.unroll(episode, key)
+
+        def probed(move: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda eta, state, batch, grad: move(
+                eta, state, batch, _with_zeros(grad, self.zeros)
+            )
+
+        undo = probed(unroll.undo) if unroll.undo else None
+        return unroll._replace(step=probed(unroll.step), undo=undo)
+
+    def batches(self, episode: Episode, key: jax.Array) -> Any:
+        batches = self.algorithm.batches(episode, key)
+        horizon(batches)  # cut to one length, leaves of different lengths would go unnoticed
+        return jax.tree.map(lambda leaf: leaf[: self.steps], batches)
+
+
+def _with_zeros(grad: Callable[..., Any], zeros: jax.Array) -> Callable[..., Any]:
+    """Stand in for the `grad` of an engine, with a zero in each leaf of what it returns."""
+
+    def first_to_zero(leaf: jax.Array) -> jax.Array:
+        if not leaf.size:
+            return leaf
+        # A product, since it passes an infinite cotangent on as NaN, as a dead unit does.
+        factor = jnp.where(zeros, 0, 1).astype(leaf.dtype)
+        return leaf * jnp.ones_like(leaf).at[(0,) * leaf.ndim].set(factor)
+
+    def grad_with_zeros(fun: Any, argnums: Any = 0, has_aux: bool = False) -> Callable[..., Any]:
+        differentiate = grad(fun, argnums=argnums, has_aux=has_aux)
+
+        def grad_fun(*args: Any, **kwargs: Any) -> Any:
+            result = differentiate(*args, **kwargs)
+            grads, *aux = result if has_aux else (result,)
+            grads = jax.tree.map(first_to_zero, grads)
+            return (grads, *aux) if has_aux else grads
+
+        return grad_fun
+
+    return grad_with_zeros

@@ -1,0 +1,225 @@
+"""What each engine would cost, which one is chosen, and what fits where none does."""
+
+import dataclasses
+import os
+
+import jax
+import optax
+import pytest
+
+from metalearn import Algorithm, Forward, MixedFlow, Reverse, Trainer
+from metalearn.algorithms import MAML, squared_error
+from metalearn.cost import Cost, cost
+from metalearn.device_memory import device_memory, host_memory, parse_bytes, show_bytes
+from metalearn.engines import MetaGradient
+from metalearn.outer_costs import Candidate, Row
+from metalearn.plan import CANDIDATES, BudgetError, Plan, plan
+from tests.cases import ENGINES, MODELS, TASKS
+
+WAVES = TASKS["Sinusoid"]
+ADAPTATION = MAML(MODELS["Functions"], squared_error, optax.sgd(0.05), inner_steps=4)
+TRAINER = Trainer(ADAPTATION, Reverse(), tasks_per_step=4)
+TWO = (Candidate(Reverse()), Candidate(Reverse(remat="step")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Hungry(MetaGradient):
+    """Refuses, as an engine does that cannot serve a problem."""
+
+    def value_and_grad(self, unroll, eta, batches, state=()):
+        raise ValueError("`Hungry()` wants another problem. Feed it.")
+
+
+def row(engine, flops, peak, chunk=1, exact=True):
+    return Row(engine, exact, chunk, Cost(flops, 0, peak, 0, 0, "program"))
+
+
+def chosen(*rows, budget=100):
+    return Plan(list(rows), Cost(10, 0, 10, 0, 0, "program"), budget).chosen
+
+
+def peak(trainer, chunk=None, **algorithm):
+    """Return the memory of an outer step."""
+    changed = dataclasses.replace(trainer.algorithm, **algorithm)
+    trainer = dataclasses.replace(trainer, algorithm=changed, chunk=chunk)
+    return cost(trainer.step, trainer.init(jax.random.key(0)), WAVES).peak
+
+
+# What is chosen.
+
+
+def test_the_fewest_flops_that_fit_are_chosen():
+    fast, slow = row(Reverse(), 30, 101), row(MixedFlow(), 40, 100)
+    slower = row(Reverse(remat="step"), 50, 20)
+    assert chosen(fast, slow, slower) is slow
+    assert chosen(fast, slow, slower, budget=101) is fast
+    assert chosen(fast, slow, slower, budget=10) is None
+
+
+def test_of_equal_flops_the_most_tasks_at_once_and_then_the_least_memory_are_chosen():
+    lean, all_at_once = row(Reverse(), 1000, 10, chunk=1), row(Reverse(), 1010, 90, chunk=4)
+    assert chosen(lean, all_at_once) is all_at_once
+    leaner = row(MixedFlow(), 1005, 80, chunk=4)
+    assert chosen(lean, all_at_once, leaner) is leaner
+    assert chosen(lean, row(Reverse(), 1011, 90, chunk=4)) is lean
+
+
+def test_an_inexact_setting_is_never_chosen():
+    exact, inexact = row(Reverse(), 30, 10), row(MixedFlow(), 20, 5, exact=False)
+    assert chosen(exact, inexact) is exact
+    assert chosen(inexact) is None
+
+
+# What is found.
+
+
+def test_a_row_is_what_the_program_that_trains_will_take():
+    found = plan(TRAINER, WAVES, candidates=TWO)
+    for one, (engine, _) in zip(found.rows, TWO, strict=True):
+        assert one.engine == engine and one.chunk == 4
+        trains = dataclasses.replace(TRAINER, engine=engine)
+        state = trains.init(jax.random.key(0))
+        memory = trains.step.lower(state, WAVES).compile().memory_analysis()
+        assert one.cost.temporaries == memory.temp_size_in_bytes
+        assert one.cost.arguments == memory.argument_size_in_bytes
+    assert found.rows[0].flops > 2 * found.plain.flops > 0
+    assert found.rows[0].peak > found.rows[1].peak > found.plain.peak
+    assert found.budget == device_memory() and found.choose() is found.rows[0]
+
+
+def test_nothing_is_put_on_the_device():
+    trainer = dataclasses.replace(TRAINER, tasks_per_step=1)
+    shapes = jax.eval_shape(lambda tasks: tasks, WAVES)
+    before = {id(array) for array in jax.live_arrays()}
+    plan(trainer, shapes, candidates=TWO[:1])
+    assert {id(array) for array in jax.live_arrays()} <= before
+
+
+def test_every_engine_has_a_candidate_and_every_candidate_is_an_engine_with_a_case():
+    assert {type(engine) for engine, _ in CANDIDATES} == {type(e) for e in ENGINES.values()}
+    assert len(set(CANDIDATES)) == len(CANDIDATES)
+
+
+def test_an_engine_that_refuses_is_a_row_with_its_reason():
+    candidates = (*TWO[:1], Candidate(Forward(max_directions=3)))
+    found = plan(TRAINER, WAVES, candidates=candidates)
+    assert found.rows[1].cost is None and not found.fits(found.rows[1])
+    assert found.rows[1].refusal.startswith("`Forward()` pushes one tangent per meta-parameter")
+    assert found.choose().engine == Reverse()
+
+
+def test_programs_that_turn_out_the_same_cost_the_same():
+    """MAML's theta_0 is eta: there is no step to peel off."""
+    peeled = Candidate(Reverse(peel=True))
+    found = plan(TRAINER, WAVES, candidates=(TWO[0], peeled))
+    assert found.rows[0].cost is found.rows[1].cost
+
+
+def test_one_task_at_a_time_is_looked_at_when_asked_for():
+    found = plan(TRAINER, WAVES, candidates=TWO[:1], all_chunks=True)
+    assert [one.chunk for one in found.rows] == [4, 1]
+    assert found.rows[1].peak < found.rows[0].peak and found.choose().chunk == 4
+
+
+# Where little fits.
+
+
+def test_where_not_all_tasks_fit_the_most_that_do_are_taken():
+    one, two, all_at_once = (peak(TRAINER, n) for n in (1, 2, 4))
+    assert one < two < all_at_once
+    found = plan(TRAINER, WAVES, candidates=TWO[:1], budget=two)
+    assert [row.chunk for row in found.rows] == [4, 1, 2]
+    assert found.choose().chunk == 2 and found.choose().peak == two
+    assert plan(TRAINER, WAVES, candidates=TWO[:1], budget=two - 1).choose().chunk == 1
+
+
+def test_where_nothing_fits_the_least_that_would_do_and_the_largest_horizon_are_named():
+    trainer = dataclasses.replace(TRAINER, tasks_per_step=1)
+    budget = peak(trainer, inner_steps=2)
+    assert peak(trainer, inner_steps=3) > budget
+    found = plan(trainer, WAVES, candidates=TWO[:1], budget=budget)
+    assert found.chosen is None and found.largest_horizon == 2
+    with pytest.raises(BudgetError) as caught:
+        found.choose()
+    assert str(caught.value) == (
+        f"No exact engine fits {show_bytes(budget)}. The leanest, Reverse() with 1 task at a "
+        f"time, needs {show_bytes(peak(trainer))}: the least that would do. With it, inner_steps=2 "
+        "is the largest horizon that fits. Give it that memory, or take a smaller model or fewer "
+        "examples in a batch."
+    )
+
+
+def test_where_not_one_inner_step_fits_that_is_said():
+    found = plan(TRAINER, WAVES, candidates=TWO[:1], budget=1)
+    assert found.inner_steps == 4 and found.largest_horizon == 0
+    assert [one.chunk for one in found.rows] == [4, 1]
+    with pytest.raises(
+        BudgetError, match=r"that would do\. Fewer inner steps do not help: not one"
+    ):
+        found.choose()
+
+
+def test_where_every_engine_refuses_its_reason_is_the_error():
+    found = plan(TRAINER, WAVES, candidates=[Candidate(Hungry())])
+    message = (
+        r"^No exact engine serves this problem\. `Hungry\(\)` wants another problem\. Feed it\.$"
+    )
+    with pytest.raises(BudgetError, match=message):
+        found.choose()
+
+
+def test_an_algorithm_that_does_not_set_its_horizon_has_none_to_name():
+    class Other(Algorithm):
+        def init(self, key):
+            return ADAPTATION.init(key)
+
+        def unroll(self, episode, key):
+            return ADAPTATION.unroll(episode, key)
+
+    trainer = dataclasses.replace(TRAINER, algorithm=Other(), tasks_per_step=1)
+    found = plan(trainer, WAVES, candidates=TWO[:1], budget=1)
+    assert found.inner_steps == 3 and found.largest_horizon is None  # 3 shots: batches of one
+    with pytest.raises(
+        BudgetError, match=r"that would do\. Give it that memory, or take a smaller"
+    ):
+        found.choose()
+
+
+# Amounts of memory.
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("40GiB", 40 * 2**30),
+        ("512MB", 512 * 10**6),
+        ("1.5e9", 1_500_000_000),
+        (" 2 kb", 2000),
+        ("0.5 TiB", 2**39),
+        ("7", 7),
+    ],
+)
+def test_an_amount_of_memory_is_read(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "lots", "GiB", "-1GiB", "40 GiB of it", "1e", "4,5GB"])
+def test_what_is_no_amount_of_memory_is_refused(text):
+    with pytest.raises(ValueError, match="is no amount of memory. Write a number and a unit, such"):
+        parse_bytes(text)
+
+
+def test_an_unknown_unit_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="^'40Gib2?B' is no amount of memory. Did you mean 'GiB'?"):
+        parse_bytes("40GibB")
+
+
+@pytest.mark.parametrize("count", [0, 1023, 1024, 10 * 2**20, 3 * 2**40, 5000 * 2**40])
+def test_a_shown_amount_reads_back_to_the_same(count):
+    assert parse_bytes(show_bytes(count)) == count
+
+
+def test_a_device_without_a_limit_has_the_memory_of_its_host():
+    assert 0 < host_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if jax.default_backend() == "cpu":
+        assert device_memory() == host_memory()
