@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn import Algorithm, Episode, MetaGradient, MixedFlow, Reverse
+from metalearn import Algorithm, Episode, MetaGradient, MixedFlow, Reverse, reversible
 from metalearn.algorithms import MAML, LearningRates, LossWeights, TokenWeights
-from metalearn.cost import cost
+from metalearn.cost import Cost, cost
 from metalearn.datasets.text import Windows
 from metalearn.experiments.benchmarks import pictures
 from metalearn.models import Functions
@@ -64,6 +64,8 @@ def settings(size: Sizes) -> dict[str, Setting]:
         "MixedFlow(), blocks keep dots": Setting(MixedFlow(), "dots"),
         "MixedFlow(), no block remat": Setting(MixedFlow(), "none"),
         "MixedFlow(nested)": Setting(MixedFlow("nested"), "block"),
+        "MixedFlow(inexact_bfloat16)": Setting(MixedFlow(store="inexact_bfloat16"), "block"),
+        "MixedFlow(inexact_reconstruct)": Setting(MixedFlow("inexact_reconstruct"), "block"),
         "MixedFlow(micro_batches)": Setting(MixedFlow(micro_batches=parts), "block"),
         "MixedFlow(nested, micro_batches)": Setting(
             MixedFlow("nested", micro_batches=parts), "block"
@@ -78,7 +80,10 @@ def architecture(size: Sizes, block: str) -> Architecture:
 
 def rates(model: Functions, size: Sizes) -> tuple[Algorithm, Episode]:
     """Per-parameter learning rates: eta is as large as theta."""
-    return LearningRates(model), Episode((_tokens(size, "T"),) * 2, (_tokens(size),) * 2)
+    optimizer = reversible.adam(1.0, eps_root=1e-8)  # as optax.adam; can be undone too
+    return LearningRates(model, optimizer=optimizer), Episode(
+        (_tokens(size, "T"),) * 2, (_tokens(size),) * 2
+    )
 
 
 def maml(model: Functions, size: Sizes) -> tuple[Algorithm, Episode]:
@@ -137,7 +142,8 @@ def measure(task: str, size: Sizes, chosen: Sequence[str], rounds: int) -> Itera
     """Yield a row per setting, with its ratios to the strongest standard set-up."""
     flops = forward_flops(size)
     programs = {name: program(task, size, settings(size)[name]) for name in chosen}
-    costs = {name: cost(*made) for name, made in ((n, (f, *a)) for n, (f, a) in programs.items())}
+    costs = {name: found for name in chosen if (found := _cost(name, *programs[name]))}
+    programs = {name: programs[name] for name in costs}
     seconds = timed(programs, rounds) if rounds else dict.fromkeys(chosen, float("nan"))
     base = costs.get(BASE, next(iter(costs.values())))
     for name, found in costs.items():
@@ -152,6 +158,15 @@ def measure(task: str, size: Sizes, chosen: Sequence[str], rounds: int) -> Itera
             "seconds": seconds[name],
             "seconds_of_b": seconds[name] / seconds.get(BASE, float("nan")),
         }
+
+
+def _cost(name: str, run: Any, arguments: Any) -> Cost | None:
+    """Return what a program costs; None, said so, where the engine refuses the task."""
+    try:
+        return cost(run, *arguments)
+    except ValueError as error:
+        print(f"{name} refuses: {error}")
+        return None
 
 
 def timed(programs: dict[str, Any], rounds: int) -> dict[str, float]:

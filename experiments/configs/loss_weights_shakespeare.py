@@ -9,8 +9,10 @@ Reproduces   nothing published; the experiment of Ren et al. 2018 (arXiv:1803.09
 Command      metalearn train --config=loss_weights_shakespeare --workdir=runs/loss_weights
              The dataset: tfds build tiny_shakespeare --file_format=array_record
              Against uniform weights: python -m metalearn.experiments.benchmarks.loss_weights
-Takes        PENDING on 2 CPU cores
-Expect       0.99 AUC
+Takes        2.5 minutes on 2 CPU cores (other work beside it), 160 outer steps and 4 test runs
+Expect       1.00 AUC of the weights, clean against corrupted windows of the test split, and a
+             test loss of 2.41 +- 0.02 nats a byte after 400 steps (seed 0, 4 trainings). Over
+             5 seeds: learned 2.38, uniform 2.55, the clean half alone 2.28
 """
 
 import ml_collections

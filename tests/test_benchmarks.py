@@ -1,0 +1,28 @@
+"""The benchmarks run, and what they write can be read."""
+
+import csv
+
+from metalearn.experiments.benchmarks import engines
+
+NAMES = [engines.BASE, "MixedFlow()"]
+
+
+def test_the_engines_benchmark_writes_a_table_a_csv_and_a_picture(tmp_path, capsys):
+    sizes = ["--T", "2", "3", "--batch", "2", "--length", "4", "--layers", "1", "--width", "8"]
+    engines.main([*sizes, "--settings", *NAMES, "--seconds", "1", f"--out={tmp_path}"])
+    with (tmp_path / "engines.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["T"], row["setting"]) for row in rows] == [(t, n) for t in "23" for n in NAMES]
+    assert all(float(row["temporaries_mib"]) > 0 and float(row["seconds"]) > 0 for row in rows)
+    assert all(float(row["flops_of_b"]) == 1 for row in rows if row["setting"] == engines.BASE)
+    assert all(float(row["flops_of_b"]) < 1 for row in rows if row["setting"] == NAMES[1])
+    assert (tmp_path / "T.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "engines.md").read_text() in capsys.readouterr().out
+
+
+def test_an_engine_that_refuses_a_task_is_left_out_and_says_why(tmp_path, capsys):
+    sizes = ["--batch", "2", "--length", "4", "--layers", "1", "--width", "8", "--task", "weights"]
+    names = ["MixedFlow()", "MixedFlow(inexact_reconstruct)"]
+    engines.main([*sizes, "--settings", *names, f"--out={tmp_path}"])
+    assert "MixedFlow(inexact_reconstruct) refuses: " in capsys.readouterr().out
+    assert "| MixedFlow() |" in (tmp_path / "engines.md").read_text()
