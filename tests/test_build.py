@@ -65,11 +65,12 @@ def small(name, **overrides) -> ml_collections.ConfigDict:
 
 
 def _has(config, path):
+    """Say whether a config has a size; where it is 0, what it counts is not there at all."""
     for key in path.split("."):
         if key not in config:
             return False
         config = config[key]
-    return True
+    return config != 0
 
 
 def skip_without(dataset):
@@ -193,10 +194,9 @@ def test_the_cosine_schedule_ends_at_zero_after_the_outer_steps_and_the_constant
 def test_every_objective_goes_with_every_algorithm(name):
     inner = {"name": "sgd", "learning_rate": 0.1}
     for algorithm in build.ALGORITHMS.keys() - {"loss_weights"}:  # its loss is per token
-        config = {"name": algorithm, "objective": name, "optimizer": inner, "inner_steps": 2}
+        config = {"name": algorithm, "objective": name, "optimizer": inner}
         made = build.algorithm(config, model("mlp", "linen"))
         assert made.objective is build.OBJECTIVES[name]
-        assert made.inner_steps == 2
 
 
 @pytest.mark.parametrize("library", build.LIBRARIES)

