@@ -51,8 +51,16 @@ class LearningRates(Algorithm):
     # keeps the derivative of Adam's square root finite where a gradient is exactly zero.
     optimizer: optax.GradientTransformation | Reversible = optax.adam(1.0, eps_root=1e-8)
     initial: float = 1e-3  # every learned rate, before any outer step
+    # Whether the objective is a mean over examples, and no example's output depends on another
+    # (no batch statistics): then an engine may take a few at a time (`ExampleMean`).
+    mean_over_examples: bool = False
 
     def __post_init__(self) -> None:
+        if self.mean_over_examples and self._statistics(jax.random.key(0)):
+            raise ValueError(
+                "mean_over_examples=True, but the model has a mutable state, which ties the "
+                "examples of a batch together. Use another model, or mean_over_examples=False."
+            )
         if not self.initial > 0:
             raise ValueError(f"Learned rates are positive, so initial={self.initial} cannot be.")
 
@@ -70,48 +78,63 @@ class LearningRates(Algorithm):
             return Training(params, self.optimizer.init(params), statistics)
 
         def step(eta: Any, state: Training, batch: Any, grad: Any) -> Training:
-            grads, statistics = self._gradient(state, batch, grad)
+            data, key = batch
+            grads, statistics = self._gradient(state, data, key, grad)
             updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
             updates = jax.tree.map(lambda rate, u: jnp.exp(rate) * u, eta, updates)
             return Training(optax.apply_updates(state.params, updates), optimizer, statistics)
 
         def loss(eta: Any, state: Training) -> tuple[jax.Array, dict[str, jax.Array]]:
             del eta
-            value, (_, metrics) = self._loss(state.params, state.statistics, episode.query, False)
+            value, (_, metrics) = self._loss(state, state.params, episode.query, False, key)
             return value, metrics
 
-        if not isinstance(self.optimizer, Reversible):
-            return Unroll(init, step, loss)
+        undoes = isinstance(self.optimizer, Reversible) and not self._statistics(key)
+        return Unroll(init, step, loss, self._undo if undoes else None)
 
-        def undo(eta: Any, state: Training, batch: Any, grad: Any) -> Training:
-            taken = jax.tree.map(
-                lambda rate, u: jnp.exp(rate) * u, eta, self.optimizer.taken(state.optimizer)
-            )
-            params = jax.tree.map(jnp.subtract, state.params, taken)
-            grads, statistics = self._gradient(state._replace(params=params), batch, grad)
-            return Training(params, self.optimizer.before(state.optimizer, grads), statistics)
+    def batches(self, episode: Episode, key: jax.Array) -> Any:
+        """Return the support batches [T, batch, ...] and a key for each."""
+        steps = jax.tree.leaves(episode.support)[0].shape[0]
+        return episode.support, jax.random.split(key, steps)
 
-        return Unroll(init, step, loss, undo)
+    def _undo(self, eta: Any, state: Training, batch: Any, grad: Any) -> Training:
+        """Return the state before a step of a reversible optimizer, from the one after it."""
+        assert isinstance(self.optimizer, Reversible)
+        taken = self.optimizer.taken(state.optimizer)
+        taken = jax.tree.map(lambda rate, u: jnp.exp(rate) * u, eta, taken)
+        params = jax.tree.map(jnp.subtract, state.params, taken)
+        data, key = batch
+        grads, statistics = self._gradient(state._replace(params=params), data, key, grad)
+        return Training(params, self.optimizer.before(state.optimizer, grads), statistics)
 
-    def _gradient(self, state: Training, batch: Any, grad: Any) -> tuple[Any, Any]:
-        """Return (grad L, new statistics). A model without any is a mean over examples."""
-        if jax.tree.leaves(state.statistics):
+    def _statistics(self, key: jax.Array) -> list[Any]:
+        return jax.tree.leaves(jax.eval_shape(self.model.init, key)[1])
+
+    def _gradient(self, state: Training, batch: Any, key: jax.Array, grad: Any) -> tuple[Any, Any]:
+        """Return (grad L, the model's next statistics)."""
+        if not self.mean_over_examples:
 
             def batch_loss(params: Any) -> Any:
-                value, (statistics, _) = self._loss(params, state.statistics, batch, True)
+                value, (statistics, _) = self._loss(state, params, batch, True, key)
                 return value, statistics
 
             return grad(batch_loss, has_aux=True)(state.params)
 
         def example_loss(params: Any, example: Any) -> jax.Array:
+            example, key = example
             alone = jax.tree.map(lambda x: x[None], example)
-            return self._loss(params, state.statistics, alone, True)[0]
+            return self._loss(state, params, alone, True, key)[0]
 
-        return grad(ExampleMean(example_loss))(state.params, batch), state.statistics
+        examples = batch, jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
+        return grad(ExampleMean(example_loss))(state.params, examples), state.statistics
 
-    def _loss(self, params: Any, statistics: Any, data: Any, train: bool) -> tuple[jax.Array, Any]:
+    def _loss(
+        self, state: Training, params: Any, data: Any, train: bool, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
         """Return (loss (), (new statistics, metrics))."""
         inputs, targets, *_ = data
-        outputs, statistics = self.model.apply(params, statistics, inputs, train=train)
+        outputs, statistics = self.model.apply(
+            params, state.statistics, inputs, train=train, key=key
+        )
         loss, metrics = self.objective(outputs, targets)
         return loss, (statistics, metrics)

@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn import Algorithm, Forward, MetaGradient, MixedFlow, Reverse, Tasks, Trainer
+from metalearn import (
+    Algorithm,
+    Forward,
+    MetaGradient,
+    MixedFlow,
+    Reverse,
+    Tasks,
+    Trainer,
+    reversible,
+)
 from metalearn.algorithms import MAML, LearningRates, LossWeights, cross_entropy, squared_error
 from metalearn.datasets import ClassIndex, FewShot, Sinusoid, digits, omniglot
 from metalearn.experiments import language
@@ -36,6 +45,7 @@ OPTIMIZERS = {
     "sgd": optax.sgd,
     "adam": optax.adam,
     "adamw": optax.adamw,
+    "reversible_adam": reversible.adam,  # its steps can be undone, see metalearn.reversible
     "rmsprop": optax.rmsprop,
     "adagrad": optax.adagrad,
     "lion": optax.lion,

@@ -50,6 +50,8 @@ def largest(config: dict[str, Any], key: str, value: int, found: Plan) -> Larges
         return Costs(trainer, tasks).row(Candidate(leanest.engine), leanest.chunk)
 
     row = leanest
+    if row_of(2 * value).cost == leanest.cost:
+        raise ValueError(f"--largest={key}: memory does not depend on it.")
     if found.fits(leanest):
         while found.fits(row := row_of(2 * value)):
             value *= 2

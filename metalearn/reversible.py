@@ -33,19 +33,26 @@ class Reversible(NamedTuple):
 
 
 def adam(
-    learning_rate: float,
+    learning_rate: float | optax.Schedule,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     eps_root: float = 0.0,
 ) -> Reversible:
-    """Return `optax.adam`, its step reversible. Arguments and numbers are optax's."""
+    """Return `optax.adam` without its further options, its step reversible."""
+    if not (0 < b1 < 1 and 0 < b2 < 1):
+        raise ValueError(
+            "A reversible Adam divides its moments by b1 and b2, which therefore lie between 0 "
+            f"and 1; not b1={b1}, b2={b2}."
+        )
     plain = optax.scale_by_adam(b1, b2, eps, eps_root)
 
     def taken(state: optax.ScaleByAdamState) -> Any:
+        rate = learning_rate(state.count - 1) if callable(learning_rate) else learning_rate
+
         def of(m: jax.Array, v: jax.Array) -> jax.Array:
             m_hat, v_hat = m / (1 - b1**state.count), v / (1 - b2**state.count)
-            return -learning_rate * m_hat / (jnp.sqrt(v_hat + eps_root) + eps)
+            return -rate * m_hat / (jnp.sqrt(v_hat + eps_root) + eps)
 
         return jax.tree.map(of, state.mu, state.nu)
 

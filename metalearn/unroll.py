@@ -28,7 +28,8 @@ class Unroll(NamedTuple):
     init: Callable[..., Any]  # eta -> state
     step: Callable[..., Any]  # eta, state, batch, grad -> state
     loss: Callable[..., Any]  # eta, state -> loss (), metrics: dict of scalars
-    # Where a step can be undone: eta, next state, batch, grad -> state. See `reversible`.
+    # Where a step can be undone: eta, next state, batch, grad -> state. It takes the gradients
+    # that `step` took, at the same points and in the same order. See `metalearn.reversible`.
     undo: Callable[..., Any] | None = None
 
 

@@ -162,6 +162,7 @@ ENGINES = {
     "Forward-chunk": Forward(chunk=4),
     "MixedFlow": MixedFlow(),
     "MixedFlow-none": MixedFlow(remat="none"),
+    "MixedFlow-host": MixedFlow(store="host"),
     "MixedFlow-nested": MixedFlow(remat="nested", segment=2, peel=False),
 }
 

@@ -6,6 +6,13 @@ import pytest
 
 from metalearn.engines.dependence import depends
 
+
+def _through_a_reference(x):
+    ref = jax.new_ref(jnp.zeros(3))
+    ref[...] = 2 * x
+    return jax.freeze(ref)
+
+
 ETA = {"a": jnp.ones(3), "b": jnp.ones(())}
 
 
@@ -15,6 +22,7 @@ ETA = {"a": jnp.ones(3), "b": jnp.ones(())}
         lambda eta: eta,
         lambda eta: {"theta": jnp.zeros(2), "rate": 2 * eta["b"]},
         lambda eta: jax.jit(jnp.sin)(eta["a"]),
+        lambda eta: _through_a_reference(eta["a"]),
         lambda eta: jax.lax.scan(lambda c, x: (c + x, None), 0.0, eta["a"])[0],
     ],
 )

@@ -27,17 +27,9 @@ from metalearn.algorithms.separation import auc
 from metalearn.datasets import Corruption, Text, Tokenizer
 from metalearn.model import Model
 from metalearn.models import (
-    NNX,
-    Architecture,
     Functions,
-    Haiku,
-    Linen,
-    haiku_networks,
-    linen_networks,
-    nnx_networks,
-    train_flag,
 )
-from tests.cases import TASKS, Float64
+from tests.cases import TASKS
 
 KEY = jax.random.key(0)
 LETTERS = Tokenizer(lambda text: np.array([ord(c) - ord("a") for c in text]), 4)
@@ -158,44 +150,9 @@ def test_a_mean_over_examples_and_a_whole_batch_are_one_loss(weighting):
     assert_close((loss, grads), (expected, expected_grads))
 
 
-@pytest.mark.usefixtures("x64")
-def test_hessian_products_in_micro_batches_are_exact():
-    algorithm = loss_weights(TokenWeights(hidden=(3,)))
-    (loss, _), grads = solve(algorithm, MixedFlow(micro_batches=2))
-    (expected, _), expected_grads = solve(algorithm)
-    assert_close((loss, grads), (expected, expected_grads))
-
-
 def test_weights_normalised_over_the_batch_are_not_taken_in_micro_batches():
     with pytest.raises(ValueError, match="ExampleMean"):
         solve(loss_weights(TokenWeights(), normalize=mean_one), MixedFlow(micro_batches=2))
-
-
-def transformer(library):
-    tokens = jax.ShapeDtypeStruct((1, 3), jnp.int32)
-    size = Architecture(vocabulary=4, width=4, layers=2, heads=2, hidden=5)
-    if library == "linen":
-        return Linen(linen_networks.Transformer(size), tokens, train_flag)
-    if library == "nnx":
-        return NNX(lambda rngs: nnx_networks.Transformer(size, rngs=rngs), train_flag)
-    return Haiku(lambda x, train: haiku_networks.Transformer(size)(x, train), tokens, train_flag)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "library", ["linen", *(pytest.param(x, marks=pytest.mark.slow) for x in ("nnx", "haiku"))]
-)
-def test_mixed_flow_is_exact_on_a_transformer_of_every_library(library):
-    algorithm = loss_weights(
-        ExampleWeights(hidden=(2,)),
-        model=Float64(transformer(library)),
-        optimizer=optax.sgd(0.5, momentum=0.9),
-    )
-    (loss, _), grads = solve(algorithm, MixedFlow())
-    (expected, _), expected_grads = solve(algorithm)
-    norm = optax.tree.norm(expected_grads)
-    assert norm > 1e-5 and abs(loss - expected) < 1e-12
-    assert optax.tree.norm(jax.tree.map(jnp.subtract, grads, expected_grads)) < 1e-10 * norm
 
 
 class Labelled(NamedTuple):

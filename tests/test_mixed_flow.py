@@ -14,6 +14,7 @@ from metalearn.algorithms import LearningRates, LossWeights, TokenWeights
 from metalearn.datasets.text import Windows
 from metalearn.models import Functions
 from metalearn.models.transformer import Architecture
+from tests.cases import MODELS
 
 T, BATCH, S, TOKENS = 5, 4, 3, 5
 SHAPE = Architecture(vocabulary=TOKENS, width=4, layers=2, heads=2, remat="block")
@@ -45,7 +46,7 @@ def tokens(*shape):
 def rates(optimizer=None, steps=T, model=None):
     optimizer = optax.adam(1.0, **ADAM) if optimizer is None else optimizer
     model = network() if model is None else model
-    algorithm = LearningRates(model, optimizer=optimizer, initial=0.02)
+    algorithm = LearningRates(model, optimizer=optimizer, initial=0.02, mean_over_examples=True)
     data = tokens(steps, BATCH, S + 1)
     support = data[..., :-1], data[..., 1:]
     return algorithm, Episode(support, jax.tree.map(lambda x: x[0], support))
@@ -172,7 +173,7 @@ def test_parts_are_refused_for_a_loss_that_is_not_a_mean_over_examples():
 
 
 def test_parts_that_do_not_divide_the_batch_are_refused(x64):
-    with pytest.raises(ValueError, match="micro_batches=3 does not divide an inner batch of 4"):
+    with pytest.raises(ValueError, match=r"micro_batches=3 does not divide .* array of shape \[4"):
         solve(rates(), MixedFlow(micro_batches=3))
 
 
@@ -193,9 +194,10 @@ def temporaries(engine, steps, optimizer=None):
 REVERSIBLE = reversible.adam(1.0, **ADAM)
 
 
-def test_reversible_adam_is_optax_adam_and_undoes_its_step(x64):
+@pytest.mark.parametrize("rate", [0.1, optax.linear_schedule(0.1, 0.0, 5)], ids=["0.1", "linear"])
+def test_reversible_adam_is_optax_adam_and_undoes_its_step(x64, rate):
     params = {"w": jnp.array([0.3, -1.0, 2.0])}
-    ours, theirs = reversible.adam(0.1, eps_root=1e-8), optax.adam(0.1, eps_root=1e-8)
+    ours, theirs = reversible.adam(rate, eps_root=1e-8), optax.adam(rate, eps_root=1e-8)
     state, other = ours.init(params), theirs.init(params)
     for i in range(3):
         grads = {"w": jnp.array([1.0, -2.0, 0.5]) * (i - 0.5)}
@@ -247,6 +249,42 @@ def test_nested_checkpoints_keep_inner_gradients_and_few_states():
     assert temporaries(MixedFlow("nested"), 64) < 0.6 * temporaries(MixedFlow(), 64)
 
 
+@pytest.mark.parametrize("calls", [0, 2])
+def test_an_undo_that_takes_other_gradients_than_its_step_is_refused(calls):
+    def step(eta, theta, batch, grad):
+        return theta - eta * grad(lambda p: (p**2).sum())(theta)
+
+    def undo(eta, theta, batch, grad):
+        for _ in range(calls):
+            theta = theta + eta * grad(lambda p: (p**2).sum())(theta)
+        return theta
+
+    unroll = Unroll(jnp.ones_like, step, lambda eta, theta: (theta.sum(), {}), undo)
+    with pytest.raises(ValueError, match="at the same points and in the same order.*more or fewer"):
+        MixedFlow("inexact_reconstruct").value_and_grad(unroll, 0.1 * jnp.ones(3), jnp.arange(3))
+
+
+@pytest.mark.parametrize("engine", [MixedFlow(store="host"), MixedFlow("inexact_reconstruct")])
+def test_a_single_step_needs_nothing_kept(x64, engine):
+    assert_same(solve(rates(REVERSIBLE, 1), engine), solve(rates(REVERSIBLE, 1), Reverse()))
+
+
+def test_a_model_with_a_state_cannot_be_a_mean_over_examples_nor_undone(x64):
+    model = MODELS["linen-ConvNet"]
+    with pytest.raises(ValueError, match="has a mutable state.*or mean_over_examples=False"):
+        LearningRates(model, mean_over_examples=True)
+    algorithm = LearningRates(model, optimizer=REVERSIBLE)
+    assert algorithm.unroll(Episode((), ()), jax.random.key(0)).undo is None
+
+
+@pytest.mark.parametrize("options", [{"b1": 0.0}, {"b2": 1.0}])
+def test_a_reversible_adam_that_cannot_be_undone_is_refused(options):
+    with pytest.raises(
+        ValueError, match="divides its moments by b1 and b2, which therefore lie between"
+    ):
+        reversible.adam(**{"learning_rate": 0.1, **options})
+
+
 def test_an_unroll_that_cannot_be_undone_is_refused(x64):
     with pytest.raises(ValueError, match="has no `undo`.*metalearn.reversible.*remat='nested'"):
         solve(rates(), MixedFlow("inexact_reconstruct"))
@@ -258,6 +296,7 @@ def test_an_unroll_that_cannot_be_undone_is_refused(x64):
         ({"micro_batches": 0}, "micro_batches=0, but one is the least"),
         ({"store": "disk"}, "No store is called 'disk'. There are: device, host, inexact"),
         ({"store": "host", "remat": "nested"}, "is for what remat='step' keeps, not for 'nested'"),
+        ({"remat": "inexact"}, "There are: inexact_reconstruct, nested, none, step"),
         ({"remat": "nested", "segment": 0}, "cannot be 0 with remat='nested'"),
         ({"remat": "step", "segment": 3}, "cannot be 3 with remat='step'"),
         ({"remat": "inexact_reconstruct", "segment": 0}, "Anchors lie at least one step apart"),

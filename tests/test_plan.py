@@ -73,18 +73,32 @@ def test_an_inexact_setting_is_never_chosen():
 # What is found.
 
 
+REAL = {"xla_backend_optimization_level": 3}  # as it trains; tests compile with 0
+
+
 def test_a_row_is_what_the_program_that_trains_will_take():
     found = plan(TRAINER, WAVES, candidates=TWO)
     for one, (engine, _) in zip(found.rows, TWO, strict=True):
         assert one.engine == engine and one.chunk == 4
         trains = dataclasses.replace(TRAINER, engine=engine)
         state = trains.init(jax.random.key(0))
-        memory = trains.step.lower(state, WAVES).compile().memory_analysis()
+        memory = trains.step.lower(state, WAVES).compile(REAL).memory_analysis()
         assert one.cost.temporaries == memory.temp_size_in_bytes
         assert one.cost.arguments == memory.argument_size_in_bytes
     assert found.rows[0].flops > 2 * found.plain.flops > 0
     assert found.rows[0].peak > found.rows[1].peak > found.plain.peak
     assert found.budget == device_memory() and found.choose() is found.rows[0]
+
+
+def test_the_candidates_of_a_plan_serve_or_refuse_a_single_inner_step():
+    maml = MAML(MODELS["Functions"], squared_error, inner_steps=1)
+    found = plan(Trainer(maml, tasks_per_step=1), WAVES)
+    names = {row.name for row in found.rows if row.cost is not None}
+    assert {"Reverse()", "MixedFlow()", "MixedFlow(store='host')", "Forward()"} <= names
+    assert {"MixedFlow(store='inexact_bfloat16')"} <= names
+    reasons = {row.name: row.refusal for row in found.rows if row.cost is None}
+    assert "ExampleMean" in reasons["MixedFlow(micro_batches=4)"]
+    assert "has no `undo`" not in reasons.get("MixedFlow()", "")
 
 
 def test_nothing_is_put_on_the_device():

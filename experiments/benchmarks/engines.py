@@ -38,6 +38,7 @@ from metalearn.datasets.text import Windows
 from metalearn.experiments.benchmarks import pictures
 from metalearn.models import Functions
 from metalearn.models.transformer import Architecture
+from metalearn.outer_costs import REFUSALS
 
 AXES = {"T": 2, "batch": 4, "length": 256, "layers": 12, "width": 64}
 BASE = "b: reverse, step and block remat"
@@ -81,7 +82,7 @@ def architecture(size: Sizes, block: str) -> Architecture:
 def rates(model: Functions, size: Sizes) -> tuple[Algorithm, Episode]:
     """Per-parameter learning rates: eta is as large as theta."""
     optimizer = reversible.adam(1.0, eps_root=1e-8)  # as optax.adam; can be undone too
-    return LearningRates(model, optimizer=optimizer), Episode(
+    return LearningRates(model, optimizer=optimizer, mean_over_examples=True), Episode(
         (_tokens(size, "T"),) * 2, (_tokens(size),) * 2
     )
 
@@ -164,7 +165,7 @@ def _cost(name: str, run: Any, arguments: Any) -> Cost | None:
     """Return what a program costs; None, said so, where the engine refuses the task."""
     try:
         return cost(run, *arguments)
-    except ValueError as error:
+    except REFUSALS as error:
         print(f"{name} refuses: {error}")
         return None
 

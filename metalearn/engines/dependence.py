@@ -17,6 +17,8 @@ def depends(function: Callable[[Any], Any], argument: Any) -> bool:
     Never wrongly no: an operation passes dependence on from any input to all its outputs.
     """
     jaxpr = jax.make_jaxpr(function)(argument).jaxpr
+    if jaxpr.effects:  # a reference may carry it where no variable does
+        return True
     reached = set(jaxpr.invars)
     for equation in jaxpr.eqns:
         if any(not isinstance(v, Literal) and v in reached for v in equation.invars):

@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from metalearn.engines.one_step import OneStep
-from metalearn.leaves import is_differentiable
 
 Bars = tuple[list[jax.Array], Any]  # cotangents of the state's float leaves, and of eta
 
 
 class Kept(abc.ABC):
-    """What is kept of a loop over batches [T, ...] for the way back. T may be zero."""
+    """What is kept of a loop over batches [T, ...] for the way back. T >= 1."""
 
     @abc.abstractmethod
     def forward(self, step: OneStep, state: Any, batches: Any) -> tuple[Any, Any, Any]:
@@ -64,10 +63,10 @@ class Copies(Kept):
 
 
 def in_bfloat16() -> Copies:
-    """Keep floating-point arrays in bfloat16, as bits: XLA would undo a plain conversion."""
+    """Keep real floating-point arrays in bfloat16, as bits: XLA would undo a plain conversion."""
 
     def put(x: jax.Array) -> jax.Array:
-        if not is_differentiable(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
 

@@ -78,9 +78,10 @@ def _name(fun: Any) -> str:
 def _cut(row: Any, parts: int) -> jax.Array:
     """Return an array [batch, ...] as [parts, batch / parts, ...]."""
     row = jnp.asarray(row)
-    if row.shape[0] % parts:
+    if not row.ndim or row.shape[0] % parts:
         raise ValueError(
-            f"micro_batches={parts} does not divide an inner batch of {row.shape[0]} examples."
+            f"micro_batches={parts} does not divide an inner batch whose examples are an array of "
+            f"shape {list(row.shape)}: its first axis counts them."
         )
     return row.reshape(parts, -1, *row.shape[1:])
 

@@ -35,7 +35,7 @@ import jax
 from metalearn.engines import commuted, micro_batches
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.kept import Anchors, in_bfloat16, on_host
-from metalearn.engines.loop import Remat, backpropagate
+from metalearn.engines.loop import REMAT, Remat, backpropagate
 from metalearn.engines.sweep import sweep
 from metalearn.names import pick
 from metalearn.unroll import Unroll
@@ -80,6 +80,7 @@ class MixedFlow(MetaGradient):
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
+        pick({**REMAT, RECONSTRUCT: Anchors}, self.remat, "remat")
         pick(STORES, self.store, "store")
         if self.store != "device" and self.remat != "step":
             raise ValueError(
@@ -100,9 +101,9 @@ class MixedFlow(MetaGradient):
         if self.micro_batches > 1:
             inner = functools.partial(micro_batches.value_and_grad, parts=self.micro_batches)
         if self.remat == RECONSTRUCT:
-            return sweep(unroll, eta, batches, inner, Anchors(self.segment or 64))
+            return sweep(unroll, eta, batches, inner, Anchors(self.segment or 64), self.peel)
         if self.store != "device":
-            return sweep(unroll, eta, batches, inner, STORES[self.store])
+            return sweep(unroll, eta, batches, inner, STORES[self.store], self.peel)
         return backpropagate(unroll, eta, batches, inner, self._remat())
 
     def _remat(self) -> Remat:

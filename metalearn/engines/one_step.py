@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn.engines.recorder import Inner, Recorder
-from metalearn.engines.tape import Tape, ValueAndGrad, playing
+from metalearn.engines.tape import Playback, Tape, ValueAndGrad
 from metalearn.leaves import split
 from metalearn.unroll import Unroll
 
@@ -20,7 +20,7 @@ class OneStep:
 
     unroll: Unroll
     eta: Any
-    value_and_grad: ValueAndGrad  # takes `given`: see `tape.playing`
+    value_and_grad: ValueAndGrad  # takes `given`: see `tape.Playback`
 
     def forward(self, state: Any, batch: Any) -> tuple[Any, tuple[Inner, list[Any]]]:
         """Return (next state, (what the step saw, the tape of its inner gradients))."""
@@ -51,8 +51,11 @@ class OneStep:
         floats, others, join = split(state)
 
         def step(eta: Any, floats: list[Any]) -> list[Any]:
-            grad = Recorder(playing(tape, self.value_and_grad)).grad
-            return split(self.unroll.step(eta, join(floats, others), batch, grad))[0]
+            playback = Playback(tape, self.value_and_grad)
+            grad = Recorder(playback.stand_in).grad
+            after = self.unroll.step(eta, join(floats, others), batch, grad)
+            playback.finish()
+            return split(after)[0]
 
         if not wanted:
             _, pull = jax.vjp(lambda eta: step(eta, floats), self.eta)

@@ -28,17 +28,25 @@ from metalearn.unroll import Unroll
 
 
 def sweep(
-    unroll: Unroll, eta: Any, batches: Any, value_and_grad: ValueAndGrad, kept: Kept
+    unroll: Unroll,
+    eta: Any,
+    batches: Any,
+    value_and_grad: ValueAndGrad,
+    kept: Kept,
+    peel: bool = True,
 ) -> tuple[tuple[jax.Array, Aux], Any]:
     """Return ((loss (), aux), meta-gradient like eta)."""
     check_eta(eta)
-    horizon(batches)
+    alone = horizon(batches) == 1
     step = OneStep(unroll, eta, value_and_grad)
     first, rest = jax.tree.map(lambda x: x[0], batches), jax.tree.map(lambda x: x[1:], batches)
     theta_0 = unroll.init(eta)
     theta_1, (seen, tape) = step.forward(theta_0, first)
-    theta_T, inner, stored = kept.forward(step, theta_1, rest)
-    inner = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), seen, inner)
+    inner = jax.tree.map(lambda x: x[None], seen)
+    theta_T, stored = theta_1, None
+    if not alone:
+        theta_T, seen, stored = kept.forward(step, theta_1, rest)
+        inner = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), inner, seen)
 
     floats, others, join = split(theta_T)
 
@@ -46,8 +54,8 @@ def sweep(
         return unroll.loss(eta, join(floats, others))
 
     (loss, metrics), bars = jax.value_and_grad(outer, (1, 0), has_aux=True)(eta, floats)
-    state_bar, eta_bar = kept.back(step, theta_T, rest, stored, bars)
-    wanted = depends(unroll.init, eta)
+    state_bar, eta_bar = bars if alone else kept.back(step, theta_T, rest, stored, bars)
+    wanted = not peel or depends(unroll.init, eta)
     state_bar, from_first = step.back(theta_0, first, tape, state_bar, wanted)
     eta_bar = jax.tree.map(jnp.add, eta_bar, from_first)
     if wanted:

@@ -41,18 +41,34 @@ class Tape:
         return stand_in
 
 
-def playing(results: list[Any], value_and_grad: ValueAndGrad) -> ValueAndGrad:
-    """Return a stand-in whose calls return `results` in turn, differentiated as the other's.
+class Playback:
+    """Returns recorded results, call by call, differentiated as `value_and_grad` does.
 
     `value_and_grad` takes the result as a further argument, `given`.
     """
-    left = iter(results)
 
-    def stand_in(fun: Any, argnums: Any = 0, has_aux: bool = False) -> Callable[..., Any]:
+    def __init__(self, results: list[Any], value_and_grad: ValueAndGrad):
+        self._left = list(results)
+        self._value_and_grad = value_and_grad
+
+    def stand_in(self, fun: Any, argnums: Any = 0, has_aux: bool = False) -> Callable[..., Any]:
+        """Stand in for `jax.value_and_grad`."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = next(left)
-            return value_and_grad(fun, argnums, has_aux, given=given)(*args, **kwargs)
+            self._check(bool(self._left))
+            known = self._value_and_grad(fun, argnums, has_aux, given=self._left.pop(0))
+            return known(*args, **kwargs)
 
         return call
 
-    return stand_in
+    def finish(self) -> None:
+        """Raise ValueError where results are left over."""
+        self._check(not self._left)
+
+    def _check(self, same: bool) -> None:
+        if not same:
+            raise ValueError(
+                "An `Unroll.undo` must take the inner gradients of the step it undoes, all of "
+                "them, at the same points and in the same order, with the `grad` it is given; this "
+                "one takes more or fewer than `step` does."
+            )
