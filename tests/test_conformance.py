@@ -26,9 +26,17 @@ from tests.cases import ALGORITHMS, ENGINES, LIBRARIES, MODELS, TASKS
 
 pytestmark = pytest.mark.usefixtures("x64")
 PAIRS = [(name, library) for name in ALGORITHMS for library in LIBRARIES]
+QUICK = ("MAML-adam", "ANIL", "LearningRates", "running")
 REVERSE = Reverse()
 EXACT_PAIRS = [pair for pair in PAIRS if ALGORITHMS[pair[0]].exact]
-OTHER_ENGINES = [name for name in ENGINES if name != "Reverse"]
+# Every engine with every pair, and every setting of an engine with one library; the rest is slow.
+SETTINGS = [
+    pytest.param(name, library, engine, marks=[] if quick else pytest.mark.slow)
+    for name, library in PAIRS
+    for engine in ENGINES
+    if engine != "Reverse"
+    for quick in [engine in ("Forward", "MixedFlow") or (library == "linen" and name in QUICK)]
+]
 
 
 @functools.cache
@@ -72,8 +80,7 @@ def assert_same(ours, expected):
     assert aux.inner.finite.all() and expected_aux.inner.finite.all()
 
 
-@pytest.mark.parametrize("engine", OTHER_ENGINES)
-@pytest.mark.parametrize(("name", "library"), PAIRS)
+@pytest.mark.parametrize(("name", "library", "engine"), SETTINGS)
 def test_engines_agree_with_reverse_mode(name, library, engine):
     case = ALGORITHMS[name]
     assert_same(solved(case, library, ENGINES[engine]), solved(case, library))
