@@ -37,7 +37,8 @@ ROOT = (
     "An infinite derivative of the inner optimizer, as sqrt(v) has at v = 0, meets a gradient "
     "that is exactly zero. Give the inner optimizer `eps_root=1e-8` if it takes that (adam, "
     "adamw, nadam, radam, amsgrad and lamb of optax do), or wrap it: "
-    "`metalearn.optimizers.differentiable_at_zero(optimizer)`."
+    "`metalearn.optimizers.differentiable_at_zero(optimizer)`. A root or norm that `step` takes "
+    "itself needs the same: sqrt(sum(g**2) + 1e-12)."
 )
 DIVERGES = (
     "The inner loop diverges, or its data are not finite: lower the inner learning rate, clip "
@@ -67,7 +68,7 @@ class Report:
 
     def __str__(self) -> str:
         if self.healthy:
-            return "Health: the meta-gradient is finite, at zero inner gradients too."
+            return "Health: the meta-gradient is finite, with a zero in every inner gradient too."
         found = [f"Error: {text}" for text in self.errors]
         return "\n".join(found + [f"Warning: {text}" for text in self.warnings])
 

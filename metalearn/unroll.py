@@ -23,6 +23,11 @@ class Unroll(NamedTuple):
     `step` receives `grad`, a stand-in for `jax.grad` (`argnums` and `has_aux`
     included), and takes its inner gradients with it and nothing else: that is how
     an engine changes the way they are differentiated.
+
+    init(eta) -> state: any pytree; theta_0 and whatever else the loop carries.
+    step(eta, state, batch, grad) -> state: one inner step.
+    loss(eta, state) -> (loss (), metrics): the outer loss, and a dictionary of scalars.
+    undo(eta, next state, batch, grad) -> state: where a step can be undone, else None.
     """
 
     init: Callable[..., Any]  # eta -> state

@@ -594,3 +594,13 @@ def test_memory_of_forward_mode_is_flat_in_the_number_of_steps():
     few, many = (temporaries(Forward(), steps, learn_a_rate=True) for steps in (4, 64))
     assert many < 1.05 * few
     assert 2 * many < temporaries(Reverse("step"), 64, learn_a_rate=True)
+
+
+@pytest.mark.parametrize("returned", [lambda loss: loss, lambda loss: (loss, None)])
+@every_engine
+def test_an_outer_loss_without_metrics_is_refused_with_what_to_return(engine, returned):
+    eta, batches = eta_and_batches()
+    unroll = Unroll(lambda eta: eta["start"], descend, lambda eta, theta: returned(theta.sum()))
+    unroll = unroll._replace(step=lambda eta, theta, batch, grad: theta)
+    with pytest.raises(TypeError, match=r"\(loss, metrics\), but this one.*`return loss, \{\}`"):
+        engine.value_and_grad(unroll, eta, batches)

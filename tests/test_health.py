@@ -25,7 +25,7 @@ from tests.test_cli import SINUSOID, call
 TASKS = Sinusoid(shots=3, queries=3)
 KEY = jax.random.key(0)
 ON = "--config.health=True"
-HEALTHY = "Health: the meta-gradient is finite, at zero inner gradients too."
+HEALTHY = "Health: the meta-gradient is finite, with a zero in every inner gradient too."
 
 
 def network(activation, offset=0.0):

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metalearn.unroll import Unroll
+
 
 def check_eta(eta: Any) -> None:
     """Raise TypeError where eta has no leaves, or one without a derivative."""
@@ -21,6 +23,17 @@ def check_eta(eta: Any) -> None:
                 "exists for floating-point leaves only. Keep counters, keys and masks in the "
                 "inner state or on the algorithm, and leave in `eta` what is learned."
             )
+
+
+def outer_loss(unroll: Unroll, eta: Any, state: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return what `unroll.loss` returns; TypeError unless that is (loss (), metrics)."""
+    result = unroll.loss(eta, state)
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict):
+        return result
+    raise TypeError(
+        "`Unroll.loss` returns the outer loss and a dictionary of metrics, (loss, metrics), but "
+        f"this one returned {type(result).__name__}. Without metrics: `return loss, {{}}`."
+    )
 
 
 def horizon(batches: Any) -> int:

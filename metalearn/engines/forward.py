@@ -26,7 +26,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from metalearn.engines.check import check_eta, horizon
+from metalearn.engines.check import check_eta, horizon, outer_loss
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.loop import step_body
 from metalearn.engines.recorder import Inner
@@ -62,7 +62,7 @@ class Forward(MetaGradient):
         diff, rest, join = split(final)
 
         def outer(diff: list[jax.Array], eta: Any) -> tuple[jax.Array, Any]:
-            return unroll.loss(eta, join(diff, rest))
+            return outer_loss(unroll, eta, join(diff, rest))
 
         (loss, metrics), cotangents = jax.value_and_grad(outer, (0, 1), has_aux=True)(diff, eta)
         slopes = _inner_products(cotangents, (tangents, directions))  # [k]

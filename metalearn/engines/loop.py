@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn.engines.check import check_eta, horizon
+from metalearn.engines.check import check_eta, horizon, outer_loss
 from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
 from metalearn.engines.recorder import Inner, Recorder
@@ -92,7 +92,7 @@ def rollout(
     if remat.peel and depends(unroll.init, eta):
         remat = dataclasses.replace(remat, peel=False)
     state, inner = scan(body, unroll.init(eta), batches, remat)
-    loss, metrics = unroll.loss(eta, state)
+    loss, metrics = outer_loss(unroll, eta, state)
     return loss, Aux(metrics, state, inner)
 
 

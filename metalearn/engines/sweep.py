@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn.engines.check import check_eta, horizon
+from metalearn.engines.check import check_eta, horizon, outer_loss
 from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
 from metalearn.engines.kept import Kept
@@ -51,7 +51,7 @@ def sweep(
     floats, others, join = split(theta_T)
 
     def outer(eta: Any, floats: list[Any]) -> tuple[jax.Array, Any]:
-        return unroll.loss(eta, join(floats, others))
+        return outer_loss(unroll, eta, join(floats, others))
 
     (loss, metrics), bars = jax.value_and_grad(outer, (1, 0), has_aux=True)(eta, floats)
     state_bar, eta_bar = bars if alone else kept.back(step, theta_T, rest, stored, bars)
