@@ -352,7 +352,7 @@ def test_a_model_may_bring_a_backward_rule_of_its_own(engine):
 def test_mixed_flow_never_drops_a_rule_that_has_no_forward_derivative():
     """A forward part that calls the function itself, as JAX's documentation writes it."""
     eta, batches = eta_and_batches()
-    with pytest.raises(TypeError, match="can't apply forward-mode autodiff"):
+    with pytest.raises(TypeError, match="inside the rule of another, which has no JVP"):
         solve(MixedFlow(), softplus_of(None), eta, batches)
 
 
@@ -408,8 +408,7 @@ def test_gradients_inside_a_transformation_of_the_step_are_not_recorded(scenario
     eta, batches = eta_and_batches()
     for engine in (Reverse(), Forward(), MixedFlow()):
         (_, aux), _ = solve(engine, scenario(), eta, batches)
-        shapes = {leaf.shape for leaf in aux.inner}
-        assert shapes == {(T, 0)}
+        assert {aux.inner.losses.shape, aux.inner.finite.shape} == {(T, 0)}
 
 
 def test_metrics_of_the_outer_loss_come_back():
