@@ -2,7 +2,8 @@
 
 A dataset is read once, on the host, into a `ClassIndex` (uint8 examples ordered by
 class); `FewShot` puts it on the device and draws episodes from it inside jit. `Text` does
-the same with windows of a text, corrupted in part if asked. A
+the same with windows of a text, corrupted in part if asked. `TrainingRuns` splits a whole
+dataset, such as `read_images` gives, for learning how to train on it. A
 `Sinusoid` needs no data at all. `digits()` is there offline, `omniglot()` once prepared;
 your own images become an index with `from_labels`:
 
@@ -21,11 +22,13 @@ from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, sele
 from metalearn.datasets.corruption import Corruption
 from metalearn.datasets.digits import digits
 from metalearn.datasets.few_shot import FewShot
+from metalearn.datasets.images import Images, read_images, with_label_noise
 from metalearn.datasets.omniglot import omniglot
 from metalearn.datasets.reading import DatasetNotPreparedError, open_source
 from metalearn.datasets.sinusoid import Sinusoid
 from metalearn.datasets.text import Text
 from metalearn.datasets.tokens import BYTES, Tokenizer, read_text
+from metalearn.datasets.training_runs import HeldOut, TrainingRuns
 
 __all__ = [
     "BYTES",
@@ -33,14 +36,19 @@ __all__ = [
     "Corruption",
     "DatasetNotPreparedError",
     "FewShot",
+    "HeldOut",
+    "Images",
     "Sinusoid",
     "Text",
     "Tokenizer",
+    "TrainingRuns",
     "digits",
     "from_labels",
     "omniglot",
     "open_source",
+    "read_images",
     "read_text",
     "rotate",
     "select",
+    "with_label_noise",
 ]

@@ -138,6 +138,15 @@ def _trouble(seen: Look, names: Sequence[str]) -> str:
             f"{len(losses)} on (inner loss: first {losses[0].mean():.4g}, last "
             f"{losses[-1].mean():.4g}; {1 - bad.mean():.0%} finite). {DIVERGES}"
         )
+    norms = np.asarray(seen.inner.tangent_norm)
+    if not np.isfinite(norms).all():
+        first = int((~np.isfinite(norms)).any(axis=1).argmax())
+        largest = norms[first - 1].max() if first else 0.0
+        return (
+            f"the tangents overflow from inner step {first + 1} of {len(norms)} on (largest norm "
+            f"before: {largest:.3g}): the inner loop is chaotic there, and its derivative says "
+            f"little long before it overflows. {DIVERGES}"
+        )
     if not jnp.isfinite(seen.loss):
         return (
             f"the outer loss is {float(seen.loss)}, though every inner loss and gradient is "

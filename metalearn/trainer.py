@@ -70,8 +70,9 @@ class Trainer:
 
         Metrics are means over the tasks of the step: `loss` (the outer loss), those of
         the algorithm, `inner_loss_first`, `inner_loss_last`, `inner_finite` (the share of
-        inner gradients that were finite) and `inner_update_norm` (of one step's change of
-        theta); and `meta_grad_norm`, `meta_update_norm`.
+        inner gradients that were finite), `inner_steps_finite` (steps before a gradient, or a
+        tangent of `Forward`, was not), `inner_update_norm` (of one step's change of theta) and
+        `inner_tangent_norm` (the largest, in the end); and `meta_grad_norm`, `meta_update_norm`.
         """
         return jax.jit(self._step)
 
@@ -80,7 +81,8 @@ class Trainer:
             return self.task_gradient(state.eta, tasks, key)
 
         grads, metrics = mean_over(on_task, self.task_keys(state), self.chunk)
-        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.eta)
+        outer = optax.with_extra_args_support(self.optimizer)  # `value` for those that look at it
+        updates, optimizer = outer.update(grads, state.optimizer, state.eta, value=metrics["loss"])
         eta = optax.apply_updates(state.eta, updates)
         metrics["meta_grad_norm"] = optax.tree.norm(grads)
         metrics["meta_update_norm"] = optax.tree.norm(updates)
@@ -152,13 +154,17 @@ class Trainer:
 
 
 def _inner_metrics(aux: Aux) -> dict[str, jax.Array]:
-    losses, finite, update_norm = aux.inner
+    losses, finite, update_norm, tangent_norm = aux.inner
     if not losses.size:
         return {}
     moved = {"inner_update_norm": update_norm.mean()} if update_norm.size else {}
+    pushed = {"inner_tangent_norm": tangent_norm[-1].max()} if tangent_norm.size else {}
+    fine = finite.all(1) & jnp.isfinite(tangent_norm).all(1)
     return {
         "inner_loss_first": losses[0].mean(),
         "inner_loss_last": losses[-1].mean(),
         "inner_finite": finite.mean(),
+        "inner_steps_finite": jnp.cumprod(fine).sum(),
         **moved,
+        **pushed,
     }

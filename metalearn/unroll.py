@@ -28,6 +28,7 @@ class Unroll(NamedTuple):
     step(eta, state, batch, grad) -> state: one inner step.
     loss(eta, state) -> (loss (), metrics): the outer loss, and a dictionary of scalars.
     undo(eta, next state, batch, grad) -> state: where a step can be undone, else None.
+    begins: pytree like eta, the first step that reads each entry; None where all do.
     """
 
     init: Callable[..., Any]  # eta -> state
@@ -36,6 +37,9 @@ class Unroll(NamedTuple):
     # Where a step can be undone: eta, next state, batch, grad -> state. It takes the gradients
     # that `step` took, at the same points and in the same order. See `metalearn.reversible`.
     undo: Callable[..., Any] | None = None
+    # Where eta comes into play entry by entry: pytree like eta, of integers known when tracing;
+    # the first step that reads an entry. `Forward` leaves out what has not begun; None: all at 0.
+    begins: Any = None
 
 
 class Episode(NamedTuple):

@@ -1,8 +1,9 @@
 """Models: an adapter for each library, the networks of the few-shot literature, a transformer.
 
 The networks live in `linen_networks`, `nnx_networks` and `haiku_networks`, under the
-same names: `MLP`, `ConvNet`, `Transformer`. What a `Transformer` computes is said by an
-`Architecture`, once for all three; `chinchilla` has a family of them.
+same names: `MLP`, `ConvNet`, `LeNet`, `WideResNet`, `Transformer`. What a `Transformer`
+computes is said by an `Architecture`, once for all three; `chinchilla` has a family of
+them. `layouts` says what the image networks are made of.
 """
 
 from metalearn.model import Model

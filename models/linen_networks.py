@@ -1,4 +1,4 @@
-"""The networks of the few-shot literature in Flax linen."""
+"""The networks of the few-shot literature, and two of image classification, in Flax linen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from metalearn.models.convolution import flax_convolution, max_pool
+from metalearn.models.layouts import LENET, LENET_HIDDEN, lenet_pixels
+from metalearn.models.linen_residual import WideResNet
 from metalearn.models.transformer import Architecture
+
+__all__ = ["MLP", "ConvNet", "LeNet", "Transformer", "WideResNet"]
 
 
 class MLP(nn.Module):
@@ -60,6 +64,36 @@ class ConvNet(nn.Module):
             x = nn.relu(norm(x))
             x = max_pool(x) if self.pool else x
         x = x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2))
+        return nn.Dense(self.outputs, name="head")(x)
+
+
+class LeNet(nn.Module):
+    """LeNet-5 as it is built today: ReLU and max-pooling. Images [batch, h, w, c].
+
+    Two 5x5 convolutions and three dense layers (LeCun et al. 1998). Outputs [batch,
+    outputs]. Images are 12 x 12 at least.
+    """
+
+    outputs: int
+    convolution: str = "lax"  # see `metalearn.models.layouts`
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """Apply; the same in training and out of it."""
+        del train
+        lenet_pixels(*x.shape[1:3])
+        for i, (filters, padding) in enumerate(LENET):
+            x = nn.Conv(
+                filters,
+                (5, 5),
+                padding=padding,
+                conv_general_dilated=flax_convolution(self.convolution),
+                name=f"conv_{i}",
+            )(x)
+            x = max_pool(nn.relu(x))
+        x = x.reshape(x.shape[0], -1)
+        for i, width in enumerate(LENET_HIDDEN):
+            x = nn.relu(nn.Dense(width, name=f"hidden_{i}")(x))
         return nn.Dense(self.outputs, name="head")(x)
 
 

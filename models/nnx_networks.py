@@ -1,4 +1,4 @@
-"""The networks of the few-shot literature in Flax NNX."""
+"""The networks of the few-shot literature, and two of image classification, in Flax NNX."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metalearn.models.convolution import flax_convolution, max_pool
-from metalearn.models.normalization import batch_statistics, normalized
+from metalearn.models.layouts import LENET, LENET_HIDDEN, lenet_pixels
+from metalearn.models.nnx_layers import Norm
+from metalearn.models.nnx_residual import WideResNet
 from metalearn.models.transformer import Architecture
+
+__all__ = ["MLP", "ConvNet", "LeNet", "Transformer", "WideResNet"]
 
 
 class MLP(nnx.Module):
@@ -40,31 +44,6 @@ class MLP(nnx.Module):
         for layer in self.hidden:
             x = self.activation(layer(x))
         return self.head(x)
-
-
-class Norm(nnx.Module):
-    """Batch normalisation whose running statistics carry their derivative.
-
-    `nnx.BatchNorm` cuts it with a `stop_gradient`; under the policy "running" the
-    meta-gradient would then not be that of the loss.
-    """
-
-    def __init__(self, features: int, momentum: float):
-        self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
-        self.mean, self.var = (
-            nnx.BatchStat(jnp.zeros(features)),
-            nnx.BatchStat(jnp.ones(features)),
-        )
-        self.momentum = momentum
-
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalise over all axes but the last, by the batch or by what is remembered."""
-        mean, var = self.mean[...], self.var[...]
-        if train:
-            mean, var = batch_statistics(x)
-            self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean
-            self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * var
-        return normalized(x, mean, var, self.scale[...], self.bias[...])
 
 
 class ConvNet(nnx.Module):
@@ -110,6 +89,40 @@ class ConvNet(nnx.Module):
             x = nnx.relu(norm(conv(x), train))
             x = max_pool(x) if self.pool else x
         return self.head(x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2)))
+
+
+class LeNet(nnx.Module):
+    """LeNet-5; see `linen_networks.LeNet`. Images [batch, h, w, c], 12 x 12 at least."""
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],  # height, width, channels
+        outputs: int,
+        convolution: str = "lax",
+        *,
+        rngs: nnx.Rngs,
+    ):
+        channels, convs = image[2], []
+        for filters, padding in LENET:
+            convs.append(
+                nnx.Conv(
+                    channels,
+                    filters,
+                    (5, 5),
+                    padding=padding,
+                    conv_general_dilated=flax_convolution(convolution),
+                    rngs=rngs,
+                )
+            )
+            channels = filters
+        self.convs = nnx.List(convs)
+        self.dense = MLP(lenet_pixels(*image[:2]) * channels, outputs, LENET_HIDDEN, rngs=rngs)
+
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """Apply; the same in training and out of it."""
+        for conv in self.convs:
+            x = max_pool(nnx.relu(conv(x)))
+        return self.dense(x, train)
 
 
 class Transformer(nnx.Module):

@@ -16,16 +16,29 @@ import optax
 
 from metalearn import Episode, Forward, MixedFlow, Reverse, Tasks
 from metalearn.algorithms import (
+    FDS,
     MAML,
     ExampleWeights,
+    Hyperparameter,
     LearningRates,
     LossWeights,
     TokenWeights,
     cross_entropy,
     mean_one,
+    sgd,
     squared_error,
+    weighted_cross_entropy,
 )
-from metalearn.datasets import ClassIndex, Corruption, FewShot, Sinusoid, Text, Tokenizer
+from metalearn.datasets import (
+    ClassIndex,
+    Corruption,
+    FewShot,
+    HeldOut,
+    Sinusoid,
+    Text,
+    Tokenizer,
+    TrainingRuns,
+)
 from metalearn.leaves import is_differentiable
 from metalearn.model import Model
 from metalearn.models import (
@@ -151,6 +164,10 @@ TASKS = {
         corruption=Corruption(0.5, ("shuffled", "repeated")),
         tokenizer=Tokenizer(lambda text: np.array([ord(c) - ord("a") for c in text]), 4),
     ),
+    "TrainingRuns": TrainingRuns.create(np.eye(5, dtype=np.float32), np.arange(5), validation=2),
+    "HeldOut": HeldOut.create(
+        np.eye(3, dtype=np.float32), np.arange(3), np.ones((2, 3), np.float32), [0, 1]
+    ),
 }
 
 ENGINES = {
@@ -180,6 +197,8 @@ class AlgorithmCase:
         """Return (algorithm, tasks)."""
         if self.network == "language":
             return self.make(Float64(_Tokenwise(_mlp(library, width=4)))), TASKS["Text"]
+        if self.network == "classifier":
+            return self.make(Float64(_mlp(library, width=5))), TASKS["TrainingRuns"]
         model = Float64(MODELS[f"{library}-{self.network}"])
         objective, tasks = cross_entropy, TASKS["FewShot"]
         if self.network == "MLP":
@@ -195,6 +214,16 @@ def _maml(optimizer=None, **options):
 def _learning_rates(model, objective):
     optimizer = optax.adam(1.0, eps_root=1e-4)
     return LearningRates(model, objective, optimizer, initial=0.05)
+
+
+def _fds(model):
+    learned = {
+        "learning_rate": Hyperparameter(1e-3, 10.0, (0.3, 0.5), windows=2, space="log"),
+        "momentum": Hyperparameter(0.0, 1.0, 0.5, space="logit"),
+        "label_smoothing": Hyperparameter(-1.0, 1.0, 0.1, windows=(0, 1, 3)),
+        "class_weights": Hyperparameter(0.0, 9.0, 1.0, shape=(5,)),
+    }
+    return FDS(model, learned, 3, 2, sgd, weighted_cross_entropy)
 
 
 def _loss_weights(weighting, **options):
@@ -222,6 +251,7 @@ ALGORITHMS = {
         _maml(optax.sgd(0.1, momentum=0.9), inner_steps=3, batch_norm="running"), "ConvNet"
     ),
     "LearningRates": AlgorithmCase(_learning_rates, run=True),
+    "FDS": AlgorithmCase(_fds, "classifier"),
     "LearningRates-ConvNet": AlgorithmCase(_learning_rates, "ConvNet", run=True),
 }
 # Exercised in full for every library; the transductive ConvNet for linen alone.

@@ -67,7 +67,7 @@ def test_a_step_descends_the_mean_of_the_meta_gradients_of_its_tasks(engine):
 
 def test_a_step_reports_the_outer_loss_the_metrics_and_the_inner_loop():
     always = {"loss", "inner_loss_first", "inner_loss_last", "inner_finite"}
-    always |= {"inner_update_norm", "meta_grad_norm", "meta_update_norm"}
+    always |= {"inner_steps_finite", "inner_update_norm", "meta_grad_norm", "meta_update_norm"}
     _, metrics = TRAINER.step(TRAINER.init(KEY), WAVES)
     assert metrics.keys() == always
     assert all(value.shape == () for value in metrics.values())

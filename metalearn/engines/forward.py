@@ -9,7 +9,12 @@ and the meta-gradient is (d loss / d theta_T) S_T + d loss / d eta. The primal r
 once however many columns there are (the step is linearized once), memory is flat in T,
 and the cost is about one step per column: the engine of long horizons with a handful of
 hyperparameters (Franceschi et al. 2017, arXiv:1703.01785; Micaelli & Storkey 2021,
-arXiv:2007.07869).
+arXiv:2007.07869). A column of an entry of eta that no step has read yet is zero, and where the
+unroll says so (`Unroll.begins`) it is not pushed.
+
+The loop need not run in one call. `start`, `advance` as often as one likes, and `finish` do
+what `value_and_grad` does, and the `Stream` between them is all there is to keep: a run can be
+checkpointed inside a trajectory.
 
 For a large eta, `directions=k` pushes k random directions v with E[v v^T] = I and
 returns the mean of (dF . v) v: unbiased, with a variance of about |eta| / k times the
@@ -20,18 +25,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 
 from metalearn.engines.check import check_eta, horizon, outer_loss
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.loop import step_body
-from metalearn.engines.recorder import Inner
+from metalearn.engines.prefix import begins_flat, parts
+from metalearn.engines.recorder import Inner, joined
+from metalearn.engines.tangents import norms, padded, pushed
 from metalearn.leaves import split
 from metalearn.unroll import Unroll
+
+
+class Stream(NamedTuple):
+    """A loop in forward mode that stands between two steps: all it takes to go on."""
+
+    state: Any  # theta_t and whatever else the loop carries
+    tangents: list[jax.Array]  # of its float leaves, each [k, ...]
+    directions: Any  # like eta, leaves [k, ...]; in the order in which they come into play
+    engine: Any = ()  # the engine's next state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +58,22 @@ class Forward(MetaGradient):
     directions: int | None = None  # None: all of eta, exactly
     chunk: int | None = None  # tangents pushed at once; None: all
     max_directions: int = 1024  # an exact push of more than this is refused
+    # Tangents spread over devices along their leading axis, such as
+    # `NamedSharding(mesh, PartitionSpec("tangents"))`; None: as the compiler pleases.
+    sharding: jax.sharding.Sharding | None = None
+    # What a tangent is multiplied with at each step: below 1 the past fades out of the
+    # derivative, which is then biased (MARTHE, Donini et al. 2020, arXiv:1910.08525); 0 is greedy.
+    inexact_decay: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in (("directions", self.directions), ("chunk", self.chunk)):
             if value is not None and value < 1:
                 raise ValueError(f"`Forward({name}={value})` must be at least 1, or None.")
+        if not 0 <= self.inexact_decay <= 1:
+            raise ValueError(
+                f"`Forward(inexact_decay={self.inexact_decay})` lies between 0, greedy, and 1, "
+                "exact."
+            )
 
     def init(self, key: jax.Array, eta: Any) -> Any:
         """Return the key of the random directions; nothing where the push is exact."""
@@ -55,33 +83,101 @@ class Forward(MetaGradient):
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         """Return ((loss (), aux), meta-gradient like eta)."""
+        steps = horizon(batches)
+        stream, seen = self.start(unroll, eta, state), []
+        for part in parts(self._begins(unroll, eta), steps):
+            cut = slice(part.start, part.stop)
+            now = jax.tree.map(lambda x, cut=cut: x[cut], batches)
+            stream, inner = self.advance(unroll, eta, stream, now, part.stop)
+            seen.append(inner)
+        return self.finish(unroll, eta, stream, joined(seen))
+
+    def start(self, unroll: Unroll, eta: Any, state: Any = ()) -> Stream:
+        """Return the stream before the first step; `state` is the engine's own."""
         check_eta(eta)
+        directions, state = self._directions(unroll, eta, state)
+
+        def init(_: Any, eta: Any) -> tuple[Any, Any]:
+            return unroll.init(eta), None
+
+        first, tangents, _ = self._linear(init, (), eta, [], directions)
+        return Stream(first, tangents, directions, state)
+
+    def advance(
+        self, unroll: Unroll, eta: Any, stream: Stream, batches: Any, until: int | None = None
+    ) -> tuple[Stream, Inner]:
+        """Take the next steps: (stream, what the loop saw).
+
+        Args:
+          unroll: as for `start`, and so is eta.
+          eta: the meta-parameters.
+          stream: where the loop stands.
+          batches: leaves [t, ...], of these steps.
+          until: the number of the step after them. Directions that come into play later
+            (`Unroll.begins`) are left alone; None pushes all.
+        """
         horizon(batches)
-        directions, state = self._directions(eta, state)
-        final, tangents, inner = self._push(unroll, eta, batches, directions)
-        diff, rest, join = split(final)
+        active = self._active(unroll, eta, until)
+        directions = jax.tree.map(lambda x: x[:active], stream.directions)
+
+        def move(carry: tuple[Any, list[jax.Array]], batch: Any) -> Any:
+            def step(state: Any, eta: Any) -> tuple[Any, Inner]:
+                return step_body(unroll, eta, jax.value_and_grad)(state, batch)
+
+            state, tangents = carry
+            if self.inexact_decay != 1:
+                tangents = [self.inexact_decay * tangent for tangent in tangents]
+            state, tangents, inner = self._linear(step, state, eta, tangents, directions)
+            return (state, tangents), inner._replace(tangent_norm=norms(tangents, stream.tangents))
+
+        begun = stream.state, [tangent[:active] for tangent in stream.tangents]
+        (state, tangents), inner = jax.lax.scan(move, begun, batches)
+        later = [tangent[active:] for tangent in stream.tangents]
+        tangents = [jnp.concatenate(pair) for pair in zip(tangents, later, strict=True)]
+        return stream._replace(state=state, tangents=tangents), inner
+
+    def finish(
+        self, unroll: Unroll, eta: Any, stream: Stream, inner: Inner
+    ) -> tuple[tuple[jax.Array, Aux], Any]:
+        """Return ((loss (), aux), meta-gradient like eta) of a loop that has run."""
+        diff, rest, join = split(stream.state)
 
         def outer(diff: list[jax.Array], eta: Any) -> tuple[jax.Array, Any]:
             return outer_loss(unroll, eta, join(diff, rest))
 
         (loss, metrics), cotangents = jax.value_and_grad(outer, (0, 1), has_aux=True)(diff, eta)
-        slopes = _inner_products(cotangents, (tangents, directions))  # [k]
-        return (loss, Aux(metrics, final, inner, state)), self._combine(slopes, directions, eta)
+        slopes = _inner_products(cotangents, (stream.tangents, stream.directions))  # [k]
+        grads = self._combine(unroll, slopes, stream.directions, eta)
+        return (loss, Aux(metrics, stream.state, inner, stream.engine)), grads
 
-    def _directions(self, eta: Any, key: Any) -> tuple[Any, Any]:
+    def _begins(self, unroll: Unroll, eta: Any) -> np.ndarray:
+        """Return the step at which each direction comes into play; random ones all at once."""
+        if self.directions is None:
+            return begins_flat(unroll.begins, eta)
+        return np.zeros(self.directions, int)
+
+    def _active(self, unroll: Unroll, eta: Any, until: int | None) -> int | None:
+        if until is None:
+            return None
+        return padded(int((self._begins(unroll, eta) < until).sum()), self.sharding)
+
+    def _directions(self, unroll: Unroll, eta: Any, key: Any) -> tuple[Any, Any]:
         """Return (pytree like eta with leaves [k, ...], the engine's next state)."""
         flat, unravel = jax.flatten_util.ravel_pytree(eta)
         if self.directions is None:
             self._refuse_if_large(flat.size)
-            return jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype)), ()
-        if isinstance(key, tuple):
+            order = np.argsort(self._begins(unroll, eta), kind="stable")
+            rows, key = jnp.eye(flat.size, dtype=flat.dtype)[order], ()
+        elif isinstance(key, tuple):
             raise ValueError(
                 f"`Forward(directions={self.directions})` draws random directions and needs a "
                 "key: pass `state=engine.init(key, eta)`, as the Trainer does."
             )
-        key, now = jax.random.split(key)
-        signs = jax.random.rademacher(now, (self.directions, flat.size), flat.dtype)
-        return jax.vmap(unravel)(signs), key
+        else:
+            key, now = jax.random.split(key)
+            rows = jax.random.rademacher(now, (self.directions, flat.size), flat.dtype)
+        surplus = padded(len(rows), self.sharding) - len(rows)
+        return jax.vmap(unravel)(jnp.pad(rows, ((0, surplus), (0, 0)))), key
 
     def _refuse_if_large(self, count: int) -> None:
         if count > self.max_directions:
@@ -91,26 +187,6 @@ class Forward(MetaGradient):
                 "of this size, `Forward(directions=k)` for an unbiased estimate, or raise "
                 "`max_directions` if the memory is there."
             )
-
-    def _push(
-        self, unroll: Unroll, eta: Any, batches: Any, directions: Any
-    ) -> tuple[Any, list[jax.Array], Inner]:
-        """Run the loop: (final state, its tangents with leaves [k, ...], what it saw)."""
-
-        def start(_: Any, eta: Any) -> tuple[Any, Any]:
-            return unroll.init(eta), None
-
-        def move(carry: tuple[Any, list[jax.Array]], batch: Any) -> Any:
-            def step(state: Any, eta: Any) -> tuple[Any, Inner]:
-                return step_body(unroll, eta, jax.value_and_grad)(state, batch)
-
-            state, tangents = carry
-            state, tangents, inner = self._linear(step, state, eta, tangents, directions)
-            return (state, tangents), inner
-
-        state, tangents, _ = self._linear(start, (), eta, [], directions)
-        (state, tangents), inner = jax.lax.scan(move, (state, tangents), batches)
-        return state, tangents, inner
 
     def _linear(
         self,
@@ -131,22 +207,18 @@ class Forward(MetaGradient):
             return new_diff, (new_rest, seen)
 
         new_diff, linear, (new_rest, seen) = jax.linearize(differentiable, diff, eta, has_aux=True)
-        pushed = self._map(lambda pair: linear(*pair), (tangents, directions))
-        return joins[-1](new_diff, new_rest), pushed, seen
+        moved = pushed(linear, (tangents, directions), self.chunk, self.sharding)
+        return joins[-1](new_diff, new_rest), moved, seen
 
-    def _map(self, function: Callable[[Any], Any], tangents: Any) -> Any:
-        if self.chunk is None:
-            return jax.vmap(function)(tangents)
-        count = jax.tree.leaves(tangents)[0].shape[0]
-        return jax.lax.map(function, tangents, batch_size=min(self.chunk, count))
-
-    def _combine(self, slopes: jax.Array, directions: Any, eta: Any) -> Any:
+    def _combine(self, unroll: Unroll, slopes: jax.Array, directions: Any, eta: Any) -> Any:
         """Turn directional derivatives [k] into a gradient like eta."""
-        if self.directions is None:
+        drawn = self.directions
+        if drawn is None:
             flat, unravel = jax.flatten_util.ravel_pytree(eta)
-            return unravel(slopes.astype(flat.dtype))
+            order = np.argsort(self._begins(unroll, eta), kind="stable")
+            return unravel(slopes[np.argsort(order)].astype(flat.dtype))
         return jax.tree.map(
-            lambda v: (jnp.tensordot(slopes, v, 1) / len(slopes)).astype(v.dtype), directions
+            lambda v: (jnp.tensordot(slopes, v, 1) / drawn).astype(v.dtype), directions
         )
 
 

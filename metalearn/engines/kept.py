@@ -103,7 +103,7 @@ class Anchors(Kept):
 
         head, tail = self._segments(batches)
         state, (inner, ends) = jax.lax.scan(segment, state, head)
-        inner = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), inner)
+        inner = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), inner)
         state, rest = jax.lax.scan(body, state, tail)
         return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), inner, rest), ends
 

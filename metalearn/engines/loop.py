@@ -18,12 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from metalearn.engines.check import check_eta, horizon, outer_loss
 from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
-from metalearn.engines.recorder import Inner, Recorder
+from metalearn.engines.recorder import Inner, Recorder, joined
 from metalearn.names import pick
 from metalearn.unroll import Unroll
 
@@ -106,7 +105,7 @@ def scan(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inner
     state, first = _once(body, state, head, remat)
     rest = dataclasses.replace(remat, peel=False)
     state, inner = scan(body, state, tail, rest)
-    return state, _joined(first, inner)
+    return state, joined([first, inner])
 
 
 _PEELED = slice(0, 1), slice(1, None)
@@ -145,8 +144,4 @@ def _nested(step: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, In
     if whole == steps:
         return state, inner
     state, rest = segment(state, jax.tree.map(lambda x: x[whole:], batches))
-    return state, _joined(inner, rest)
-
-
-def _joined(first: Inner, rest: Inner) -> Inner:
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
+    return state, joined([inner, rest])

@@ -7,7 +7,7 @@ way of taking an inner value and gradient; recording is the same for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,9 @@ class Inner(NamedTuple):
     # [T, 1]: the norm of the step's change of what `grad` differentiated; [T, 0] where that is
     # no part of the inner state as it stands.
     update_norm: jax.Array
+    # [T, k]: the norm of each tangent after a step, of those that `Forward` pushes, in the
+    # order in which they come into play; [T, 0] for engines that push none.
+    tangent_norm: jax.Array
 
 
 class Recorder:
@@ -66,8 +69,18 @@ class Recorder:
         moved = [(old, new) for old, new in pairs if id(old) in self._theta]
         squares = [_squared_norm(new - old) for old, new in moved]
         norms = [jnp.sqrt(sum(squares[1:], squares[0]))] if squares else []
-        found = self._losses, self._finite, norms
-        return jax.lax.stop_gradient(Inner(*map(_stacked, found, (float, bool, float))))
+        inner = Inner(
+            _stacked(self._losses, float),
+            _stacked(self._finite, bool),
+            _stacked(norms, float),
+            _stacked([], float),  # tangents are the engine's own
+        )
+        return jax.lax.stop_gradient(inner)
+
+
+def joined(seen: Sequence[Inner]) -> Inner:
+    """Return what the parts of one loop saw, one after the other."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
 
 
 def _stacked(values: list[jax.Array], dtype: Any) -> jax.Array:

@@ -22,6 +22,7 @@ from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
 from metalearn.engines.kept import Kept
 from metalearn.engines.one_step import OneStep
+from metalearn.engines.recorder import joined
 from metalearn.engines.tape import ValueAndGrad
 from metalearn.leaves import split
 from metalearn.unroll import Unroll
@@ -46,7 +47,7 @@ def sweep(
     theta_T, stored = theta_1, None
     if not alone:
         theta_T, seen, stored = kept.forward(step, theta_1, rest)
-        inner = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), inner, seen)
+        inner = joined([inner, seen])
 
     floats, others, join = split(theta_T)
 

@@ -1,0 +1,237 @@
+"""FDS: learn the hyperparameter schedule of a training run by its exact hypergradient.
+
+The inner loop trains a fresh model for T steps with an optimizer whose hyperparameters are
+constant over windows (`metalearn.algorithms.windows`); the outer loss is the validation loss
+of where it ends,
+
+    theta_{t+1} = Phi(theta_t, grad L_t(theta_t; eta_w(t)); eta_w(t))     t = 0 .. T-1
+    F(eta)      = L_val(theta_T)
+
+and eta, one value per window and hyperparameter, is the same for every fresh start: what is
+learned is not tied to one run. Each outer step draws a new theta_0 and a new validation
+split; at the end the schedule is stretched over a run on all the data.
+
+Greedy methods look one step ahead and choose too small a learning rate (Wu et al. 2018,
+arXiv:1803.02021). Sharing is what makes the exact hypergradient of a long run usable.
+
+Micaelli & Storkey 2021, "Gradient-based Hyperparameter Optimization Over Long Horizons"
+(arXiv:2007.07869), by forward mode (Franceschi et al. 2017, arXiv:1703.01785). With a dozen
+windows, nested reverse mode or mixed flow is the cheaper engine; see `metalearn plan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metalearn.algorithm import Algorithm
+from metalearn.algorithms.hyperparameter import Hyperparameter
+from metalearn.algorithms.hyperparameter_places import place
+from metalearn.algorithms.objectives import cross_entropy
+from metalearn.algorithms.schedule import Schedule
+from metalearn.algorithms.windows import edges, spread, stretched, window_of
+from metalearn.model import Model
+from metalearn.optimizers import differentiable_at_zero
+from metalearn.unroll import Episode, Unroll
+
+SHOWN = 16  # windows of a hyperparameter up to which each is a metric of its own
+
+
+class Run(NamedTuple):
+    """What the inner training run carries."""
+
+    params: Any  # theta
+    optimizer: Any  # the inner optimizer's state
+    statistics: Any  # the model's mutable state
+
+
+@dataclasses.dataclass(frozen=True)
+class FDS(Algorithm):
+    """Learn schedules of hyperparameters, by name. eta: {name: coordinates [N, ...]}.
+
+    A name is an argument of `optimizer`, of `objective` or of `augment` that a number can be
+    passed for. Arguments that stay as they are: `functools.partial(optax.adamw, eps=1e-6)`.
+
+    Support and query: (inputs [n, ...], targets [n], rows [m]), the data and those rows of it
+    that belong to the split. Inputs of uint8 are read as 0..1.
+    """
+
+    model: Model
+    hyperparameters: Mapping[str, Hyperparameter] = dataclasses.field(hash=False)
+    horizon: int  # T, inner steps
+    batch: int
+    # From hyperparameters to the inner optimizer, such as `optax.adamw`.
+    optimizer: Callable[..., optax.GradientTransformation] = optax.sgd
+    # outputs, targets, **hyperparameters -> loss (), metrics. The outer loss is its default.
+    objective: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] = cross_entropy
+    # inputs [batch, ...], key, **hyperparameters -> inputs. For inner batches alone.
+    augment: Callable[..., jax.Array] | None = None
+    eval_horizon: int | None = None  # the schedule is stretched over so many; None: `horizon`
+
+    def __post_init__(self) -> None:
+        if not self.hyperparameters:
+            raise ValueError("FDS learns hyperparameters, so it needs at least one of them.")
+        places = self._places()
+        for name, chosen in self.hyperparameters.items():
+            found = edges(chosen.windows, self.horizon)
+            starts = 1 if isinstance(chosen.start, float | int) else len(chosen.start)
+            if starts not in (1, len(found) - 1):
+                raise ValueError(
+                    f"{name!r} in the {places[name]} has {len(found) - 1} windows and {starts} "
+                    "values to start from: give one for all, or one for each."
+                )
+
+    def init(self, key: jax.Array) -> dict[str, jax.Array]:
+        """Return the coordinates that the hyperparameters start from: {name: [N, ...]}."""
+        del key
+        return {name: self._start(name) for name in self.hyperparameters}
+
+    def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
+        """Return the training of a fresh model, drawn with `key`."""
+        model_key, augment_key = jax.random.split(key)
+
+        def init(eta: Any) -> Run:
+            params, statistics = self.model.init(model_key)
+            return Run(params, self._optimizer(self.values(eta, 0)).init(params), statistics)
+
+        def step(eta: Any, state: Run, batch: Any, grad: Any) -> Run:
+            now, rows = batch
+            values = self.values(eta, now)
+            inputs, targets = _read(episode.support, rows)
+            if self.augment is not None:
+                augment_now = jax.random.fold_in(augment_key, now)
+                inputs = self.augment(inputs, augment_now, **values["augment"])
+
+            def loss(params: Any, values: Any) -> tuple[jax.Array, Any]:
+                outputs, statistics = self._apply(params, state, inputs, True, augment_key)
+                return self.objective(outputs, targets, **values)[0], statistics
+
+            grads, statistics = grad(loss, has_aux=True)(state.params, values["objective"])
+            optimizer = differentiable_at_zero(self._optimizer(values))
+            updates, slots = optimizer.update(grads, state.optimizer, state.params)
+            return Run(optax.apply_updates(state.params, updates), slots, statistics)
+
+        def loss(eta: Any, state: Run) -> tuple[jax.Array, dict[str, jax.Array]]:
+            inputs, targets = _read(episode.query, episode.query[2])
+            outputs, _ = self._apply(state.params, state, inputs, False, None)
+            value, metrics = self.objective(outputs, targets)
+            return value, {**metrics, **self._shown(eta)}
+
+        return Unroll(init, step, loss, begins=self._begins())
+
+    def batches(self, episode: Episode, key: jax.Array) -> Any:
+        """Return each step's number [T] and its rows of the data [T, batch], int32.
+
+        Every row is read once before any is read again.
+        """
+        rows = episode.support[2]
+        if self.batch > len(rows):
+            raise ValueError(f"batch={self.batch}, but there are {len(rows)} training examples.")
+        needed = self.horizon * self.batch
+        keys = jax.random.split(key, -(-needed // len(rows)))
+        epochs = jax.vmap(lambda key: jax.random.permutation(key, rows))(keys)
+        drawn = epochs.reshape(-1)[:needed].reshape(self.horizon, self.batch)
+        return jnp.arange(self.horizon, dtype=jnp.int32), drawn
+
+    def evaluation(self) -> FDS:
+        """Return the run that the schedule is for: stretched to `eval_horizon`."""
+        return self.stretched(self.eval_horizon or self.horizon)
+
+    def stretched(self, horizon: int) -> FDS:
+        """Return the same over a run of another length, to which every eta of it applies."""
+        moved = {
+            name: dataclasses.replace(h, windows=stretched(h.windows, self.horizon, horizon))
+            for name, h in self.hyperparameters.items()
+        }
+        return dataclasses.replace(self, hyperparameters=moved, horizon=horizon)
+
+    def unshared(self) -> FDS:
+        """Return the same with a window for every step; `spread` turns an eta into its eta."""
+        single = {
+            name: dataclasses.replace(
+                h, windows=self.horizon, start=tuple(np.repeat(self._starts(name), np.diff(e)))
+            )
+            for name, h in self.hyperparameters.items()
+            for e in [self.edges(name)]
+        }
+        return dataclasses.replace(self, hyperparameters=single)
+
+    def spread(self, eta: Any) -> Any:
+        """Return the coordinates of every step, {name: [T, ...]}."""
+        return {name: spread(x, self.edges(name)) for name, x in eta.items()}
+
+    def edges(self, name: str) -> np.ndarray:
+        """Return where the windows of a hyperparameter begin, and the horizon: [N + 1]."""
+        return edges(self.hyperparameters[name].windows, self.horizon)
+
+    def values(self, eta: Any, step: Any) -> dict[str, dict[str, jax.Array]]:
+        """Return the values at an inner step, by where they go: {"optimizer": {name: value}}."""
+        found: dict[str, dict[str, jax.Array]] = {"optimizer": {}, "objective": {}, "augment": {}}
+        for name, where in self._places().items():
+            x = eta[name][window_of(jnp.asarray(step), self.edges(name))]
+            found[where][name] = self.hyperparameters[name].value(x)
+        return found
+
+    def schedules(self, eta: Any) -> dict[str, Schedule]:
+        """Return what was learned as plain schedules: {name: step -> value}."""
+        found = {}
+        for name, chosen in self.hyperparameters.items():
+            values = np.asarray(chosen.value(eta[name])).tolist()
+            values = [tuple(v) if isinstance(v, list) else v for v in values]
+            found[name] = Schedule(tuple(self.edges(name).tolist()), tuple(values))
+        return found
+
+    def _places(self) -> dict[str, str]:
+        takers = {
+            "optimizer": self.optimizer,
+            "objective": self.objective,
+            "augment": self.augment,
+        }
+        return place(self.hyperparameters, takers)
+
+    def _starts(self, name: str) -> np.ndarray:
+        """Return the values [N] that the windows start from."""
+        windows = len(self.edges(name)) - 1
+        return np.broadcast_to(np.asarray(self.hyperparameters[name].start, float), windows)
+
+    def _start(self, name: str) -> jax.Array:
+        chosen, starts = self.hyperparameters[name], jnp.asarray(self._starts(name))
+        full = starts.reshape(-1, *[1] * len(chosen.shape))
+        x = chosen.coordinate(jnp.broadcast_to(full, (len(starts), *chosen.shape)))
+        return x.astype(jnp.result_type(float))
+
+    def _begins(self) -> dict[str, np.ndarray]:
+        found = {}
+        for name, chosen in self.hyperparameters.items():
+            begins = self.edges(name)[:-1].reshape(-1, *[1] * len(chosen.shape))
+            found[name] = np.broadcast_to(begins, (len(begins), *chosen.shape))
+        return found
+
+    def _optimizer(self, values: Any) -> optax.GradientTransformation:
+        return self.optimizer(**values["optimizer"])
+
+    def _apply(self, params: Any, state: Run, inputs: Any, train: bool, key: Any) -> Any:
+        return self.model.apply(params, state.statistics, inputs, train=train, key=key)
+
+    def _shown(self, eta: Any) -> dict[str, jax.Array]:
+        """Return the values as metrics: "learning_rate/0" and so on, or their mean."""
+        shown: dict[str, jax.Array] = {}
+        for name, chosen in self.hyperparameters.items():
+            value = chosen.value(eta[name])
+            if value.ndim == 1 and len(value) <= SHOWN:
+                shown |= {f"{name}/{i}": value[i] for i in range(len(value))}
+            else:
+                shown[f"{name}/mean"] = value.mean()
+        return shown
+
+
+def _read(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return (inputs, targets) of these rows."""
+    inputs, targets = data[0][rows], data[1][rows]
+    return (inputs / 255.0 if inputs.dtype == jnp.uint8 else inputs), targets

@@ -1,0 +1,61 @@
+"""A learned schedule, to take away: a plain function of the step, and JSON.
+
+optax.sgd(learned["learning_rate"].stretched(50_000))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metalearn.algorithms.windows import stretched, window_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Piecewise constant: an `optax.Schedule`. After the horizon the last value holds."""
+
+    edges: tuple[int, ...]  # [N + 1]: where each window begins; the horizon
+    values: tuple[float, ...] | tuple[tuple[float, ...], ...]  # one for each window
+
+    def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
+        """Return the value at an inner step."""
+        found = window_of(jnp.asarray(step), np.asarray(self.edges))
+        return jnp.asarray(self.values)[found]
+
+    @property
+    def horizon(self) -> int:
+        """Return T."""
+        return self.edges[-1]
+
+    def stretched(self, horizon: int) -> Schedule:
+        """Return the same schedule over a run of another length."""
+        moved = stretched(self.edges, self.horizon, horizon)
+        assert isinstance(moved, tuple)
+        return dataclasses.replace(self, edges=moved)
+
+    def to_json(self) -> str:
+        """Return the schedule as JSON: {"edges": [...], "values": [...]}."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Read what `to_json` wrote.
+
+        Raises:
+          ValueError: if that is not a schedule.
+        """
+        found = json.loads(text)
+        if not isinstance(found, dict) or found.keys() != {"edges", "values"}:
+            raise ValueError(f"A schedule has edges and values, and this JSON has not: {text[:80]}")
+        if len(found["edges"]) != len(found["values"]) + 1:
+            raise ValueError(
+                f"A schedule has one edge more than values, not {len(found['edges'])} edges and "
+                f"{len(found['values'])} values."
+            )
+        values = tuple(tuple(v) if isinstance(v, list) else v for v in found["values"])
+        return cls(tuple(found["edges"]), values)

@@ -1,0 +1,83 @@
+"""What the image networks of the three libraries agree on: sizes, strides, initial values.
+
+LeNet-5 (LeCun et al. 1998, Proc. IEEE 86, 2278-2324) in its usual modern form: two
+5x5 convolutions, the first padded, each followed by a ReLU and a max-pool, then three
+dense layers. 61,706 parameters on 28x28x1 and 10 classes.
+
+A wide residual network, WRN-d-w (Zagoruyko & Komodakis 2016, arXiv:1605.07146), is a
+3x3 convolution to 16 features, three groups of n = (d - 4) / 6 blocks with 16w, 32w and
+64w features, the second and third group halving the image, then an average over
+positions and a dense head. A block computes
+
+    x + conv(relu(norm(conv(relu(norm(x))))))
+
+("pre-activation"). Where it changes the number of features, x is replaced by a 1x1
+convolution of relu(norm(x)), as in the authors' code. Convolutions have no bias, as a
+normalisation follows each of them. WRN-16-1 has 175,066 parameters on 3 channels and 10
+classes; those of a wider one grow as w squared.
+
+Both are for whole training runs, where one kernel serves all images, so their convolutions
+are those of `lax`: on a CPU, Hessian products take half the time, and the memory a quarter,
+of `convolution="patches"`. Where several runs are vmapped, each with kernels of its own,
+it is the other way round in time (`metalearn.models.convolution`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+LENET = ((6, "SAME"), (16, "VALID"))  # features and padding of its 5x5 convolutions
+LENET_HIDDEN = (120, 84)
+
+STEM = 16  # features of a residual network's first convolution
+PADDING = ((1, 1), (1, 1))  # of 3x3 convolutions: as in the paper; "SAME" is off by one at stride 2
+HE = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, 1502.01852
+
+
+class Block(NamedTuple):
+    """A residual block."""
+
+    features: int
+    stride: int
+    projects: bool  # whether a 1x1 convolution of the input replaces the input in the sum
+
+
+def wide_blocks(depth: int, width: int) -> list[Block]:
+    """Return the blocks of WRN-depth-width; ValueError where there is no such network."""
+    per_group = _per_group(depth)
+    if width < 1:
+        raise ValueError(
+            f"`WideResNet` got width={width}, but it multiplies 16, 32 and 64 features. Pass a "
+            f"positive integer, such as width=1."
+        )
+    blocks, channels = [], STEM
+    for group, features in enumerate((16 * width, 32 * width, 64 * width)):
+        for i in range(per_group):
+            stride = 2 if group and i == 0 else 1
+            blocks.append(Block(features, stride, features != channels))
+            channels = features
+    return blocks
+
+
+def _per_group(depth: int) -> int:
+    per_group, rest = divmod(depth - 4, 6)
+    if rest or per_group < 1:
+        near = [6 * n + 4 for n in (per_group, per_group + 1) if n >= 1] or [10]
+        raise ValueError(
+            f"`WideResNet` got depth={depth}, but its depth is 6n + 4: three groups of n blocks of "
+            f"two convolutions, and four layers more. Pass depth={' or '.join(map(str, near))}."
+        )
+    return per_group
+
+
+def lenet_pixels(height: int, width: int) -> int:
+    """Return how many positions LeNet's dense layers see; ValueError for a small image."""
+    sides = [(side // 2 - 4) // 2 for side in (height, width)]
+    if min(sides) < 1:
+        raise ValueError(
+            f"`LeNet` got images of {height} x {width}, of which its convolutions and pools leave "
+            f"nothing. Pad or enlarge them to 12 x 12 at least, or take a `ConvNet`."
+        )
+    return sides[0] * sides[1]
