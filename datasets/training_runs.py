@@ -38,11 +38,14 @@ class TrainingRuns(Tasks):
     """
 
     inputs: jax.Array = dataclasses.field(repr=False)  # [n, ...], uint8 or float32
-    targets: jax.Array = dataclasses.field(repr=False)  # [n]
+    targets: jax.Array = dataclasses.field(repr=False)  # [n], of the outer loss
+    training_targets: jax.Array = dataclasses.field(repr=False)  # [n], of the inner loop
     validation: int = dataclasses.field(metadata={"static": True})  # examples of the outer loss
 
     @classmethod
-    def create(cls, inputs: Any, targets: Any, *, validation: int | float) -> TrainingRuns:
+    def create(
+        cls, inputs: Any, targets: Any, *, validation: int | float, training_targets: Any = None
+    ) -> TrainingRuns:
         """Put a dataset on the device, after checking that it can be split.
 
         Args:
@@ -50,27 +53,31 @@ class TrainingRuns(Tasks):
           targets: [n], as the loss takes them.
           validation: how many examples a run does not train on, as a number (an int) or
             a share of all (a float), rounded.
+          training_targets: [n], what the inner loop is told where that differs, such as
+            noisy labels; None: the same.
 
         Raises:
           ValueError: if lengths differ, or no example is left on one side of the split.
         """
         _check_data("TrainingRuns", inputs, targets)
+        told = targets if training_targets is None else training_targets
+        _check_data("TrainingRuns", inputs, told)
         count = _count(validation, len(inputs))
-        return cls(jnp.asarray(inputs), jnp.asarray(targets), count)
+        return cls(jnp.asarray(inputs), jnp.asarray(targets), jnp.asarray(told), count)
 
     def sample(self, key: jax.Array) -> Episode:
         """Draw one split of the rows.
 
         Returns:
-          `support` = (inputs [n, ...], targets [n], rows [n - validation] int32), and
-          `query` likewise with rows [validation]: two sides of one random permutation, so
-          together they are all rows, and none is in both.
+          `support` = (inputs [n, ...], training targets [n], rows [n - validation] int32), and
+          `query` = (inputs, targets, rows [validation]): two sides of one random permutation,
+          so together they are all rows, and none is in both.
         """
         n = self.targets.shape[0]
         rows = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
         train, held_out = rows[: n - self.validation], rows[n - self.validation :]
-        data = self.inputs, self.targets
-        return Episode((*data, train), (*data, held_out))
+        support = self.inputs, self.training_targets, train
+        return Episode(support, (self.inputs, self.targets, held_out))
 
 
 @jax.tree_util.register_dataclass

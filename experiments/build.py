@@ -25,9 +25,18 @@ from metalearn import (
     Trainer,
     reversible,
 )
-from metalearn.algorithms import MAML, LearningRates, LossWeights, cross_entropy, squared_error
+from metalearn.algorithms import (
+    FDS,
+    MAML,
+    LearningRates,
+    LossWeights,
+    cross_entropy,
+    fds_rule,
+    in_ranges,
+    squared_error,
+)
 from metalearn.datasets import ClassIndex, FewShot, Sinusoid, digits, omniglot
-from metalearn.experiments import language
+from metalearn.experiments import language, training_runs
 from metalearn.models import (
     NNX,
     Haiku,
@@ -55,7 +64,13 @@ SCHEDULES = {
     "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
 }
 OBJECTIVES = {"cross_entropy": cross_entropy, "squared_error": squared_error}
-NETWORKS = {"mlp": "MLP", "conv_net": "ConvNet", "transformer": "Transformer"}
+NETWORKS = {
+    "mlp": "MLP",
+    "conv_net": "ConvNet",
+    "le_net": "LeNet",
+    "wide_res_net": "WideResNet",
+    "transformer": "Transformer",
+}
 
 
 class Splits(NamedTuple):
@@ -71,10 +86,11 @@ class Splits(NamedTuple):
 def trainer(config: Mapping[str, Any], splits: Splits) -> Trainer:
     """Build the trainer that a config describes, with what `engine="auto"` chose if it did."""
     config = {**config, **config.get("auto", {})}
+    learner = algorithm(config["algorithm"], model(config["model"], splits))
     return Trainer(
-        algorithm(config["algorithm"], model(config["model"], splits)),
+        learner,
         engine(config["engine"], config.get("engine_options", {})),
-        outer_optimizer(config["optimizer"], config["steps"]),
+        outer_optimizer(config["optimizer"], config["steps"], learner),
         tasks_per_step=config["tasks_per_step"],
         chunk=config["chunk"],
     )
@@ -97,11 +113,21 @@ def optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
     return pick(OPTIMIZERS, options.pop("name"), "optimizer")(**options)
 
 
-def outer_optimizer(config: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
-    """Build the outer optimizer, its learning rate on a schedule over the outer steps."""
+def outer_optimizer(
+    config: Mapping[str, Any], steps: int, learner: Algorithm | None = None
+) -> optax.GradientTransformation:
+    """Build the outer optimizer, its learning rate on a schedule over the outer steps.
+
+    That of FDS keeps hyperparameters in their ranges, and may be "fds_rule".
+    """
     options = dict(config)
+    hyperparameters = learner.hyperparameters if isinstance(learner, FDS) else None
+    if options["name"] == "fds_rule" and hyperparameters is not None:
+        del options["name"]
+        return fds_rule(hyperparameters, **options)
     schedule = pick(SCHEDULES, options.pop("schedule"), "schedule")
-    return optimizer({**options, "learning_rate": schedule(options["learning_rate"], steps)})
+    made = optimizer({**options, "learning_rate": schedule(options["learning_rate"], steps)})
+    return made if hyperparameters is None else in_ranges(made, hyperparameters)
 
 
 def algorithm(config: Mapping[str, Any], network: Model) -> Algorithm:
@@ -127,7 +153,12 @@ def _learning_rates(network: Model, options: dict[str, Any]) -> LearningRates:
     return LearningRates(network, objective, inner, **options)
 
 
-ALGORITHMS = {"learning_rates": _learning_rates, "loss_weights": _loss_weights, "maml": _maml}
+ALGORITHMS = {
+    "fds": training_runs.fds,
+    "learning_rates": _learning_rates,
+    "loss_weights": _loss_weights,
+    "maml": _maml,
+}
 
 
 def model(config: Mapping[str, Any], splits: Splits) -> Model:
@@ -154,7 +185,7 @@ def _haiku(network: str, splits: Splits, options: dict[str, Any]) -> Model:
 
 def _nnx(network: str, splits: Splits, options: dict[str, Any]) -> Model:
     shape = splits.inputs.shape[1:]
-    first = shape if network == "ConvNet" else splits.inputs.size
+    first = splits.inputs.size if network == "MLP" else shape
     sizes = () if network == "Transformer" else (first, splits.outputs)
     build = getattr(nnx_networks, network)
     return NNX(lambda rngs: build(*sizes, **options, rngs=rngs), train_flag)
@@ -204,11 +235,17 @@ def _text(options: dict[str, Any]) -> Splits:
     return Splits(**made, inputs=window, outputs=made["train"].vocabulary)
 
 
+def _training_run(options: dict[str, Any]) -> Splits:
+    made = training_runs.read(options)
+    return Splits(made.train, made.train, made.test, made.inputs, made.outputs)
+
+
 DATASETS = {
     "digits": lambda options: _few_shot(digits, options),
     "omniglot": lambda options: _few_shot(omniglot, options),
     "sinusoid": _sinusoid,
     "text": _text,
+    "training_run": _training_run,
 }
 
 

@@ -51,6 +51,7 @@ def train(config: Any, workdir: pathlib.Path, progress: bool = True) -> dict[str
             eval_tasks=plain["eval_tasks"],
             log_every=plain["log_every"],
             check_every=plain["check_every"],
+            stop_on_nonfinite=plain["stop_on_nonfinite"],
             progress=progress,
         )
     finally:

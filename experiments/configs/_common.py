@@ -42,8 +42,37 @@ def maml() -> ml_collections.ConfigDict:
 
     config.health = True  # look at one meta-gradient before a run starts; see metalearn.health
     config.check_every = 0  # and again every so many outer steps; 0: never, here and below
+    config.stop_on_nonfinite = True  # False: the outer optimizer decides what to do with it
     config.log_every = 10  # outer steps
     config.eval_tasks = 400  # validation tasks, on the way
     config.test_tasks = 1000  # test tasks, once, at the end
     config.wandb = {"mode": "auto", "project": "metalearn", "name": "", "group": ""}
+    return config
+
+
+def fds() -> ml_collections.ConfigDict:
+    """What the packaged FDS configs share."""
+    config = maml()
+    config.engine_options.remat = "nested"
+
+    config.algorithm = ml_collections.ConfigDict()
+    config.algorithm.name = "fds"
+    # Any argument given here stays as it is; those that are learned are hyperparameters.
+    config.algorithm.optimizer = {"name": "sgd"}
+    config.algorithm.objective = "weighted_cross_entropy"
+    config.algorithm.augment = "none"
+
+    config.dataset = ml_collections.ConfigDict()
+    config.dataset.name = "training_run"
+    config.dataset.data_dir = placeholder(str)
+    config.dataset.label_noise = 0.0
+    config.dataset.noise_seed = 0
+
+    # The sign rule of arXiv:2007.07869, with growth, and moves that are taken back where the
+    # outer loss rose by more than the tolerance. The paper's own: grow=1.0, tolerance=None.
+    config.optimizer = {"name": "fds_rule", "share": 0.1, "grow": 1.2, "tolerance": 0.1}
+    config.stop_on_nonfinite = False  # a run that explodes is taken back, and is no failure
+    config.tasks_per_step = 1
+    config.log_every = 1
+    config.eval_every = 0
     return config

@@ -52,8 +52,8 @@ STORES: dict[str, Any] = {
 class MixedFlow(MetaGradient):
     """Backpropagation through the loop whose inner Hessian products run forward.
 
-    Exact as it stands; what is not exact has "inexact" in its name. T inner steps, |theta|
-    the size of the inner state:
+    Exact as it stands; what is not exact has "inexact" in its name. T inner steps, "state" the
+    size of the inner state, g that of an inner gradient:
 
     | remat                 | keeps                                  | extra work            |
     |-----------------------|----------------------------------------|-----------------------|
@@ -61,22 +61,28 @@ class MixedFlow(MetaGradient):
     | "step"                | T (state + g)                          | the optimizer, again  |
     | "nested"              | T g + 2 sqrt(T) states                 | the optimizer, twice  |
     | "inexact_reconstruct" | T / segment states                     | T inner gradients     |
+
+    Args:
+      remat: as above.
+      segment: inner steps between kept states. "nested": None is sqrt(T).
+        "inexact_reconstruct": between anchors, None is 32. It undoes steps (`Unroll.undo`, see
+        `metalearn.reversible`), and what rounding adds grows geometrically from an anchor back:
+        the meta-gradient is off by 1e-5 with 16 and 3e-5 with 32 in float32, against 6e-6 of
+        exact modes (docs/results.md).
+      store: where remat="step" keeps states and inner gradients. "device"; "host", its memory,
+        for the price of the transfers; "inexact_bfloat16", on the device in half the bytes,
+        which rounds the points at which Hessian products are taken by 2^-9 (off by 2e-3 to 5e-3).
+      peel: take the first step apart where theta_0 does not depend on eta: its Hessian product
+        is not needed. Costs one more step to compile.
+      micro_batches: take inner gradients and Hessian products a part of the batch at a time; the
+        inner loss must be a `metalearn.ExampleMean`. Holds one part's activations; same FLOPs,
+        more time.
     """
 
     remat: str = "step"
-    # "nested": inner steps between kept states, None: sqrt(T). "inexact_reconstruct": between
-    # anchors, None: 64. It undoes steps (`Unroll.undo`, see `metalearn.reversible`), and what
-    # rounding adds grows geometrically from an anchor back.
     segment: int | None = None
-    # Where remat="step" keeps states and inner gradients: "device"; "host", its memory, for
-    # the price of the transfers; "inexact_bfloat16", on the device in half the bytes, which
-    # rounds the points at which Hessian products are taken by 2^-9.
     store: str = "device"
-    # Take the first step apart where theta_0 does not depend on eta: its Hessian product is
-    # not needed. Costs one more step to compile.
     peel: bool = True
-    # Take inner gradients and Hessian products a part of the batch at a time; the inner loss
-    # must be a `metalearn.ExampleMean`. Holds one part's activations; same FLOPs, more time.
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
@@ -101,7 +107,7 @@ class MixedFlow(MetaGradient):
         if self.micro_batches > 1:
             inner = functools.partial(micro_batches.value_and_grad, parts=self.micro_batches)
         if self.remat == RECONSTRUCT:
-            return sweep(unroll, eta, batches, inner, Anchors(self.segment or 64), self.peel)
+            return sweep(unroll, eta, batches, inner, Anchors(self.segment or 32), self.peel)
         if self.store != "device":
             return sweep(unroll, eta, batches, inner, STORES[self.store], self.peel)
         return backpropagate(unroll, eta, batches, inner, self._remat())

@@ -1,0 +1,47 @@
+"""FDS as a tuner: hypergradients of the whole run, an outer rule, and what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import optax
+
+from metalearn import MetaGradient, MixedFlow
+from metalearn.algorithms import fds_rule
+from metalearn.experiments.tuners.problem import Problem
+from metalearn.experiments.tuners.tuner import Found, Tuner
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypergradients(Tuner):
+    """Micaelli & Storkey 2021 (arXiv:2007.07869), its outer rule guarded and in any space.
+
+    A hypergradient is charged by its FLOPs, as so many plain runs (`Problem.charge`).
+    """
+
+    share: float = 0.1  # of each range: the first step
+    grow: float = 1.2  # 1.0, with tolerance=None: the rule of the paper
+    tolerance: float | None = 0.1
+    engine: MetaGradient = MixedFlow("nested")
+
+    def tune(self, problem: Problem, budget: float, key: jax.Array) -> Iterator[Found]:
+        """Yield the eta that was moved to, after each hypergradient."""
+        rule = fds_rule(problem.algorithm.hyperparameters, self.share, self.grow, self.tolerance)
+        eta = problem.algorithm.init(key)
+        state, price, spent = rule.init(eta), problem.charge(self.engine), 0.0
+        solve = problem.hypergradient(self.engine)
+        move = jax.jit(functools.partial(_moved, rule))
+        for i in range(int(budget // price)):
+            (loss, _), grads = solve(eta, jax.random.fold_in(key, i))
+            eta, state = move(grads, state, eta, loss)
+            spent += price
+            yield Found(spent, problem.algorithm, eta, float(loss))
+
+
+def _moved(rule: Any, grads: Any, state: Any, eta: Any, loss: jax.Array) -> tuple[Any, Any]:
+    updates, state = rule.update(grads, state, eta, value=loss)
+    return optax.apply_updates(eta, updates), state
