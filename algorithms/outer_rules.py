@@ -32,6 +32,7 @@ class SignSteps(NamedTuple):
     done: Any  # bool: its step has become too small to matter
     base: Any  # the eta to go back to
     best: jax.Array  # (), the lowest outer loss so far
+    taken: jax.Array  # (), int32: updates so far
 
 
 def sign_steps(
@@ -41,6 +42,7 @@ def sign_steps(
     largest: Any = jnp.inf,
     least: Callable[[Any], Any] | None = None,
     tolerance: float | None = None,
+    schedule: optax.Schedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the sign rule.
 
@@ -54,6 +56,7 @@ def sign_steps(
       tolerance: how much worse than the best an outer loss may be before its move is taken
         back; more than it varies from one draw of a task to the next. None: never. The loss
         is the extra argument `value` of `update`, which the Trainer passes.
+      schedule: number of the update -> what its move is multiplied with; None: 1.
     """
     least = least or (lambda eta: jax.tree.map(lambda x: 0.05 * abs(x), eta))
 
@@ -61,7 +64,7 @@ def sign_steps(
         size = jax.tree.map(lambda s, x: jnp.full_like(x, s), _full(initial, eta), eta)
         zero = jax.tree.map(jnp.zeros_like, eta)
         done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), eta)
-        return SignSteps(size, zero, done, eta, jnp.asarray(jnp.inf))
+        return SignSteps(size, zero, done, eta, jnp.asarray(jnp.inf), jnp.zeros((), jnp.int32))
 
     def update(
         grads: Any, state: SignSteps, eta: Any = None, *, value: Any = None, **extra: Any
@@ -83,12 +86,15 @@ def sign_steps(
         done = jax.tree.map(lambda d, s, limit: d | (s < limit), state.done, size, limits)
         # Where no sign is known now, an accepted point moves nothing; a refused one repeats.
         way = jax.tree.map(lambda now, kept: jnp.where(accepted, now, kept), signs, sign)
+        scale = 1.0 if schedule is None else schedule(state.taken)
         there = jax.tree.map(
-            lambda b, d, s, w: jnp.where(d, b, b - s * w), *(base, done, size, way)
+            lambda b, d, s, w: jnp.where(d, b, b - scale * s * w), *(base, done, size, way)
         )
         best = state.best if value is None else jnp.fmin(state.best, value)
         updates = jax.tree.map(jnp.subtract, there, eta)
-        return updates, SignSteps(size, sign, done, base, best.astype(state.best.dtype))
+        return updates, SignSteps(
+            *(size, sign, done, base, best.astype(state.best.dtype), state.taken + 1)
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -146,6 +152,7 @@ def fds_rule(
     share: float = 0.1,
     grow: float = 1.0,
     tolerance: float | None = 0.1,
+    schedule: optax.Schedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Return signed steps that begin at a share of each range, and stay in it.
 
@@ -160,7 +167,9 @@ def fds_rule(
         return {n: 0.05 * (abs(x) if raw[n] else jnp.ones_like(x)) for n, x in eta.items()}
 
     most = {name: 2 * step for name, step in first.items()}
-    rule = sign_steps(first, grow=grow, largest=most, least=least, tolerance=tolerance)
+    rule = sign_steps(
+        first, grow=grow, largest=most, least=least, tolerance=tolerance, schedule=schedule
+    )
     return in_ranges(rule, hyperparameters)
 
 

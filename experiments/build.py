@@ -61,6 +61,7 @@ OPTIMIZERS = {
 }
 SCHEDULES = {
     "constant": lambda rate, steps: rate,
+    "linear": lambda rate, steps: optax.linear_schedule(rate, rate / 10, max(steps - 1, 1)),
     "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
 }
 OBJECTIVES = {"cross_entropy": cross_entropy, "squared_error": squared_error}
@@ -121,11 +122,12 @@ def outer_optimizer(
     That of FDS keeps hyperparameters in their ranges, and may be "fds_rule".
     """
     options = dict(config)
+    schedule = pick(SCHEDULES, options.pop("schedule"), "schedule")
     hyperparameters = learner.hyperparameters if isinstance(learner, FDS) else None
     if options["name"] == "fds_rule" and hyperparameters is not None:
         del options["name"]
-        return fds_rule(hyperparameters, **options)
-    schedule = pick(SCHEDULES, options.pop("schedule"), "schedule")
+        made = schedule(1.0, steps)
+        return fds_rule(hyperparameters, **options, schedule=made if callable(made) else None)
     made = optimizer({**options, "learning_rate": schedule(options["learning_rate"], steps)})
     return made if hyperparameters is None else in_ranges(made, hyperparameters)
 

@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import pathlib
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -40,10 +38,9 @@ from metalearn.algorithms.separation import auc
 from metalearn.datasets import Text
 from metalearn.engines.loop import rollout
 from metalearn.experiments import build
+from metalearn.experiments.benchmarks.intervals import interval
 from metalearn.experiments.configs import loss_weights_shakespeare
 from metalearn.loggers import ConsoleLogger
-
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # by seeds
 
 SCORES = {
     "auc_weights": "the learned weights",
@@ -102,14 +99,6 @@ def measure(config: Any, seed: int, arms: Arms, trainer: Trainer, tasks: Text) -
     row = arms.rows(state.eta, jax.random.fold_in(jax.random.key(seed), 1))
     ended = time.perf_counter()
     return {"seed": seed, **row, "meta_seconds": learned - began, "arm_seconds": ended - learned}
-
-
-def interval(values: Sequence[float]) -> str:
-    """Format a mean with its 95% interval."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    width = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.3f} +- {width:.3f}"
 
 
 def table(rows: Sequence[dict[str, float]]) -> str:

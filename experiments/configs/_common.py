@@ -13,6 +13,7 @@ def maml() -> ml_collections.ConfigDict:
     config.engine_options = {  # those of the engine that are set; see its docstring
         "remat": placeholder(str),
         "segment": placeholder(int),
+        "budget": placeholder(int),
         "peel": placeholder(bool),
         "micro_batches": placeholder(int),
         "store": placeholder(str),
@@ -68,9 +69,9 @@ def fds() -> ml_collections.ConfigDict:
     config.dataset.label_noise = 0.0
     config.dataset.noise_seed = 0
 
-    # The sign rule of arXiv:2007.07869, with growth, and moves that are taken back where the
-    # outer loss rose by more than the tolerance. The paper's own: grow=1.0, tolerance=None.
-    config.optimizer = {"name": "fds_rule", "share": 0.1, "grow": 1.2, "tolerance": 0.1}
+    # The sign rule of arXiv:2007.07869, its moves taken back where the outer loss rose by more
+    # than the tolerance, and smaller over time. The paper's: tolerance=0 (none), "constant".
+    config.optimizer = {"name": "fds_rule", "share": 0.1, "tolerance": 0.1, "schedule": "linear"}
     config.stop_on_nonfinite = False  # a run that explodes is taken back, and is no failure
     config.tasks_per_step = 1
     config.log_every = 1

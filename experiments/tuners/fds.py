@@ -23,19 +23,22 @@ class Hypergradients(Tuner):
     A hypergradient is charged by its FLOPs, as so many plain runs (`Problem.charge`).
     """
 
+    steps: int = 10  # hypergradients
     share: float = 0.1  # of each range: the first step
-    grow: float = 1.2  # 1.0, with tolerance=None: the rule of the paper
-    tolerance: float | None = 0.1
+    tolerance: float | None = 0.1  # None, and not annealed: the rule of the paper
+    annealed: bool = True  # moves shrink to a tenth over the steps
     engine: MetaGradient = MixedFlow("nested")
 
     def tune(self, problem: Problem, budget: float, key: jax.Array) -> Iterator[Found]:
         """Yield the eta that was moved to, after each hypergradient."""
-        rule = fds_rule(problem.algorithm.hyperparameters, self.share, self.grow, self.tolerance)
+        schedule = optax.linear_schedule(1.0, 0.1, self.steps - 1) if self.annealed else None
+        learned = problem.algorithm.hyperparameters
+        rule = fds_rule(learned, self.share, tolerance=self.tolerance, schedule=schedule)
         eta = problem.algorithm.init(key)
         state, price, spent = rule.init(eta), problem.charge(self.engine), 0.0
         solve = problem.hypergradient(self.engine)
         move = jax.jit(functools.partial(_moved, rule))
-        for i in range(int(budget // price)):
+        for i in range(min(self.steps, int(budget // price))):
             (loss, _), grads = solve(eta, jax.random.fold_in(key, i))
             eta, state = move(grads, state, eta, loss)
             spent += price

@@ -38,7 +38,7 @@ class Online(Tuner):
     decay: float  # mu
     # Each a run: how far a hyperparameter moves in one step, in shares of its range per unit of
     # the hypergradient with respect to such a share.
-    rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
     def tune(self, problem: Problem, budget: float, key: jax.Array) -> Iterator[Found]:
         """Yield the best schedule so far, after each run."""

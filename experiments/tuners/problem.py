@@ -44,7 +44,7 @@ class Problem:
         found = self.algorithm.hyperparameters
         eta = jax.eval_shape(self.algorithm.init, jax.random.key(0))
         low, high = (
-            {name: jnp.full(eta[name].shape, found[name].bounds()[i]) for name in eta}
+            {name: jnp.full_like(eta[name], found[name].bounds()[i]) for name in eta}
             for i in (0, 1)
         )
         return low, high
@@ -85,12 +85,15 @@ class Problem:
           algorithm: one with other hyperparameters; None: the problem's.
         """
         algorithm = algorithm or self.algorithm
+        return algorithm.horizon * self._ratio(engine, algorithm)
+
+    def _ratio(self, engine: MetaGradient, algorithm: FDS) -> float:
         key = jax.random.key(0)
         eta, keys = jax.eval_shape(algorithm.init, key), jax.random.split(key, 1)
         etas = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), eta)
         plain = cost(_plain(algorithm), etas, self.train, keys).flops
         ours = cost(_differentiated(algorithm, engine), eta, self.train, key).flops
-        return algorithm.horizon * ours / plain
+        return ours / plain
 
 
 def _compiled(algorithm: FDS, tasks: Tasks) -> Any:
@@ -98,6 +101,7 @@ def _compiled(algorithm: FDS, tasks: Tasks) -> Any:
     return lambda etas, keys: scores(etas, tasks, keys)
 
 
+@functools.cache  # problems that differ in their data alone share a program
 def _plain(algorithm: FDS) -> Any:
     @jax.jit
     def scores(etas: Any, tasks: Tasks, keys: jax.Array) -> Score:
@@ -113,6 +117,7 @@ def _plain(algorithm: FDS) -> Any:
     return scores
 
 
+@functools.cache
 def _differentiated(algorithm: FDS, engine: MetaGradient) -> Any:
     @jax.jit
     def solve(eta: Any, tasks: Tasks, key: jax.Array) -> Any:

@@ -156,10 +156,10 @@ class Forward(MetaGradient):
             return begins_flat(unroll.begins, eta)
         return np.zeros(self.directions, int)
 
-    def _active(self, unroll: Unroll, eta: Any, until: int | None) -> int | None:
-        if until is None:
-            return None
-        return padded(int((self._begins(unroll, eta) < until).sum()), self.sharding)
+    def _active(self, unroll: Unroll, eta: Any, until: int | None) -> int:
+        begins = self._begins(unroll, eta)
+        begun = len(begins) if until is None else int((begins < until).sum())
+        return padded(begun, self.sharding)
 
     def _directions(self, unroll: Unroll, eta: Any, key: Any) -> tuple[Any, Any]:
         """Return (pytree like eta with leaves [k, ...], the engine's next state)."""

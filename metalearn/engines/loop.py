@@ -22,6 +22,7 @@ import jax
 from metalearn.engines.check import check_eta, horizon, outer_loss
 from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
+from metalearn.engines.nesting import nested_scan, square_root, within
 from metalearn.engines.recorder import Inner, Recorder, joined
 from metalearn.names import pick
 from metalearn.unroll import Unroll
@@ -40,6 +41,7 @@ class Remat:
 
     mode: str = "none"  # one of REMAT
     segment: int | None = None  # "nested": steps between kept states; None: sqrt(T)
+    budget: int | None = None  # "nested": bytes for kept states, instead of a segment
     peel: bool = False  # take the first step apart, where theta_0 does not depend on eta
     policy: Callable[..., bool] | None = None  # of `jax.checkpoint`: what else is kept
 
@@ -49,6 +51,12 @@ class Remat:
             raise ValueError(
                 f"`segment` is the number of inner steps between kept states of remat='nested', "
                 f"and cannot be {self.segment} with remat={self.mode!r}."
+            )
+        if self.budget is not None and (self.mode != "nested" or self.segment is not None):
+            raise ValueError(
+                "`budget` chooses the segments of remat='nested' by the bytes that kept states may "
+                f"take; it cannot be {self.budget} with remat={self.mode!r} and "
+                f"segment={self.segment}."
             )
 
 
@@ -125,23 +133,16 @@ def _scan(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inne
     step = jax.checkpoint(body, policy=remat.policy, prevent_cse=False)
     if remat.mode == "step":
         return jax.lax.scan(step, state, batches)
-    return _nested(step, state, batches, remat)
+    if remat.budget is None:
+        lengths = [remat.segment or square_root(horizon(batches))]
+        return nested_scan(step, state, batches, lengths, remat.policy)
+    # What the policy keeps beside a state (inner gradients) counts as much as one.
+    held = state_bytes(state) * (1 if remat.policy is None else 2)
+    lengths = within(horizon(batches), held, remat.budget)
+    return nested_scan(step, state, batches, lengths, None)
 
 
-def _nested(step: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inner]:
-    """Scan over segments, each a scan, both levels checkpointed."""
-    steps = horizon(batches)
-    length = min(remat.segment or math.isqrt(steps - 1) + 1, steps)
-    whole = steps - steps % length
-
-    def segment(state: Any, batches: Any) -> tuple[Any, Inner]:
-        return jax.lax.scan(step, state, batches)
-
-    head = jax.tree.map(lambda x: x[:whole].reshape(-1, length, *x.shape[1:]), batches)
-    checkpointed = jax.checkpoint(segment, policy=remat.policy, prevent_cse=False)
-    state, inner = jax.lax.scan(checkpointed, state, head)
-    inner = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), inner)
-    if whole == steps:
-        return state, inner
-    state, rest = segment(state, jax.tree.map(lambda x: x[whole:], batches))
-    return state, joined([inner, rest])
+def state_bytes(state: Any) -> int:
+    """Return the bytes of a state."""
+    shapes = jax.tree.leaves(jax.eval_shape(lambda tree: tree, state))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes)

@@ -69,6 +69,8 @@ class MixedFlow(MetaGradient):
         `metalearn.reversible`), and what rounding adds grows geometrically from an anchor back:
         the meta-gradient is off by 1e-5 with 16 and 3e-5 with 32 in float32, against 6e-6 of
         exact modes (docs/results.md).
+      budget: "nested": bytes that kept states may take at a time, instead of a segment. Inner
+        gradients are then taken again rather than kept (see `metalearn.engines.nesting`).
       store: where remat="step" keeps states and inner gradients. "device"; "host", its memory,
         for the price of the transfers; "inexact_bfloat16", on the device in half the bytes,
         which rounds the points at which Hessian products are taken by 2^-9 (off by 2e-3 to 5e-3).
@@ -81,6 +83,7 @@ class MixedFlow(MetaGradient):
 
     remat: str = "step"
     segment: int | None = None
+    budget: int | None = None
     store: str = "device"
     peel: bool = True
     micro_batches: int = 1
@@ -96,6 +99,8 @@ class MixedFlow(MetaGradient):
             raise ValueError(f"micro_batches={self.micro_batches}, but one is the least.")
         if self.remat == RECONSTRUCT and self.segment is not None and self.segment < 1:
             raise ValueError(f"Anchors lie at least one step apart, not segment={self.segment}.")
+        if self.remat == RECONSTRUCT and self.budget is not None:
+            raise ValueError("`budget` is for remat='nested'; anchors take a `segment`.")
         if self.remat != RECONSTRUCT:
             self._remat()
 
@@ -114,4 +119,4 @@ class MixedFlow(MetaGradient):
 
     def _remat(self) -> Remat:
         policy = jax.checkpoint_policies.save_only_these_names(commuted.INNER_GRADIENT)
-        return Remat(self.remat, self.segment, self.peel, policy)
+        return Remat(self.remat, self.segment, self.budget, self.peel, policy)

@@ -11,6 +11,9 @@ activations of one step:
 | "step"     | T |theta| + A            | one more forward loop    |
 | "nested"   | 2 sqrt(T) |theta| + A    | two more forward loops   |
 
+With a `budget`, "nested" goes as deep as it must and no deeper: L levels keep L T^(1/L)
+states and take L more forward loops.
+
 References: Maclaurin et al. 2015 (arXiv:1502.03492); Franceschi et al. 2017
 (arXiv:1703.01785) for reverse against forward; Chen et al. 2016 (arXiv:1604.06174).
 """
@@ -29,12 +32,19 @@ from metalearn.unroll import Unroll
 
 @dataclasses.dataclass(frozen=True)
 class Reverse(MetaGradient):
-    """Backpropagation through the unrolled loop, exact for any eta."""
+    """Backpropagation through the unrolled loop, exact for any eta.
 
-    remat: str = "none"  # "none", "step" or "nested"
-    segment: int | None = None  # "nested": inner steps between kept states; None: sqrt(T)
-    # Take the first step apart where theta_0 does not depend on eta: fewer FLOPs, one more
-    # step to compile. Off: this engine is the textbook's.
+    Args:
+      remat: "none", "step" or "nested".
+      segment: "nested": inner steps between kept states; None: sqrt(T).
+      budget: "nested": bytes that kept states may take at a time, instead of a segment.
+      peel: take the first step apart where theta_0 does not depend on eta: fewer FLOPs, one more
+        step to compile. Off: this engine is the textbook's.
+    """
+
+    remat: str = "none"
+    segment: int | None = None
+    budget: int | None = None
     peel: bool = False
 
     def __post_init__(self) -> None:
@@ -47,4 +57,4 @@ class Reverse(MetaGradient):
         return backpropagate(unroll, eta, batches, jax.value_and_grad, self._remat())
 
     def _remat(self) -> Remat:
-        return Remat(self.remat, self.segment, self.peel)
+        return Remat(self.remat, self.segment, self.budget, self.peel)

@@ -1,0 +1,144 @@
+"""What one does without tuning: a cosine with a few peaks tried, or no learning rate at all.
+
+Cosine annealing (Loshchilov & Hutter 2017, arXiv:1608.03983) from a peak down to zero,
+
+    alpha_t = peak (1 + cos(pi t / T)) / 2
+
+is what a practitioner runs by hand: a few peaks a factor of three apart, one run each, and the
+usual momentum and weight decay. T inner steps for every peak.
+
+Learning-rate-free optimizers find the scale of their steps within the one run there is:
+Mechanic (Cutkosky et al. 2023, arXiv:2306.00144) by online learning of the factor of another
+optimizer's updates, Prodigy (Mishchenko & Defazio 2023, arXiv:2306.06101) by a lower bound on
+the distance from theta_0 to a solution, in steps like Adam's. T inner steps in all, and a copy
+of theta_0 in memory. Both leave the shape of the schedule to others: optax recommends one that
+starts at 1 and is annealed (`annealed=True`), as in most of these papers' experiments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax import contrib
+
+from metalearn.algorithms import FDS, Hyperparameter, sgd
+from metalearn.algorithms.hyperparameter_places import numeric
+from metalearn.experiments.tuners.problem import Problem
+from metalearn.experiments.tuners.random_search import Ledger, losses
+from metalearn.experiments.tuners.tuner import Found, Tuner
+from metalearn.names import pick
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(Tuner):
+    """Train with the problem's optimizer and a cosine from each peak; keep the best.
+
+    Hyperparameters of the problem that are not named here stay where they start.
+    """
+
+    peaks: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
+    momentum: float | None = 0.9  # None: as the problem has it
+    weight_decay: float | None = 5e-4
+
+    def __post_init__(self) -> None:
+        if not self.peaks or min(self.peaks) <= 0:
+            raise ValueError(
+                f"A cosine falls from its peak to 0, so peaks are positive, and there is at least "
+                f"one of them; not peaks={self.peaks}. Pass some, such as (0.01, 0.1, 1.0)."
+            )
+
+    def tune(self, problem: Problem, budget: float, key: jax.Array) -> Iterator[Found]:
+        algorithm = self._algorithm(problem.algorithm)
+        etas = [
+            algorithm.init(key) | {"learning_rate": cosine(peak, algorithm.horizon)}
+            for peak in self.peaks
+        ]
+        return _one_run_each(problem, algorithm, etas, budget, key)
+
+    def _algorithm(self, algorithm: FDS) -> FDS:
+        fixed = {"momentum": self.momentum, "weight_decay": self.weight_decay}
+        kept = {name: value for name, value in fixed.items() if value is not None}
+        taken = numeric(algorithm.optimizer)
+        for name in ("learning_rate", *kept):
+            if name not in taken:
+                without = "" if name == "learning_rate" else f", or `Cosine({name}=None)`"
+                raise ValueError(
+                    f"`Cosine` sets the optimizer's {name}, and the problem's optimizer takes "
+                    f"{', '.join(taken) or 'nothing'}. Use one that takes it, such as "
+                    f"`metalearn.algorithms.sgd`{without}."
+                )
+        rate = Hyperparameter(0.0, max(self.peaks), windows=algorithm.horizon)
+        own = {name: Hyperparameter(0.0, max(1.0, value), value) for name, value in kept.items()}
+        chosen = {**algorithm.hyperparameters, "learning_rate": rate, **own}
+        return dataclasses.replace(algorithm, hyperparameters=chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRateFree(Tuner):
+    """Train once with an optimizer that needs no learning rate, its own defaults kept.
+
+    It takes the place of the problem's optimizer and of that one's hyperparameters; those of
+    the objective and of the augmentation stay where they start.
+    """
+
+    name: str  # one of OPTIMIZERS
+    annealed: bool = False  # by a cosine from 1 to 0; else the factor is 1 throughout
+
+    def __post_init__(self) -> None:
+        pick(OPTIMIZERS, self.name, "learning-rate-free optimizer")
+
+    def tune(self, problem: Problem, budget: float, key: jax.Array) -> Iterator[Found]:
+        algorithm = self._algorithm(problem.algorithm)
+        eta = algorithm.init(key)
+        if self.annealed:
+            eta |= {"learning_rate": cosine(1.0, algorithm.horizon)}
+        return _one_run_each(problem, algorithm, [eta], budget, key)
+
+    def _algorithm(self, algorithm: FDS) -> FDS:
+        replaced = numeric(algorithm.optimizer)
+        others = {n: h for n, h in algorithm.hyperparameters.items() if n not in replaced}
+        windows = algorithm.horizon if self.annealed else 1
+        rate = Hyperparameter(0.0, 2.0, start=1.0, windows=windows)
+        return dataclasses.replace(
+            algorithm,
+            hyperparameters={**others, "learning_rate": rate},
+            optimizer=OPTIMIZERS[self.name],
+        )
+
+
+def cosine(peak: float, horizon: int) -> jax.Array:
+    """Return the learning rate of every step, [T], from the peak down to almost 0."""
+    return jnp.asarray(peak * (1 + np.cos(np.pi * np.arange(horizon) / horizon)) / 2)
+
+
+def mechanic(learning_rate: float) -> optax.GradientTransformation:
+    """Return Mechanic around SGD with momentum, of which it learns the factor."""
+    return contrib.mechanize(sgd(learning_rate, momentum=0.9))
+
+
+def prodigy(learning_rate: float) -> optax.GradientTransformation:
+    """Return Prodigy, the learning rate a factor of what it finds."""
+    return contrib.prodigy(learning_rate)
+
+
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "mechanic": mechanic,
+    "prodigy": prodigy,
+}
+
+
+def _one_run_each(
+    problem: Problem, algorithm: FDS, etas: Sequence[Any], budget: float, key: jax.Array
+) -> Iterator[Found]:
+    """Train with each that the budget is enough for, all at once."""
+    ledger, validate, steps = Ledger(algorithm), problem.validator(algorithm), algorithm.horizon
+    paid = etas[: int(budget // steps)]
+    keys = jax.random.split(key, len(etas))[: len(paid)]
+    for eta, loss in zip(paid, losses(validate, paid, keys, len(etas)), strict=True):
+        yield ledger.charged(steps, eta, loss)
