@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from metalearn import Reverse
-from metalearn.experiments import arguments, build, language
+from metalearn.experiments import arguments, build, language, training_runs
 
 SMALL = {
     "tasks_per_step": 2,
@@ -30,15 +30,22 @@ SMALL = {
     "dataset.eval_steps": 2,
     "dataset.probes": 2,
     "dataset.eval_probes": 2,
+    "dataset.validation": 20,
+    "algorithm.horizon": 7,
+    "algorithm.batch": 2,
 }
 INPUTS = {
     "mlp": jax.ShapeDtypeStruct((1, 1), jnp.float32),
     "conv_net": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),
+    "le_net": jax.ShapeDtypeStruct((1, 12, 12, 1), jnp.float32),
+    "wide_res_net": jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32),
     "transformer": jax.ShapeDtypeStruct((1, 6), jnp.int32),
 }
 SIZES: dict[str, dict] = {
     "mlp": {"hidden": [4]},
     "conv_net": {"filters": 2, "blocks": 1},
+    "le_net": {"convolution": "lax"},
+    "wide_res_net": {"depth": 10},
     "transformer": {"width": 4, "layers": 2, "heads": 2},
 }
 TABLES = {
@@ -73,9 +80,11 @@ def _has(config, path):
     return config != 0
 
 
-def skip_without(dataset):
+def skip_without(dataset, tfds=None):
     where = os.environ.get("TFDS_DATA_DIR")
     folder = {"omniglot": "omniglot", "text": "tiny_shakespeare"}.get(dataset)
+    if dataset == "training_run" and tfds != "digits":
+        folder = tfds
     if folder and not (where and (pathlib.Path(where) / folder).is_dir()):
         pytest.skip(f"TFDS_DATA_DIR does not hold {folder}")
 
@@ -105,7 +114,7 @@ def takes_a_step(config):
 @pytest.mark.parametrize("name", arguments.packaged())
 def test_a_packaged_config_builds_and_takes_a_step(name):
     config = small(name)
-    skip_without(config.dataset.name)
+    skip_without(config.dataset.name, config.dataset.get("tfds"))
     takes_a_step(config)
 
 
@@ -193,7 +202,7 @@ def test_the_cosine_schedule_ends_at_zero_after_the_outer_steps_and_the_constant
 @pytest.mark.parametrize("name", build.OBJECTIVES)
 def test_every_objective_goes_with_every_algorithm(name):
     inner = {"name": "sgd", "learning_rate": 0.1}
-    for algorithm in build.ALGORITHMS.keys() - {"loss_weights"}:  # its loss is per token
+    for algorithm in build.ALGORITHMS.keys() - {"loss_weights", "fds"}:  # they have their own
         config = {"name": algorithm, "objective": name, "optimizer": inner}
         made = build.algorithm(config, model("mlp", "linen"))
         assert made.objective is build.OBJECTIVES[name]
@@ -213,7 +222,7 @@ def test_every_network_of_every_library_fits_its_dataset(network, library):
     assert jax.eval_shape(outputs, batch).shape == (5, *per_token, 3)
 
 
-@pytest.mark.parametrize("name", [name for name in build.DATASETS if name != "text"])
+@pytest.mark.parametrize("name", build.DATASETS.keys() - {"text", "training_run"})
 def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name):
     skip_without(name)
     config = {"name": name, "shots": 1, "queries": 2, "eval_queries": 3}
@@ -229,6 +238,62 @@ def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name):
         assert inputs.shape == (queries * per_query, *data.inputs.shape[1:])
         assert targets.shape[0] == queries * per_query
     assert data.outputs == (1 if name == "sinusoid" else 4)
+
+
+def test_training_runs_tell_the_inner_loop_wrong_labels_and_judge_by_right_ones():
+    config = build.to_json(small("fds_digits"))["dataset"]
+    data = build.splits(config)
+    assert data.inputs.shape == (1, 8, 8, 1) and data.outputs == 10
+    support, query = data.train.sample(jax.random.key(0))
+    assert query[2].shape == (20,) and support[2].shape == (1280,)
+    assert 0.25 < (support[1] != query[1]).mean() < 0.35
+    final = data.test.sample(jax.random.key(0))
+    assert final.support[2].shape == (1300,) and final.query[2].shape == (497,)
+    assert (final.support[1] == support[1]).all()
+
+
+def fds_config(**options):
+    return {**build.to_json(small("fds_digits"))["algorithm"], **options}
+
+
+def test_fds_is_built_with_what_is_learned_and_what_stays():
+    made = build.algorithm(fds_config(augment="jitter"), model("mlp", "linen"))
+    assert made.hyperparameters["learning_rate"].windows == 7
+    assert made.augment is training_runs.AUGMENTATIONS["jitter"]
+    windows = {"low": 0.0, "high": 1.0, "windows": [0, 3, 7], "start": [0.1, 0.2]}
+    config = fds_config(hyperparameters={"momentum": windows})
+    config["optimizer"] = {"name": "sgd", "learning_rate": 0.5}
+    made = build.algorithm(config, model("mlp", "linen"))
+    assert made.hyperparameters["momentum"].windows == (0, 3, 7)
+    assert made.optimizer.keywords == {"learning_rate": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "table", "what"),
+    [
+        ({"optimizer": {"name": "x_y"}}, training_runs.OPTIMIZERS, "optimizer"),
+        ({"objective": "x_y"}, training_runs.OBJECTIVES, "objective"),
+        ({"augment": "x_y"}, training_runs.AUGMENTATIONS, "augmentation"),
+    ],
+)
+def test_the_parts_of_fds_are_refused_by_name(options, table, what):
+    known = ", ".join(sorted(table))
+    with pytest.raises(ValueError, match=f"^No {what} is called 'x_y'. There are: {known}.$"):
+        build.algorithm(fds_config(**options), None)
+
+
+def test_the_outer_optimizer_of_fds_keeps_hyperparameters_in_their_ranges():
+    learner = build.algorithm(fds_config(), model("mlp", "linen"))
+    eta = learner.init(jax.random.key(0))
+    far = {"name": "sgd", "learning_rate": 1e6, "schedule": "constant"}
+    for config in (far, {"name": "fds_rule", "share": 9.0, "schedule": "linear"}):
+        optimizer = build.outer_optimizer(config, 10, learner)
+        down = jax.tree.map(jnp.ones_like, eta)
+        state, value = optimizer.init(eta), jnp.asarray(1.0)
+        updates, _ = optimizer.update(down, state, eta, value=value)
+        lowest = {name: h.bounds()[0] for name, h in learner.hyperparameters.items()}
+        for name, x in optax.apply_updates(eta, updates).items():
+            assert jnp.allclose(x, lowest[name], rtol=1e-4)
 
 
 def text_config(**options):

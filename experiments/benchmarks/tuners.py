@@ -58,6 +58,7 @@ STEPS = 10  # hypergradients of FDS: 1x
 ALONE = 1e6  # a budget of a tuner that stops by itself
 TUNERS: dict[str, tuple[Tuner, float]] = {  # and their budgets
     "FDS": (Hypergradients(STEPS), 1),
+    "FDS ": (Hypergradients(4 * STEPS), 4),
     "FDS, the paper's rule": (Hypergradients(STEPS, tolerance=None, annealed=False), 1),
     "HD (greedy), best of 5 rates": (Online(0.0), ALONE),
     "MARTHE, decay 0.99, best of 5": (Online(0.99), ALONE),

@@ -86,9 +86,8 @@ class Forward(MetaGradient):
         steps = horizon(batches)
         stream, seen = self.start(unroll, eta, state), []
         for part in parts(self._begins(unroll, eta), steps):
-            cut = slice(part.start, part.stop)
-            now = jax.tree.map(lambda x, cut=cut: x[cut], batches)
-            stream, inner = self.advance(unroll, eta, stream, now, part.stop)
+            numbers = jnp.arange(part.start, part.stop)  # no copy of the batches themselves
+            stream, inner = self._through(unroll, eta, stream, batches, numbers, part.stop)
             seen.append(inner)
         return self.finish(unroll, eta, stream, joined(seen))
 
@@ -116,11 +115,24 @@ class Forward(MetaGradient):
           until: the number of the step after them. Directions that come into play later
             (`Unroll.begins`) are left alone; None pushes all.
         """
-        horizon(batches)
+        return self._through(unroll, eta, stream, batches, jnp.arange(horizon(batches)), until)
+
+    def _through(
+        self,
+        unroll: Unroll,
+        eta: Any,
+        stream: Stream,
+        batches: Any,
+        numbers: jax.Array,
+        until: int | None,
+    ) -> tuple[Stream, Inner]:
+        """Take the steps of these numbers."""
         active = self._active(unroll, eta, until)
         directions = jax.tree.map(lambda x: x[:active], stream.directions)
 
-        def move(carry: tuple[Any, list[jax.Array]], batch: Any) -> Any:
+        def move(carry: tuple[Any, list[jax.Array]], number: jax.Array) -> Any:
+            batch = jax.tree.map(lambda x: x[number], batches)
+
             def step(state: Any, eta: Any) -> tuple[Any, Inner]:
                 return step_body(unroll, eta, jax.value_and_grad)(state, batch)
 
@@ -131,7 +143,7 @@ class Forward(MetaGradient):
             return (state, tangents), inner._replace(tangent_norm=norms(tangents, stream.tangents))
 
         begun = stream.state, [tangent[:active] for tangent in stream.tangents]
-        (state, tangents), inner = jax.lax.scan(move, begun, batches)
+        (state, tangents), inner = jax.lax.scan(move, begun, numbers)
         later = [tangent[active:] for tangent in stream.tangents]
         tangents = [jnp.concatenate(pair) for pair in zip(tangents, later, strict=True)]
         return stream._replace(state=state, tangents=tangents), inner

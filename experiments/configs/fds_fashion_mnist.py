@@ -1,0 +1,39 @@
+"""FDS on Fashion-MNIST: learning-rate windows of SGD for LeNet, through 2,000 steps.
+
+Reproduces   the method of Micaelli & Storkey 2021 (arXiv:2007.07869) on real images at a size for
+             a CPU: seven windows of the learning rate, one of momentum and one of weight decay,
+             5% of the training images a fresh validation split for each outer step.
+Command      metalearn train --config=fds_fashion_mnist --workdir=runs/fds_fashion
+             The dataset: tfds build fashion_mnist --file_format=array_record
+Takes        FIXME 2 CPU cores
+Expect       0.0 FIXME
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from metalearn.experiments.configs import _common
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = _common.fds()
+
+    config.algorithm.horizon = 2000
+    config.algorithm.eval_horizon = placeholder(int)
+    config.algorithm.batch = 64
+    config.algorithm.hyperparameters = {
+        "learning_rate": {"low": 1e-4, "high": 1.0, "start": 0.01, "windows": 7, "space": "log"},
+        "momentum": {"low": 0.0, "high": 1.0, "start": 0.5, "windows": 1, "space": "logit"},
+        "weight_decay": {"low": 1e-5, "high": 0.1, "start": 1e-3, "windows": 1, "space": "log"},
+    }
+
+    config.model = {"name": "le_net", "library": "linen", "convolution": "lax"}
+
+    config.dataset.tfds = "fashion_mnist"
+    config.dataset.validation = 0.05
+
+    config.health = False  # a look at a meta-gradient takes as long as an outer step
+    config.steps = 8
+    config.checkpoint_every = 1
+    config.test_tasks = 3
+    return config

@@ -1,0 +1,194 @@
+"""The benchmarks of FDS measure what they say: memory, noise, and what was learned."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from metalearn import Forward
+from metalearn.datasets import TrainingRuns
+from metalearn.experiments.benchmarks import horizons, noise, schedules
+
+PNG = b"\x89PNG"
+
+
+def cells(text, first):
+    """Return {row: numbers} of the Markdown table whose corner begins like this."""
+    lines = text[text.index(f"| {first}") :].split("\n\n")[0].strip().splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: [float(cell.replace(",", "")) for cell in found] for name, *found in rows}
+
+
+def test_memory_and_flops_of_the_engines_make_tables(capsys):
+    horizons.main(["--T", "100"])
+    text = capsys.readouterr().out
+    memory, flops = cells(text, "temporaries"), cells(text, "FLOPs")
+    assert list(flops) == list(horizons.ENGINES)
+    assert memory[horizons.PLAIN] < memory['Reverse("nested")'] < memory['MixedFlow("nested")']
+    assert memory["argument: batch indices"] == [pytest.approx(100 * 65 * 4 / 2**10, abs=0.1)]
+    assert flops[horizons.PLAIN] == [1]
+    assert 1 < flops['MixedFlow("nested")'][0] < flops['Reverse("nested")'][0]
+
+
+def test_forward_mode_holds_no_more_at_a_longer_horizon_but_for_the_indices():
+    algorithm, tasks = horizons.problem()
+    short, long = (algorithm.stretched(horizon) for horizon in (100, 1000))
+    found = [horizons.costs(each, tasks, ["Forward()"])["Forward()"] for each in (short, long)]
+    rows = [horizons.indices(each, tasks) for each in (short, long)]
+    assert rows[1] == 10 * rows[0]
+    assert found[1].arguments - found[0].arguments == rows[1] - rows[0]
+    assert found[1].temporaries - found[0].temporaries <= rows[1] - rows[0]
+
+
+def test_times_are_against_plain_training_of_the_same_round(capsys, monkeypatch):
+    taken = {name: [0.5, 3.0, 1.0] for name in horizons.ENGINES} | {horizons.PLAIN: [0.1, 1.0, 0.1]}
+    monkeypatch.setattr(horizons, "seconds", lambda *_: taken)
+    algorithm, tasks = horizons.problem()
+    found = horizons.times(algorithm.stretched(1000), tasks, [3, 9], 3)
+    assert "| plain training | 100.0 us | 100.0 us |" in found
+    assert "| Forward() | 5.0 | 5.0 |" in found
+
+
+def test_the_learning_rate_takes_the_windows_that_the_others_leave():
+    algorithm, _ = horizons.problem()
+    eta = horizons.with_tangents(algorithm.stretched(100), 17).init(jax.random.key(0))
+    assert {name: x.size for name, x in eta.items()} == {
+        "learning_rate": 15,
+        "momentum": 1,
+        "weight_decay": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    out = tmp_path_factory.mktemp("noise")
+    noise.main(["--seeds", "4", "--horizon", "20", "--W", "1", "5", "20", "7", f"--out={out}"])
+    with (out / "noise.csv").open() as file:
+        rows = {row["W"]: row for row in csv.DictReader(file)}
+    return out, rows, dict(np.load(out / "noise.npz"))
+
+
+def test_the_noise_benchmark_writes_a_table_a_csv_and_a_picture(measured):
+    out, rows, arrays = measured
+    assert list(rows) == ["1", "5", "20", noise.GREEDY]  # 7 does not divide the horizon
+    assert {name: x.shape for name, x in arrays.items()} == {"exact": (4, 20), "greedy": (4, 20)}
+    assert "| 20 | " in (out / "noise.md").read_text()
+    assert (out / "noise.png").read_bytes().startswith(PNG)
+    assert float(rows["1"]["ratio"]) == 1
+
+
+def test_the_error_of_a_window_is_that_of_the_mean_over_it(measured):
+    _, rows, arrays = measured
+    exact = arrays["exact"]
+    errors = []
+    for i, each in enumerate(exact):
+        others = np.delete(exact, i, 0).mean(0)
+        errors.append(((each.mean() - others) ** 2).mean())
+    by_hand = np.mean(errors) - exact.var(0, ddof=1).mean() / 3
+    assert float(rows["20"]["mse"]) == pytest.approx(by_hand, rel=1e-9)
+    assert float(rows["1"]["mse"]) == pytest.approx(exact.var(0, ddof=1).mean(), rel=1e-9)
+    assert float(rows["20"]["variance"]) + float(rows["20"]["bias2"]) == pytest.approx(
+        float(rows["20"]["ratio"])
+    )
+
+
+def test_no_error_is_above_the_theorem(measured):
+    _, rows, _ = measured
+    for width in ("1", "5", "20"):
+        assert float(rows[width]["ratio"]) <= float(rows[width]["theorem"]) * (1 + 1e-9)
+
+
+def test_two_runs_are_too_few_to_tell_the_noise():
+    with pytest.raises(ValueError, match="Only 2 runs are finite.*Raise --seeds"):
+        noise.rows(np.ones((2, 4)), np.ones((2, 4)), [1])
+
+
+def test_the_error_has_no_bias_of_its_own():
+    rng = np.random.default_rng(0)
+    truth = np.linspace(0, 1, 10)
+    runs = [truth + 2 * rng.standard_normal((5, 10)) for _ in range(4000)]
+    expected = 4 / 10 + truth.var()
+    found = [noise.mse(noise.shared(run, 10), run) for run in runs]
+    assert np.mean(found) == pytest.approx(expected, abs=4 * np.std(found) / 4000**0.5)
+    assert abs(np.mean(found) - expected) < 0.1 * expected
+
+
+def test_the_greedy_hypergradient_is_that_of_a_run_that_ends_there(measured):
+    _, _, arrays = measured
+    exact, greedy = arrays["exact"], arrays["greedy"]
+    np.testing.assert_allclose(exact[:, -1], greedy[:, -1], rtol=1e-3)
+    assert (abs(greedy[:, 0] / exact[:, 0] - 1) > 0.1).all()
+
+
+def test_hypergradients_of_steps_add_up_to_that_of_one_rate_for_all():
+    inputs = jax.random.normal(jax.random.key(1), (60, 64))
+    tasks = TrainingRuns.create(inputs, (inputs[:, 0] > 0).astype(int), validation=20)
+    given = {"dataset": "digits", "validation": 20, "label_noise": 0.0, "horizon": 6, "batch": 8}
+    algorithm, _ = noise.problem({**given, "lr": 0.1, "momentum": 0.9})
+
+    @jax.jit
+    def run(key):
+        sample_key, unroll_key, batch_key = jax.random.split(key, 3)
+        episode = tasks.sample(sample_key)
+        unroll, batches = (
+            algorithm.unroll(episode, unroll_key),
+            algorithm.batches(episode, batch_key),
+        )
+        engines = Forward(), Forward(inexact_decay=0.0)
+        exact, near = (e.value_and_grad(unroll, algorithm.init(key), batches)[1] for e in engines)
+        return noise.hypergradients(algorithm, tasks, key), exact[noise.NAME], near[noise.NAME]
+
+    (each, greedy), exact, near = run(jax.random.key(2))
+    np.testing.assert_allclose(each.sum(), exact[0], rtol=1e-4)
+    np.testing.assert_allclose(greedy[-1], near[0], rtol=1e-4)
+
+
+def write_run(workdir, **extra):
+    workdir.mkdir()
+    rows = [
+        {"step": i, "loss": 1 / i, "momentum/0": 0.5, "learning_rate/mean": 0.1, **extra}
+        | {f"weight_decay/{w}": 10.0 ** (-i - w) for w in range(12)}
+        for i in (1, 2, 3)
+    ]
+    rows.append({"step": 3, "eval/loss": 1.0, "eval/momentum/0": 0.5})
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return rows
+
+
+def test_a_run_is_drawn_into_its_workdir(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    write_run(workdir, inner_tangent_norm=float("inf"))
+    schedules.main([str(workdir)])
+    names = ["loss", "momentum", "learning_rate", "weight_decay"]
+    paths = [workdir / "pictures" / f"{name}.png" for name in names]
+    assert capsys.readouterr().out.split() == [str(path) for path in paths]
+    assert all(path.read_bytes().startswith(PNG) for path in paths)
+
+
+def test_windows_are_drawn_in_their_order_and_evaluations_are_left_out(tmp_path):
+    rows = write_run(tmp_path / "run")
+    values = schedules.learned(schedules.read(tmp_path / "run"))
+    assert {name: x.shape for name, x in values.items()} == {
+        "momentum": (3, 1),
+        "learning_rate": (3, 1),
+        "weight_decay": (3, 12),
+    }
+    np.testing.assert_array_equal(
+        values["weight_decay"][:, 10], [r["weight_decay/10"] for r in rows[:3]]
+    )
+    cuts = schedules.ends(tmp_path / "run", values)
+    np.testing.assert_allclose(cuts["weight_decay"], np.arange(13) / 12)
+
+
+def test_windows_lie_where_the_config_of_the_run_says(tmp_path, monkeypatch):
+    config = {"horizon": 10, "hyperparameters": {"lr": {"windows": [0, 2, 10]}, "wd": {}}}
+    monkeypatch.setattr(schedules, "_config", lambda _: config)
+    cuts = schedules.ends(tmp_path, {"lr": np.ones((1, 2)), "wd": np.ones((1, 1))})
+    np.testing.assert_allclose(cuts["lr"], [0, 0.2, 1])
+
+
+def test_a_workdir_without_a_run_is_refused_and_says_how_to_get_one(tmp_path):
+    with pytest.raises(ValueError, match="no outer steps in .*metrics.jsonl.*metalearn train"):
+        schedules.draw(tmp_path)
