@@ -30,7 +30,6 @@ SMALL = {
     "dataset.eval_steps": 2,
     "dataset.probes": 2,
     "dataset.eval_probes": 2,
-    "dataset.validation": 20,
     "algorithm.horizon": 7,
     "algorithm.batch": 2,
 }
@@ -241,7 +240,7 @@ def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name):
 
 
 def test_training_runs_tell_the_inner_loop_wrong_labels_and_judge_by_right_ones():
-    config = build.to_json(small("fds_digits"))["dataset"]
+    config = build.to_json(small("fds_digits", **{"dataset.validation": 20}))["dataset"]
     data = build.splits(config)
     assert data.inputs.shape == (1, 8, 8, 1) and data.outputs == 10
     support, query = data.train.sample(jax.random.key(0))

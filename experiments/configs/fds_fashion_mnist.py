@@ -5,8 +5,8 @@ Reproduces   the method of Micaelli & Storkey 2021 (arXiv:2007.07869) on real im
              5% of the training images a fresh validation split for each outer step.
 Command      metalearn train --config=fds_fashion_mnist --workdir=runs/fds_fashion
              The dataset: tfds build fashion_mnist --file_format=array_record
-Takes        FIXME 2 CPU cores
-Expect       0.0 FIXME
+Takes        not measured in full; a hypergradient takes a few minutes on 2 CPU cores
+Expect       0.85 to 0.9 accuracy is usual of LeNet after two epochs; not measured here
 """
 
 import ml_collections
