@@ -9,7 +9,7 @@ import pytest
 
 from metalearn import Forward
 from metalearn.datasets import TrainingRuns
-from metalearn.experiments.benchmarks import horizons, noise, schedules
+from metalearn.experiments.benchmarks import horizons, noise, regret, schedules, tuners
 
 PNG = b"\x89PNG"
 
@@ -192,3 +192,36 @@ def test_windows_lie_where_the_config_of_the_run_says(tmp_path, monkeypatch):
 def test_a_workdir_without_a_run_is_refused_and_says_how_to_get_one(tmp_path):
     with pytest.raises(ValueError, match="no outer steps in .*metrics.jsonl.*metalearn train"):
         schedules.draw(tmp_path)
+
+
+# Tuners.
+
+
+def test_tuners_share_a_problem_and_a_budget_and_make_a_table_and_a_picture(tmp_path, capsys):
+    names = ["FDS", "random search", "cosine, best of 5 peaks"]
+    given = ["--box", "log", "--tuner", *names, "--seeds", "2", "--horizon", "20"]
+    rows = tuners.main([*given, "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert [line.split("|")[2].strip() for line in text.splitlines()[-3:]] == names
+    ends = [row for row in rows if row.last]
+    assert [(row.tuner, row.seed) for row in ends] == [(n, s) for n in names for s in (0, 1)]
+    for row in ends[:4]:
+        assert 0.9 < row.spent <= 1.0 + 1e-9
+    assert regret.draw(tmp_path) == [tmp_path / "regret_log.png"]
+    assert (tmp_path / "regret_log.png").read_bytes()[:4] == PNG
+
+
+def test_regret_is_of_the_last_answer_that_had_cost_no_more(tmp_path):
+    header = "box,tuner,seed,spent,seconds,loss,accuracy,last"
+    lines = ["a,x,0,1,0,0.9,0,False", "a,x,0,2,0,0.5,0,True", "a,y,0,1.5,0,0.4,0,True"]
+    (tmp_path / "tuners.csv").write_text("\n".join([header, *lines]))
+    found = regret.lines(regret.read(tmp_path), "a")
+    np.testing.assert_allclose(found["x"][0], [1, 2])
+    np.testing.assert_allclose(found["x"][1], [0.5, 0.1])
+    np.testing.assert_allclose(found["y"][1], [regret.FLOOR])
+
+
+def test_seeds_of_the_tuning_problem_differ_in_their_data():
+    one, other = (tuners.problem("log", seed, 20) for seed in (0, 1))
+    assert (one.final.test_targets != other.final.test_targets).any()
+    assert one.algorithm is other.algorithm

@@ -1,0 +1,80 @@
+"""Regret against cost, a line for each tuner: what `benchmarks.tuners` wrote, drawn.
+
+    python -m metalearn.experiments.benchmarks.regret runs/tuners
+
+Regret is the test loss of what a tuner would have answered with at that cost, less the lowest
+of its box; the mean over seeds of those that had spent as much. Logarithmic axes; what diverged
+is drawn at the top.
+"""
+
+from __future__ import annotations
+
+import csv
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+TOP = 10.0  # regret from which on all are alike
+FLOOR = 1e-3
+
+
+def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Read the rows of tuners.csv."""
+    with (folder / "tuners.csv").open(newline="") as file:
+        numbers = ("spent", "loss")
+        return [row | {key: float(row[key]) for key in numbers} for row in csv.DictReader(file)]
+
+
+def lines(rows: Sequence[dict[str, Any]], box: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return {tuner: (costs, mean regret)}; runs of one tuner at several budgets are one line."""
+    ours = [row for row in rows if row["box"] == box]
+    least = min(row["loss"] for row in ours)
+    found = {}
+    for name in dict.fromkeys(row["tuner"].strip() for row in ours):
+        mine = [row for row in ours if row["tuner"].strip() == name]
+        costs = np.array(sorted({row["spent"] for row in mine}))
+        regrets = [[_at(mine, seed, cost) for cost in costs] for seed in _seeds(mine)]
+        found[name] = costs, np.clip(np.nanmean(np.array(regrets) - least, 0), FLOOR, TOP)
+    return found
+
+
+def draw(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draw each box of a folder's tuners.csv as a PNG beside it. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    rows, written = read(folder), []
+    for box in dict.fromkeys(row["box"] for row in rows):
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name, (costs, regret) in lines(rows, box).items():
+            axes.plot(costs, regret, marker=".", label=name, lw=2.5 if name == "FDS" else 1)
+        axes.set(xscale="log", yscale="log", xlabel="cost, in ten hypergradients")
+        axes.set(ylabel="regret in test loss", title=f"box: {box}")
+        axes.legend(fontsize=7)
+        written.append(folder / f"regret_{box}.png")
+        figure.savefig(written[-1], dpi=150)
+    return written
+
+
+def _seeds(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return sorted({row["seed"] for row in rows})
+
+
+def _at(rows: Sequence[dict[str, Any]], seed: str, cost: float) -> float:
+    """Return the loss of the last answer of a seed that had cost no more; the first before it."""
+    mine = sorted((r for r in rows if r["seed"] == seed), key=lambda row: row["spent"])
+    before = [row for row in mine if row["spent"] <= cost] or mine[:1]
+    return min(before[-1]["loss"], 1e3)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw, and print what was written."""
+    (folder,) = sys.argv[1:] if argv is None else argv
+    print("\n".join(map(str, draw(pathlib.Path(folder)))))
+
+
+if __name__ == "__main__":
+    main()
