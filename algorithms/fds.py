@@ -32,10 +32,11 @@ import optax
 
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.hyperparameter import Hyperparameter
-from metalearn.algorithms.hyperparameter_places import place
+from metalearn.algorithms.hyperparameter_places import check_required, place
 from metalearn.algorithms.objectives import cross_entropy
 from metalearn.algorithms.schedule import Schedule
 from metalearn.algorithms.windows import edges, spread, stretched, window_of
+from metalearn.leaves import is_differentiable
 from metalearn.model import Model
 from metalearn.optimizers import differentiable_at_zero
 from metalearn.unroll import Episode, Unroll
@@ -77,15 +78,27 @@ class FDS(Algorithm):
     def __post_init__(self) -> None:
         if not self.hyperparameters:
             raise ValueError("FDS learns hyperparameters, so it needs at least one of them.")
+        if not callable(self.optimizer):
+            raise TypeError(
+                "`FDS(optimizer=)` takes what makes an optimizer from its hyperparameters, such as "
+                "`optax.adamw`, not an optimizer. What stays fixed: "
+                "`functools.partial(optax.adamw, learning_rate=1e-3)`."
+            )
         places = self._places()
         for name, chosen in self.hyperparameters.items():
             found = edges(chosen.windows, self.horizon)
-            starts = 1 if isinstance(chosen.start, float | int) else len(chosen.start)
+            starts = np.size(chosen.start)
             if starts not in (1, len(found) - 1):
                 raise ValueError(
                     f"{name!r} in the {places[name]} has {len(found) - 1} windows and {starts} "
                     "values to start from: give one for all, or one for each."
                 )
+        check_required(self.optimizer, self.hyperparameters)
+        if self.eval_horizon is not None and self.eval_horizon < self.horizon:
+            raise ValueError(
+                f"A schedule is stretched over eval_horizon={self.eval_horizon} steps, which are "
+                f"fewer than the {self.horizon} it is learned for. Take as many, or more."
+            )
 
     def init(self, key: jax.Array) -> dict[str, jax.Array]:
         """Return the coordinates that the hyperparameters start from: {name: [N, ...]}."""
@@ -94,7 +107,7 @@ class FDS(Algorithm):
 
     def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
         """Return the training of a fresh model, drawn with `key`."""
-        model_key, augment_key = jax.random.split(key)
+        model_key, augment_key, noise_key = jax.random.split(key, 3)
 
         def init(eta: Any) -> Run:
             params, statistics = self.model.init(model_key)
@@ -109,12 +122,14 @@ class FDS(Algorithm):
                 inputs = self.augment(inputs, augment_now, **values["augment"])
 
             def loss(params: Any, values: Any) -> tuple[jax.Array, Any]:
-                outputs, statistics = self._apply(params, state, inputs, True, augment_key)
+                noise = jax.random.fold_in(noise_key, now)  # of dropout and the like
+                outputs, statistics = self._apply(params, state, inputs, True, noise)
                 return self.objective(outputs, targets, **values)[0], statistics
 
             grads, statistics = grad(loss, has_aux=True)(state.params, values["objective"])
             optimizer = differentiable_at_zero(self._optimizer(values))
             updates, slots = optimizer.update(grads, state.optimizer, state.params)
+            slots = jax.tree.map(_as_before, slots, state.optimizer)
             return Run(optax.apply_updates(state.params, updates), slots, statistics)
 
         def loss(eta: Any, state: Run) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -146,7 +161,7 @@ class FDS(Algorithm):
     def stretched(self, horizon: int) -> FDS:
         """Return the same over a run of another length, to which every eta of it applies."""
         moved = {
-            name: dataclasses.replace(h, windows=stretched(h.windows, self.horizon, horizon))
+            name: dataclasses.replace(h, windows=stretched(self._windows(name), horizon))
             for name, h in self.hyperparameters.items()
         }
         return dataclasses.replace(self, hyperparameters=moved, horizon=horizon)
@@ -174,6 +189,7 @@ class FDS(Algorithm):
         """Return the values at an inner step, by where they go: {"optimizer": {name: value}}."""
         found: dict[str, dict[str, jax.Array]] = {"optimizer": {}, "objective": {}, "augment": {}}
         for name, where in self._places().items():
+            self._check_windows(name, eta)
             x = eta[name][window_of(jnp.asarray(step), self.edges(name))]
             found[where][name] = self.hyperparameters[name].value(x)
         return found
@@ -182,10 +198,19 @@ class FDS(Algorithm):
         """Return what was learned as plain schedules: {name: step -> value}."""
         found = {}
         for name, chosen in self.hyperparameters.items():
+            self._check_windows(name, eta)
             values = np.asarray(chosen.value(eta[name])).tolist()
             values = [tuple(v) if isinstance(v, list) else v for v in values]
-            found[name] = Schedule(tuple(self.edges(name).tolist()), tuple(values))
+            found[name] = Schedule(self._windows(name), tuple(values))
         return found
+
+    def _check_windows(self, name: str, eta: Any) -> None:
+        windows = len(self.edges(name)) - 1
+        if len(eta[name]) != windows:
+            raise ValueError(
+                f"{name!r} has {windows} windows here, but {len(eta[name])} in eta. An eta goes "
+                "with the windows it was learned for; `spread` turns it into that of `unshared()`."
+            )
 
     def _places(self) -> dict[str, str]:
         takers = {
@@ -194,6 +219,9 @@ class FDS(Algorithm):
             "augment": self.augment,
         }
         return place(self.hyperparameters, takers)
+
+    def _windows(self, name: str) -> tuple[int, ...]:
+        return tuple(self.edges(name).tolist())
 
     def _starts(self, name: str) -> np.ndarray:
         """Return the values [N] that the windows start from."""
@@ -229,6 +257,11 @@ class FDS(Algorithm):
             else:
                 shown[f"{name}/mean"] = value.mean()
         return shown
+
+
+def _as_before(new: Any, old: Any) -> Any:
+    """Return a slot in the type it had: a learned hyperparameter may be of another."""
+    return new.astype(old.dtype) if is_differentiable(new) else new
 
 
 def _read(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:

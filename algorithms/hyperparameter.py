@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,22 +61,33 @@ class Hyperparameter:
                 f'space="logit" reaches its bounds only in the limit, so start={self.start} must '
                 f"lie strictly between {self.low} and {self.high}."
             )
+        if self.space == "logit" and not (np.abs(self._logit(starts)) <= LOGIT).all():
+            width = self.high - self.low
+            raise ValueError(
+                f'space="logit" covers all but a thousandth of the range at each end, and start='
+                f"{self.start} is in one. Start from {self.low + 1e-3 * width:.4g} to "
+                f"{self.high - 1e-3 * width:.4g}, or widen the range."
+            )
 
     def coordinate(self, value: jax.Array) -> jax.Array:
         """Return x for a value."""
         if self.space == "log":
             return jnp.log(value)
         if self.space == "logit":
-            place = (value - self.low) / (self.high - self.low)
-            return jnp.log(place) - jnp.log1p(-place)
+            return self._logit(value)
         return value
+
+    def _logit(self, value: Any) -> Any:
+        place = (value - self.low) / (self.high - self.low)
+        return jnp.log(place) - jnp.log1p(-place)
 
     def value(self, x: jax.Array) -> jax.Array:
         """Return the value that a coordinate stands for, in the range."""
         if self.space == "logit":
             return self.low + (self.high - self.low) * jax.nn.sigmoid(x)
-        value = jnp.exp(x) if self.space == "log" else x
-        return value + jax.lax.stop_gradient(jnp.clip(value, self.low, self.high) - value)
+        low, high = self.bounds()
+        x = jnp.clip(x, low, high) + (x - jax.lax.stop_gradient(x))  # its derivative passes
+        return jnp.exp(x) if self.space == "log" else x
 
     def bounds(self) -> tuple[float, float]:
         """Return the least and the largest coordinate."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from metalearn.names import nearest
 
+_REST = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD  # *args, **kwargs
 GIVEN = {"optimizer": 0, "objective": 2, "augment": 2}  # arguments that are no hyperparameters
 
 
@@ -21,11 +22,23 @@ def place(names: Iterable[str], takers: Mapping[str, Callable[..., Any] | None])
     return {name: _place(name, known) for name in names}
 
 
+def check_required(optimizer: Callable[..., Any], names: Iterable[str]) -> None:
+    """Raise ValueError where an optimizer needs an argument that is not among the names."""
+    found = inspect.signature(optimizer).parameters.values()
+    empty, kinds = inspect.Parameter.empty, _REST
+    missing = [p.name for p in found if p.default is empty and p.kind not in kinds]
+    missing = [name for name in missing if name not in names]
+    if missing:
+        raise ValueError(
+            f"The optimizer needs {', '.join(missing)}, which is not learned. Fix it, such as by "
+            f"`functools.partial(optax.adamw, {missing[0]}=...)`, or learn it."
+        )
+
+
 def numeric(function: Callable[..., Any], skipped: int = 0) -> list[str]:
     """Return the arguments of a function that a number can be passed for, by their name."""
     found = list(inspect.signature(function).parameters.values())[skipped:]
-    kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    return [p.name for p in found if p.kind not in kinds and _is_numeric(p)]
+    return [p.name for p in found if p.kind not in _REST and _is_numeric(p)]
 
 
 def _is_numeric(parameter: inspect.Parameter) -> bool:

@@ -14,6 +14,7 @@ back to where it came from and leaves again in the same direction, by half the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -64,7 +65,14 @@ def sign_steps(
         size = jax.tree.map(lambda s, x: jnp.full_like(x, s), _full(initial, eta), eta)
         zero = jax.tree.map(jnp.zeros_like, eta)
         done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), eta)
-        return SignSteps(size, zero, done, eta, jnp.asarray(jnp.inf), jnp.zeros((), jnp.int32))
+        return SignSteps(
+            size,
+            zero,
+            done,
+            eta,
+            jnp.full((), jnp.inf, jnp.result_type(float)),
+            jnp.zeros((), jnp.int32),
+        )
 
     def update(
         grads: Any, state: SignSteps, eta: Any = None, *, value: Any = None, **extra: Any
@@ -156,15 +164,28 @@ def fds_rule(
 ) -> optax.GradientTransformationExtraArgs:
     """Return signed steps that begin at a share of each range, and stay in it.
 
-    A hyperparameter stops where its step would change it by less than about 5%. With
-    `tolerance=None` the rule is that of arXiv:2007.07869; see `sign_steps`.
+    A hyperparameter stops where its step has been halved and would change it by less than about
+    5%. With `tolerance=None` the rule is that of arXiv:2007.07869; see `sign_steps`. The tolerance
+    is in units of the outer loss. With one, run `Trainer.fit(stop_on_nonfinite=False)`: a run
+    that explodes is then taken back instead of ending the training. The eta after the last
+    update has not been judged; `state.optimizer.base` is the last that was.
+
+    Raises:
+      ValueError: for a range without an end, of which there is no share.
     """
+    for name, chosen in hyperparameters.items():
+        if not all(map(math.isfinite, chosen.bounds())):
+            raise ValueError(
+                f"`fds_rule` begins with a share of each range, and that of {name!r} goes from "
+                f"{chosen.low} to {chosen.high}. Give it two ends."
+            )
     ends = {name: chosen.bounds() for name, chosen in hyperparameters.items()}
     first = {name: share * (high - low) for name, (low, high) in ends.items()}
     raw = {name: chosen.space == "raw" for name, chosen in hyperparameters.items()}
 
     def least(eta: Any) -> Any:
-        return {n: 0.05 * (abs(x) if raw[n] else jnp.ones_like(x)) for n, x in eta.items()}
+        change = {n: 0.05 * (abs(x) if raw[n] else jnp.ones_like(x)) for n, x in eta.items()}
+        return {n: jnp.minimum(x, 0.5 * first[n]) for n, x in change.items()}  # not at once
 
     most = {name: 2 * step for name, step in first.items()}
     rule = sign_steps(

@@ -22,6 +22,13 @@ class Schedule:
     edges: tuple[int, ...]  # [N + 1]: where each window begins; the horizon
     values: tuple[float, ...] | tuple[tuple[float, ...], ...]  # one for each window
 
+    def __post_init__(self) -> None:
+        if len(self.edges) != len(self.values) + 1:
+            raise ValueError(
+                f"A schedule has one edge more than values, not {len(self.edges)} edges and "
+                f"{len(self.values)} values."
+            )
+
     def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
         """Return the value at an inner step."""
         found = window_of(jnp.asarray(step), np.asarray(self.edges))
@@ -34,9 +41,7 @@ class Schedule:
 
     def stretched(self, horizon: int) -> Schedule:
         """Return the same schedule over a run of another length."""
-        moved = stretched(self.edges, self.horizon, horizon)
-        assert isinstance(moved, tuple)
-        return dataclasses.replace(self, edges=moved)
+        return dataclasses.replace(self, edges=stretched(self.edges, horizon))
 
     def to_json(self) -> str:
         """Return the schedule as JSON: {"edges": [...], "values": [...]}."""
@@ -52,10 +57,5 @@ class Schedule:
         found = json.loads(text)
         if not isinstance(found, dict) or found.keys() != {"edges", "values"}:
             raise ValueError(f"A schedule has edges and values, and this JSON has not: {text[:80]}")
-        if len(found["edges"]) != len(found["values"]) + 1:
-            raise ValueError(
-                f"A schedule has one edge more than values, not {len(found['edges'])} edges and "
-                f"{len(found['values'])} values."
-            )
         values = tuple(tuple(v) if isinstance(v, list) else v for v in found["values"])
         return cls(tuple(found["edges"]), values)

@@ -27,7 +27,7 @@ def edges(windows: Windows, horizon: int) -> np.ndarray:
     Raises:
       ValueError: if the windows do not cover the horizon, or one of them is empty.
     """
-    if isinstance(windows, int):
+    if not isinstance(windows, tuple):
         if not 1 <= windows <= horizon:
             raise ValueError(
                 f"windows={windows}, but a horizon of {horizon} inner steps has at least one "
@@ -45,11 +45,9 @@ def edges(windows: Windows, horizon: int) -> np.ndarray:
     return given
 
 
-def stretched(windows: Windows, horizon: int, to: int) -> Windows:
-    """Return the same windows of a run of `to` steps."""
-    if isinstance(windows, int):
-        return windows
-    return tuple(int(edge) for edge in -(-np.asarray(windows) * to // horizon))
+def stretched(found: Sequence[int], to: int) -> tuple[int, ...]:
+    """Return the edges of the same windows of a run of `to` steps."""
+    return tuple(int(edge) for edge in np.asarray(found) * to // found[-1])
 
 
 def window_of(step: jax.Array, found: np.ndarray) -> jax.Array:

@@ -127,7 +127,11 @@ def outer_optimizer(
     if options["name"] == "fds_rule" and hyperparameters is not None:
         del options["name"]
         made = schedule(1.0, steps)
+        if not options.pop("guarded"):
+            options["tolerance"] = None
         return fds_rule(hyperparameters, **options, schedule=made if callable(made) else None)
+    if "learning_rate" not in options:
+        raise ValueError(f"The outer optimizer {options['name']!r} needs a learning_rate.")
     made = optimizer({**options, "learning_rate": schedule(options["learning_rate"], steps)})
     return made if hyperparameters is None else in_ranges(made, hyperparameters)
 

@@ -152,7 +152,7 @@ class Fit:
             raise NonFiniteError(
                 f"`{broken[0]}` became {values[broken[0]]} at outer step {step}, so training "
                 "stopped before it could spread; metrics up to this step are logged, and the "
-                "last checkpoint is from before it. "
+                "last checkpoint is from before it (`stop_on_nonfinite=False` goes on). "
                 f"{health.diagnose(trainer, before, tasks)}"
             )
 

@@ -61,8 +61,8 @@ class Trainer:
         init_key, run_key = jax.random.split(key)
         eta = jax.jit(self.algorithm.init)(init_key)
         check_eta(eta)
-        eta = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), eta)  # no weak types
-        return TrainState(jnp.zeros((), jnp.int32), eta, self.optimizer.init(eta), run_key)
+        eta = _strong(eta)
+        return TrainState(jnp.zeros((), jnp.int32), eta, _strong(self.optimizer.init(eta)), run_key)
 
     @functools.cached_property
     def step(self) -> Callable[[TrainState, Tasks], tuple[TrainState, dict[str, jax.Array]]]:
@@ -151,6 +151,11 @@ class Trainer:
             return jax.vmap(lambda key: task_metrics(algorithm, eta, tasks, key))(keys)
 
         return jax.jit(on_tasks)
+
+
+def _strong(tree: Any) -> Any:
+    """Return the same arrays without weak types, which would compile the first step twice."""
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.result_type(x)), tree)
 
 
 def _inner_metrics(aux: Aux) -> dict[str, jax.Array]:

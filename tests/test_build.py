@@ -285,7 +285,7 @@ def test_the_outer_optimizer_of_fds_keeps_hyperparameters_in_their_ranges():
     learner = build.algorithm(fds_config(), model("mlp", "linen"))
     eta = learner.init(jax.random.key(0))
     far = {"name": "sgd", "learning_rate": 1e6, "schedule": "constant"}
-    for config in (far, {"name": "fds_rule", "share": 9.0, "schedule": "linear"}):
+    for config in (far, {"name": "fds_rule", "share": 9.0, "schedule": "linear", "guarded": False}):
         optimizer = build.outer_optimizer(config, 10, learner)
         down = jax.tree.map(jnp.ones_like, eta)
         state, value = optimizer.init(eta), jnp.asarray(1.0)

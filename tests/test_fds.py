@@ -1,5 +1,6 @@
 """FDS: what is learned, over which windows, in which space; exact through long runs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -234,10 +235,79 @@ def test_a_coordinate_stands_for_its_value(space):
     assert (ends >= 0.01).all() and (ends <= 3.0).all()
 
 
+def test_a_coordinate_far_outside_stands_for_the_bound_exactly():
+    far = jnp.array([-1e8, 1e8])
+    np.testing.assert_array_equal(Hyperparameter(0.125, 1.0, 0.5).value(far), [0.125, 1.0])
+    log = Hyperparameter(1e-5, 0.1, 1e-3, space="log")
+    np.testing.assert_allclose(log.value(far), [1e-5, 0.1], rtol=1e-5)
+
+
+def test_a_start_in_the_last_thousandth_of_a_logit_range_is_refused():
+    with pytest.raises(ValueError, match="start=0.9999 is in one. Start from 0.001 to 0.999"):
+        Hyperparameter(0.0, 1.0, 0.9999, space="logit")
+
+
 def test_a_value_at_its_bound_has_a_derivative_that_leads_back():
     chosen = Hyperparameter(0.0, 1.0)
     value, slope = jax.value_and_grad(chosen.value)(2.0)
     assert (value, slope) == (1.0, 1.0)
+
+
+def test_an_optimizer_in_place_of_what_makes_one_is_refused():
+    with pytest.raises(TypeError, match="such as `optax.adamw`, not an optimizer"):
+        make(optimizer=optax.adamw(1e-3))
+
+
+def test_what_an_optimizer_needs_and_is_not_learned_is_named():
+    learned = {"weight_decay": Hyperparameter(0.0, 1.0)}
+    with pytest.raises(ValueError, match="needs learning_rate, which is not learned"):
+        make(learned, optimizer=optax.adamw)
+    make(learned, optimizer=functools.partial(optax.adamw, learning_rate=0.1))
+
+
+def test_an_eta_of_other_windows_is_refused():
+    algorithm = make({"learning_rate": Hyperparameter(0.0, 1.0, (0.1, 0.2), windows=2)}, 10)
+    eta = algorithm.init(KEY)
+    for use in (lambda a: a.values(eta, 0), lambda a: a.schedules(eta)):
+        with pytest.raises(ValueError, match="10 windows here, but 2 in eta.*`spread`"):
+            use(algorithm.unshared())
+
+
+def test_a_schedule_is_not_stretched_over_fewer_steps():
+    with pytest.raises(ValueError, match="eval_horizon=5 steps, which are fewer than the 10"):
+        make(horizon=10, eval_horizon=5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_slots_keep_the_type_of_the_parameters_whatever_is_learned():
+    learned = {"momentum": Hyperparameter(0.0, 1.0, 0.5), "weight_decay": Hyperparameter(0.0, 1.0)}
+    algorithm = make(learned, 4, functools.partial(sgd, learning_rate=0.1))
+    narrow = Functions(
+        lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), _network().init_fn(key)),
+        _network().apply_fn,
+    )
+    algorithm = dataclasses.replace(algorithm, model=narrow)
+    for engine in (Reverse(), Forward(), MixedFlow()):
+        (_, aux), _ = solve(algorithm, engine)
+        assert {leaf.dtype for leaf in jax.tree.leaves(aux.state.optimizer)} == {jnp.bfloat16.dtype}
+
+
+def test_dropout_draws_anew_at_every_inner_step():
+    seen = []
+
+    class Noisy(Functions):
+        def apply(self, params, state, inputs, *, train, key=None):
+            seen.append(key)
+            return super().apply(params, state, inputs, train=train, key=key)
+
+    model = Noisy(_network().init_fn, _network().apply_fn)
+    algorithm = dataclasses.replace(make(horizon=2), model=model)
+    unroll, batches = algorithm.unroll(_episode(), KEY), algorithm.batches(_episode(), KEY)
+    eta = algorithm.init(KEY)
+    for step in (0, 1):
+        batch = jax.tree.map(lambda x, step=step: x[step], batches)
+        unroll.step(eta, unroll.init(eta), batch, jax.grad)
+    assert (jax.random.key_data(seen[0]) != jax.random.key_data(seen[1])).any()
 
 
 # Data.

@@ -110,8 +110,33 @@ def test_begins_of_another_shape_are_refused():
     unroll = algorithm.unroll(episode, KEY)._replace(
         begins={"learning_rate": np.zeros(3), "momentum": np.zeros(1)}
     )
-    with pytest.raises(ValueError, match="a step for every entry of eta"):
-        Forward().value_and_grad(unroll, eta, algorithm.batches(episode, KEY))
+    for wrong in (unroll, unroll._replace(begins={"momentum": np.zeros(1)})):
+        with pytest.raises(ValueError, match="a step for every entry of eta"):
+            Forward().value_and_grad(wrong, eta, algorithm.batches(episode, KEY))
+
+
+def test_batches_may_be_numpy_arrays():
+    algorithm, episode = make(LEARNED, 7), _episode()
+    eta = algorithm.init(KEY)
+    batches = jax.tree.map(np.asarray, algorithm.batches(episode, KEY))
+    _, grads = Forward().value_and_grad(algorithm.unroll(episode, KEY), eta, batches)
+    np.testing.assert_allclose(
+        flat(grads), flat(solve(algorithm, Forward(), eta)[1]), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_tangents_in_chunks_are_not_spread_over_devices():
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(ValueError, match="Choose one"):
+        Forward(chunk=2, sharding=sharding)
+
+
+def test_an_outer_step_of_fds_compiles_once():
+    trainer = Trainer(make(LEARNED, 7), MixedFlow(), fds_rule(LEARNED), tasks_per_step=1)
+    state = trainer.init(KEY)
+    for _ in range(3):
+        state, _ = trainer.step(state, Runs())
+    assert trainer.step._cache_size() == 1
 
 
 def test_memory_of_forward_mode_does_not_grow_with_the_horizon_but_for_indices():

@@ -116,3 +116,14 @@ def test_the_rule_of_fds_begins_with_a_share_of_each_range_and_stops_at_a_twenti
         abs(float(b["rate"][0] - a["rate"][0])) for a, b in zip(moved, moved[1:], strict=False)
     ]
     assert min(size for size in sizes if size) > 0.05 and sizes[-1] == 0
+
+
+def test_a_narrow_range_moves_all_the_same():
+    chosen = {"b1": Hyperparameter(0.8, 0.99, start=0.9)}
+    path = follow(fds_rule(chosen), [{"b1": jnp.array([1.0])}], [1.0], eta={"b1": jnp.array([0.9])})
+    assert float(path[-1]["b1"][0]) == pytest.approx(0.881)
+
+
+def test_a_range_without_an_end_has_no_share():
+    with pytest.raises(ValueError, match="that of 'rate' goes from 0.0 to inf"):
+        fds_rule({"rate": Hyperparameter(0.0, float("inf"), 0.1)})

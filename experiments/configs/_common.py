@@ -70,8 +70,9 @@ def fds() -> ml_collections.ConfigDict:
     config.dataset.noise_seed = 0
 
     # The sign rule of arXiv:2007.07869, its moves taken back where the outer loss rose by more
-    # than the tolerance, and smaller over time. The paper's: tolerance=0 (none), "constant".
-    config.optimizer = {"name": "fds_rule", "share": 0.1, "tolerance": 0.1, "schedule": "linear"}
+    # than the tolerance, and smaller over time. The paper's: guarded=False, schedule="constant".
+    config.optimizer = {"name": "fds_rule", "share": 0.1, "schedule": "linear"}
+    config.optimizer.update({"guarded": True, "tolerance": 0.1})
     config.stop_on_nonfinite = False  # a run that explodes is taken back, and is no failure
     config.tasks_per_step = 1
     config.log_every = 1

@@ -5,7 +5,7 @@ Reproduces   the setting of figure 1 of Micaelli & Storkey 2021 (arXiv:2007.0786
              learned over runs of one epoch, and stretched over ten for the reported run.
 Command      metalearn train --config=fds_cifar10 --workdir=runs/fds_cifar10
              The dataset: tfds build cifar10 --file_format=array_record
-             Runs by the paper's own rule: --config.optimizer.tolerance=None
+             By the paper's own rule: --config.optimizer.guarded=False
              --config.optimizer.schedule=constant
 Takes        not measured: no GPU was at hand, and on 2 CPU cores it takes hours
 Expect       0.89 test accuracy is what the paper reports after 50 epochs; not measured here

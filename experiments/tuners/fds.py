@@ -30,7 +30,7 @@ class Hypergradients(Tuner):
     engine: MetaGradient = MixedFlow("nested")
 
     def tune(self, problem: Problem, budget: float, key: jax.Array) -> Iterator[Found]:
-        """Yield the eta that was moved to, after each hypergradient."""
+        """Yield the last eta that was not taken back, after each hypergradient."""
         schedule = optax.linear_schedule(1.0, 0.1, self.steps - 1) if self.annealed else None
         learned = problem.algorithm.hyperparameters
         rule = fds_rule(learned, self.share, tolerance=self.tolerance, schedule=schedule)
@@ -42,7 +42,7 @@ class Hypergradients(Tuner):
             (loss, _), grads = solve(eta, jax.random.fold_in(key, i))
             eta, state = move(grads, state, eta, loss)
             spent += price
-            yield Found(spent, problem.algorithm, eta, float(loss))
+            yield Found(spent, problem.algorithm, state.base, float(state.best))
 
 
 def _moved(rule: Any, grads: Any, state: Any, eta: Any, loss: jax.Array) -> tuple[Any, Any]:

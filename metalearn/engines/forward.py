@@ -58,7 +58,7 @@ class Forward(MetaGradient):
     directions: int | None = None  # None: all of eta, exactly
     chunk: int | None = None  # tangents pushed at once; None: all
     max_directions: int = 1024  # an exact push of more than this is refused
-    # Tangents spread over devices along their leading axis, such as
+    # Tangents spread over devices (not with `chunk`) along their leading axis, such as
     # `NamedSharding(mesh, PartitionSpec("tangents"))`; None: as the compiler pleases.
     sharding: jax.sharding.Sharding | None = None
     # What a tangent is multiplied with at each step: below 1 the past fades out of the
@@ -69,6 +69,11 @@ class Forward(MetaGradient):
         for name, value in (("directions", self.directions), ("chunk", self.chunk)):
             if value is not None and value < 1:
                 raise ValueError(f"`Forward({name}={value})` must be at least 1, or None.")
+        if self.chunk is not None and self.sharding is not None:
+            raise ValueError(
+                "`Forward(chunk=..., sharding=...)`: tangents are pushed a few at a time, or "
+                "spread over devices all at once. Choose one."
+            )
         if not 0 <= self.inexact_decay <= 1:
             raise ValueError(
                 f"`Forward(inexact_decay={self.inexact_decay})` lies between 0, greedy, and 1, "
@@ -131,7 +136,7 @@ class Forward(MetaGradient):
         directions = jax.tree.map(lambda x: x[:active], stream.directions)
 
         def move(carry: tuple[Any, list[jax.Array]], number: jax.Array) -> Any:
-            batch = jax.tree.map(lambda x: x[number], batches)
+            batch = jax.tree.map(lambda x: jnp.asarray(x)[number], batches)
 
             def step(state: Any, eta: Any) -> tuple[Any, Inner]:
                 return step_body(unroll, eta, jax.value_and_grad)(state, batch)

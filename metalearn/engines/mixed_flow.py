@@ -69,8 +69,9 @@ class MixedFlow(MetaGradient):
         `metalearn.reversible`), and what rounding adds grows geometrically from an anchor back:
         the meta-gradient is off by 1e-5 with 16 and 3e-5 with 32 in float32, against 6e-6 of
         exact modes (docs/results.md).
-      budget: "nested": bytes that kept states may take at a time, instead of a segment. Inner
-        gradients are then taken again rather than kept (see `metalearn.engines.nesting`).
+      budget: "nested": bytes that kept states of one task may take at a time, instead of a
+        segment. Inner gradients are then taken again rather than kept (see
+        `metalearn.engines.nesting`).
       store: where remat="step" keeps states and inner gradients. "device"; "host", its memory,
         for the price of the transfers; "inexact_bfloat16", on the device in half the bytes,
         which rounds the points at which Hessian products are taken by 2^-9 (off by 2e-3 to 5e-3).

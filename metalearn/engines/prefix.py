@@ -30,10 +30,11 @@ def begins_flat(begins: Any, eta: Any) -> np.ndarray:
     if begins is None:
         return np.zeros(sum(leaf.size for leaf in leaves), int)
     given = jax.tree.leaves(begins)
-    shapes = [(np.shape(a), np.shape(b)) for a, b in zip(given, leaves, strict=True)]
-    if any(a != b for a, b in shapes):
+    shapes = [[np.shape(leaf) for leaf in tree] for tree in (given, leaves)]
+    if shapes[0] != shapes[1]:
         raise ValueError(
-            f"`Unroll.begins` has a step for every entry of eta, but their shapes are {shapes}."
+            f"`Unroll.begins` has a step for every entry of eta, but its leaves have the shapes "
+            f"{shapes[0]} and those of eta {shapes[1]}."
         )
     return np.concatenate([np.ravel(np.asarray(leaf, int)) for leaf in given])
 

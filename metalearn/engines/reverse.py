@@ -37,7 +37,7 @@ class Reverse(MetaGradient):
     Args:
       remat: "none", "step" or "nested".
       segment: "nested": inner steps between kept states; None: sqrt(T).
-      budget: "nested": bytes that kept states may take at a time, instead of a segment.
+      budget: "nested": bytes that kept states of one task may take at a time, instead of a segment.
       peel: take the first step apart where theta_0 does not depend on eta: fewer FLOPs, one more
         step to compile. Off: this engine is the textbook's.
     """
