@@ -60,10 +60,11 @@ class TrainingRuns(Tasks):
           ValueError: if lengths differ, or no example is left on one side of the split.
         """
         _check_data("TrainingRuns", inputs, targets)
-        told = targets if training_targets is None else training_targets
-        _check_data("TrainingRuns", inputs, told)
         count = _count(validation, len(inputs))
-        return cls(jnp.asarray(inputs), jnp.asarray(targets), jnp.asarray(told), count)
+        targets = jnp.asarray(targets)
+        told = targets if training_targets is None else jnp.asarray(training_targets)
+        _check_data("TrainingRuns", inputs, told)
+        return cls(jnp.asarray(inputs), targets, told, count)
 
     def sample(self, key: jax.Array) -> Episode:
         """Draw one split of the rows.

@@ -45,6 +45,8 @@ DIVERGES = (
     "the inner gradients, or take fewer inner steps."
 )
 
+GROWN = 1e8  # the norm of a tangent from which on it is overflowing
+
 
 class HealthError(FloatingPointError):
     """The meta-gradient of the first task is not finite: training would fail at once."""
@@ -138,15 +140,9 @@ def _trouble(seen: Look, names: Sequence[str]) -> str:
             f"{len(losses)} on (inner loss: first {losses[0].mean():.4g}, last "
             f"{losses[-1].mean():.4g}; {1 - bad.mean():.0%} finite). {DIVERGES}"
         )
-    norms = np.asarray(seen.inner.tangent_norm)
-    if not np.isfinite(norms).all():
-        first = int((~np.isfinite(norms)).any(axis=1).argmax())
-        largest = norms[first - 1].max() if first else 0.0
-        return (
-            f"the tangents overflow from inner step {first + 1} of {len(norms)} on (largest norm "
-            f"before: {largest:.3g}): the inner loop is chaotic there, and its derivative says "
-            f"little long before it overflows. {DIVERGES}"
-        )
+    overflow = _overflow(np.asarray(seen.inner.tangent_norm))
+    if overflow:
+        return overflow
     if not jnp.isfinite(seen.loss):
         return (
             f"the outer loss is {float(seen.loss)}, though every inner loss and gradient is "
@@ -158,6 +154,19 @@ def _trouble(seen: Look, names: Sequence[str]) -> str:
             f"loss and every inner loss and gradient are. {ROOT}"
         )
     return ""
+
+
+def _overflow(norms: np.ndarray) -> str:
+    """Say where the tangents [T, k] of `Forward` grew beyond all bounds; "" where they did not."""
+    bad = (~np.isfinite(norms)).any(axis=1)
+    first = int(bad.argmax()) if bad.any() else 0
+    if not first or norms[first - 1].max() < GROWN:
+        return ""  # what is not finite from one step to the next has not grown: see ROOT
+    return (
+        f"the tangents overflow from inner step {first + 1} of {len(norms)} on (largest norm "
+        f"before: {norms[first - 1].max():.3g}): the inner loop is chaotic there, and its "
+        f"derivative says little long before it overflows. {DIVERGES}"
+    )
 
 
 def _outer_finite(seen: Look) -> bool:

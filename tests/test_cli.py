@@ -311,7 +311,7 @@ def test_engine_options_are_set_from_the_command_line(refused, tmp_path):
     words = (*SINUSOID, f"--workdir={tmp_path}", "--noprogress")
     message = refused(*words, "--config.engine_options.chunk=2")
     assert call(*words, "--config.engine_options.remat=step") == 0
-    known = ["remat", "segment", "peel"]
+    known = ["remat", "segment", "budget", "peel"]
     assert message == f"The engine 'reverse' has no option 'chunk'. It has: {known}."
 
 

@@ -80,9 +80,18 @@ def test_validation_is_a_number_or_a_share_of_the_examples(validation, count):
 
 def test_runs_are_a_pytree_whose_validation_is_static():
     leaves, structure = jax.tree.flatten(runs())
-    assert len(leaves) == 2
+    assert len(leaves) == 3  # inputs, targets, and the targets that the inner loop is told
     assert jax.tree.unflatten(structure, leaves).validation == 3
     assert repr(runs()) == "TrainingRuns(validation=3)"
+
+
+def test_the_inner_loop_may_be_told_other_targets():
+    told = (TARGETS + 1) % 3
+    tasks = TrainingRuns.create(INPUTS, TARGETS, validation=3, training_targets=told)
+    support, query = tasks.sample(KEY)
+    assert (support[1] == told).all() and (query[1] == TARGETS).all()
+    with pytest.raises(ValueError, match="10 inputs and 9 targets"):
+        TrainingRuns.create(INPUTS, TARGETS, validation=3, training_targets=told[:9])
 
 
 def test_images_unpack_into_runs():

@@ -94,9 +94,14 @@ def assert_agrees(task, library, engine):
     assert jnp.linalg.norm(grads - expected) < 1e-10 * jnp.linalg.norm(expected)
 
 
+QUICK_MODELS = [
+    pytest.param(name, marks=[] if name == "linen" else pytest.mark.slow) for name in MODELS
+]
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("library", MODELS)
+@pytest.mark.parametrize("library", QUICK_MODELS)
 def test_mixed_flow_agrees_with_plain_reverse_on_the_tasks_of_the_paper(task, library):
     assert_agrees(task, library, SETTINGS["default"])
 
