@@ -221,7 +221,7 @@ def test_every_network_of_every_library_fits_its_dataset(network, library):
     assert jax.eval_shape(outputs, batch).shape == (5, *per_token, 3)
 
 
-@pytest.mark.parametrize("name", build.DATASETS.keys() - {"text", "training_run"})
+@pytest.mark.parametrize("name", sorted(build.DATASETS.keys() - {"text", "training_run"}))
 def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name):
     skip_without(name)
     config = {"name": name, "shots": 1, "queries": 2, "eval_queries": 3}
