@@ -86,7 +86,8 @@ class Hyperparameter:
         if self.space == "logit":
             return self.low + (self.high - self.low) * jax.nn.sigmoid(x)
         low, high = self.bounds()
-        x = jnp.clip(x, low, high) + (x - jax.lax.stop_gradient(x))  # its derivative passes
+        inside = jax.lax.stop_gradient(jnp.clip(x, low, high))
+        x = inside + (x - jax.lax.stop_gradient(x))  # a derivative of one, everywhere
         return jnp.exp(x) if self.space == "log" else x
 
     def bounds(self) -> tuple[float, float]:

@@ -251,6 +251,7 @@ def test_a_value_at_its_bound_has_a_derivative_that_leads_back():
     chosen = Hyperparameter(0.0, 1.0)
     value, slope = jax.value_and_grad(chosen.value)(2.0)
     assert (value, slope) == (1.0, 1.0)
+    assert jax.grad(chosen.value)(0.5) == 1.0
 
 
 def test_an_optimizer_in_place_of_what_makes_one_is_refused():
