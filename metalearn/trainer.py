@@ -106,7 +106,7 @@ class Trainer:
         episode = tasks.sample(sample_key)
         unroll = algorithm.unroll(episode, unroll_key)
         batches = algorithm.batches(episode, batch_key)
-        engine_state = self.engine.init(engine_key, eta)
+        engine_state = self.engine.init(engine_key, unroll, eta)
         return self.engine.value_and_grad(unroll, eta, batches, engine_state)
 
     @functools.cached_property

@@ -29,6 +29,8 @@ class Unroll(NamedTuple):
     loss(eta, state) -> (loss (), metrics): the outer loss, and a dictionary of scalars.
     undo(eta, next state, batch, grad) -> state: where a step can be undone, else None.
     begins: pytree like eta, the first step that reads each entry; None where all do.
+    resume(state) -> state: how a state carried over from a truncated run begins the next part
+      of it; None: as it is.
     """
 
     init: Callable[..., Any]  # eta -> state
@@ -40,6 +42,9 @@ class Unroll(NamedTuple):
     # Where eta comes into play entry by entry: pytree like eta, of integers known when tracing;
     # the first step that reads an entry. `Forward` leaves out what has not begun; None: all at 0.
     begins: Any = None
+    # What a part of a truncated run forgets of the part before, such as a sum of losses:
+    # state -> state. See `metalearn.truncation`.
+    resume: Callable[..., Any] | None = None
 
 
 class Episode(NamedTuple):

@@ -429,7 +429,7 @@ def test_random_directions_are_unbiased():
     @jax.jit
     @jax.vmap
     def draw(key):
-        (_, aux), grads = engine.value_and_grad(unroll, eta, batches, engine.init(key, eta))
+        (_, aux), grads = engine.value_and_grad(unroll, eta, batches, engine.init(key, unroll, eta))
         return ravel_pytree(grads)[0], aux.engine
 
     draws, next_keys = draw(keys)

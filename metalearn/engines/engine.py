@@ -32,13 +32,14 @@ class Aux(NamedTuple):
 class MetaGradient(abc.ABC):
     """A way of differentiating through an inner loop. Subclasses are frozen dataclasses."""
 
-    def init(self, key: jax.Array, eta: Any) -> Any:
+    def init(self, key: jax.Array, unroll: Unroll, eta: Any) -> Any:
         """Return the engine's own state for its first call on a task.
 
-        Exact engines have none. Estimators keep what they carry from call to call
-        here, their randomness first of all; each call returns the next in `aux.engine`.
+        Exact engines have none. Estimators keep what they carry from call to call here, their
+        randomness and inner states of their own; each call returns the next in `aux.engine`,
+        a pytree of the same structure and shapes.
         """
-        del key, eta
+        del key, unroll, eta
         return ()
 
     @abc.abstractmethod

@@ -80,8 +80,9 @@ class Forward(MetaGradient):
                 "exact."
             )
 
-    def init(self, key: jax.Array, eta: Any) -> Any:
+    def init(self, key: jax.Array, unroll: Unroll, eta: Any) -> Any:
         """Return the key of the random directions; nothing where the push is exact."""
+        del unroll, eta
         return () if self.directions is None else key
 
     def value_and_grad(
@@ -188,7 +189,7 @@ class Forward(MetaGradient):
         elif isinstance(key, tuple):
             raise ValueError(
                 f"`Forward(directions={self.directions})` draws random directions and needs a "
-                "key: pass `state=engine.init(key, eta)`, as the Trainer does."
+                "key: pass `state=engine.init(key, unroll, eta)`, as the Trainer does."
             )
         else:
             key, now = jax.random.split(key)
