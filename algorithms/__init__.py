@@ -1,8 +1,12 @@
 """Algorithms: what is learned, and what one inner step is."""
 
 from metalearn.algorithms.augmentation import jitter
+from metalearn.algorithms.export import load_optimizer, load_rule, save_optimizer
+from metalearn.algorithms.factored_moments import FactoredMoments
 from metalearn.algorithms.fds import FDS
+from metalearn.algorithms.hypergradient_rule import HypergradientRule
 from metalearn.algorithms.hyperparameter import Hyperparameter
+from metalearn.algorithms.learned_optimizer import LearnedOptimizer
 from metalearn.algorithms.learning_rates import LearningRates
 from metalearn.algorithms.loss_weights import LossWeights
 from metalearn.algorithms.maml import MAML
@@ -12,8 +16,24 @@ from metalearn.algorithms.objectives import (
     weighted_cross_entropy,
 )
 from metalearn.algorithms.outer_rules import fds_rule, in_ranges, sign_steps, within
+from metalearn.algorithms.parameter_features import (
+    Feature,
+    Gradient,
+    Momenta,
+    ParameterValue,
+    SecondMoments,
+    StepFeatures,
+    Tensor,
+)
+from metalearn.algorithms.parameter_networks import Network, PointwiseGRU, PointwiseMLP
+from metalearn.algorithms.per_parameter import PerParameter
+from metalearn.algorithms.problem import Problem, Quadratic, StepLoss, Streamed, Supervised
 from metalearn.algorithms.schedule import Schedule
 from metalearn.algorithms.sgd import sgd
+from metalearn.algorithms.step_factors import ParameterScale, ReciprocalRoot
+from metalearn.algorithms.together import Together
+from metalearn.algorithms.tuned_rule import TunedRule
+from metalearn.algorithms.update_rule import UpdateRule
 from metalearn.algorithms.weighting import (
     DomainWeights,
     ExampleWeights,
@@ -25,22 +45,49 @@ from metalearn.algorithms.weighting import (
 )
 
 __all__ = [
-    "MAML",
-    "FDS",
     "DomainWeights",
     "ExampleWeights",
+    "FDS",
+    "FactoredMoments",
+    "Feature",
+    "Gradient",
+    "HypergradientRule",
     "Hyperparameter",
+    "LearnedOptimizer",
     "LearningRates",
     "LossWeights",
+    "MAML",
+    "Momenta",
+    "Network",
+    "ParameterScale",
+    "ParameterValue",
+    "PerParameter",
+    "PointwiseGRU",
+    "PointwiseMLP",
+    "Problem",
+    "Quadratic",
+    "ReciprocalRoot",
     "Schedule",
+    "SecondMoments",
+    "StepFeatures",
+    "StepLoss",
+    "Streamed",
+    "Supervised",
+    "Tensor",
+    "Together",
     "TokenWeights",
+    "TunedRule",
+    "UpdateRule",
     "Weighting",
     "bounded",
     "cross_entropy",
     "fds_rule",
     "in_ranges",
     "jitter",
+    "load_optimizer",
+    "load_rule",
     "mean_one",
+    "save_optimizer",
     "sgd",
     "sign_steps",
     "squared_error",

@@ -31,6 +31,7 @@ import numpy as np
 import optax
 
 from metalearn.algorithm import Algorithm
+from metalearn.algorithms.epochs import epochs, read
 from metalearn.algorithms.hyperparameter import Hyperparameter
 from metalearn.algorithms.hyperparameter_places import check_required, place
 from metalearn.algorithms.objectives import cross_entropy
@@ -116,7 +117,7 @@ class FDS(Algorithm):
         def step(eta: Any, state: Run, batch: Any, grad: Any) -> Run:
             now, rows = batch
             values = self.values(eta, now)
-            inputs, targets = _read(episode.support, rows)
+            inputs, targets = read(episode.support, rows)
             if self.augment is not None:
                 augment_now = jax.random.fold_in(augment_key, now)
                 inputs = self.augment(inputs, augment_now, **values["augment"])
@@ -133,7 +134,7 @@ class FDS(Algorithm):
             return Run(optax.apply_updates(state.params, updates), slots, statistics)
 
         def loss(eta: Any, state: Run) -> tuple[jax.Array, dict[str, jax.Array]]:
-            inputs, targets = _read(episode.query, episode.query[2])
+            inputs, targets = read(episode.query, episode.query[2])
             outputs, _ = self._apply(state.params, state, inputs, False, None)
             value, metrics = self.objective(outputs, targets)
             return value, {**metrics, **self._shown(eta)}
@@ -145,13 +146,7 @@ class FDS(Algorithm):
 
         Every row is read once before any is read again.
         """
-        rows = episode.support[2]
-        if self.batch > len(rows):
-            raise ValueError(f"batch={self.batch}, but there are {len(rows)} training examples.")
-        needed = self.horizon * self.batch
-        keys = jax.random.split(key, -(-needed // len(rows)))
-        epochs = jax.vmap(lambda key: jax.random.permutation(key, rows))(keys)
-        drawn = epochs.reshape(-1)[:needed].reshape(self.horizon, self.batch)
+        drawn = epochs(episode.support[2], self.horizon, self.batch, key)
         return jnp.arange(self.horizon, dtype=jnp.int32), drawn
 
     def evaluation(self) -> FDS:
@@ -262,9 +257,3 @@ class FDS(Algorithm):
 def _as_before(new: Any, old: Any) -> Any:
     """Return a slot in the type it had: a learned hyperparameter may be of another."""
     return new.astype(old.dtype) if is_differentiable(new) else new
-
-
-def _read(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (inputs, targets) of these rows."""
-    inputs, targets = data[0][rows], data[1][rows]
-    return (inputs / 255.0 if inputs.dtype == jnp.uint8 else inputs), targets

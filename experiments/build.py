@@ -6,7 +6,7 @@ that is in no table is refused with the names that are.
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,13 +16,17 @@ import jax.numpy as jnp
 import optax
 
 from metalearn import (
+    ES,
+    PES,
     Algorithm,
     Forward,
+    InverseVariance,
     MetaGradient,
     MixedFlow,
     Reverse,
     Tasks,
     Trainer,
+    Truncation,
     reversible,
 )
 from metalearn.algorithms import (
@@ -36,7 +40,7 @@ from metalearn.algorithms import (
     squared_error,
 )
 from metalearn.datasets import ClassIndex, FewShot, Sinusoid, digits, omniglot
-from metalearn.experiments import language, training_runs
+from metalearn.experiments import language, learned_optimizers, training_runs
 from metalearn.models import (
     NNX,
     Haiku,
@@ -49,7 +53,14 @@ from metalearn.models import (
 )
 from metalearn.names import pick
 
-ENGINES = {"reverse": Reverse, "forward": Forward, "mixed_flow": MixedFlow}
+ENGINES = {
+    "reverse": Reverse,
+    "forward": Forward,
+    "mixed_flow": MixedFlow,
+    "es": ES,
+    "pes": PES,
+    "inverse_variance": InverseVariance,  # of the pathwise derivative and "es"
+}
 OPTIMIZERS = {
     "sgd": optax.sgd,
     "adam": optax.adam,
@@ -94,18 +105,29 @@ def trainer(config: Mapping[str, Any], splits: Splits) -> Trainer:
         outer_optimizer(config["optimizer"], config["steps"], learner),
         tasks_per_step=config["tasks_per_step"],
         chunk=config["chunk"],
+        truncation=truncation(config["truncation"]),
     )
 
 
+def truncation(config: Mapping[str, Any]) -> Truncation | None:
+    """Build a truncation; None, whole inner runs, where its number of steps is not set."""
+    return Truncation(**config) if config["steps"] is not None else None
+
+
 def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
-    """Build an engine by name: "reverse", "forward" or "mixed_flow"."""
+    """Build an engine by its name in `ENGINES`, with the options that are set."""
     given = {key: value for key, value in (options or {}).items() if value is not None}
     build: Any = pick(ENGINES, name, "engine")
-    known = [field.name for field in dataclasses.fields(build)]
+    build = _inverse_variance if build is InverseVariance else build
+    known = list(inspect.signature(build).parameters)
     for key in given:
         if key not in known:
             raise ValueError(f"The engine {name!r} has no option {key!r}. It has: {known}.")
     return build(**given)
+
+
+def _inverse_variance(pairs: int = 4, sigma: float = 0.01) -> InverseVariance:
+    return InverseVariance(ES(pairs, sigma))
 
 
 def optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -121,8 +143,9 @@ def outer_optimizer(
 
     That of FDS keeps hyperparameters in their ranges, and may be "fds_rule".
     """
-    options = dict(config)
+    options = {key: value for key, value in config.items() if value is not None}
     schedule = pick(SCHEDULES, options.pop("schedule"), "schedule")
+    clip = options.pop("clip", None)
     hyperparameters = learner.hyperparameters if isinstance(learner, FDS) else None
     if options["name"] == "fds_rule" and hyperparameters is not None:
         del options["name"]
@@ -133,6 +156,8 @@ def outer_optimizer(
     if "learning_rate" not in options:
         raise ValueError(f"The outer optimizer {options['name']!r} needs a learning_rate.")
     made = optimizer({**options, "learning_rate": schedule(options["learning_rate"], steps)})
+    if clip is not None:
+        made = optax.chain(optax.clip_by_global_norm(clip), made)
     return made if hyperparameters is None else in_ranges(made, hyperparameters)
 
 
@@ -161,6 +186,7 @@ def _learning_rates(network: Model, options: dict[str, Any]) -> LearningRates:
 
 ALGORITHMS = {
     "fds": training_runs.fds,
+    "learned_optimizer": learned_optimizers.learned_optimizer,
     "learning_rates": _learning_rates,
     "loss_weights": _loss_weights,
     "maml": _maml,
@@ -242,7 +268,14 @@ def _text(options: dict[str, Any]) -> Splits:
 
 
 def _training_run(options: dict[str, Any]) -> Splits:
-    made = training_runs.read(options)
+    return _runs(training_runs.read(options))
+
+
+def _optimizer_runs(options: dict[str, Any]) -> Splits:
+    return _runs(learned_optimizers.read(options))
+
+
+def _runs(made: training_runs.Runs) -> Splits:
     return Splits(made.train, made.train, made.test, made.inputs, made.outputs)
 
 
@@ -252,6 +285,7 @@ DATASETS = {
     "sinusoid": _sinusoid,
     "text": _text,
     "training_run": _training_run,
+    "optimizer_runs": _optimizer_runs,
 }
 
 

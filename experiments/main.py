@@ -1,11 +1,12 @@
-"""The command line: `metalearn plan`, `metalearn train` and `metalearn eval`.
+"""The command line: `metalearn plan`, `metalearn train`, `metalearn eval`, `metalearn export`.
 
     metalearn plan  --config=maml_omniglot --budget=4GiB
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
     metalearn eval  --workdir=runs/omniglot --tasks=1000
+    metalearn export --workdir=runs/learned_optimizer --out=mine.safetensors
 
 Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback; eval: --tasks;
-plan: --budget (such as 40GiB; else the memory of the device), --json, --largest=KEY (how large
+export: --out; plan: --budget (such as 40GiB; else the memory of the device), --json, --largest=KEY (how large
 an integer of the config may become, such as --largest=algorithm.inner_steps).
 
 `--config` takes the name of a packaged config or the path of a config file, which is
@@ -31,6 +32,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints and logs.")
 _TASKS = flags.DEFINE_integer("tasks", 1000, "eval: how many test tasks.", lower_bound=2)
+_OUT = flags.DEFINE_string("out", None, "export: the file to write; else in the workdir.")
 _BUDGET = flags.DEFINE_string("budget", None, "plan: the memory there is, such as 40GiB.")
 _JSON = flags.DEFINE_bool("json", False, "plan: print JSON and nothing else.")
 _LARGEST = flags.DEFINE_string("largest", None, "plan: find the largest value of this key.")
@@ -57,7 +59,18 @@ def show_plan() -> None:
     plan.show(_config("plan"), budget, _JSON.value, _LARGEST.value)
 
 
-COMMANDS: dict[str, Callable[[], None]] = {"plan": show_plan, "train": train, "eval": evaluate}
+def export() -> None:
+    """Write the optimizer that a run has learned into a file."""
+    out = _OUT.value or _workdir() / "optimizer.safetensors"
+    run.export(_workdir(), pathlib.Path(out))
+
+
+COMMANDS: dict[str, Callable[[], None]] = {
+    "plan": show_plan,
+    "train": train,
+    "eval": evaluate,
+    "export": export,
+}
 
 
 def _config(command: str) -> Any:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from metalearn import Tasks, Trainer, health
+from metalearn.algorithms import LearnedOptimizer, save_optimizer
 from metalearn.checkpoint import Checkpoints
 from metalearn.evaluation import Estimate
 from metalearn.experiments import auto, build
@@ -66,8 +67,18 @@ def train(config: Any, workdir: pathlib.Path, progress: bool = True) -> dict[str
     return found
 
 
-def evaluate(workdir: pathlib.Path, tasks: int) -> dict[str, Estimate]:
-    """Evaluate the newest checkpoint of a run, with the config it was trained by."""
+class Restored(NamedTuple):
+    """The newest checkpoint of a run, and what it was trained with."""
+
+    config: dict[str, Any]
+    trainer: Trainer
+    splits: build.Splits
+    state: TrainState
+    loggers: dict[str, Any]  # the record of each, by class name
+
+
+def restore(workdir: pathlib.Path) -> Restored:
+    """Read the newest checkpoint of a run; ValueError where there is none."""
     if not _checkpoints(workdir).is_dir():
         raise ValueError(
             f"There is no run in {workdir}: no {_checkpoints(workdir)}. Train one with "
@@ -79,18 +90,36 @@ def evaluate(workdir: pathlib.Path, tasks: int) -> dict[str, Estimate]:
         raise ValueError(f"The run in {workdir} has no checkpoint yet. Train it further.")
     splits = build.splits(record["config"]["dataset"])
     trainer = build.trainer(record["config"], splits)
-    seed = record["config"]["seed"]
-    state = checkpoints.restore_state(jax.eval_shape(trainer.init, jax.random.key(seed)))
+    key = jax.random.key(record["config"]["seed"])
+    state = checkpoints.restore_state(jax.eval_shape(trainer.init, key, splits.train))
     checkpoints.close()
-    found = test(trainer, state, splits, seed, tasks)
+    return Restored(record["config"], trainer, splits, state, record["loggers"])
+
+
+def evaluate(workdir: pathlib.Path, tasks: int) -> dict[str, Estimate]:
+    """Evaluate the newest checkpoint of a run, with the config it was trained by."""
+    config, trainer, splits, state, _ = restore(workdir)
+    found = test(trainer, state, splits, config["seed"], tasks)
     print(f"{workdir}, outer step {int(state.step)}, on test tasks:")
     ConsoleLogger().finish(found)
     return found
 
 
+def export(workdir: pathlib.Path, out: pathlib.Path) -> None:
+    """Write the optimizer that a run has learned as a file that `load_optimizer` reads."""
+    found = restore(workdir)
+    learner = found.trainer.algorithm
+    if not isinstance(learner, LearnedOptimizer):
+        raise ValueError(
+            f"The run in {workdir} learned no optimizer: its algorithm is {type(learner).__name__}."
+        )
+    save_optimizer(out, learner.rule, found.state.eta)
+    print(f"{out}: the optimizer of outer step {int(found.state.step)}.")
+
+
 def check(trainer: Trainer, tasks: Tasks, key: jax.Array) -> None:
     """Print what a health check finds, one line where that is nothing; HealthError if bad."""
-    report = health.check(trainer, trainer.init(key), tasks)
+    report = health.check(trainer, trainer.init(key, tasks), tasks)
     report.raise_errors()
     print(report)
 

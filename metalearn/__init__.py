@@ -1,22 +1,35 @@
 """metalearn: algorithms, engines and one trainer for meta-learning in JAX."""
 
 from metalearn.algorithm import Algorithm
-from metalearn.engines import Forward, MetaGradient, MixedFlow, Reverse
+from metalearn.engines import (
+    ES,
+    PES,
+    Forward,
+    InverseVariance,
+    MetaGradient,
+    MixedFlow,
+    Reverse,
+)
 from metalearn.example_mean import ExampleMean
 from metalearn.tasks import Tasks
 from metalearn.trainer import Trainer
+from metalearn.truncation import Truncation
 from metalearn.unroll import Episode, Unroll
 
 __all__ = [
+    "ES",
+    "PES",
     "Algorithm",
     "Episode",
     "ExampleMean",
     "Forward",
+    "InverseVariance",
     "MetaGradient",
     "MixedFlow",
     "Reverse",
     "Tasks",
     "Trainer",
+    "Truncation",
     "Unroll",
 ]
 

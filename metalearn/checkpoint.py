@@ -1,6 +1,7 @@
 """Checkpoints: the whole of a run, by Orbax, and a record of what it was made of.
 
-A checkpoint holds the train state (eta, outer optimizer, key, step) and a JSON record:
+A checkpoint holds the train state (eta, outer optimizer, key, step, inner runs between two
+truncations) and a JSON record:
 the config, the versions of the libraries, and what the loggers must know to go on. A
 save is written aside and renamed, so a kill at any moment leaves the one before. Loading
 runs no code. Resuming with another config is refused, with the difference: the curve of
@@ -23,7 +24,7 @@ import orbax.checkpoint as ocp
 import metalearn
 from metalearn.train_state import TrainState
 
-SCHEMA = 1
+SCHEMA = 2
 LIBRARIES = ("jax", "jaxlib", "optax", "flax", "dm-haiku", "orbax-checkpoint")
 
 

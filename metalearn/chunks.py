@@ -1,4 +1,4 @@
-"""The mean of a function over a batch, all at once or a chunk at a time.
+"""A function over a batch, its results averaged, all at once or a chunk at a time.
 
 Chunks bound memory, and on a CPU they are often faster too: the activations of a few
 tasks stay in cache. Results agree up to the order of a floating-point sum.
@@ -13,30 +13,42 @@ import jax
 import jax.numpy as jnp
 
 
-def mean_over(function: Callable[[Any], Any], inputs: jax.Array, chunk: int | None) -> Any:
-    """Return the mean of `function` over the leading axis of `inputs` [n, ...].
+def mean_over(function: Callable[[Any], Any], inputs: Any, chunk: int | None) -> Any:
+    """Return the mean of `function` over the leading axis of `inputs`, leaves [n, ...].
 
     `chunk` must divide n; None takes all n at once. Integer and boolean results are
     averaged as floats.
     """
-    count = inputs.shape[0]
+    return mean_and_each(lambda one: (function(one), ()), inputs, chunk)[0]
+
+
+def mean_and_each(
+    function: Callable[[Any], tuple[Any, Any]], inputs: Any, chunk: int | None
+) -> tuple[Any, Any]:
+    """Return (the mean of what `function` returns first, what it returns second: [n, ...])."""
+    count = jax.tree.leaves(inputs)[0].shape[0]
     if chunk is None or chunk == count:
-        return _scaled(_sum_over(function, inputs), count)
+        total, each = _sum_and_each(function, inputs)
+        return _scaled(total, count), each
 
-    def add(total: Any, part: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, _sum_over(function, part)), None
+    def add(total: Any, part: Any) -> tuple[Any, Any]:
+        summed, each = _sum_and_each(function, part)
+        return jax.tree.map(jnp.add, total, summed), each
 
-    parts = inputs.reshape(-1, chunk, *inputs.shape[1:])
-    shapes = jax.eval_shape(lambda part: _sum_over(function, part), parts[0])
+    parts = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), inputs)
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes, _ = jax.eval_shape(lambda part: _sum_and_each(function, part), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, parts)
-    return _scaled(total, count)
+    total, each = jax.lax.scan(add, zeros, parts)
+    return _scaled(total, count), jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), each)
 
 
-def _sum_over(function: Callable[[Any], Any], part: jax.Array) -> Any:
-    if part.shape[0] == 1:  # no batch axis: a plain matmul beats a batched one of size 1
-        return jax.tree.map(_as_float, function(part[0]))
-    return jax.tree.map(lambda x: _as_float(x).sum(0), jax.vmap(function)(part))
+def _sum_and_each(function: Callable[[Any], tuple[Any, Any]], part: Any) -> tuple[Any, Any]:
+    if jax.tree.leaves(part)[0].shape[0] == 1:  # a plain matmul beats a batched one of size 1
+        summed, each = function(jax.tree.map(lambda x: x[0], part))
+        return jax.tree.map(_as_float, summed), jax.tree.map(lambda x: x[None], each)
+    averaged, each = jax.vmap(function)(part)
+    return jax.tree.map(lambda x: _as_float(x).sum(0), averaged), each
 
 
 def _as_float(x: jax.Array) -> jax.Array:

@@ -39,7 +39,9 @@ def task_metrics(algorithm: Algorithm, eta: Any, tasks: Tasks, key: jax.Array) -
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Join our metrics and an algorithm's; ValueError where it takes a name of ours."""
-    taken = sorted((ours.keys() | {"meta_grad_norm", "meta_update_norm"}) & theirs.keys())
+    taken = sorted(
+        (ours.keys() | {"meta_grad_norm", "meta_update_norm", "tasks_reset"}) & theirs.keys()
+    )
     if taken:
         raise ValueError(
             f"The algorithm's `loss` returns a metric called {taken[0]!r}, a name that the Trainer "

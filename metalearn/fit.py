@@ -51,7 +51,7 @@ class _Taken(NamedTuple):
 
     step: int
     metrics: Any
-    before: TrainState  # the state it was taken from, but for the outer optimizer's
+    before: TrainState  # the state it was taken from, but for the outer optimizer's and inner runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Fit:
     ) -> TrainState:
         waiting: _Taken | None = None
         for step in range(first + 1, self.steps + 1):
-            before = dataclasses.replace(state, optimizer=None)
+            before = dataclasses.replace(state, optimizer=None, inner=())
             state, metrics = trainer.step(state, tasks)
             if waiting is not None:
                 self._report(waiting, trainer, tasks, loggers, bar)

@@ -54,6 +54,22 @@ def paths(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_path]
 
 
+def strong(tree: Any) -> Any:
+    """Return the same arrays without weak types, which would compile a step twice."""
+
+    def convert(leaf: Any) -> Any:
+        if jax.dtypes.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
+            return leaf  # keys have no weak type
+        return jax.lax.convert_element_type(leaf, jnp.result_type(leaf))
+
+    return jax.tree.map(convert, tree)
+
+
+def select(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """Return one pytree where a condition () holds, else the other; keys and all."""
+    return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
+
+
 def size(tree: Any) -> int:
     """Return the number of scalars in a pytree."""
     return sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(tree))

@@ -142,6 +142,10 @@ class WandbLogger(Logger):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
+    def show(self, pictures: Mapping[str, str | os.PathLike[str]]) -> None:
+        """Log image files by name, after `start`."""
+        self._run.log({name: self._wandb.Image(str(path)) for name, path in pictures.items()})
+
     def record(self) -> Record:
         return {} if self._run is None else {"wandb_id": self._run.id}
 

@@ -101,7 +101,8 @@ class Costs:
         return horizon(jax.eval_shape(batches, self.tasks, self._state().key))
 
     def _state(self) -> Any:
-        return jax.eval_shape(self.trainer.init, jax.eval_shape(lambda: jax.random.key(0)))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return jax.eval_shape(self.trainer.init, key, self.tasks)
 
 
 def sets_horizon(algorithm: Any) -> bool:

@@ -17,3 +17,5 @@ class TrainState:
     eta: Any  # the meta-parameters
     optimizer: Any  # the outer optimizer's state
     key: jax.Array  # (), PRNG key of the run; constant
+    # The inner runs between two truncations, leaves [tasks, ...]; nothing in full unrolls.
+    inner: Any = ()

@@ -14,15 +14,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metalearn import Episode, Forward, MixedFlow, Reverse, Tasks
+from metalearn import (
+    ES,
+    PES,
+    Episode,
+    Forward,
+    InverseVariance,
+    MixedFlow,
+    Reverse,
+    Tasks,
+)
 from metalearn.algorithms import (
     FDS,
     MAML,
     ExampleWeights,
+    Gradient,
     Hyperparameter,
+    LearnedOptimizer,
     LearningRates,
     LossWeights,
+    Momenta,
+    PerParameter,
+    PointwiseMLP,
+    StepFeatures,
+    Supervised,
     TokenWeights,
+    TunedRule,
     cross_entropy,
     mean_one,
     sgd,
@@ -34,6 +51,8 @@ from metalearn.datasets import (
     Corruption,
     FewShot,
     HeldOut,
+    Quadratics,
+    SideBySide,
     Sinusoid,
     Text,
     Tokenizer,
@@ -165,6 +184,8 @@ TASKS = {
         tokenizer=Tokenizer(lambda text: np.array([ord(c) - ord("a") for c in text]), 4),
     ),
     "TrainingRuns": TrainingRuns.create(np.eye(5, dtype=np.float32), np.arange(5), validation=2),
+    "Quadratics": Quadratics(3),
+    "SideBySide": SideBySide({"bowl": Quadratics(2), "wave": Sinusoid()}),
     "HeldOut": HeldOut.create(
         np.eye(3, dtype=np.float32), np.arange(3), np.ones((2, 3), np.float32), [0, 1]
     ),
@@ -181,6 +202,14 @@ ENGINES = {
     "MixedFlow-none": MixedFlow(remat="none"),
     "MixedFlow-host": MixedFlow(store="host"),
     "MixedFlow-nested": MixedFlow(remat="nested", segment=2, peel=False),
+}
+
+# Engines that estimate: they agree with the others in the mean alone.
+ESTIMATORS = {
+    "ES": ES(pairs=2),
+    "PES": PES(),
+    "InverseVariance": InverseVariance(ES(pairs=2)),
+    "InverseVariance-PES": InverseVariance(PES(pairs=2), Reverse(remat="step")),
 }
 
 
@@ -226,6 +255,15 @@ def _fds(model):
     return FDS(model, learned, 3, 2, sgd, weighted_cross_entropy)
 
 
+def _learned_optimizer(model):
+    """A network of 12 weights on top of Adam with a learned rate."""
+    rate = Hyperparameter(1e-3, 1.0, 0.1, space="log")
+    base = TunedRule(functools.partial(optax.adam, eps_root=1e-4), {"learning_rate": rate})
+    features = Gradient(), Momenta((0.5,)), StepFeatures((3,))
+    rule = PerParameter(features, PointwiseMLP(hidden=(2,)), step_scale=0.1, base=base)
+    return LearnedOptimizer(Supervised(model, batch=2), rule, horizon=3)
+
+
 def _loss_weights(weighting, **options):
     optimizer = optax.adam(0.3, eps_root=1e-4)
     return functools.partial(LossWeights, weighting=weighting, optimizer=optimizer, **options)
@@ -252,6 +290,7 @@ ALGORITHMS = {
     ),
     "LearningRates": AlgorithmCase(_learning_rates, run=True),
     "FDS": AlgorithmCase(_fds, "classifier"),
+    "LearnedOptimizer": AlgorithmCase(_learned_optimizer, "classifier"),
     "LearningRates-ConvNet": AlgorithmCase(_learning_rates, "ConvNet", run=True),
 }
 # Exercised in full for every library; the transductive ConvNet for linen alone.

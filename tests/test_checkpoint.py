@@ -87,7 +87,7 @@ def test_the_record_holds_the_config_the_versions_the_step_and_what_loggers_said
     saved(opened, config, loggers={"WandbLogger": {"wandb_id": "abc"}})
     record = opened(config).record()
     assert record["config"] == {"seed": 3, "model": {"hidden": [40, 40]}}
-    assert record["step"] == 3 and record["schema"] == 1
+    assert record["step"] == 3 and record["schema"] == 2
     libraries = ("jax", "jaxlib", "optax", "flax", "dm-haiku", "orbax-checkpoint")
     assert record["versions"] == {
         "metalearn": metalearn.__version__,
@@ -129,12 +129,12 @@ def test_differences_are_found_at_any_depth_and_in_the_order_of_keys():
 
 def test_a_checkpoint_of_a_newer_schema_is_refused_by_name(opened, tmp_path, monkeypatch):
     with monkeypatch.context() as newer:
-        newer.setattr("metalearn.checkpoint.SCHEMA", 2)
+        newer.setattr("metalearn.checkpoint.SCHEMA", 3)
         newer.setattr("metalearn.__version__", "99.1")
         saved(opened)
     expected = (
-        f"The checkpoint in {tmp_path / 'run'} has schema 2, and this version of metalearn reads "
-        "schema 1. Resume it with metalearn 99.1, which wrote it."
+        f"The checkpoint in {tmp_path / 'run'} has schema 3, and this version of metalearn reads "
+        "schema 2. Resume it with metalearn 99.1, which wrote it."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         opened().restore(a_state())

@@ -22,20 +22,22 @@ from metalearn import Algorithm, MetaGradient, Reverse, Tasks
 from metalearn.engines.loop import rollout
 from metalearn.model import Model
 from tests import cases
-from tests.cases import ALGORITHMS, ENGINES, LIBRARIES, MODELS, TASKS
+from tests.cases import ALGORITHMS, ENGINES, ESTIMATORS, LIBRARIES, MODELS, TASKS
 
 pytestmark = pytest.mark.usefixtures("x64")
 PAIRS = [(name, library) for name in ALGORITHMS for library in LIBRARIES]
 QUICK = ("MAML-adam", "ANIL", "LearningRates", "running")
 REVERSE = Reverse()
 EXACT_PAIRS = [pair for pair in PAIRS if ALGORITHMS[pair[0]].exact]
-# Every engine with every pair, and every setting of an engine with one library; the rest is slow.
+# Mixed flow with every pair, forward mode and every setting with one library; the rest is slow.
 SETTINGS = [
     pytest.param(name, library, engine, marks=[] if quick else pytest.mark.slow)
     for name, library in PAIRS
     for engine in ENGINES
     if engine != "Reverse"
-    for quick in [engine in ("Forward", "MixedFlow") or (library == "linen" and name in QUICK)]
+    for quick in [
+        engine == "MixedFlow" or (library == "linen" and (engine == "Forward" or name in QUICK))
+    ]
 ]
 
 
@@ -125,6 +127,41 @@ def test_first_order_gradient_is_the_query_gradient_at_the_adapted_parameters(li
     assert relative_error(grads, solved(ALGORITHMS["MAML"], library)[1]) > 1e-3
 
 
+# Every algorithm with persistent particles, which is where something can get lost, and one with
+# every estimator; the rest is slow.
+ESTIMATED = [
+    pytest.param(name, engine, marks=[] if quick else pytest.mark.slow)
+    for name in ALGORITHMS
+    for engine in ESTIMATORS
+    for quick in [engine == "PES" or name == "MAML"]
+]
+
+
+def shapes(tree):
+    return jax.eval_shape(lambda tree: tree, tree)
+
+
+@pytest.mark.parametrize(("name", "engine"), ESTIMATED)
+def test_estimators_serve_every_algorithm_and_hand_back_a_state_like_the_one_given(name, engine):
+    algorithm, eta, episode, key = problem(ALGORITHMS[name], "linen")
+
+    def solve(engine, eta, episode):
+        unroll, batches = algorithm.unroll(episode, key), algorithm.batches(episode, key)
+        state = engine.init(key, unroll, eta)
+        return state, engine.value_and_grad(unroll, eta, batches, state)
+
+    run = jax.jit(functools.partial(solve, ESTIMATORS[engine]))
+    state, ((loss, aux), grads) = run(eta, episode)
+    _, ((_, expected), _) = jax.eval_shape(functools.partial(solve, REVERSE), eta, episode)
+    assert shapes(aux.engine) == shapes(state)
+    assert shapes(grads) == shapes(eta)
+    assert shapes(aux.state) == expected.state
+    assert shapes(aux.inner) == expected.inner
+    assert aux.metrics.keys() - {"pathwise_weight"} == expected.metrics.keys()
+    assert jnp.isfinite(loss) and aux.inner.finite.all()
+    assert jnp.isfinite(ravel_pytree(grads)[0]).all() and jnp.any(ravel_pytree(grads)[0] != 0)
+
+
 # What has a case.
 
 BASES = (Algorithm, MetaGradient, Model, Tasks)
@@ -133,6 +170,7 @@ WITH_A_CASE = {
     for instance in (
         *(case.problem("linen")[0] for case in ALGORITHMS.values()),
         *ENGINES.values(),
+        *ESTIMATORS.values(),
         *MODELS.values(),
         *TASKS.values(),
     )

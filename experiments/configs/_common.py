@@ -7,7 +7,8 @@ from ml_collections.config_dict import placeholder
 def maml() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
-    # Or "reverse", or "forward" for a small eta, or "auto": what `metalearn plan` would choose.
+    # Or "reverse", or "forward" for a small eta, or "auto": what `metalearn plan` would choose; or
+    # an estimate from losses: "es", "pes", "inverse_variance".
     config.engine = "mixed_flow"
 
     config.engine_options = {  # those of the engine that are set; see its docstring
@@ -20,6 +21,8 @@ def maml() -> ml_collections.ConfigDict:
         "directions": placeholder(int),
         "chunk": placeholder(int),
         "max_directions": placeholder(int),
+        "pairs": placeholder(int),
+        "sigma": placeholder(float),
     }
 
     config.algorithm = ml_collections.ConfigDict()
@@ -38,8 +41,17 @@ def maml() -> ml_collections.ConfigDict:
     config.algorithm.batch_norm = "transductive"
 
     config.optimizer = {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine"}
+    config.optimizer.clip = placeholder(float)  # the largest norm of a meta-gradient; None: any
     config.tasks_per_step = 16
     config.chunk = placeholder(int)  # tasks unrolled at once; None: all of a step's
+
+    # Inner runs that go on from outer step to outer step, `steps` inner steps at a time, up to
+    # horizons that are drawn from `shortest` to the algorithm's own. None: whole runs.
+    config.truncation = {
+        "steps": placeholder(int),
+        "shortest": placeholder(int),
+        "staggered": True,
+    }
 
     config.health = True  # look at one meta-gradient before a run starts; see metalearn.health
     config.check_every = 0  # and again every so many outer steps; 0: never, here and below
@@ -48,6 +60,38 @@ def maml() -> ml_collections.ConfigDict:
     config.eval_tasks = 400  # validation tasks, on the way
     config.test_tasks = 1000  # test tasks, once, at the end
     config.wandb = {"mode": "auto", "project": "metalearn", "name": "", "group": ""}
+    return config
+
+
+def learned_optimizer() -> ml_collections.ConfigDict:
+    """What the packaged configs of learned optimizers share."""
+    config = maml()
+    config.algorithm = ml_collections.ConfigDict()
+    config.algorithm.name = "learned_optimizer"
+    config.algorithm.problem = "supervised"  # or "streamed", for texts
+    config.algorithm.judge = "training"  # or "validation": the outer loss
+    config.algorithm.cap = 5.0  # a training loss above counts as this, with no derivative
+    config.algorithm.rule = ml_collections.ConfigDict()
+    config.algorithm.rule.name = "per_parameter"  # or "tuned": the base alone; "hypergradient"
+    config.algorithm.rule.network = "mlp"  # or "gru", of one hidden size
+    config.algorithm.rule.hidden = (32, 32)
+    config.algorithm.rule.step_scale = 1e-3
+    config.algorithm.rule.magnitude_scale = 1e-3
+    config.algorithm.rule.preconditioned = False  # the network's term is divided by sqrt(v)
+    config.algorithm.rule.base = ml_collections.ConfigDict()  # {}: no base
+    config.algorithm.rule.base.name = "adam"
+    config.algorithm.rule.base.hyperparameters = {
+        "learning_rate": {"low": 1e-5, "high": 1.0, "start": 0.01, "space": "log"},
+        "b1": {"low": 0.0, "high": 1.0, "start": 0.9, "space": "logit"},
+    }
+
+    config.dataset = ml_collections.ConfigDict()
+    config.dataset.name = "optimizer_runs"
+    config.dataset.data_dir = placeholder(str)
+    config.dataset.most = placeholder(int)  # images of a split; None: all
+
+    config.optimizer.clip = 1.0
+    config.eval_every = 0
     return config
 
 

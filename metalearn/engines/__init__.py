@@ -1,9 +1,22 @@
 """Engines: ways of differentiating through an inner loop. See `engine.py`."""
 
 from metalearn.engines.engine import Aux, MetaGradient
+from metalearn.engines.es import ES
 from metalearn.engines.forward import Forward
+from metalearn.engines.inverse_variance import InverseVariance
 from metalearn.engines.mixed_flow import MixedFlow
+from metalearn.engines.pes import PES
 from metalearn.engines.recorder import Inner
 from metalearn.engines.reverse import Reverse
 
-__all__ = ["Aux", "Forward", "Inner", "MetaGradient", "MixedFlow", "Reverse"]
+__all__ = [
+    "ES",
+    "PES",
+    "Aux",
+    "Forward",
+    "Inner",
+    "InverseVariance",
+    "MetaGradient",
+    "MixedFlow",
+    "Reverse",
+]

@@ -1,12 +1,17 @@
 """The interface of all engines: how the derivative of an unroll travels.
 
-| engine       | memory                      | time, in forward passes of the loop |
-|--------------|-----------------------------|-------------------------------------|
-| `Reverse`    | O(T), O(sqrt(T)) if nested  | a few, whatever the size of eta     |
-| `Forward`    | O(N) states, flat in T      | 1 + about N, for N meta-parameters  |
-| `MixedFlow`  | one inner Hessian product   | as `Reverse`, or fewer              |
+| engine            | memory                      | time, in forward passes of the loop |
+|-------------------|-----------------------------|-------------------------------------|
+| `Reverse`         | O(T), O(sqrt(T)) if nested  | a few, whatever the size of eta     |
+| `Forward`         | O(N) states, flat in T      | 1 + about N, for N meta-parameters  |
+| `MixedFlow`       | one inner Hessian product   | as `Reverse`, or fewer              |
+| `ES`              | 2n states, flat in T        | 2n, for n pairs of particles        |
+| `PES`             | 2n states, carried on       | 2n, for n pairs of particles        |
+| `InverseVariance` | 2n times an exact engine's  | 2n times an exact engine's          |
 
-They agree to rounding. An engine that cannot serve a problem refuses at trace time.
+The first three agree to rounding. The others estimate: from losses alone, for loops whose
+derivative is of no use, or (`PES`) from truncated unrolls without their bias. An engine that
+cannot serve a problem refuses at trace time.
 """
 
 from __future__ import annotations

@@ -1,0 +1,136 @@
+"""SGD whose learning rate adapts as it runs, and what is learned is how it adapts.
+
+    u_t     = mu u_{t-1} + g_t
+    alpha_t = alpha_{t-1} exp(beta cos(g_t, u_{t-1}))                 alpha_0 = alpha
+    theta_{t+1} = theta_t - alpha_t u_t
+
+While the gradient still points along the last step, the rate was too small, and grows: the
+multiplicative hypergradient rule (Baydin et al. 2018, arXiv:1703.04782). As an exponential of
+a cosine, no gradient changes a rate by more than a factor exp(beta), and none makes it
+negative. eta is three numbers: log alpha, log beta and the logit of mu.
+
+The state is u and one number per rate, the sum of beta cos so far.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalearn.algorithms.float_leaves import check_params, precision
+from metalearn.algorithms.update_rule import UpdateRule
+from metalearn.names import pick
+
+LEAST = 1e-16  # added to a squared norm: cosines fade where a norm is below 1e-8
+
+
+class HypergradientState(NamedTuple):
+    """The state of `HypergradientRule`: trees like the parameters."""
+
+    velocity: Any  # u, in float32 or float64
+    gain: Any  # (), the logarithm of what each tensor's rate has been multiplied with
+
+
+def _alone(dots: list[jax.Array]) -> list[jax.Array]:
+    return dots
+
+
+def _together(dots: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.stack(dots).sum(0)] * len(dots)
+
+
+# From the inner products of each tensor, [3], to those that its cosine is taken of.
+RATES: dict[str, Callable[[list[jax.Array]], list[jax.Array]]] = {
+    "per tensor": _alone,
+    "global": _together,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradientRule(UpdateRule):
+    """Learn how SGD adapts its rate. eta: {"log_rate", "log_hyper_rate", "logit_momentum"}."""
+
+    rate: float = 0.01  # alpha, before it adapts
+    hyper_rate: float = 0.02  # beta
+    momentum: float = 0.9  # mu
+    rates: str = "per tensor"  # or "global": one for all
+
+    def __post_init__(self) -> None:
+        pick(RATES, self.rates, "kind of rates")
+        if not (self.rate > 0 and self.hyper_rate > 0):
+            raise ValueError(
+                f"Rates are learned as logarithms, so rate={self.rate} and hyper_rate="
+                f"{self.hyper_rate} must be positive. Start from a small one, such as 1e-4."
+            )
+        if not 0 < self.momentum < 1:
+            raise ValueError(
+                f"Momentum is learned as a logit, so momentum={self.momentum} must lie strictly "
+                "between 0 and 1. Start from a small one, such as 0.01."
+            )
+
+    def init(self, key: jax.Array) -> dict[str, jax.Array]:
+        """Return the three numbers, leaves ()."""
+        del key
+        return {
+            "log_rate": jnp.asarray(math.log(self.rate)),
+            "log_hyper_rate": jnp.asarray(math.log(self.hyper_rate)),
+            "logit_momentum": jnp.asarray(math.log(self.momentum / (1 - self.momentum))),
+        }
+
+    def optimizer(self, eta: Any) -> optax.GradientTransformationExtraArgs:
+        """Return the optimizer. Its derivative is finite where gradients are exactly zero."""
+
+        def init(params: Any) -> HypergradientState:
+            check_params(params, "HypergradientRule")
+            velocity = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), precision(p)), params)
+            return HypergradientState(
+                velocity, jax.tree.map(lambda p: jnp.zeros((), precision(p)), params)
+            )
+
+        def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            del extra, params
+            wide = jax.tree.map(lambda g, u: jnp.asarray(g, u.dtype), grads, state.velocity)
+            cosines = self._cosines(wide, state.velocity)
+
+            def adapted(gain: jax.Array, cosine: jax.Array) -> jax.Array:
+                return gain + _like(gain, jnp.exp(eta["log_hyper_rate"])) * cosine
+
+            def pushed(u: jax.Array, g: jax.Array) -> jax.Array:
+                return _like(u, jax.nn.sigmoid(eta["logit_momentum"])) * u + g
+
+            def step(g: Any, u: jax.Array, gain: jax.Array) -> jax.Array:
+                rate = jnp.exp(_like(gain, eta["log_rate"]) + gain)
+                return (-rate * u).astype(jnp.result_type(g))
+
+            gain = jax.tree.map(adapted, state.gain, cosines)
+            velocity = jax.tree.map(pushed, state.velocity, wide)
+            updates = jax.tree.map(step, grads, velocity, gain)
+            return updates, HypergradientState(velocity, gain)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def _cosines(self, grads: Any, velocity: Any) -> Any:
+        """Return cos(g_t, u_{t-1}), leaves (); 0 where either is zero."""
+        leaves, treedef = jax.tree.flatten(grads)
+        dots = [_dots(g, u) for g, u in zip(leaves, jax.tree.leaves(velocity), strict=True)]
+        return jax.tree.unflatten(treedef, [_cosine(d) for d in RATES[self.rates](dots)])
+
+
+def _dots(g: jax.Array, u: jax.Array) -> jax.Array:
+    """Return (g u, g g, u u): [3]."""
+    return jnp.stack([(g * u).sum(), (g * g).sum(), (u * u).sum()])
+
+
+def _cosine(dots: jax.Array) -> jax.Array:
+    return dots[0] * jax.lax.rsqrt(dots[1] + LEAST) * jax.lax.rsqrt(dots[2] + LEAST)
+
+
+def _like(array: jax.Array, number: Any) -> jax.Array:
+    """Return a learned number in the dtype of an array."""
+    return jnp.asarray(number, array.dtype)

@@ -1,0 +1,123 @@
+"""Learned optimizers: eta is the optimizer that trains the inner model.
+
+From a fresh theta_0 the inner loop takes steps with the optimizer that eta stands for, and the
+outer loss is how well that went, by default all along the way,
+
+    theta_{t+1} = theta_t + u_t,   u_t = rule(eta)(grad L_t(theta_t), ...)      t = 0 .. T-1
+    F(eta)      = mean over t of L_t(theta_t),  or  L_val(theta_T)
+
+What the optimizer is, is an `UpdateRule`; what it trains is a `Problem`. Both are parts: any
+rule learns on any problem, or on several side by side (`Together`).
+
+A run of T steps unrolled whole is the exact derivative and costs T steps for one update of eta;
+`Trainer(truncation=Truncation(K))` updates it every K. See `metalearn.truncation` for what that
+costs in bias, and `metalearn.PES` for an estimator without it. The mean is then that over the
+steps of a truncation.
+
+References: Andrychowicz et al. 2016 (arXiv:1606.04474); Metz et al. 2019 (arXiv:1810.10180),
+2020 (arXiv:2009.11243), 2022 (arXiv:2203.11860).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalearn.algorithm import Algorithm
+from metalearn.algorithms.problem import Problem
+from metalearn.algorithms.update_rule import UpdateRule
+from metalearn.names import pick
+from metalearn.unroll import Episode, Unroll
+
+JUDGES = {
+    "training": "the mean of the training losses of all steps",
+    "validation": "the validation loss of the last theta",
+}
+
+
+class Optimization(NamedTuple):
+    """What the inner training run carries."""
+
+    params: Any  # theta
+    slots: Any  # the learned optimizer's state
+    statistics: Any  # the model's mutable state
+    total: jax.Array  # (): training losses so far, of this truncation
+    steps: jax.Array  # (), int32: how many
+    last: jax.Array  # (): the last of them
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedOptimizer(Algorithm):
+    """Learn the inner optimizer. eta: that of the rule.
+
+    Args:
+      problem: what is trained; it goes with the tasks.
+      rule: the optimizer, but for its eta.
+      horizon: T, inner steps.
+      judge: the outer loss, "training" or "validation".
+      cap: a training loss above this counts as this, with no derivative: a run that blows up
+        shall not drown the others. None: no cap.
+    """
+
+    problem: Problem
+    rule: UpdateRule
+    horizon: int
+    judge: str = "training"
+    cap: float | None = None
+
+    def __post_init__(self) -> None:
+        pick(JUDGES, self.judge, "judge")
+        if self.horizon < 1:
+            raise ValueError(f"An inner run takes at least one step, not horizon={self.horizon}.")
+
+    def init(self, key: jax.Array) -> Any:
+        """Return the optimizer before it is trained."""
+        return self.rule.init(key)
+
+    def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
+        """Return the training of a fresh theta, drawn with `key`."""
+
+        def init(eta: Any) -> Optimization:
+            params, statistics = self.problem.init(key)
+            slots = self.rule.optimizer(eta).init(params)
+            zero = jnp.zeros((), jnp.result_type(float))
+            return Optimization(params, slots, statistics, zero, jnp.zeros((), jnp.int32), zero)
+
+        def step(eta: Any, state: Optimization, batch: Any, grad: Any) -> Optimization:
+            data, noise = batch
+
+            def loss(params: Any) -> tuple[jax.Array, Any]:
+                found = self.problem.loss(params, state.statistics, episode.support, data, noise)
+                return found.loss, (found.measure, found.statistics)
+
+            grads, (measure, statistics) = grad(loss, has_aux=True)(state.params)
+            optimizer = self.rule.optimizer(eta)
+            updates, slots = optimizer.update(grads, state.slots, state.params)
+            params = optax.apply_updates(state.params, updates)
+            counted = measure if self.cap is None else jnp.minimum(measure, self.cap)
+            counted = counted.astype(state.total.dtype)
+            total, steps = state.total + counted, state.steps + 1
+            return Optimization(params, slots, statistics, total, steps, counted)
+
+        def loss(eta: Any, state: Optimization) -> tuple[jax.Array, dict[str, jax.Array]]:
+            del eta
+            value, metrics = self.problem.validate(state.params, state.statistics, episode.query)
+            mean = state.total / state.steps
+            shown = {"training_loss_last": state.last, "validation_loss": value, **metrics}
+            return (mean if self.judge == "training" else value), shown
+
+        def resume(state: Optimization) -> Optimization:
+            none = jnp.zeros_like(state.total), jnp.zeros_like(state.steps)
+            return state._replace(total=none[0], steps=none[1])
+
+        return Unroll(init, step, loss, resume=resume)
+
+    def batches(self, episode: Episode, key: jax.Array) -> Any:
+        """Return what each step reads, and a key for it: leaves [T, ...]."""
+        batch_key, noise_key = jax.random.split(key)
+        batches = self.problem.batches(episode.support, self.horizon, batch_key)
+        return batches, jax.random.split(noise_key, self.horizon)

@@ -1,0 +1,150 @@
+"""A learned optimizer: a small network, applied to every parameter alike.
+
+    x_t = features of g_0 .. g_t, theta_t and t                  metalearn.algorithms: Feature
+    d, m = network(eta, x_t)                                     metalearn.algorithms: Network
+    u_t = base(g_t, ...) - step_scale d exp(magnitude_scale m)
+
+As the same weights serve every parameter, what was trained on small models can be applied to
+large ones (Andrychowicz et al. 2016, arXiv:1606.04474; Metz et al. 2022, arXiv:2203.11860).
+The two scales are what makes it trainable: outputs of about one are small steps.
+
+- base: the update that the network corrects, such as a `TunedRule` of Adam. A network alone
+  begins from nothing, and may learn to blow up; with a nominal term it begins as, and stays
+  close to, an optimizer that works (STAR, Harrison et al. 2022, arXiv:2209.11208).
+- factors: what the network's term is multiplied with, features of one value: `ParameterScale`
+  makes steps relative to the tensor, `ReciprocalRoot` preconditions them as STAR does.
+
+Memory: the slots of the features, which reverse mode keeps for every inner step, and for the
+matmuls one matrix [parameters, features] per tensor. Any rank and any floating-point dtype;
+masked leaves (`optax.MaskedNode`, None) are left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalearn.algorithms.factored_moments import FactoredMoments
+from metalearn.algorithms.float_leaves import check_params, precision
+from metalearn.algorithms.parameter_features import (
+    Feature,
+    Gradient,
+    Momenta,
+    ParameterValue,
+    SecondMoments,
+    StepFeatures,
+    Tensor,
+    evaluate,
+    init_slots,
+    width,
+)
+from metalearn.algorithms.parameter_networks import Network, PointwiseMLP
+from metalearn.algorithms.update_rule import UpdateRule
+
+USUAL = (
+    Gradient(),
+    Momenta(),
+    SecondMoments(),
+    FactoredMoments(),
+    ParameterValue(),
+    StepFeatures(),
+)
+
+
+class PerParameterState(NamedTuple):
+    """The state of `PerParameter`; of trees, each leaf is a tensor's."""
+
+    taken: jax.Array  # (), int32: updates so far
+    slots: Any  # tree: the slots of each feature
+    factors: Any  # tree: the slots of each factor
+    hidden: Any  # tree: what the network carries
+    base: Any  # the state of the base
+
+
+@dataclasses.dataclass(frozen=True)
+class PerParameter(UpdateRule):
+    """Learn a network that updates every parameter. eta: {"network": ..., "base": ...}.
+
+    Updates are in each parameter's dtype; all is computed in float32, or float64 for
+    parameters of that.
+    """
+
+    features: tuple[Feature, ...] = USUAL
+    network: Network = PointwiseMLP()
+    step_scale: float = 1e-3
+    magnitude_scale: float = 1e-3
+    base: UpdateRule | None = None
+    factors: tuple[Feature, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            raise ValueError("A network needs features: give it one, such as `Gradient()`.")
+        for factor in self.factors:
+            if factor.size(0) != 1:
+                raise ValueError(
+                    f"A factor is a feature of one value, and {factor} has {factor.size(0)}. Take "
+                    "one such as `ParameterScale()`."
+                )
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Return the network's weights, and the eta of the base where there is one."""
+        network, base = jax.random.split(key)
+        eta = {"network": self.network.init(network, width(self.features))}
+        return eta if self.base is None else {**eta, "base": self.base.init(base)}
+
+    def optimizer(self, eta: Any) -> optax.GradientTransformationExtraArgs:
+        """Return the optimizer. Its derivative is finite where gradients are exactly zero."""
+        base = optax.with_extra_args_support(
+            optax.set_to_zero() if self.base is None else self.base.optimizer(eta["base"])
+        )
+
+        def init(params: Any) -> PerParameterState:
+            check_params(params, "PerParameter")
+            params = jax.tree.map(jnp.asarray, params)
+            return PerParameterState(
+                jnp.zeros((), jnp.int32),
+                jax.tree.map(functools.partial(init_slots, self.features), params),
+                jax.tree.map(functools.partial(init_slots, self.factors), params),
+                jax.tree.map(lambda p: self.network.start(p.shape, precision(p)), params),
+                base.init(params),
+            )
+
+        def update(
+            grads: Any, state: PerParameterState, params: Any = None, **extra: Any
+        ) -> tuple[Any, PerParameterState]:
+            check_params(params, "PerParameter")
+            nominal, after = base.update(grads, state.base, params, **extra)
+            one = functools.partial(self._update, eta["network"], state.taken)
+            trees = nominal, grads, state.slots, state.factors, state.hidden
+            found = jax.tree.map(one, params, *trees)
+
+            def part(i: int) -> Any:
+                return jax.tree.map(lambda _, each: each[i], params, found)
+
+            taken = optax.safe_increment(state.taken)
+            return part(0), PerParameterState(taken, part(1), part(2), part(3), after)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def _update(
+        self, weights: Any, step: jax.Array, param: Any, nominal: Any, grad: Any, *slots: Any
+    ) -> tuple[jax.Array, Any, Any, Any]:
+        """Return a tensor's update, and its next slots, those of its factors and hidden."""
+        dtype = precision(param)
+        nominal, grad, wide = (jnp.asarray(x, dtype) for x in (nominal, grad, param))
+        tensor = Tensor(grad, wide, step, jnp.zeros((0, *grad.shape), dtype))
+        kept, x = evaluate(self.features, slots[0], tensor)
+        weights = jax.tree.map(lambda w: jnp.asarray(w, dtype), weights)
+        outputs, hidden = self.network.apply(weights, slots[2], jnp.moveaxis(x, 0, -1))
+        change = self.step_scale * outputs[..., 0] * jnp.exp(self.magnitude_scale * outputs[..., 1])
+        factors = []
+        for factor, slot in zip(self.factors, slots[1], strict=True):
+            slot, value = factor(slot, tensor)
+            factors.append(slot)
+            change = change * value[0]
+        return (nominal - change).astype(jnp.result_type(param)), kept, tuple(factors), hidden

@@ -1,0 +1,177 @@
+"""What a learned optimizer trains: a fresh theta, and the loss of a step. Each a small class.
+
+A problem holds functions alone; the data come with the episode, so a problem goes with a
+distribution over tasks:
+
+| problem        | tasks                                   | support of an episode              |
+|----------------|-----------------------------------------|------------------------------------|
+| `Supervised`   | `TrainingRuns`, `HeldOut`               | all inputs and targets, rows [n]   |
+| `Streamed`     | `Text`, or any that draw a batch a step | leaves [T, batch, ...]             |
+| `Quadratic`    | `Quadratics`                            | curvatures [d], minimum [d]        |
+| `Together`     | `SideBySide`                            | {name: support}                    |
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metalearn.algorithms.epochs import epochs, read
+from metalearn.algorithms.objectives import Objective, cross_entropy
+from metalearn.engines.check import horizon
+from metalearn.model import Model
+
+
+class StepLoss(NamedTuple):
+    """What a problem says of theta at one step."""
+
+    loss: jax.Array  # (): what the inner gradient is of
+    measure: jax.Array  # (): what the learned optimizer is judged by
+    statistics: Any  # the model's next mutable state
+
+
+class Problem(abc.ABC):
+    """One kind of training run. Subclasses are frozen dataclasses of pure functions."""
+
+    @abc.abstractmethod
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Return (theta, the model's mutable state)."""
+
+    @abc.abstractmethod
+    def batches(self, support: Any, steps: int, key: jax.Array) -> Any:
+        """Return what the steps read: a pytree with leaves [steps, ...]."""
+
+    @abc.abstractmethod
+    def loss(
+        self, params: Any, statistics: Any, support: Any, batch: Any, key: jax.Array
+    ) -> StepLoss:
+        """Return the loss of one step. `key` is for dropout and the like."""
+
+    @abc.abstractmethod
+    def validate(
+        self, params: Any, statistics: Any, query: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return (validation loss (), metrics)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised(Problem):
+    """A network on batches of a whole dataset, every example once before any comes again."""
+
+    model: Model
+    objective: Objective = cross_entropy
+    batch: int = 64
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Return the model's parameters and state."""
+        return self.model.init(key)
+
+    def batches(self, support: Any, steps: int, key: jax.Array) -> jax.Array:
+        """Return the rows of each step [steps, batch], int32."""
+        return epochs(support[2], steps, self.batch, key)
+
+    def loss(
+        self, params: Any, statistics: Any, support: Any, batch: Any, key: jax.Array
+    ) -> StepLoss:
+        """Return the objective on the rows of a step."""
+        inputs, targets = read(support, batch)
+        return _step_loss(self.model, self.objective, params, statistics, inputs, targets, key)
+
+    def validate(
+        self, params: Any, statistics: Any, query: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the objective on all rows of the query."""
+        inputs, targets = read(query, query[2])
+        outputs, _ = self.model.apply(params, statistics, inputs, train=False)
+        return self.objective(outputs, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed(Problem):
+    """A network on batches that come with the episode, one a step: (inputs, targets, ...)."""
+
+    model: Model
+    objective: Objective = cross_entropy
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Return the model's parameters and state."""
+        return self.model.init(key)
+
+    def batches(self, support: Any, steps: int, key: jax.Array) -> Any:
+        """Return the batches themselves; ValueError unless there is one for each step."""
+        del key
+        given = horizon(support)
+        if given != steps:
+            raise ValueError(
+                f"The tasks bring {given} batches, one a step, and the learned optimizer takes "
+                f"{steps} steps. Make the two the same."
+            )
+        return support[:2]
+
+    def loss(
+        self, params: Any, statistics: Any, support: Any, batch: Any, key: jax.Array
+    ) -> StepLoss:
+        """Return the objective on a step's batch."""
+        del support
+        inputs, targets = batch
+        return _step_loss(self.model, self.objective, params, statistics, inputs, targets, key)
+
+    def validate(
+        self, params: Any, statistics: Any, query: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the objective on the query."""
+        outputs, _ = self.model.apply(params, statistics, query[0], train=False)
+        return self.objective(outputs, query[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadratic(Problem):
+    """A bowl: half the mean over d of curvature (theta - minimum - noise)^2, theta_0 normal."""
+
+    dimension: int
+    noise: float = 0.0  # standard deviation of the minimum that a step sees
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Return theta_0 [d]."""
+        return jax.random.normal(key, (self.dimension,)), ()
+
+    def batches(self, support: Any, steps: int, key: jax.Array) -> Any:
+        """Return the shift of the minimum at each step [steps, d]."""
+        return self.noise * jax.random.normal(key, (steps, self.dimension))
+
+    def loss(
+        self, params: Any, statistics: Any, support: Any, batch: Any, key: jax.Array
+    ) -> StepLoss:
+        """Return the loss about the shifted minimum, judged by that about the true one."""
+        del key
+        curvatures, minimum = support
+        seen = _bowl(params, curvatures, minimum + batch)
+        return StepLoss(seen, _bowl(params, curvatures, minimum), statistics)
+
+    def validate(
+        self, params: Any, statistics: Any, query: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the loss about the true minimum."""
+        return _bowl(params, *query), {}
+
+
+def _step_loss(
+    model: Model,
+    objective: Objective,
+    params: Any,
+    statistics: Any,
+    inputs: Any,
+    targets: Any,
+    key: jax.Array,
+) -> StepLoss:
+    outputs, statistics = model.apply(params, statistics, inputs, train=True, key=key)
+    loss, _ = objective(outputs, targets)
+    return StepLoss(loss, loss, statistics)
+
+
+def _bowl(params: jax.Array, curvatures: jax.Array, minimum: jax.Array) -> jax.Array:
+    return 0.5 * jnp.mean(curvatures * (params - minimum) ** 2)

@@ -1,0 +1,90 @@
+"""A hand-designed optimizer whose few hyperparameters are learned.
+
+The smallest of the update rules, and the one to beat: what a network per parameter gains is
+what it gains over this. eta is a coordinate () of each hyperparameter, in its space, so that
+a learning rate is searched for over orders of magnitude and a decay stays below one.
+
+One value serves all steps. Values that change over a run are the windows of
+`metalearn.algorithms.FDS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metalearn.algorithms.hyperparameter import Hyperparameter
+from metalearn.algorithms.hyperparameter_places import check_required, place
+from metalearn.algorithms.update_rule import UpdateRule
+from metalearn.leaves import is_differentiable
+from metalearn.optimizers import differentiable_at_zero
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedRule(UpdateRule):
+    """Learn the hyperparameters of an optimizer, by name. eta: {name: coordinate ()}.
+
+    A name is an argument of `make` that a number can be passed for. Arguments that stay as
+    they are: `functools.partial(optax.adamw, b1=0.95)`. Updates have the dtype of the
+    gradients, and the optimizer's state keeps its own.
+    """
+
+    make: Callable[..., optax.GradientTransformation]  # such as `optax.adamw`
+    hyperparameters: Mapping[str, Hyperparameter] = dataclasses.field(hash=False)
+
+    def __post_init__(self) -> None:
+        if not self.hyperparameters:
+            raise ValueError("TunedRule learns hyperparameters, so it needs at least one of them.")
+        if not callable(self.make):
+            raise TypeError(
+                "`TunedRule(make=)` takes what makes an optimizer from its hyperparameters, such "
+                "as `optax.adamw`, not an optimizer. What stays fixed: "
+                "`functools.partial(optax.adamw, b1=0.95)`."
+            )
+        place(self.hyperparameters, {"optimizer": self.make})
+        check_required(self.make, self.hyperparameters)
+        for name, chosen in self.hyperparameters.items():
+            _check_single(name, chosen)
+
+    def init(self, key: jax.Array) -> dict[str, jax.Array]:
+        """Return the coordinates that the hyperparameters start from."""
+        del key
+        return {name: _start(chosen) for name, chosen in self.hyperparameters.items()}
+
+    def values(self, eta: Any) -> dict[str, jax.Array]:
+        """Return what the coordinates stand for: {name: value ()}."""
+        return {name: chosen.value(eta[name]) for name, chosen in self.hyperparameters.items()}
+
+    def optimizer(self, eta: Any) -> optax.GradientTransformationExtraArgs:
+        """Return the optimizer, its derivative finite at every gradient."""
+        made = differentiable_at_zero(self.make(**self.values(eta)))
+
+        def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            updates, slots = made.update(grads, state, params, **extra)
+            return jax.tree.map(_as_before, updates, grads), jax.tree.map(_as_before, slots, state)
+
+        return optax.GradientTransformationExtraArgs(made.init, update)
+
+
+def _check_single(name: str, chosen: Hyperparameter) -> None:
+    if chosen.windows != 1 or chosen.shape or np.size(chosen.start) != 1:
+        raise ValueError(
+            f"`TunedRule` learns one number for {name!r}, not windows={chosen.windows} of "
+            f"shape={chosen.shape}. Values that change over a run: `FDS`."
+        )
+
+
+def _start(chosen: Hyperparameter) -> jax.Array:
+    start = jnp.asarray(np.reshape(np.asarray(chosen.start, float), ()))
+    return chosen.coordinate(start).astype(jnp.result_type(float))
+
+
+def _as_before(new: Any, old: Any) -> Any:
+    """Return an array in the dtype it had: a learned hyperparameter may be of another."""
+    return new.astype(jnp.result_type(old)) if is_differentiable(new) else new

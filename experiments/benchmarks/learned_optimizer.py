@@ -1,0 +1,201 @@
+"""A trained optimizer against tuned Adam and tuned SGD with momentum, on runs it never saw.
+
+    metalearn train --config=learned_optimizer_digits --workdir=runs/learned_optimizer
+    python -m metalearn.experiments.benchmarks.learned_optimizer runs/learned_optimizer
+
+Adam and SGD have their learning rates chosen from a logarithmic grid, for each setting anew, by
+the mean training loss of runs on the training tasks: what the learned optimizer was trained
+for, on the tasks it was trained on. All are then compared on the test tasks, from the same
+starts, on the same batches. Settings: as trained, a wider network, a longer run.
+
+Writes to the workdir, and to its W&B run: curves.csv, curves.png (training loss by step, mean
+and 95% band over runs), and a table with seconds per step, compiled, alone in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metalearn import Algorithm, Tasks
+from metalearn.algorithms import Hyperparameter, LearnedOptimizer, TunedRule
+from metalearn.engines.loop import rollout
+from metalearn.experiments import build, run
+from metalearn.experiments.benchmarks.intervals import STUDENT, interval
+from metalearn.loggers import WandbLogger
+
+RATES = tuple(np.geomspace(1e-4, 10, 21).tolist())  # four to an order of magnitude
+SMOOTHED = 10  # steps over which the last training losses of a run are averaged
+SETTINGS = ("as trained", "wider", "longer")
+
+
+def _rated(make: Any) -> TunedRule:
+    return TunedRule(make, {"learning_rate": Hyperparameter(1e-6, 100.0, 0.01, space="log")})
+
+
+HAND_DESIGNED = {
+    "Adam": _rated(optax.adam),
+    "SGD, momentum 0.9": _rated(functools.partial(optax.sgd, momentum=0.9)),
+}
+
+
+class Curve(NamedTuple):
+    """How one optimizer did in one setting."""
+
+    setting: str
+    optimizer: str
+    rate: float  # its learning rate, where it was chosen; else nan
+    losses: np.ndarray  # [runs, T]: training losses
+    validation: np.ndarray  # [runs]: the validation loss at the end
+    seconds: float  # of one inner step
+
+
+def settings(config: Mapping[str, Any], width: int, length: int) -> dict[str, dict[str, Any]]:
+    """Return the run's config as trained, with hidden layers, and with runs, so much larger."""
+    wider, longer = copy.deepcopy(dict(config)), copy.deepcopy(dict(config))
+    wider["model"]["hidden"] = [width * n for n in config["model"]["hidden"]]
+    longer["algorithm"]["horizon"] *= length
+    return dict(zip(SETTINGS, (dict(config), wider, longer), strict=True))
+
+
+def compare(
+    config: Mapping[str, Any], eta: Any, setting: str, runs: int, rates: Sequence[float] = RATES
+) -> list[Curve]:
+    """Run the learned optimizer and the hand-designed ones in one setting."""
+    splits = build.splits(config["dataset"])
+    learner = build.algorithm(config["algorithm"], build.model(config["model"], splits))
+    assert isinstance(learner, LearnedOptimizer)
+    learner = dataclasses.replace(learner, cap=None)
+    keys = jax.random.split(jax.random.key(config["seed"] + run.TEST), runs)
+    found = [_curve(setting, "learned", learner, eta, splits.test, keys)]
+    for name, made in HAND_DESIGNED.items():
+        hand = dataclasses.replace(learner, rule=made)
+        rate = tuned(hand, splits.train, rates)
+        values = {"learning_rate": jnp.log(jnp.asarray(rate, jnp.float32))}
+        found.append(_curve(setting, name, hand, values, splits.test, keys)._replace(rate=rate))
+    return found
+
+
+def tuned(learner: LearnedOptimizer, tasks: Tasks, rates: Sequence[float], runs: int = 8) -> float:
+    """Return the rate of the lowest mean training loss over runs on `tasks`."""
+    keys = jax.random.split(jax.random.key(1), runs)  # the same runs for all rates
+    outer = jax.jit(
+        jax.vmap(lambda eta, key: losses(learner, eta, tasks, key)[0].mean(), (None, 0))
+    )
+    means = [float(outer({"learning_rate": jnp.log(rate)}, keys).mean()) for rate in rates]
+    return float(rates[int(np.nanargmin(means))])
+
+
+def losses(
+    learner: Algorithm, eta: Any, tasks: Tasks, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return (training losses [T], validation loss ()) of one run."""
+    sample_key, unroll_key, batch_key = jax.random.split(key, 3)
+    episode = tasks.sample(sample_key)
+    unroll = learner.unroll(episode, unroll_key)
+    _, aux = rollout(unroll, eta, learner.batches(episode, batch_key))
+    return aux.inner.losses[:, 0], aux.metrics["validation_loss"]
+
+
+def _curve(
+    setting: str, name: str, learner: LearnedOptimizer, eta: Any, tasks: Tasks, keys: jax.Array
+) -> Curve:
+    one = jax.jit(lambda eta, key: losses(learner, eta, tasks, key))
+    made = [jax.device_get(one(eta, key)) for key in keys]
+    times = []
+    for key in keys[:3]:
+        begun = time.perf_counter()
+        jax.block_until_ready(one(eta, key))
+        times.append(time.perf_counter() - begun)
+    trained, validated = (np.stack(parts) for parts in zip(*made, strict=True))
+    return Curve(setting, name, np.nan, trained, validated, min(times) / learner.horizon)
+
+
+def table(curves: Sequence[Curve]) -> list[str]:
+    """Return a Markdown table of the curves."""
+    head = ["setting", "optimizer", "learning rate", "mean training loss"]
+    head += [f"last {SMOOTHED} steps", "validation loss", "us a step"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for curve in curves:
+        ends = curve.losses[:, -SMOOTHED:].mean(1), curve.validation
+        shown = [interval(values.tolist(), 4) for values in (curve.losses.mean(1), *ends)]
+        rate = "" if np.isnan(curve.rate) else f"{curve.rate:.2g}"
+        cells = (curve.setting, curve.optimizer, rate, *shown, f"{1e6 * curve.seconds:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def write(curves: Sequence[Curve], path: pathlib.Path) -> None:
+    """Write the curves as a CSV file, a line for each run and step."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("setting", "optimizer", "run", "step", "training_loss"))
+        for curve in curves:
+            for i, row in enumerate(curve.losses):
+                writer.writerows((*curve[:2], i, t, float(loss)) for t, loss in enumerate(row))
+
+
+def draw(curves: Sequence[Curve], path: pathlib.Path) -> None:
+    """Draw training loss by step, mean and 95% band over runs. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(curve.setting for curve in curves))
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
+    for axes, setting in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for curve in (curve for curve in curves if curve.setting == setting):
+            runs, steps = curve.losses.shape
+            low, mean, high = _band(curve.losses)
+            (line,) = axes.plot(mean, label=curve.optimizer)
+            axes.fill_between(range(steps), low, high, alpha=0.25, color=line.get_color())
+        axes.set(yscale="log", xlabel="inner step", ylabel="training loss", title=setting)
+        axes.legend(title=f"{runs} runs")
+    figure.savefig(path, dpi=120)
+
+
+def _band(losses: np.ndarray) -> np.ndarray:
+    """Return [3, T]: the mean over runs between the ends of its 95% interval."""
+    runs = len(losses)
+    width = STUDENT.get(runs, 1.96) * losses.std(0, ddof=1) / np.sqrt(runs)
+    mean = losses.mean(0)
+    return np.stack([np.maximum(mean - width, losses.min(0)), mean, mean + width])
+
+
+def main(argv: Sequence[str] | None = None) -> list[Curve]:
+    """Compare, write, draw and log."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("workdir", type=pathlib.Path, help="of `metalearn train`")
+    parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--width", type=int, default=4, help="times the hidden units")
+    parser.add_argument("--length", type=int, default=5, help="times the steps")
+    parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    given = parser.parse_args(argv)
+    restored = run.restore(given.workdir)
+    settled = settings(restored.config, given.width, given.length)
+    curves = []
+    for name in given.setting:
+        curves += compare(settled[name], restored.state.eta, name, given.runs)
+        print("\n".join(table(curves)[-3 if curves[3:] else -5 :]), flush=True)
+    write(curves, given.workdir / "curves.csv")
+    draw(curves, given.workdir / "curves.png")
+    logger = WandbLogger(**restored.config["wandb"], directory=given.workdir)
+    record = restored.loggers.get("WandbLogger", {})
+    logger.start(int(restored.state.step), restored.config, record)
+    logger.show({"curves": given.workdir / "curves.png"})
+    logger.finish()
+    return curves
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""A learned optimizer for small networks on digits, trained in truncations.
+
+Reproduces   the per-parameter MLP of Metz et al. 2022 (arXiv:2203.11860) on top of a learned
+             Adam, as in Harrison et al. 2022 (arXiv:2209.11208): an MLP of 32 hidden units on
+             scikit-learn's digits for T=200 steps, its mean training loss as the outer loss.
+             Meta-training never sees the images that the test runs train on.
+Command      metalearn train --config=learned_optimizer_digits --workdir=runs/learned_optimizer
+             python -m metalearn.experiments.benchmarks.learned_optimizer runs/learned_optimizer
+Takes        not measured
+Expect       not measured
+"""
+
+import ml_collections
+
+from metalearn.experiments.configs import _common
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = _common.learned_optimizer()
+
+    config.algorithm.horizon = 200  # T
+    config.algorithm.batch = 64
+    config.truncation.steps = 20  # K
+
+    config.model = {"name": "mlp", "library": "linen", "hidden": (32,)}
+
+    config.dataset.tfds = "digits"
+    config.dataset.validation = 100  # examples that a run does not train on
+
+    config.optimizer.learning_rate = 3e-3
+    config.tasks_per_step = 8
+    config.steps = 500
+    config.checkpoint_every = 100
+    config.log_every = 10
+    config.test_tasks = 32  # runs from scratch, on images of the test split
+    return config

@@ -1,0 +1,57 @@
+"""A learned optimizer for a small transformer, trained in truncations.
+
+Reproduces   `learned_optimizer_digits` on text: a byte-level transformer of 2 layers and width 32
+             on tiny Shakespeare for T=100 steps. Test runs are judged on the test split.
+Command      metalearn train --config=learned_optimizer_shakespeare --workdir=runs/lo_shakespeare
+             metalearn plan --config=learned_optimizer_shakespeare: memory and FLOPs by engine
+             The dataset: tfds build tiny_shakespeare --file_format=array_record
+Takes        not measured
+Expect       not measured
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from metalearn.experiments.configs import _common
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = _common.learned_optimizer()
+    config.chunk = 1
+
+    config.algorithm.problem = "streamed"
+    config.algorithm.batch = placeholder(int)  # the tasks have their batches
+    config.algorithm.horizon = 100  # T, and dataset.steps
+    config.algorithm.cap = 8.0
+    config.truncation.steps = 10  # K
+
+    config.model = {"name": "transformer", "library": "linen", "remat": "block"}
+    config.model.update({"width": 32, "layers": 2, "heads": 2})
+
+    config.dataset = ml_collections.ConfigDict()
+    config.dataset.name = "text"
+    config.dataset.tfds = "tiny_shakespeare"  # any text of TFDS, bytes as tokens
+    config.dataset.feature = "text"
+    config.dataset.length = 64  # S
+    config.dataset.batch = 8
+    config.dataset.steps = 100
+    config.dataset.eval_steps = 100
+    config.dataset.pieces = 1
+    config.dataset.held_out = 0.1  # of the training split, for validation
+    config.dataset.queries = 16
+    config.dataset.probes = 0
+    config.dataset.eval_queries = 64
+    config.dataset.eval_probes = 0
+    config.dataset.corruption = {
+        "share": 0.0,
+        "kinds": placeholder(tuple),
+        "probability": 0.5,
+        "seed": 0,
+    }
+
+    config.optimizer.learning_rate = 3e-3
+    config.tasks_per_step = 4
+    config.steps = 200
+    config.checkpoint_every = 50
+    config.test_tasks = 16
+    return config

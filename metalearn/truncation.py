@@ -1,0 +1,184 @@
+"""Truncated training: eta is updated every K inner steps, and the inner runs go on.
+
+A learned optimizer is meant for runs of thousands of steps. Unrolled whole, one update of eta
+costs one such run, and its derivative through so many steps is often chaotic. So the inner loop
+is cut into truncations of K steps: each outer step unrolls the next K steps of every task from
+where they stand, and takes the outer loss of where they end,
+
+    theta_{(i+1)K} = K steps from theta_{iK}, a constant            dF/deta through those K alone
+
+A task goes on up to its horizon N and is then replaced by a new one. All tasks of a batch would
+end together: staggered, the first horizons are cut to shares of their length, so that every
+outer step sees tasks of all ages. Horizons drawn log-uniformly show eta many beginnings and
+some long runs (Metz et al. 2020, arXiv:2009.11243).
+
+What is left out of the derivative biases it towards the short term (Wu et al. 2018,
+arXiv:1803.02021). `metalearn.PES` is unbiased all the same; it costs variance instead.
+
+A task that is no longer finite is left out of the mean, counted (`tasks_reset`) and replaced;
+the others do not notice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metalearn.algorithm import Algorithm
+from metalearn.engines import Aux, MetaGradient
+from metalearn.engines.check import horizon
+from metalearn.leaves import select
+from metalearn.tasks import Tasks
+from metalearn.unroll import Unroll
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+    """How inner runs are cut. T, the longest horizon, is the algorithm's own number of steps."""
+
+    steps: int  # K, inner steps between two updates of eta; divides T
+    shortest: int | None = None  # horizons are drawn log-uniformly from here to T; None: all T
+    staggered: bool = True  # the first tasks end at different times
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"A truncation takes at least one inner step, not {self.steps}.")
+        if self.shortest is not None and self.shortest < self.steps:
+            raise ValueError(
+                f"No horizon is shorter than a truncation: shortest={self.shortest}, steps="
+                f"{self.steps}. Take shortest >= {self.steps}, or shorter truncations."
+            )
+
+    def check(self, horizon: int) -> None:
+        """Raise ValueError where a run of `horizon` steps cannot be cut like this."""
+        if self.steps > horizon:
+            raise ValueError(
+                f"A truncation of {self.steps} inner steps is longer than the horizon, which is "
+                f"{horizon}. Take at most {horizon} steps, or a longer inner loop."
+            )
+        if horizon % self.steps:
+            fitting = [n for n in range(1, horizon + 1) if horizon % n == 0]
+            raise ValueError(
+                f"A horizon of {horizon} inner steps does not divide into truncations of "
+                f"{self.steps}. Lengths that fit: {', '.join(map(str, fitting))}."
+            )
+        if self.shortest is not None and self.shortest > horizon:
+            raise ValueError(
+                f"shortest={self.shortest}, but the longest horizon, the algorithm's own number "
+                f"of inner steps, is {horizon}."
+            )
+
+    def draw(self, key: jax.Array, longest: int, share: jax.Array) -> jax.Array:
+        """Draw the horizon of a new task: (), int32, a multiple of K; `share` () cuts it."""
+        shortest = longest if self.shortest is None else self.shortest
+        low, high = jnp.log(float(shortest)), jnp.log(float(longest))
+        drawn = share * jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
+        # Less a little, lest rounding turn 20 into 20.000001 and that into one truncation more.
+        parts = jnp.ceil(drawn / self.steps - 1e-4)
+        return jnp.clip(parts, 1, longest // self.steps).astype(jnp.int32) * self.steps
+
+    def shares(self, tasks: int, begins: jax.Array) -> jax.Array:
+        """Return the share of its horizon that each task gets [tasks]: all, but at the beginning.
+
+        `begins`: (), bool: whether this is the first outer step.
+        """
+        cut = (jnp.arange(tasks) + 1.0) / tasks
+        return jnp.where(begins & self.staggered, cut, 1.0)
+
+
+class Carried(NamedTuple):
+    """An inner run between two truncations. In a train state, leaves are [tasks, ...]."""
+
+    key: jax.Array  # (): it draws the task, its horizon and its batches
+    step: jax.Array  # (), int32: inner steps taken
+    horizon: jax.Array  # (), int32: inner steps it will take; 0: a new task is due
+    state: Any  # the inner state
+    engine: Any  # the engine's own state
+
+
+class Posed(NamedTuple):
+    """One task, ready to be unrolled from its beginning."""
+
+    unroll: Unroll
+    batches: Any  # leaves [T, ...]
+    engine: Any  # the engine's state for its first call
+
+
+def pose(
+    algorithm: Algorithm, engine: MetaGradient, eta: Any, tasks: Tasks, key: jax.Array
+) -> Posed:
+    """Return the task that `key` draws, ready to be unrolled."""
+    sample_key, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
+    episode = tasks.sample(sample_key)
+    unroll = algorithm.unroll(episode, unroll_key)
+    batches = algorithm.batches(episode, batch_key)
+    return Posed(unroll, batches, engine.init(engine_key, unroll, eta))
+
+
+def due(posed: Posed, eta: Any, key: jax.Array) -> Carried:
+    """Return a run in whose place a new task is due: for its shapes."""
+    none = jnp.zeros((), jnp.int32)
+    return Carried(key, none, none, posed.unroll.init(eta), posed.engine)
+
+
+def advance(
+    truncation: Truncation,
+    solve: Callable[..., tuple[tuple[jax.Array, Aux], Any]],
+    pose_of: Callable[[jax.Array], Posed],
+    eta: Any,
+    carried: Carried,
+    key: jax.Array,
+    share: jax.Array,
+) -> tuple[tuple[tuple[jax.Array, Aux], Any], jax.Array, Carried]:
+    """Unroll the next K steps of a run, or the first of a new one where that is due.
+
+    Args:
+      truncation: how runs are cut.
+      solve: unroll, eta, batches, engine state -> ((loss (), aux), meta-gradient).
+      pose_of: key -> the task, ready to be unrolled.
+      eta: the meta-parameters.
+      carried: where the run stands.
+      key: draws the new task, if one is due.
+      share: (), of the horizon that a new task gets.
+
+    Returns:
+      (((loss, aux), meta-gradient), whether all was finite (), where the run stands now).
+    """
+    ends = carried.step >= carried.horizon
+    key = select(ends, key, carried.key)
+    posed = pose_of(key)
+    longest = horizon(posed.batches)
+    truncation.check(longest)
+    # 2^31 - 1 is no task's: what is drawn here is drawn from nothing else.
+    drawn = truncation.draw(jax.random.fold_in(key, 2**31 - 1), longest, share)
+    last = select(ends, drawn, carried.horizon)
+    start = select(ends, jnp.zeros_like(carried.step), carried.step)
+    numbers = start + jnp.arange(truncation.steps)
+    batches = jax.tree.map(lambda x: jnp.asarray(x)[numbers], posed.batches)
+    engine = select(ends, posed.engine, carried.engine)
+    result = solve(_going_on(posed.unroll, ends, carried.state), eta, batches, engine)
+    (loss, aux), grads = result
+    finite = _finite(loss, aux, grads)
+    step = jnp.where(finite, start + truncation.steps, last)
+    return result, finite, Carried(key, step, last, aux.state, aux.engine)
+
+
+def _going_on(unroll: Unroll, ends: jax.Array, state: Any) -> Unroll:
+    """Return the unroll from `state`, or from its own beginning where a new task is due."""
+    resumed = state if unroll.resume is None else unroll.resume(state)
+
+    def init(eta: Any) -> Any:
+        return select(ends, unroll.init(eta), resumed)
+
+    # When an entry of eta comes into play is no longer known when tracing.
+    return unroll._replace(init=init, begins=None)
+
+
+def _finite(loss: jax.Array, aux: Aux, grads: Any) -> jax.Array:
+    """Say whether loss, meta-gradient and all that the inner loop saw are finite."""
+    fine = jnp.isfinite(loss) & aux.inner.finite.all() & jnp.isfinite(aux.inner.losses).all()
+    return jnp.stack([fine, *(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))]).all()

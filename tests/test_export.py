@@ -1,0 +1,333 @@
+"""Exported optimizers: one file, the same updates to the bit, and an error for every damage."""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import metalearn
+from metalearn import algorithms
+from metalearn.algorithms import (
+    Gradient,
+    Hyperparameter,
+    Momenta,
+    PerParameter,
+    PointwiseMLP,
+    TunedRule,
+    UpdateRule,
+    load_optimizer,
+    load_rule,
+    save_optimizer,
+    sgd,
+)
+from metalearn.algorithms.export import digest
+from metalearn.algorithms.rule_json import CLASSES, OPTIMIZERS, decode, encode
+from tests.test_update_rules import RULES, draw, generic
+
+SCRIPT = Path(__file__).parent.parent / "docs" / "use_exported_optimizer.py"
+LEARNED = {"learning_rate": Hyperparameter(1e-4, 1.0, 0.01, space="log")}
+RULE = PerParameter((Gradient(),), PointwiseMLP((2,)), base=TunedRule(optax.adam, LEARNED))
+NAMES = ["base/learning_rate"] + [f"network/{i}/{name}" for i in (0, 1) for name in "bw"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SignRule(UpdateRule):
+    """A rule of a user's own, whose eta is one array."""
+
+    rate: float = 0.1
+
+    def init(self, key):
+        return jnp.log(self.rate)
+
+    def optimizer(self, eta):
+        return optax.with_extra_args_support(optax.sign_sgd(jnp.exp(eta)))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "folder" / "learned.safetensors"
+
+
+@pytest.fixture
+def saved(path):
+    save_optimizer(path, RULE, generic(RULE))
+    return path
+
+
+def contents(path):
+    """Return (arrays by name, metadata)."""
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())
+
+
+def rewrite(path, weights=lambda w: w, metadata=lambda m: m):
+    """Change what a file holds, its digest with it."""
+    arrays, found = contents(path)
+    arrays, found = weights(arrays), metadata(found)
+    save_file(arrays, path, {**found, "sha256": digest(found, arrays)})
+
+
+def refused(path, message, error=ValueError, **options):
+    with pytest.raises(error, match=message):
+        load_optimizer(path, **options)
+
+
+# What comes back.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def moved(optimizer, params):
+    """Return the updates of the third step."""
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(jax.tree.map(jnp.sin, params), state, params)
+        params = optax.apply_updates(params, updates)
+    return updates
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_loaded_optimizer_gives_the_same_updates_to_the_bit(path, name):
+    rule, params = RULES[name], draw({"scalar": (), "matrix": (2, 3)}, dtype=jnp.float32)
+    save_optimizer(path, rule, generic(rule))
+    expected, ours = (
+        moved(o, params) for o in (rule.optimizer(generic(rule)), load_optimizer(path))
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(ours))
+
+
+def test_a_loaded_rule_can_be_trained_further(saved):
+    rule, eta = load_rule(saved)
+    assert rule == RULE
+    jax.tree.map(np.testing.assert_array_equal, eta, generic(RULE))
+    assert jax.tree.structure(eta) == jax.tree.structure(generic(RULE))
+
+
+def test_the_file_is_safetensors_with_weights_by_path_and_the_rule_in_its_metadata(saved):
+    weights, metadata = contents(saved)
+    assert sorted(weights) == NAMES
+    assert metadata["schema"] == "1" and metadata["metalearn"] == metalearn.__version__
+    rule = json.loads(metadata["rule"])
+    assert rule["class"] == "PerParameter"
+    assert rule["fields"]["base"]["fields"]["make"] == {"optimizer": "optax.adam"}
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_a_file_is_replaced_whole(saved):
+    save_optimizer(saved, RULES["global"], RULES["global"].init(jax.random.key(0)))
+    assert load_rule(saved)[0] == RULES["global"]
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_float64_eta_is_kept_and_read_in_the_precision_there_is(path):
+    eta = RULES["global"].init(jax.random.key(0))
+    save_optimizer(path, RULES["global"], eta)
+    assert load_rule(path)[1]["log_rate"].dtype == jnp.float64
+    with jax.enable_x64(False):
+        assert load_rule(path)[1]["log_rate"].dtype == jnp.float32
+
+
+def test_a_rule_of_ones_own_is_loaded_where_it_is_known(path):
+    save_optimizer(path, SignRule(0.5), jnp.log(0.25))
+    assert list(contents(path)[0]) == ["eta"]
+    grads = {"w": jnp.array([3.0, -4.0])}
+    optimizer = load_optimizer(path, known=(SignRule,))
+    updates, _ = optimizer.update(grads, optimizer.init(grads))
+    np.testing.assert_allclose(updates["w"], [-0.25, 0.25], rtol=1e-6)
+    refused(path, r"holds a 'SignRule', which is no class of metalearn's.*`known=\(SignRule,\)`")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_are_saved_by_name_and_so_are_partials_of_them(name):
+    make = OPTIMIZERS[name]
+    assert decode(json.loads(json.dumps(encode(make)))) is make
+    partial = functools.partial(make, 0.1, some=(1, None, True, "text"))
+    back = decode(json.loads(json.dumps(encode(partial))))
+    assert (back.func, back.args, back.keywords) == (
+        partial.func,
+        partial.args,
+        partial.keywords,
+    )
+
+
+def test_every_public_rule_feature_and_network_can_be_saved():
+    public = [getattr(algorithms, name) for name in algorithms.__all__]
+    bases = algorithms.UpdateRule, algorithms.Feature, algorithms.Network
+    found = {c for c in public if inspect.isclass(c) and issubclass(c, bases)} - {*bases}
+    assert {*CLASSES.values()} == found | {Hyperparameter}
+    assert all(name == cls.__name__ for name, cls in CLASSES.items())
+
+
+def test_a_field_that_a_file_is_too_old_to_have_takes_its_default(saved):
+    rewrite(saved, metadata=lambda m: {**m, "rule": m["rule"].replace('"step_scale": 0.001, ', "")})
+    assert "step_scale" not in contents(saved)[1]["rule"]
+    assert load_rule(saved)[0] == RULE
+
+
+# What a script elsewhere does with it.
+
+
+def test_a_script_that_imports_the_loader_alone_trains_models_of_every_library(saved, tmp_path):
+    imports = [
+        node for node in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(node, ast.ImportFrom)
+    ]
+    ours = [node for node in imports if node.module.startswith("metalearn")]
+    assert [(node.module, [n.name for n in node.names]) for node in ours] == [
+        ("metalearn.algorithms", ["load_optimizer"])
+    ]
+    command = [sys.executable, SCRIPT, saved]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"(\w+)_model: ([\d.]+) -> ([\d.]+)", done.stdout)
+    assert [name for name, *_ in lines] == ["linen", "nnx", "haiku"]
+    assert all(float(after) < 0.5 * float(before) for _, before, after in lines)
+
+
+# What is refused when it is saved.
+
+
+def test_an_eta_of_another_rule_is_not_saved(path):
+    eta = generic(RULE)
+    with pytest.raises(ValueError, match="missing from eta: base/learning_rate. Save an eta with"):
+        save_optimizer(path, RULE, {"network": eta["network"]})
+    with pytest.raises(ValueError, match="in eta are none of the rule's: extra. Save an eta"):
+        save_optimizer(path, RULE, {**eta, "extra": jnp.zeros(2)})
+    with pytest.raises(
+        ValueError, match=r"base/learning_rate in eta has shape \(2,\), and that of"
+    ):
+        save_optimizer(path, RULE, {**eta, "base": {"learning_rate": jnp.zeros(2)}})
+    with pytest.raises(
+        ValueError, match=r"is of bfloat16, and weights.*`jax.tree.map\(jnp.float32"
+    ):
+        save_optimizer(path, RULE, jax.tree.map(jnp.bfloat16, eta))
+    assert not path.exists()
+
+
+def test_two_weights_of_one_path_are_not_saved(path):
+    class Twice(SignRule):
+        def init(self, key):
+            return {"a/b": jnp.zeros(()), "a": {"b": jnp.zeros(())}}
+
+    with pytest.raises(ValueError, match="Two weights have one path: a/b, a/b. Rename one"):
+        save_optimizer(path, Twice(), Twice().init(None))
+
+
+def test_parts_that_cannot_be_read_back_are_not_saved(path):
+    def mine(learning_rate):
+        return sgd(learning_rate)
+
+    rule = TunedRule(mine, LEARNED)
+    message = r"mine.* cannot be written.*by name \(metalearn.sgd, .*`known=\(MyRule,\)`"
+    with pytest.raises(ValueError, match=message):
+        save_optimizer(path, rule, rule.init(jax.random.key(0)))
+    namesake = dataclasses.make_dataclass("PerParameter", [], bases=(SignRule,), frozen=True)
+    with pytest.raises(ValueError, match="class of yours is called 'PerParameter'.*Rename it"):
+        save_optimizer(path, namesake(), jnp.zeros(()))
+
+
+# What is refused when it is loaded.
+
+
+def test_a_file_that_is_not_there_is_named(path):
+    refused(path, r"no file .*learned.safetensors. `save_optimizer\(path, ", FileNotFoundError)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.999])
+def test_a_file_cut_short_is_refused(saved, kept):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(kept * len(whole))])
+    refused(saved, "is not a safetensors file, or is damaged or cut short .*Copy it again")
+
+
+def test_a_text_is_refused(path):
+    path.parent.mkdir()
+    path.write_text("learning_rate: 0.1\n" * 9)
+    refused(path, "is not a safetensors file, or is damaged")
+
+
+def test_one_flipped_bit_anywhere_is_found(saved):
+    whole = saved.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        saved.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged|schema|did not write it"):
+            load_optimizer(saved)
+
+
+def test_a_flipped_bit_in_a_weight_or_in_the_rule_is_found_by_the_digest(saved):
+    whole = saved.read_bytes()
+    for place in (len(whole) - 3, whole.index(b"step_scale") + 15):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        saved.write_bytes(damaged)
+        refused(saved, "is damaged: its contents do not have the digest it was saved with")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_safetensors_of_something_else_are_refused(path, metadata):
+    path.parent.mkdir()
+    save_file({"w": np.zeros(2)}, path, metadata)
+    listed = "format" if metadata else "none"
+    refused(path, f"not of an optimizer: `save_optimizer` did not write it. Its metadata: {listed}")
+
+
+def test_a_later_schema_is_refused_with_the_version_that_reads_it(saved):
+    rewrite(saved, metadata=lambda m: {**m, "schema": "7", "metalearn": "9.1"})
+    refused(saved, r"has schema 7, and this metalearn \(.*\) reads schema 1. Load it with .* 9.1")
+
+
+def test_missing_unexpected_and_misshapen_weights_are_named(saved):
+    whole = saved.read_bytes()
+    rewrite(saved, lambda w: {k: w[k] for k in w if k not in NAMES[:2]})
+    refused(saved, "missing from .*: base/learning_rate, network/0/b. It was not written by")
+    saved.write_bytes(whole)
+    rewrite(saved, lambda w: {**w, "network/2/w": np.zeros(3)})
+    refused(saved, "in .* are none of the rule's: network/2/w. It was not written by")
+    saved.write_bytes(whole)
+    rewrite(saved, lambda w: {**w, "network/1/b": np.zeros(3)})
+    refused(saved, r"network/1/b in .* has shape \(3,\), and that of the rule has \(2,\)")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("PerParameter", "PerParametr", "'PerParametr', .*Did you mean 'PerParameter'"),
+        ("optax.adam", "optax.adem", "No optimizer that can be loaded is called 'optax.adem'. Did"),
+        ("optax.adam", "os.system", "No optimizer that can be loaded is called 'os.system'"),
+        ("step_scale", "scale", "PerParameter has the fields features, network, scale, .*Load it"),
+        (
+            '"make"',
+            '"made"',
+            "TunedRule has the fields made, hyperparameters, and the one here make",
+        ),
+        ('{"optimizer"', '{"call"', "This is no part of an update rule: {'call': 'optax.adam'}"),
+    ],
+)
+def test_a_rule_that_is_not_known_here_is_refused(saved, before, after, message):
+    rewrite(saved, metadata=lambda m: {**m, "rule": m["rule"].replace(before, after)})
+    refused(saved, message)
+
+
+def test_what_is_known_is_a_class_with_a_name_of_its_own(saved):
+    refused(saved, r"`known` holds dataclasses, not .*`known=\(MyRule,\)`", TypeError, known=(sgd,))
+    namesake = dataclasses.make_dataclass("Momenta", [])
+    refused(saved, "metalearn has a class 'Momenta' too. Rename yours", known=(namesake,))
+    assert load_rule(saved, known=(Momenta,))[0] == RULE
