@@ -6,8 +6,9 @@
     metalearn export --workdir=runs/learned_optimizer --out=mine.safetensors
 
 Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback; eval: --tasks;
-export: --out; plan: --budget (such as 40GiB; else the memory of the device), --json, --largest=KEY (how large
-an integer of the config may become, such as --largest=algorithm.inner_steps).
+export: --out; plan: --budget (such as 40GiB; else the memory of the device), --json,
+--largest=KEY (how large an integer of the config may become, such as
+--largest=algorithm.inner_steps).
 
 `--config` takes the name of a packaged config or the path of a config file, which is
 Python and is executed. The same command with the same workdir resumes; a finished run

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
-# Student's t at 97.5%, by the number of seeds.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+import numpy as np
+from scipy.stats import t as student
+
+
+def half_width(values: Any) -> Any:
+    """Return the half-width of the 95% interval of the mean over the leading axis [n, ...]."""
+    runs = len(values)
+    return student.ppf(0.975, runs - 1) * np.std(values, 0, ddof=1) / np.sqrt(runs)
 
 
 def interval(values: Sequence[float], digits: int = 3) -> str:
@@ -16,5 +22,4 @@ def interval(values: Sequence[float], digits: int = 3) -> str:
         return f"{values[0]:.{digits}f}"
     if not all(abs(value) < 1e3 for value in values):
         return f"{statistics.median(values):.3g} (median)"
-    width = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.{digits}f} +- {width:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} +- {half_width(values):.{digits}f}"

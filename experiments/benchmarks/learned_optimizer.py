@@ -33,7 +33,7 @@ from metalearn import Algorithm, Tasks
 from metalearn.algorithms import Hyperparameter, LearnedOptimizer, TunedRule
 from metalearn.engines.loop import rollout
 from metalearn.experiments import build, run
-from metalearn.experiments.benchmarks.intervals import STUDENT, interval
+from metalearn.experiments.benchmarks.intervals import half_width, interval
 from metalearn.loggers import WandbLogger
 
 RATES = tuple(np.geomspace(1e-4, 10, 21).tolist())  # four to an order of magnitude
@@ -91,10 +91,13 @@ def compare(
 def tuned(learner: LearnedOptimizer, tasks: Tasks, rates: Sequence[float], runs: int = 8) -> float:
     """Return the rate of the lowest mean training loss over runs on `tasks`."""
     keys = jax.random.split(jax.random.key(1), runs)  # the same runs for all rates
-    outer = jax.jit(
-        jax.vmap(lambda eta, key: losses(learner, eta, tasks, key)[0].mean(), (None, 0))
-    )
-    means = [float(outer({"learning_rate": jnp.log(rate)}, keys).mean()) for rate in rates]
+
+    @jax.jit
+    def mean_loss(rate: Any) -> jax.Array:
+        eta = {"learning_rate": jnp.log(rate)}
+        return jax.vmap(lambda key: losses(learner, eta, tasks, key)[0].mean())(keys).mean()
+
+    means = [float(mean_loss(rate)) for rate in rates]
     return float(rates[int(np.nanargmin(means))])
 
 
@@ -166,9 +169,7 @@ def draw(curves: Sequence[Curve], path: pathlib.Path) -> None:
 
 def _band(losses: np.ndarray) -> np.ndarray:
     """Return [3, T]: the mean over runs between the ends of its 95% interval."""
-    runs = len(losses)
-    width = STUDENT.get(runs, 1.96) * losses.std(0, ddof=1) / np.sqrt(runs)
-    mean = losses.mean(0)
+    mean, width = losses.mean(0), half_width(losses)
     return np.stack([np.maximum(mean - width, losses.min(0)), mean, mean + width])
 
 
