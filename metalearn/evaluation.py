@@ -27,13 +27,19 @@ class Estimate(NamedTuple):
         return f"{self.mean:.4f} +- {self.ci95:.4f}"
 
 
-def task_metrics(algorithm: Algorithm, eta: Any, tasks: Tasks, key: jax.Array) -> dict[str, Any]:
-    """Draw one task, run its inner loop and return its outer loss and metrics."""
+def task_metrics(
+    algorithm: Algorithm, eta: Any, tasks: Tasks, key: jax.Array, steps: int | None = None
+) -> dict[str, Any]:
+    """Draw one task, run its inner loop and return its outer loss and metrics.
+
+    `steps`: take no more inner steps than the first so many; None: all.
+    """
     check_eta(eta)
     sample_key, unroll_key, batch_key = jax.random.split(key, 3)
     episode = tasks.sample(sample_key)
     unroll = algorithm.unroll(episode, unroll_key)
-    loss, aux = rollout(unroll, eta, algorithm.batches(episode, batch_key))
+    batches = jax.tree.map(lambda x: x[:steps], algorithm.batches(episode, batch_key))
+    loss, aux = rollout(unroll, eta, batches)
     return merged({"loss": loss}, aux.metrics)
 
 

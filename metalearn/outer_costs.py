@@ -80,7 +80,7 @@ class Costs:
 
         def step(eta: Any, tasks: Any, key: jax.Array) -> dict[str, Any]:
             def on_task(key: jax.Array) -> dict[str, Any]:
-                return task_metrics(trainer.algorithm, eta, tasks, key)
+                return task_metrics(trainer.algorithm, eta, tasks, key, self._truncated())
 
             return mean_over(on_task, jax.random.split(key, trainer.tasks_per_step), trainer.chunk)
 
@@ -93,12 +93,16 @@ class Costs:
         return Costs(dataclasses.replace(self.trainer, algorithm=algorithm), self.tasks, self.known)
 
     def inner_steps(self) -> int:
-        """Return T, whether the algorithm or the tasks set it."""
+        """Return the inner steps of an outer step: T, or those of a truncation."""
 
         def batches(tasks: Any, key: jax.Array) -> Any:
             return self.trainer.algorithm.batches(tasks.sample(key), key)
 
-        return horizon(jax.eval_shape(batches, self.tasks, self._state().key))
+        whole = horizon(jax.eval_shape(batches, self.tasks, self._state().key))
+        return self._truncated() or whole
+
+    def _truncated(self) -> int | None:
+        return None if self.trainer.truncation is None else self.trainer.truncation.steps
 
     def _state(self) -> Any:
         key = jax.eval_shape(lambda: jax.random.key(0))
