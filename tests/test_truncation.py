@@ -10,6 +10,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from metalearn import (
+    ES,
+    PES,
     Algorithm,
     Episode,
     Forward,
@@ -22,7 +24,7 @@ from metalearn import (
 )
 from metalearn.checkpoint import Checkpoints
 from metalearn.engines.loop import rollout
-from tests.cases import ALGORITHMS
+from tests.cases import ALGORITHMS, ENGINES
 
 pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(0)
@@ -232,18 +234,37 @@ def test_a_step_in_which_no_task_is_finite_is_not_finite():
     assert broken and all(np.isnan(m["loss"]) for m in broken)
 
 
-@pytest.mark.parametrize("engine", [Reverse(), Forward(), MixedFlow()], ids=str)
-@pytest.mark.parametrize("name", ["MAML-adam", "LearningRates", "token-weights", "FDS"])
+# Each algorithm once in `make test`, and each engine; the other pairs are slow.
+PAIRS = [
+    pytest.param(name, engine, id=f"{name}-{engine}", marks=[] if quick else pytest.mark.slow)
+    for name in ("MAML-adam", "LearningRates", "token-weights", "FDS", "LearnedOptimizer")
+    for engine in ("Reverse-nested", "Forward", "MixedFlow")
+    for quick in [engine == "MixedFlow" or name == "MAML-adam"]
+]
+
+
+@pytest.mark.parametrize(("name", "engine"), PAIRS)
 def test_every_algorithm_runs_in_truncations_under_every_engine(name, engine):
     algorithm, tasks = ALGORITHMS[name].problem("linen")
     options = {"truncation": together(1), "tasks_per_step": 2, "optimizer": optax.sgd(1e-3)}
-    made = Trainer(algorithm, engine, **options)
+    made = Trainer(algorithm, ENGINES[engine], **options)
     reverse = dataclasses.replace(made, engine=Reverse(remat="step"))
     state = made.init(KEY, tasks)
     state, _ = made.step(state, tasks)
     (ours, metrics), (expected, _) = made.step(state, tasks), reverse.step(state, tasks)
     np.testing.assert_allclose(flat(ours.eta), flat(expected.eta), rtol=1e-9, atol=1e-12)
     assert metrics["tasks_reset"] == 0 and (ours.inner.step == 2).all()
+
+
+@pytest.mark.parametrize("engine", [ES(), PES()], ids=["ES", "PES"])
+def test_estimators_carry_their_particles_on_and_begin_anew_with_the_task(engine):
+    made = trainer(together(3), engine=engine, optimizer=optax.sgd(0.0))
+    seen = run(made, 5)
+    assert [float(m["count"]) for _, m in seen] == [3, 6, 9, 12, 3]
+    if isinstance(engine, PES):
+        xi = [np.abs(flat(state.inner.engine.xi)).max() for state, _ in seen]
+        assert xi[0] < xi[3] and xi[4] < xi[3]  # perturbations add up until the task ends
+        assert not any(state.inner.engine.fresh.any() for state, _ in seen)
 
 
 def test_truncated_training_compiles_one_step():
