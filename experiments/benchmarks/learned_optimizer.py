@@ -9,7 +9,8 @@ for, on the tasks it was trained on. All are then compared on the test tasks, fr
 starts, on the same batches. Settings: as trained, a wider network, a longer run.
 
 Writes to the workdir, and to its W&B run: curves.csv, curves.png (training loss by step, mean
-and 95% band over runs), and a table with seconds per step, compiled, alone in this process.
+and 95% band over runs), and a table with seconds per step, compiled, alone in this process. Of
+several workdirs, trained with other seeds, it also prints a table over the seeds.
 """
 
 from __future__ import annotations
@@ -140,6 +141,17 @@ def table(curves: Sequence[Curve]) -> list[str]:
     return lines
 
 
+def over_seeds(found: Sequence[Sequence[Curve]]) -> list[str]:
+    """Return a Markdown table of the mean over runs of each seed, with its interval over seeds."""
+    lines = ["| setting | optimizer | mean training loss | validation loss |", "|---" * 4 + "|"]
+    for curves in zip(*found, strict=True):
+        trained = [float(curve.losses.mean()) for curve in curves]
+        validated = [float(curve.validation.mean()) for curve in curves]
+        cells = (*curves[0][:2], interval(trained, 4), interval(validated, 4))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def write(curves: Sequence[Curve], path: pathlib.Path) -> None:
     """Write the curves as a CSV file, a line for each run and step."""
     with path.open("w", newline="") as file:
@@ -173,27 +185,34 @@ def _band(losses: np.ndarray) -> np.ndarray:
     return np.stack([np.maximum(mean - width, losses.min(0)), mean, mean + width])
 
 
-def main(argv: Sequence[str] | None = None) -> list[Curve]:
-    """Compare, write, draw and log."""
+def main(argv: Sequence[str] | None = None) -> list[list[Curve]]:
+    """Compare, write, draw and log, for each workdir."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("workdir", type=pathlib.Path, help="of `metalearn train`")
+    parser.add_argument("workdir", type=pathlib.Path, nargs="+", help="of `metalearn train`")
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--width", type=int, default=4, help="times the hidden units")
     parser.add_argument("--length", type=int, default=5, help="times the steps")
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     given = parser.parse_args(argv)
-    restored = run.restore(given.workdir)
+    found = [_report(workdir, given) for workdir in given.workdir]
+    if len(found) > 1:
+        print("\n".join([f"Over {len(found)} seeds:", *over_seeds(found)]))
+    return found
+
+
+def _report(workdir: pathlib.Path, given: argparse.Namespace) -> list[Curve]:
+    restored = run.restore(workdir)
     settled = settings(restored.config, given.width, given.length)
     curves = []
     for name in given.setting:
         curves += compare(settled[name], restored.state.eta, name, given.runs)
-        print("\n".join(table(curves)[-3 if curves[3:] else -5 :]), flush=True)
-    write(curves, given.workdir / "curves.csv")
-    draw(curves, given.workdir / "curves.png")
-    logger = WandbLogger(**restored.config["wandb"], directory=given.workdir)
+    print("\n".join([f"{workdir}:", *table(curves)]), flush=True)
+    write(curves, workdir / "curves.csv")
+    draw(curves, workdir / "curves.png")
+    logger = WandbLogger(**restored.config["wandb"], directory=workdir)
     record = restored.loggers.get("WandbLogger", {})
     logger.start(int(restored.state.step), restored.config, record)
-    logger.show({"curves": given.workdir / "curves.png"})
+    logger.show({"curves": workdir / "curves.png"})
     logger.finish()
     return curves
 
