@@ -72,7 +72,7 @@ def settings(config: Mapping[str, Any], width: int, length: int) -> dict[str, di
 
 
 def compare(
-    config: Mapping[str, Any], eta: Any, setting: str, runs: int, rates: Sequence[float] = RATES
+    config: Mapping[str, Any], eta: Any, setting: str, runs: int, rates: Sequence[float]
 ) -> list[Curve]:
     """Run the learned optimizer and the hand-designed ones in one setting."""
     splits = build.splits(config["dataset"])
@@ -205,7 +205,7 @@ def _report(workdir: pathlib.Path, given: argparse.Namespace) -> list[Curve]:
     settled = settings(restored.config, given.width, given.length)
     curves = []
     for name in given.setting:
-        curves += compare(settled[name], restored.state.eta, name, given.runs)
+        curves += compare(settled[name], restored.state.eta, name, given.runs, RATES)
     print("\n".join([f"{workdir}:", *table(curves)]), flush=True)
     write(curves, workdir / "curves.csv")
     draw(curves, workdir / "curves.png")
