@@ -39,7 +39,8 @@ def weighted_cross_entropy(
     """
     log_p = jax.nn.log_softmax(logits)
     right = jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
-    losses = -(1 - label_smoothing) * right - label_smoothing * log_p.mean(-1)
+    share = jnp.asarray(label_smoothing)
+    losses = -(1 - share) * right - share * log_p.mean(-1)
     if class_weights is not None:
         losses = losses * class_weights[labels]
     return losses.mean(), {"accuracy": (logits.argmax(-1) == labels).mean()}
