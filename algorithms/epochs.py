@@ -8,14 +8,22 @@ import jax
 import jax.numpy as jnp
 
 
-def epochs(rows: jax.Array, steps: int, batch: int, key: jax.Array) -> jax.Array:
-    """Return the rows [steps, batch] of each step: all of `rows` [n] before any comes again."""
-    if batch > len(rows):
-        raise ValueError(f"batch={batch}, but there are {len(rows)} training examples.")
-    needed = steps * batch
-    keys = jax.random.split(key, -(-needed // len(rows)))
-    drawn = jax.vmap(lambda key: jax.random.permutation(key, rows))(keys)
-    return drawn.reshape(-1)[:needed].reshape(steps, batch)
+def epochs(rows: jax.Array, steps: jax.Array, batch: int, key: jax.Array) -> jax.Array:
+    """Return the rows [t, batch] of steps [t], numbers one after the other, from any on.
+
+    All of `rows` [n] come before any comes again. No more epochs are drawn than the steps touch.
+    """
+    n = len(rows)
+    if batch > n:
+        raise ValueError(f"batch={batch}, but there are {n} training examples.")
+    first = steps[0] * batch // n
+    touched = -(-len(steps) * batch // n) + 1
+    keys = jax.vmap(lambda epoch: jax.random.fold_in(key, epoch))(first + jnp.arange(touched))
+    drawn = jax.vmap(lambda key: jax.random.permutation(key, rows))(keys).reshape(-1)
+    places = (
+        (steps[:, None] - steps[0]) * batch + jnp.arange(batch) + (steps[0] * batch - first * n)
+    )
+    return drawn[places]
 
 
 def read(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:

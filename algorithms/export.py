@@ -101,13 +101,13 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
+            _check_metadata(path, metadata)  # before anything is read of a file that is not ours
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is not a safetensors file, or is damaged or cut short ({error}). Copy it "
             "again, or save it again with `save_optimizer`."
         ) from error
-    _check_metadata(path, metadata)
     if digest(metadata, weights) != metadata["sha256"]:
         raise ValueError(
             f"{path} is damaged: its contents do not have the digest it was saved with. Copy it "

@@ -146,8 +146,11 @@ class FDS(Algorithm):
 
         Every row is read once before any is read again.
         """
-        drawn = epochs(episode.support[2], self.horizon, self.batch, key)
-        return jnp.arange(self.horizon, dtype=jnp.int32), drawn
+        return self.batches_at(episode, key, jnp.arange(self.horizon, dtype=jnp.int32))
+
+    def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Any:
+        """Return the numbers and the rows of these steps."""
+        return steps, epochs(episode.support[2], steps, self.batch, key)
 
     def evaluation(self) -> FDS:
         """Return the run that the schedule is for: stretched to `eval_horizon`."""

@@ -128,6 +128,7 @@ def _dots(g: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _cosine(dots: jax.Array) -> jax.Array:
+    dots = jnp.where(jnp.isfinite(dots).all(), dots, 0)  # a norm that overflows tells no angle
     return dots[0] * jax.lax.rsqrt(dots[1] + LEAST) * jax.lax.rsqrt(dots[2] + LEAST)
 
 

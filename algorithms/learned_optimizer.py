@@ -60,7 +60,7 @@ class LearnedOptimizer(Algorithm):
       horizon: T, inner steps.
       judge: the outer loss, "training" or "validation".
       cap: a training loss above this counts as this, with no derivative: a run that blows up
-        shall not drown the others. None: no cap.
+        shall not drown the others, nor the other parts of a mixture. None: no cap.
     """
 
     problem: Problem
@@ -98,8 +98,8 @@ class LearnedOptimizer(Algorithm):
             optimizer = self.rule.optimizer(eta)
             updates, slots = optimizer.update(grads, state.slots, state.params)
             params = optax.apply_updates(state.params, updates)
-            counted = measure if self.cap is None else jnp.minimum(measure, self.cap)
-            counted = counted.astype(state.total.dtype)
+            capped = measure if self.cap is None else jnp.minimum(measure, self.cap)
+            counted = self.problem.combined(capped).astype(state.total.dtype)
             total, steps = state.total + counted, state.steps + 1
             return Optimization(params, slots, statistics, total, steps, counted)
 
@@ -118,6 +118,11 @@ class LearnedOptimizer(Algorithm):
 
     def batches(self, episode: Episode, key: jax.Array) -> Any:
         """Return what each step reads, and a key for it: leaves [T, ...]."""
+        return self.batches_at(episode, key, jnp.arange(self.horizon, dtype=jnp.int32))
+
+    def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Any:
+        """Return the same of these steps alone."""
         batch_key, noise_key = jax.random.split(key)
-        batches = self.problem.batches(episode.support, self.horizon, batch_key)
-        return batches, jax.random.split(noise_key, self.horizon)
+        self.problem.check(episode.support, self.horizon)
+        noise = jax.vmap(lambda step: jax.random.fold_in(noise_key, step))(steps)
+        return self.problem.batches(episode.support, steps, batch_key), noise

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from metalearn.algorithms.epochs import epochs, read
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.engines.check import horizon
+from metalearn.engines.check import horizon as length
 from metalearn.model import Model
 
 
@@ -30,7 +30,7 @@ class StepLoss(NamedTuple):
     """What a problem says of theta at one step."""
 
     loss: jax.Array  # (): what the inner gradient is of
-    measure: jax.Array  # (): what the learned optimizer is judged by
+    measure: jax.Array  # () or [parts]: what the learned optimizer is judged by
     statistics: Any  # the model's next mutable state
 
 
@@ -42,8 +42,18 @@ class Problem(abc.ABC):
         """Return (theta, the model's mutable state)."""
 
     @abc.abstractmethod
-    def batches(self, support: Any, steps: int, key: jax.Array) -> Any:
-        """Return what the steps read: a pytree with leaves [steps, ...]."""
+    def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> Any:
+        """Return what these steps read: a pytree with leaves [len(steps), ...].
+
+        `steps` are numbers, int32, one after the other: all of a run, or those of a truncation.
+        """
+
+    def check(self, support: Any, horizon: int) -> None:  # noqa: B027
+        """Raise ValueError where a support set does not do for `horizon` steps."""
+
+    def combined(self, measure: jax.Array) -> jax.Array:
+        """Return what the parts of a measure come to: ()."""
+        return measure
 
     @abc.abstractmethod
     def loss(
@@ -70,8 +80,8 @@ class Supervised(Problem):
         """Return the model's parameters and state."""
         return self.model.init(key)
 
-    def batches(self, support: Any, steps: int, key: jax.Array) -> jax.Array:
-        """Return the rows of each step [steps, batch], int32."""
+    def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> jax.Array:
+        """Return the rows of each step [len(steps), batch], int32."""
         return epochs(support[2], steps, self.batch, key)
 
     def loss(
@@ -101,16 +111,19 @@ class Streamed(Problem):
         """Return the model's parameters and state."""
         return self.model.init(key)
 
-    def batches(self, support: Any, steps: int, key: jax.Array) -> Any:
-        """Return the batches themselves; ValueError unless there is one for each step."""
+    def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> Any:
+        """Return the batches themselves."""
         del key
-        given = horizon(support)
-        if given != steps:
+        return jax.tree.map(lambda x: x[steps], support[:2])
+
+    def check(self, support: Any, horizon: int) -> None:
+        """Raise ValueError unless there is a batch for each step."""
+        given = length(support)
+        if given != horizon:
             raise ValueError(
                 f"The tasks bring {given} batches, one a step, and the learned optimizer takes "
-                f"{steps} steps. Make the two the same."
+                f"{horizon} steps. Make the two the same."
             )
-        return support[:2]
 
     def loss(
         self, params: Any, statistics: Any, support: Any, batch: Any, key: jax.Array
@@ -139,9 +152,13 @@ class Quadratic(Problem):
         """Return theta_0 [d]."""
         return jax.random.normal(key, (self.dimension,)), ()
 
-    def batches(self, support: Any, steps: int, key: jax.Array) -> Any:
-        """Return the shift of the minimum at each step [steps, d]."""
-        return self.noise * jax.random.normal(key, (steps, self.dimension))
+    def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> Any:
+        """Return the shift of the minimum at each step [len(steps), d]."""
+
+        def shift(step: jax.Array) -> jax.Array:
+            return jax.random.normal(jax.random.fold_in(key, step), (self.dimension,))
+
+        return self.noise * jax.vmap(shift)(steps)
 
     def loss(
         self, params: Any, statistics: Any, support: Any, batch: Any, key: jax.Array

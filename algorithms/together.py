@@ -17,7 +17,8 @@ class Together(Problem):
     """Several problems side by side, one of each in every task. theta: {name: theta}.
 
     A learned optimizer that treats each parameter by itself trains them as if each were alone,
-    and its eta is judged by all: the way to train one optimizer on a mixture of tasks.
+    and its eta is judged by all: the way to train one optimizer on a mixture of tasks. A task is
+    one of each, so where one part becomes NaN in truncated training, all of that task begin anew.
     """
 
     parts: Mapping[str, Problem] = dataclasses.field(hash=False)
@@ -38,9 +39,8 @@ class Together(Problem):
         made = {name: part.init(self._key(key, name)) for name, part in self.parts.items()}
         return {n: m[0] for n, m in made.items()}, {n: m[1] for n, m in made.items()}
 
-    def batches(self, support: Any, steps: int, key: jax.Array) -> Any:
+    def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> Any:
         """Return {name: batches}."""
-        self._check(support)
         return {
             name: part.batches(support[name], steps, self._key(key, name))
             for name, part in self.parts.items()
@@ -49,14 +49,18 @@ class Together(Problem):
     def loss(
         self, params: Any, statistics: Any, support: Any, batch: Any, key: jax.Array
     ) -> StepLoss:
-        """Return the sum of the losses, whose gradients do not mix, and the weighted measures."""
+        """Return the sum of the losses, whose gradients do not mix, and the measure of each."""
         found = {
             n: part.loss(params[n], statistics[n], support[n], batch[n], self._key(key, n))
             for n, part in self.parts.items()
         }
         total = jnp.stack([one.loss for one in found.values()]).sum()
-        measure = self._weighted({n: one.measure for n, one in found.items()})
-        return StepLoss(total, measure, {n: one.statistics for n, one in found.items()})
+        measures = jnp.stack([self.parts[n].combined(one.measure) for n, one in found.items()])
+        return StepLoss(total, measures, {n: one.statistics for n, one in found.items()})
+
+    def combined(self, measure: jax.Array) -> jax.Array:
+        """Return the weighted mean of the measures [parts]."""
+        return self._weighted(dict(zip(self.parts, measure, strict=True)))
 
     def validate(
         self, params: Any, statistics: Any, query: Any
@@ -74,12 +78,15 @@ class Together(Problem):
         return jnp.stack([weights[n] / total * value for n, value in measures.items()]).sum()
 
     def _key(self, key: jax.Array, name: str) -> jax.Array:
-        return jax.random.fold_in(key, list(self.parts).index(name))
+        return jax.random.fold_in(key, sorted(self.parts).index(name))
 
-    def _check(self, support: Any) -> None:
+    def check(self, support: Any, horizon: int) -> None:
+        """Raise ValueError unless the support has these parts, and each does."""
         found = sorted(support) if isinstance(support, dict) else "no dictionary"
         if found != sorted(self.parts):
             raise ValueError(
                 f"The problems are {sorted(self.parts)}, and the tasks bring {found}. Use "
                 "`metalearn.datasets.SideBySide` with the same names."
             )
+        for name, part in self.parts.items():
+            part.check(support[name], horizon)

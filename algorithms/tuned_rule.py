@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metalearn.algorithms.float_leaves import check_params
 from metalearn.algorithms.hyperparameter import Hyperparameter
 from metalearn.algorithms.hyperparameter_places import check_required, place
 from metalearn.algorithms.update_rule import UpdateRule
@@ -69,7 +70,11 @@ class TunedRule(UpdateRule):
             updates, slots = made.update(grads, state, params, **extra)
             return jax.tree.map(_as_before, updates, grads), jax.tree.map(_as_before, slots, state)
 
-        return optax.GradientTransformationExtraArgs(made.init, update)
+        def init(params: Any) -> Any:
+            check_params(params, "TunedRule")
+            return made.init(params)
+
+        return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check_single(name: str, chosen: Hyperparameter) -> None:

@@ -149,6 +149,8 @@ def outer_optimizer(
     hyperparameters = learner.hyperparameters if isinstance(learner, FDS) else None
     if options["name"] == "fds_rule" and hyperparameters is not None:
         del options["name"]
+        if clip is not None:
+            raise ValueError("`fds_rule` takes signs, which no clip changes: leave `clip` unset.")
         made = schedule(1.0, steps)
         if not options.pop("guarded"):
             options["tolerance"] = None

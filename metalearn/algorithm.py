@@ -11,6 +11,7 @@ import abc
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from metalearn.unroll import Episode, Unroll
 
@@ -34,6 +35,14 @@ class Algorithm(abc.ABC):
         """
         del key
         return episode.support
+
+    def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Any:
+        """Return what these steps read: the same as `batches`, leaves [len(steps), ...].
+
+        `steps` are numbers, int32, one after the other. Truncated training asks for a few at a
+        time; where `batches` draws a lot for a long horizon, draw here what is asked for alone.
+        """
+        return jax.tree.map(lambda x: jnp.asarray(x)[steps], self.batches(episode, key))
 
     def evaluation(self) -> Algorithm:
         """Return the algorithm as it is evaluated: itself, unless it says otherwise."""

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
@@ -153,7 +153,7 @@ class Fit:
                 f"`{broken[0]}` became {values[broken[0]]} at outer step {step}, so training "
                 "stopped before it could spread; metrics up to this step are logged, and the "
                 "last checkpoint is from before it (`stop_on_nonfinite=False` goes on). "
-                f"{health.diagnose(trainer, before, tasks)}"
+                f"{_why(values, trainer, before, tasks)}"
             )
 
     def _evaluate(
@@ -180,3 +180,13 @@ class Fit:
         ) as bar:
             bar.set_postfix_str("compiling the first step")
             yield bar
+
+
+def _why(values: Mapping[str, float], trainer: Steps, before: TrainState, tasks: Tasks) -> str:
+    """Say what was not finite in an outer step."""
+    if values.get("tasks_reset") == trainer.tasks_per_step:
+        return (
+            f"In this step all {trainer.tasks_per_step} inner runs became NaN or infinite (those "
+            f"that do are left out and begin anew, but none was left). {health.DIVERGES}"
+        )
+    return health.diagnose(trainer, before, tasks)

@@ -123,7 +123,10 @@ class Trainer:
 
         inputs = state.inner, keys, shares
         (grads, metrics, finite), inner = mean_and_each(on_run, inputs, self.chunk)
-        grads, metrics = jax.tree.map(lambda x: x / finite, (grads, metrics))
+        # Where no task is finite the metrics are NaN, for all to see, and the meta-gradient zero.
+        some = jnp.maximum(finite, 1 / self.tasks_per_step)
+        grads = jax.tree.map(lambda x: x / some.astype(x.dtype), grads)
+        metrics = jax.tree.map(lambda x: x / finite.astype(x.dtype), metrics)
         metrics["tasks_reset"] = jnp.round((1 - finite) * self.tasks_per_step)
         return grads, metrics, inner
 
@@ -164,7 +167,7 @@ class Trainer:
         self, algorithm: Algorithm, eta: Any, tasks: Tasks, key: jax.Array
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         posed = pose(algorithm, self.engine, eta, tasks, key)
-        return self.engine.value_and_grad(posed.unroll, eta, posed.batches, posed.engine)
+        return self.engine.value_and_grad(posed.unroll, eta, posed.batches(), posed.engine)
 
     @functools.cached_property
     def look(self) -> Callable[..., Look]:

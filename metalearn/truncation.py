@@ -22,11 +22,13 @@ the others do not notice.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from metalearn.algorithm import Algorithm
 from metalearn.engines import Aux, MetaGradient
@@ -74,12 +76,14 @@ class Truncation:
 
     def draw(self, key: jax.Array, longest: int, share: jax.Array) -> jax.Array:
         """Draw the horizon of a new task: (), int32, a multiple of K; `share` () cuts it."""
-        shortest = longest if self.shortest is None else self.shortest
-        low, high = jnp.log(float(shortest)), jnp.log(float(longest))
-        drawn = share * jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
-        # Less a little, lest rounding turn 20 into 20.000001 and that into one truncation more.
-        parts = jnp.ceil(drawn / self.steps - 1e-4)
-        return jnp.clip(parts, 1, longest // self.steps).astype(jnp.int32) * self.steps
+        # In truncations, from the fewest that reach `shortest`; rounded down from below one more
+        # than the most, so that each number has its share. A little keeps 2 from becoming 1.99999.
+        most = longest // self.steps
+        fewest = most if self.shortest is None else -(-self.shortest // self.steps)
+        low, high = jnp.log(float(fewest)), jnp.log(float(most + 1))
+        drawn = jnp.floor(jnp.exp(jax.random.uniform(key, minval=low, maxval=high)) + 1e-4)
+        cut = jnp.ceil(share * jnp.clip(drawn, fewest, most) - 1e-4)
+        return jnp.maximum(cut, 1).astype(jnp.int32) * self.steps
 
     def shares(self, tasks: int, begins: jax.Array) -> jax.Array:
         """Return the share of its horizon that each task gets [tasks]: all, but at the beginning.
@@ -101,10 +105,11 @@ class Carried(NamedTuple):
 
 
 class Posed(NamedTuple):
-    """One task, ready to be unrolled from its beginning."""
+    """One task, ready to be unrolled."""
 
     unroll: Unroll
-    batches: Any  # leaves [T, ...]
+    batches: Callable[[], Any]  # () -> leaves [T, ...]
+    batches_at: Callable[[jax.Array], Any]  # numbers of steps [t] -> leaves [t, ...]
     engine: Any  # the engine's state for its first call
 
 
@@ -115,8 +120,9 @@ def pose(
     sample_key, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
     episode = tasks.sample(sample_key)
     unroll = algorithm.unroll(episode, unroll_key)
-    batches = algorithm.batches(episode, batch_key)
-    return Posed(unroll, batches, engine.init(engine_key, unroll, eta))
+    whole = functools.partial(algorithm.batches, episode, batch_key)
+    part = functools.partial(algorithm.batches_at, episode, batch_key)
+    return Posed(unroll, whole, part, engine.init(engine_key, unroll, eta))
 
 
 def due(posed: Posed, eta: Any, key: jax.Array) -> Carried:
@@ -151,14 +157,13 @@ def advance(
     ends = carried.step >= carried.horizon
     key = select(ends, key, carried.key)
     posed = pose_of(key)
-    longest = horizon(posed.batches)
+    longest = horizon(jax.eval_shape(posed.batches))
     truncation.check(longest)
     # 2^31 - 1 is no task's: what is drawn here is drawn from nothing else.
     drawn = truncation.draw(jax.random.fold_in(key, 2**31 - 1), longest, share)
     last = select(ends, drawn, carried.horizon)
     start = select(ends, jnp.zeros_like(carried.step), carried.step)
-    numbers = start + jnp.arange(truncation.steps)
-    batches = jax.tree.map(lambda x: jnp.asarray(x)[numbers], posed.batches)
+    batches = posed.batches_at(start + jnp.arange(truncation.steps, dtype=jnp.int32))
     engine = select(ends, posed.engine, carried.engine)
     result = solve(_going_on(posed.unroll, ends, carried.state), eta, batches, engine)
     (loss, aux), grads = result
@@ -179,6 +184,15 @@ def _going_on(unroll: Unroll, ends: jax.Array, state: Any) -> Unroll:
 
 
 def _finite(loss: jax.Array, aux: Aux, grads: Any) -> jax.Array:
-    """Say whether loss, meta-gradient and all that the inner loop saw are finite."""
-    fine = jnp.isfinite(loss) & aux.inner.finite.all() & jnp.isfinite(aux.inner.losses).all()
-    return jnp.stack([fine, *(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))]).all()
+    """Say whether loss, metrics, meta-gradient and all that the inner loop saw are finite.
+
+    Of the meta-gradient it is the squared norm that has to be, with room for the sum over tasks.
+    """
+    seen = [
+        loss,
+        aux.inner.losses,
+        *jax.tree.leaves(aux.metrics),
+        optax.tree.norm(grads) ** 2 * 1e4,
+    ]
+    fine = [jnp.isfinite(x).all() for x in seen]
+    return jnp.stack([*fine, aux.inner.finite.all()]).all()

@@ -113,6 +113,27 @@ def test_truncations_judge_each_part_by_the_losses_of_its_own_steps():
     assert losses[0] > losses[1] > losses[2]
 
 
+def test_the_parts_of_a_mixture_are_capped_one_by_one():
+    steep = Quadratics(2, curvature=(9.0, 10.0))
+    both = SideBySide({"a": steep, "b": Quadratics(2)})
+    mixture = Together({"a": Quadratic(2), "b": Quadratic(2)})
+    wild = {"learning_rate": jnp.log(jnp.asarray(3.0))}
+    capped = LearnedOptimizer(mixture, SGD, horizon=8, cap=10.0)
+    (_, grads), episode = solved(capped, both, eta=wild)
+    batches, noise = capped.batches(episode, KEY)
+    alone = dataclasses.replace(capped, problem=Quadratic(2))
+
+    def outer(eta):
+        task = Episode(episode.support["b"], episode.query["b"])
+        unroll = alone.unroll(task, jax.random.fold_in(KEY, 1))
+        return rollout(unroll, eta, (batches["b"], noise))[0]
+
+    expected = jax.grad(outer)(wild)["learning_rate"]
+    assert abs(expected) > 0
+    # What is left of the steep one are its steps below the cap.
+    assert jnp.isfinite(grads["learning_rate"]) and grads["learning_rate"] != 0
+
+
 def test_a_batch_size_larger_than_the_data_is_refused():
     learner = LearnedOptimizer(Supervised(CLASSIFIER, batch=64), SGD, horizon=2)
     with pytest.raises(ValueError, match="^batch=64, but there are 3 training examples"):
@@ -179,7 +200,7 @@ def test_a_text_is_read_a_batch_a_step():
 def test_a_noisy_bowl_shows_the_step_a_minimum_that_is_off_and_judges_by_the_true_one():
     problem = Quadratic(2, noise=1.0)
     support = jnp.ones(2), jnp.zeros(2)
-    shifts = problem.batches(support, 1000, KEY)
+    shifts = problem.batches(support, jnp.arange(1000), KEY)
     np.testing.assert_allclose(shifts.std(), 1.0, atol=0.05)
     found = problem.loss(jnp.ones(2), (), support, jnp.asarray([1.0, 1.0]), KEY)
     assert found.loss == 0 and found.measure == 0.5
@@ -199,7 +220,7 @@ class Rosenbrock(Problem):
         return jax.random.normal(key, (2,)), ()
 
     def batches(self, support, steps, key):
-        return jnp.arange(steps)
+        return steps
 
     def loss(self, params, statistics, support, batch, key):
         value = self.validate(params, statistics, support)[0]

@@ -22,8 +22,11 @@ from metalearn import (
     Truncation,
     Unroll,
 )
+from metalearn.algorithms import Hyperparameter, LearnedOptimizer, Quadratic, TunedRule
 from metalearn.checkpoint import Checkpoints
+from metalearn.datasets import Quadratics
 from metalearn.engines.loop import rollout
+from metalearn.fit import Fit, NonFiniteError
 from tests.cases import ALGORITHMS, ENGINES
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -190,10 +193,13 @@ def test_horizons_are_log_uniform_multiples_of_the_truncation():
     truncation, longest = Truncation(5, shortest=10), 1000
     keys = jax.random.split(KEY, 4000)
     drawn = np.asarray(jax.vmap(lambda key: truncation.draw(key, longest, jnp.ones(())))(keys))
-    assert drawn.min() == 10 or drawn.min() == 15
-    assert drawn.max() == 1000 and (drawn % 5 == 0).all()
-    below = (drawn <= 100).mean()  # half of the range of logarithms
-    assert abs(below - 0.5) < 4 * 0.5 / np.sqrt(len(drawn))
+    assert drawn.min() == 10 and drawn.max() == 1000 and (drawn % 5 == 0).all()
+    below = (drawn < 100).mean()  # half of the range of logarithms, 10 to 1005
+    assert abs(below - np.log(10) / np.log(100.5)) < 4 * 0.5 / np.sqrt(len(drawn))
+    few = jax.vmap(lambda key: Truncation(10, shortest=11).draw(key, 40, jnp.ones(())))(keys)
+    chances = np.log(np.asarray([3, 4, 5]) / [2, 3, 4]) / np.log(5 / 2)  # of 20, 30, 40
+    found = [(few == n).mean() for n in (10, 20, 30, 40)]
+    np.testing.assert_allclose(found, [0, *chances], atol=4 * 0.5 / np.sqrt(len(keys)))
 
 
 def test_a_task_that_is_not_finite_is_left_out_counted_and_replaced():
@@ -225,13 +231,118 @@ def test_a_task_that_is_not_finite_is_left_out_counted_and_replaced():
     assert (same == finite).all()
 
 
-def test_a_step_in_which_no_task_is_finite_is_not_finite():
-    made = trainer(together(3), tasks_per_step=1)
-    keys = jax.random.split(KEY, 50)
-    tasks = Bowls(broken=True)
-    metrics = [made.step(made.init(key, tasks), tasks)[1] for key in keys[:20]]
-    broken = [m for m in metrics if m["tasks_reset"] == 1]
-    assert broken and all(np.isnan(m["loss"]) for m in broken)
+def test_a_step_in_which_no_task_is_finite_says_so_and_leaves_eta_alone():
+    made, tasks = trainer(together(3), tasks_per_step=1), Bowls(broken=True)
+    starts = [made.init(key, tasks) for key in jax.random.split(KEY, 20)]
+    steps = [(start, *made.step(start, tasks)) for start in starts]
+    broken = [step for step in steps if step[2]["tasks_reset"] == 1]
+    assert broken
+    for before, after, metrics in broken:
+        assert np.isnan(metrics["loss"]) and metrics["meta_grad_norm"] == 0
+        np.testing.assert_array_equal(flat(after.eta), flat(before.eta))
+    before = broken[0][0]
+    message = "In this step all 1 inner runs became NaN or infinite .* lower the inner learning"
+    with pytest.raises(NonFiniteError, match=message):
+        Fit(1, progress=False).run(made, before, tasks)
+
+
+def test_a_task_whose_meta_gradient_has_no_finite_norm_is_left_out():
+    """Its entries are finite, the sum of their squares is not."""
+    with jax.enable_x64(False):
+        steep = dataclasses.replace(trainer(together(3)), algorithm=Steep(), tasks_per_step=2)
+        _, metrics = steep.step(steep.init(KEY, Bowls()), Bowls())
+    assert metrics["tasks_reset"] == 2 and metrics["meta_grad_norm"] == 0
+
+
+class Steep(Descent):
+    """An outer loss with a slope of 1e19."""
+
+    def unroll(self, episode, key):
+        unroll = super().unroll(episode, key)
+        return unroll._replace(loss=lambda eta, state: (1e19 * eta["start"].sum(), {}))
+
+
+def test_a_metric_that_is_not_finite_takes_its_task_out_too():
+    sick = dataclasses.replace(trainer(together(3)), algorithm=Sick(), tasks_per_step=2)
+    _, metrics = sick.step(sick.init(KEY, Bowls()), Bowls())
+    assert metrics["tasks_reset"] == 2
+
+
+class Sick(Descent):
+    """A metric of infinity beside a finite loss."""
+
+    def unroll(self, episode, key):
+        unroll = super().unroll(episode, key)
+        return unroll._replace(loss=lambda eta, state: (eta["start"].sum(), {"worst": jnp.inf}))
+
+
+@pytest.mark.parametrize("problem", ["supervised", "quadratic", "fds"])
+def test_a_truncation_costs_what_its_own_steps_cost_whatever_the_horizon(problem):
+    def temporaries(horizon):
+        algorithm, tasks = long_run(problem, horizon)
+        made = Trainer(algorithm, Reverse(), tasks_per_step=2, truncation=together(10))
+        state = jax.eval_shape(made.init, KEY, tasks)
+        return made.step.lower(state, tasks).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(20_000) < 1.1 * temporaries(200)
+
+
+def long_run(problem, horizon):
+    if problem == "fds":
+        algorithm, tasks = ALGORITHMS["FDS"].problem("linen")
+        free = {
+            name: dataclasses.replace(h, windows=1, start=np.mean(h.start))
+            for name, h in algorithm.hyperparameters.items()
+        }
+        return dataclasses.replace(algorithm, horizon=horizon, hyperparameters=free), tasks
+    rule = TunedRule(optax.sgd, {"learning_rate": Hyperparameter(1e-3, 1.0, 0.1, space="log")})
+    if problem == "quadratic":
+        return LearnedOptimizer(Quadratic(3, noise=0.1), rule, horizon), Quadratics(3)
+    learner, tasks = ALGORITHMS["LearnedOptimizer"].problem("linen")
+    return dataclasses.replace(learner, rule=rule, horizon=horizon), tasks
+
+
+def test_a_truncation_reads_what_the_whole_run_reads_there():
+    for problem in ("supervised", "quadratic", "fds"):
+        algorithm, tasks = long_run(problem, 40)
+        episode = tasks.sample(KEY)
+        whole = algorithm.batches(episode, KEY)
+        part = algorithm.batches_at(episode, KEY, jnp.arange(7, 17))
+        for a, b in zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True):
+            if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+                a, b = jax.random.key_data(a), jax.random.key_data(b)
+            np.testing.assert_array_equal(a, b[7:17])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_truncated_step_keeps_the_dtypes_of_its_state(dtype):
+    narrow = dataclasses.replace(trainer(together(3)), algorithm=Narrow(dtype))
+    narrow = dataclasses.replace(narrow, optimizer=optax.adam(0.01))
+    state = narrow.init(KEY, Bowls())
+    after, _ = narrow.step(state, Bowls())
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+    narrow.step(after, Bowls())
+    assert narrow.step._cache_size() == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrow(Descent):
+    """The same with an eta of fewer bits."""
+
+    dtype: type = jnp.bfloat16
+
+    def init(self, key):
+        return jax.tree.map(lambda x: x.astype(self.dtype), super().init(key))
+
+    def unroll(self, episode, key):
+        unroll = super().unroll(episode, key)
+
+        def wide(function):
+            return lambda eta, *rest: function(jax.tree.map(lambda x: x.astype(float), eta), *rest)
+
+        return unroll._replace(
+            init=wide(unroll.init), step=wide(unroll.step), loss=wide(unroll.loss)
+        )
 
 
 # Each algorithm once in `make test`, and each engine; the other pairs are slow.

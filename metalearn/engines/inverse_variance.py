@@ -105,19 +105,24 @@ def mixed(pathwise: Any, estimates: Any) -> tuple[Any, jax.Array]:
     """Mix the means of samples, of leaves [n, ...], by inverse variance: (mean, weight ()).
 
     The weight is that of `pathwise`: 0 where its variance is not finite, or where it is zero
-    everywhere and the estimates are not; else 1 where the estimates' variance is not finite. Where
+    everywhere; else 1 where the estimates' variance is not finite, or they are zero. Where
     neither can be trusted the result is what `estimates` say, NaN and all.
     """
     ours, theirs = _variance_of_mean(pathwise), _variance_of_mean(estimates)
     share = jnp.where(ours == 0, 1.0, theirs / (ours + theirs))
     share = jnp.where(jnp.isfinite(theirs), share, 1.0)
-    silent = jnp.stack([(x == 0).all() for x in jax.tree.leaves(pathwise)]).all()
-    share = jnp.where(jnp.isfinite(ours) & ~silent, share, 0.0)
+    share = jnp.where(_silent(estimates), 1.0, share)  # differences lost to rounding
+    share = jnp.where(jnp.isfinite(ours) & ~_silent(pathwise), share, 0.0)
 
     def mix(x: jax.Array, y: jax.Array) -> jax.Array:
         return _weighted(share, x.mean(0)) + _weighted(1 - share, y.mean(0))
 
     return jax.tree.map(mix, pathwise, estimates), share
+
+
+def _silent(samples: Any) -> jax.Array:
+    """Say whether all samples are zero everywhere: no variance, and nothing said."""
+    return jnp.stack([(x == 0).all() for x in jax.tree.leaves(samples)]).all()
 
 
 def _weighted(share: jax.Array, x: jax.Array) -> jax.Array:
