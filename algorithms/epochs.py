@@ -20,9 +20,8 @@ def epochs(rows: jax.Array, steps: jax.Array, batch: int, key: jax.Array) -> jax
     touched = -(-len(steps) * batch // n) + 1
     keys = jax.vmap(lambda epoch: jax.random.fold_in(key, epoch))(first + jnp.arange(touched))
     drawn = jax.vmap(lambda key: jax.random.permutation(key, rows))(keys).reshape(-1)
-    places = (
-        (steps[:, None] - steps[0]) * batch + jnp.arange(batch) + (steps[0] * batch - first * n)
-    )
+    begins = steps * batch - first * n  # within what was drawn
+    places = begins[:, None] + jnp.arange(batch)[None]
     return drawn[places]
 
 

@@ -29,6 +29,7 @@ from metalearn import __version__
 from metalearn.algorithms.rule_json import decode, encode
 from metalearn.algorithms.update_rule import UpdateRule
 from metalearn.leaves import paths
+from metalearn.train_state import TrainState
 
 FORMAT = "metalearn update rule"
 SCHEMA = "1"  # of the metadata and the names; another number is another layout
@@ -40,7 +41,14 @@ def save_optimizer(path: str | os.PathLike[str], rule: UpdateRule, eta: Any) -> 
 
     Raises:
       ValueError: if eta is not one of the rule's, or the rule has parts that cannot be written.
+      TypeError: if rule is no UpdateRule, or eta a train state.
     """
+    if not isinstance(rule, UpdateRule):
+        raise TypeError(
+            f"`save_optimizer(path, rule, eta)` takes an UpdateRule, not {type(rule).__name__}."
+        )
+    if isinstance(eta, TrainState):
+        raise TypeError("`save_optimizer` takes eta, not the whole train state: `state.eta`.")
     weights = _named(jax.device_get(eta))
     _check(weights, _expected(rule), "eta", "Save an eta with the rule that it was trained with.")
     text = json.dumps(encode(rule))
@@ -54,7 +62,7 @@ def save_optimizer(path: str | os.PathLike[str], rule: UpdateRule, eta: Any) -> 
 
 
 def load_optimizer(
-    path: str | os.PathLike[str], known: Iterable[type] = ()
+    path: str | os.PathLike[str], known: type | Iterable[type] = ()
 ) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer of a file, as optax has them.
 
@@ -70,10 +78,12 @@ def load_optimizer(
     return rule.optimizer(eta)
 
 
-def load_rule(path: str | os.PathLike[str], known: Iterable[type] = ()) -> tuple[UpdateRule, Any]:
+def load_rule(
+    path: str | os.PathLike[str], known: type | Iterable[type] = ()
+) -> tuple[UpdateRule, Any]:
     """Return (rule, eta) of a file, to train it further. See `load_optimizer`."""
     metadata, weights = _read(Path(path))
-    rule = decode(json.loads(metadata["rule"]), known)
+    rule = decode(json.loads(metadata["rule"]), (known,) if isinstance(known, type) else known)
     _check(weights, _expected(rule), f"{path}", "It was not written by `save_optimizer`.")
     found = [weights[name] for name in _expected(rule)]
     leaves = [jnp.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype)) for x in found]
@@ -93,6 +103,8 @@ def digest(metadata: Mapping[str, str], weights: Mapping[str, np.ndarray]) -> st
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """Return (metadata, arrays by name) of a file that is whole and ours."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory. Name the file in it.")
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no file {path}. `save_optimizer(path, rule, eta)` writes one from a rule "

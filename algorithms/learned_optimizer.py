@@ -71,6 +71,12 @@ class LearnedOptimizer(Algorithm):
 
     def __post_init__(self) -> None:
         pick(JUDGES, self.judge, "judge")
+        if not isinstance(self.rule, UpdateRule):
+            raise TypeError(
+                f"`LearnedOptimizer(rule=)` takes an UpdateRule, not {type(self.rule).__name__}. "
+                "Of an optax optimizer: "
+                "`TunedRule(optax.adam, {'learning_rate': Hyperparameter(...)})`."
+            )
         if self.horizon < 1:
             raise ValueError(f"An inner run takes at least one step, not horizon={self.horizon}.")
 

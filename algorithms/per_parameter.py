@@ -72,6 +72,14 @@ class PerParameter(UpdateRule):
 
     Updates are in each parameter's dtype; all is computed in float32, or float64 for
     parameters of that.
+
+    Args:
+      features: what the network sees of a parameter.
+      network: from features to a direction d and a magnitude m.
+      step_scale: of the step d exp(magnitude_scale m).
+      magnitude_scale: of m.
+      base: an UpdateRule whose update the network corrects, such as a `TunedRule`; None: zero.
+      factors: features of one value that the network's step is multiplied with.
     """
 
     features: tuple[Feature, ...] = USUAL
@@ -82,6 +90,22 @@ class PerParameter(UpdateRule):
     factors: tuple[Feature, ...] = ()
 
     def __post_init__(self) -> None:
+        parts = [*self.features, *self.factors] if isinstance(self.features, tuple) else [None]
+        if not all(isinstance(part, Feature) for part in parts):
+            raise TypeError(
+                "`PerParameter(features=, factors=)` take tuples of features, such as "
+                f"`(Gradient(), Momenta())`, not {self.features!r} and {self.factors!r}."
+            )
+        if not isinstance(self.network, Network):
+            raise TypeError(
+                f"`PerParameter(network=)` takes a network, such as `PointwiseMLP()`, not "
+                f"{self.network!r}."
+            )
+        if self.base is not None and not isinstance(self.base, UpdateRule):
+            raise TypeError(
+                f"`PerParameter(base=)` takes an UpdateRule, not {type(self.base).__name__}. Of an "
+                "optax optimizer: `TunedRule(optax.adam, {'learning_rate': Hyperparameter(...)})`."
+            )
         if not self.features:
             raise ValueError("A network needs features: give it one, such as `Gradient()`.")
         for factor in self.factors:

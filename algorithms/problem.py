@@ -27,11 +27,16 @@ from metalearn.model import Model
 
 
 class StepLoss(NamedTuple):
-    """What a problem says of theta at one step."""
+    """What a problem says of theta at one step.
 
-    loss: jax.Array  # (): what the inner gradient is of
-    measure: jax.Array  # () or [parts]: what the learned optimizer is judged by
-    statistics: Any  # the model's next mutable state
+    loss: (), what the inner gradient is of.
+    measure: (), what the outer loss is the mean of; usually the same. [parts] of `Together`.
+    statistics: the model's mutable state after the step; what `init` returned where it has none.
+    """
+
+    loss: jax.Array
+    measure: jax.Array
+    statistics: Any
 
 
 class Problem(abc.ABC):
@@ -39,7 +44,7 @@ class Problem(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Return (theta, the model's mutable state)."""
+        """Return (theta, the model's mutable state): `()` for that where there is none."""
 
     @abc.abstractmethod
     def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> Any:

@@ -15,7 +15,11 @@ from metalearn.unroll import Episode
 
 
 class Tasks(abc.ABC):
-    """A distribution over tasks. Subclasses are dataclasses registered as pytrees."""
+    """A distribution over tasks. Subclasses are dataclasses registered as pytrees.
+
+    `@jax.tree_util.register_dataclass` over `@dataclasses.dataclass(frozen=True)`, with what is
+    no array as `dataclasses.field(metadata={"static": True})`.
+    """
 
     @abc.abstractmethod
     def sample(self, key: jax.Array) -> Episode:

@@ -50,6 +50,10 @@ class Trainer:
                 f"`Trainer(engine=)` takes an engine, such as `MixedFlow()`, not {self.engine!r}. "
                 "Names are for configs."
             )
+        if self.truncation is not None and not isinstance(self.truncation, Truncation):
+            raise TypeError(
+                f"`Trainer(truncation=)` takes `Truncation(steps)`, not {self.truncation!r}."
+            )
         if self.tasks_per_step < 1:
             raise ValueError(f"An outer step takes at least one task, not {self.tasks_per_step}.")
         if self.chunk is not None and (self.chunk < 1 or self.tasks_per_step % self.chunk):
@@ -116,6 +120,11 @@ class Trainer:
                 return self.task_gradient(state.eta, tasks, key)
 
             return *mean_over(on_task, keys, self.chunk), ()
+        if not isinstance(state.inner, Carried):
+            raise ValueError(
+                "This state has no inner runs to go on with: it is not of truncated training. "
+                "Begin with `Trainer.init(key, tasks)` of this trainer."
+            )
         shares = self.truncation.shares(self.tasks_per_step, state.step == 0)
 
         def on_run(inputs: Any) -> Any:

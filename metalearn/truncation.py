@@ -40,11 +40,22 @@ from metalearn.unroll import Unroll
 
 @dataclasses.dataclass(frozen=True)
 class Truncation:
-    """How inner runs are cut. T, the longest horizon, is the algorithm's own number of steps."""
+    """How inner runs are cut. T, the longest horizon, is the algorithm's own number of steps.
 
-    steps: int  # K, inner steps between two updates of eta; divides T
-    shortest: int | None = None  # horizons are drawn log-uniformly from here to T; None: all T
-    staggered: bool = True  # the first tasks end at different times
+    The outer loss is taken at the end of every truncation, not of the run alone. What `init`
+    does to it is seen by reverse and forward engines in the first truncation of a run alone: a
+    learned initialisation is better trained on whole runs, or by `PES`.
+
+    Args:
+      steps: K, inner steps between two updates of eta. Divides T.
+      shortest: horizons are drawn log-uniformly from here to T, as multiples of K; None: all T.
+      staggered: the first horizons are cut to shares of their length, so that tasks end at
+        different times.
+    """
+
+    steps: int
+    shortest: int | None = None
+    staggered: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:

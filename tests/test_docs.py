@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from metalearn import Forward, MixedFlow, Reverse, Trainer
+from metalearn.algorithms import load_optimizer, save_optimizer
 from metalearn.datasets import Sinusoid
 from metalearn.experiments.arguments import packaged
 from metalearn.models import Linen, train_flag
@@ -22,7 +23,11 @@ EXAMPLE = ROOT / "docs" / "own_algorithm.py"
 
 
 def example():
-    spec = importlib.util.spec_from_file_location("own_algorithm", EXAMPLE)
+    return load("own_algorithm")
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLE.with_stem(name))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -60,6 +65,18 @@ def test_own_algorithm_learns(algorithm):
         for eta in (start.eta, state.eta)
     )
     assert after.mean + after.ci95 < before.mean - before.ci95
+
+
+def test_own_parts_of_a_learned_optimizer_train_and_come_back_from_a_file(tmp_path):
+    parts = load("own_learned_optimizer")
+    for name, rule in parts.RULES.items():
+        start, eta = rule.init(jax.random.key(0)), parts.train(rule, steps=2)
+        assert any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), start, eta)))
+        save_optimizer(tmp_path / name, rule, eta)
+        loaded = load_optimizer(tmp_path / name, known=(parts.Agreement, parts.Decaying))
+        params = {"w": jnp.ones(3)}
+        updates, _ = loaded.update(params, loaded.init(params), params)
+        assert (updates["w"] < 0).all()
 
 
 def test_own_algorithm_takes_thirty_lines_of_code():

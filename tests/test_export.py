@@ -23,6 +23,7 @@ import metalearn
 from metalearn import algorithms
 from metalearn.algorithms import (
     Gradient,
+    HypergradientRule,
     Hyperparameter,
     Momenta,
     PerParameter,
@@ -36,6 +37,7 @@ from metalearn.algorithms import (
 )
 from metalearn.algorithms.export import digest
 from metalearn.algorithms.rule_json import CLASSES, OPTIMIZERS, decode, encode
+from metalearn.train_state import TrainState
 from tests.test_update_rules import RULES, draw, generic
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "use_exported_optimizer.py"
@@ -331,3 +333,21 @@ def test_what_is_known_is_a_class_with_a_name_of_its_own(saved):
     namesake = dataclasses.make_dataclass("Momenta", [])
     refused(saved, "metalearn has a class 'Momenta' too. Rename yours", known=(namesake,))
     assert load_rule(saved, known=(Momenta,))[0] == RULE
+
+
+def test_a_train_state_or_what_is_no_rule_is_refused_and_so_is_a_directory(tmp_path):
+    rule = HypergradientRule()
+    eta = rule.init(jax.random.key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), eta, (), jax.random.key(0))
+    with pytest.raises(TypeError, match="not the whole train state: `state.eta`"):
+        save_optimizer(tmp_path / "a", rule, state)
+    with pytest.raises(TypeError, match="takes an UpdateRule, not dict"):
+        save_optimizer(tmp_path / "a", eta, rule)
+    with pytest.raises(ValueError, match="is a directory. Name the file in it"):
+        load_optimizer(tmp_path)
+
+
+def test_a_class_of_ones_own_may_be_given_alone(tmp_path):
+    rule = HypergradientRule()
+    save_optimizer(tmp_path / "a", rule, rule.init(jax.random.key(0)))
+    load_optimizer(tmp_path / "a", known=HypergradientRule)

@@ -65,3 +65,14 @@ def test_a_constant_schedule_begins_with_the_first_window():
     several = {"learning_rate": Hyperparameter(0.0, 1.0, (0.1, 0.2), windows=2)}
     single = constant(problem_of(several).algorithm).hyperparameters["learning_rate"]
     assert (single.windows, single.start) == (1, 0.1)
+
+
+def test_windows_of_every_hyperparameter_cost_a_hypergradient_nothing():
+    tuned = slow_start()
+    price = tuned.charge(MixedFlow("nested"))
+    (found,) = Hypergradients(steps=1, windows=3).tune(tuned, 1e9, KEY)
+    assert {len(x) for x in found.eta.values()} == {3}
+    np.testing.assert_allclose(found.spent, price, rtol=0.02)
+    assert jnp.isfinite(
+        tuned.tester(found.algorithm)(jax.tree.map(lambda x: x[None], found.eta), KEY[None]).loss
+    ).all()

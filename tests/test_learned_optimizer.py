@@ -259,6 +259,20 @@ def test_a_learner_that_cannot_be_is_refused(options, message):
         dataclasses.replace(BOWL, **options)
 
 
+def test_an_optax_optimizer_is_no_rule_and_a_class_no_network():
+    for make in (
+        lambda: dataclasses.replace(BOWL, rule=optax.adam(1e-3)),
+        lambda: PerParameter(base=optax.adam(1e-3)),
+    ):
+        with pytest.raises(TypeError, match=r"UpdateRule, not .*`TunedRule\(optax.adam"):
+            make()
+    with pytest.raises(TypeError, match=r"such as `PointwiseMLP\(\)`, not <class"):
+        PerParameter(network=PointwiseGRU)
+    for features in (Gradient(), (Gradient,)):
+        with pytest.raises(TypeError, match="take tuples of features"):
+            PerParameter(features)
+
+
 def test_bowls_without_a_dimension_or_with_a_negative_curvature_are_refused():
     with pytest.raises(ValueError, match="dimension=0"):
         Quadratics(0)
@@ -270,17 +284,33 @@ def test_bowls_without_a_dimension_or_with_a_negative_curvature_are_refused():
 
 
 def test_a_run_whose_loss_becomes_nan_is_replaced_and_the_others_go_on():
-    """One data set in the batch has NaN inputs; the rate is learned from the rest."""
-    inputs = np.ones((6, 5), np.float64)
+    """Some data sets of the batch have a NaN; the rate is learned from the rest."""
+    inputs = np.random.default_rng(0).normal(size=(6, 5))
     inputs[0] = np.nan
-    tasks = TrainingRuns.create(inputs, np.arange(6) % 5, validation=3)
-    learner = LearnedOptimizer(Supervised(CLASSIFIER, batch=3), SGD, horizon=4, judge="training")
+    tasks = Halved.create(inputs, np.arange(6) % 5, validation=1)
+    learner = LearnedOptimizer(Supervised(CLASSIFIER, batch=2), SGD, horizon=4)
     trainer = Trainer(learner, optimizer=optax.sgd(0.1), tasks_per_step=8, truncation=Truncation(2))
-    state = trainer.init(KEY, tasks)
-    state, metrics = trainer.step(state, tasks)
+    start = trainer.init(KEY, tasks)
+    state, metrics = trainer.step(start, tasks)
     assert 0 < metrics["tasks_reset"] < 8
-    assert all(np.isfinite(float(metrics[name])) for name in ("loss", "meta_grad_norm"))
-    assert np.isfinite(float(state.eta["learning_rate"]))
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+    assert state.eta["learning_rate"] != start.eta["learning_rate"]
+    fine = np.isfinite(np.asarray(ravel_pytree(state.inner.state.params)[0]).reshape(-1))
+    assert not fine.all()
+    state, _ = trainer.step(state, tasks)
+    assert set(state.inner.step.tolist()) == {2, 4}  # anew, or further
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Halved(TrainingRuns):
+    """Trains on two rows out of six, validates on the last: a NaN row is often in neither."""
+
+    def sample(self, key):
+        rows = 1 + jax.random.permutation(key, jnp.arange(5))[:2]
+        rows = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 1)), rows.at[0].set(0), rows)
+        told = self.inputs, self.training_targets
+        return Episode((*told, rows), (self.inputs, self.targets, jnp.arange(5, 6)))
 
 
 def test_a_run_on_held_out_data_reads_the_same_shapes():

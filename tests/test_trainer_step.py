@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from metalearn import Forward, MixedFlow, Reverse, Trainer
+from metalearn import Forward, MixedFlow, Reverse, Trainer, Truncation
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
 from metalearn.engines.loop import rollout
@@ -153,6 +153,17 @@ def test_a_hundred_steps_of_sinusoid_lower_the_loss():
 def test_an_engine_by_name_is_refused_where_objects_are_taken():
     with pytest.raises(TypeError, match=r"takes an engine, such as `MixedFlow\(\)`, not 'reverse'"):
         Trainer(ALGORITHM, engine="reverse")
+
+
+def test_a_truncation_is_no_number():
+    with pytest.raises(TypeError, match=r"takes `Truncation\(steps\)`, not 5"):
+        Trainer(ALGORITHM, truncation=5)
+
+
+def test_a_state_of_whole_runs_is_refused_in_truncated_training():
+    cut = dataclasses.replace(TRAINER, truncation=Truncation(1))
+    with pytest.raises(ValueError, match="has no inner runs to go on with"):
+        cut.step(TRAINER.init(KEY), WAVES)
 
 
 def test_a_step_of_no_tasks_is_refused():

@@ -316,7 +316,7 @@ def test_a_truncation_reads_what_the_whole_run_reads_there():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_a_truncated_step_keeps_the_dtypes_of_its_state(dtype):
-    narrow = dataclasses.replace(trainer(together(3)), algorithm=Narrow(dtype))
+    narrow = dataclasses.replace(trainer(together(3)), algorithm=Narrow(dtype=dtype))
     narrow = dataclasses.replace(narrow, optimizer=optax.adam(0.01))
     state = narrow.init(KEY, Bowls())
     after, _ = narrow.step(state, Bowls())

@@ -10,6 +10,10 @@ training labels wrong: seven windows of the learning rate, momentum and weight d
     "log"   learning rate in [1e-4, 1] and weight decay in [1e-5, 0.1] by their logarithm,
             momentum in (0, 1) by its logit; all start in the middle
 
+Windows cost hypergradients nothing, in reverse or mixed flow, and black-box tuners a dimension
+each; so FDS is also run with all three hyperparameters in seven windows. Greedy and online
+hypergradients answer with a value for each step.
+
 Cost is inner steps of plain training; "1x" is what ten hypergradients cost, by FLOPs. Tuners
 see validation data alone; a seed cuts the data into 1,300 and 497 for testing, makes the wrong
 labels and starts everything that is random. The score is the test loss of runs on all the training
@@ -59,6 +63,8 @@ ALONE = 1e6  # a budget of a tuner that stops by itself
 TUNERS: dict[str, tuple[Tuner, float]] = {  # and their budgets
     "FDS": (Hypergradients(STEPS), 1),
     "FDS ": (Hypergradients(4 * STEPS), 4),
+    "FDS, all in 7 windows": (Hypergradients(STEPS, windows=7), 1),
+    "FDS, all in 7 windows ": (Hypergradients(4 * STEPS, windows=7), 4),
     "FDS, the paper's rule": (Hypergradients(STEPS, tolerance=None, annealed=False), 1),
     "HD (greedy), best of 5 rates": (Online(0.0), ALONE),
     "MARTHE, decay 0.99, best of 5": (Online(0.99), ALONE),

@@ -28,10 +28,12 @@ class Hypergradients(Tuner):
     tolerance: float | None = 0.1  # None, and not annealed: the rule of the paper
     annealed: bool = True  # moves shrink to a tenth over the steps
     engine: MetaGradient = MixedFlow("nested")
+    windows: int | None = None  # of every hyperparameter; None: those it has
 
     def tune(self, problem: Problem, budget: float, key: jax.Array) -> Iterator[Found]:
         """Yield the last eta that was not taken back, after each hypergradient."""
         schedule = optax.linear_schedule(1.0, 0.1, self.steps - 1) if self.annealed else None
+        problem = problem if self.windows is None else problem.with_windows(self.windows)
         learned = problem.algorithm.hyperparameters
         rule = fds_rule(learned, self.share, tolerance=self.tolerance, schedule=schedule)
         eta = problem.algorithm.init(key)

@@ -49,6 +49,14 @@ class Problem:
         )
         return low, high
 
+    def with_windows(self, windows: int) -> Problem:
+        """Return the same, every hyperparameter in so many windows from one start."""
+        found = self.algorithm.hyperparameters
+        cut = {name: dataclasses.replace(h, windows=windows) for name, h in found.items()}
+        return dataclasses.replace(
+            self, algorithm=dataclasses.replace(self.algorithm, hyperparameters=cut)
+        )
+
     def draw(self, key: jax.Array) -> Any:
         """Return an eta drawn uniformly from its coordinates' ranges."""
         low, high = self.bounds
