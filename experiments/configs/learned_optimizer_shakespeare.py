@@ -5,7 +5,7 @@ Reproduces   `learned_optimizer_digits` on text: a byte-level transformer of 2 l
 Command      metalearn train --config=learned_optimizer_shakespeare --workdir=runs/lo_shakespeare
              metalearn plan --config=learned_optimizer_shakespeare: memory and FLOPs by engine
              The dataset: tfds build tiny_shakespeare --file_format=array_record
-Takes        not measured
+Takes        not measured; its outer step was compiled for a CPU, see docs/results.md
 Expect       not measured
 """
 
