@@ -1,7 +1,7 @@
 """A learned optimizer for a small transformer, trained in truncations.
 
 Reproduces   the optimizer of learned_optimizer_digits on text: a byte-level transformer of 2 layers
-             and width 32 on tiny Shakespeare for T=100 steps. Test runs are judged on the test split.
+             and width 32 on tiny Shakespeare for T=100 steps. Test runs read the test split.
 Command      metalearn train --config=learned_optimizer_shakespeare --workdir=runs/lo_shakespeare
              metalearn plan --config=learned_optimizer_shakespeare: memory and FLOPs by engine
              The dataset: tfds build tiny_shakespeare --file_format=array_record
