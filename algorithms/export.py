@@ -84,8 +84,9 @@ def load_rule(
     """Return (rule, eta) of a file, to train it further. See `load_optimizer`."""
     metadata, weights = _read(Path(path))
     rule = decode(json.loads(metadata["rule"]), (known,) if isinstance(known, type) else known)
-    _check(weights, _expected(rule), f"{path}", "It was not written by `save_optimizer`.")
-    found = [weights[name] for name in _expected(rule)]
+    expected = _expected(rule)
+    _check(weights, expected, f"{path}", "It was not written by `save_optimizer`.")
+    found = [weights[name] for name in expected]
     leaves = [jnp.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype)) for x in found]
     return rule, jax.tree.unflatten(jax.tree.structure(_shapes(rule)), leaves)
 

@@ -37,7 +37,7 @@ from metalearn.algorithms.hyperparameter_places import check_required, place
 from metalearn.algorithms.objectives import cross_entropy
 from metalearn.algorithms.schedule import Schedule
 from metalearn.algorithms.windows import edges, spread, stretched, window_of
-from metalearn.leaves import is_differentiable
+from metalearn.leaves import in_dtypes_of
 from metalearn.model import Model
 from metalearn.optimizers import differentiable_at_zero
 from metalearn.unroll import Episode, Unroll
@@ -130,7 +130,8 @@ class FDS(Algorithm):
             grads, statistics = grad(loss, has_aux=True)(state.params, values["objective"])
             optimizer = differentiable_at_zero(self._optimizer(values))
             updates, slots = optimizer.update(grads, state.optimizer, state.params)
-            slots = jax.tree.map(_as_before, slots, state.optimizer)
+            # A learned hyperparameter may be of another dtype than the slots it goes into.
+            slots = in_dtypes_of(state.optimizer, slots)
             return Run(optax.apply_updates(state.params, updates), slots, statistics)
 
         def loss(eta: Any, state: Run) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -255,8 +256,3 @@ class FDS(Algorithm):
             else:
                 shown[f"{name}/mean"] = value.mean()
         return shown
-
-
-def _as_before(new: Any, old: Any) -> Any:
-    """Return a slot in the type it had: a learned hyperparameter may be of another."""
-    return new.astype(old.dtype) if is_differentiable(new) else new

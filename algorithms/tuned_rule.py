@@ -23,7 +23,7 @@ from metalearn.algorithms.float_leaves import check_params
 from metalearn.algorithms.hyperparameter import Hyperparameter
 from metalearn.algorithms.hyperparameter_places import check_required, place
 from metalearn.algorithms.update_rule import UpdateRule
-from metalearn.leaves import is_differentiable
+from metalearn.leaves import in_dtypes_of
 from metalearn.optimizers import differentiable_at_zero
 
 
@@ -68,7 +68,8 @@ class TunedRule(UpdateRule):
 
         def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
             updates, slots = made.update(grads, state, params, **extra)
-            return jax.tree.map(_as_before, updates, grads), jax.tree.map(_as_before, slots, state)
+            # A learned hyperparameter may be of another dtype than what it goes into.
+            return in_dtypes_of(grads, updates), in_dtypes_of(state, slots)
 
         def init(params: Any) -> Any:
             check_params(params, "TunedRule")
@@ -88,8 +89,3 @@ def _check_single(name: str, chosen: Hyperparameter) -> None:
 def _start(chosen: Hyperparameter) -> jax.Array:
     start = jnp.asarray(np.reshape(np.asarray(chosen.start, float), ()))
     return chosen.coordinate(start).astype(jnp.result_type(float))
-
-
-def _as_before(new: Any, old: Any) -> Any:
-    """Return an array in the dtype it had: a learned hyperparameter may be of another."""
-    return new.astype(jnp.result_type(old)) if is_differentiable(new) else new

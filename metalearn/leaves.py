@@ -65,6 +65,15 @@ def strong(tree: Any) -> Any:
     return jax.tree.map(convert, tree)
 
 
+def in_dtypes_of(old: Any, new: Any) -> Any:
+    """Return `new` with its float leaves in the dtypes that they have in `old`, a tree like it."""
+
+    def convert(before: Any, after: Any) -> Any:
+        return after.astype(jnp.result_type(before)) if is_differentiable(after) else after
+
+    return jax.tree.map(convert, old, new)
+
+
 def select(condition: jax.Array, yes: Any, no: Any) -> Any:
     """Return one pytree where a condition () holds, else the other; keys and all."""
     return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)

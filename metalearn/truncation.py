@@ -35,7 +35,7 @@ from metalearn.engines import Aux, MetaGradient
 from metalearn.engines.check import horizon
 from metalearn.leaves import select
 from metalearn.tasks import Tasks
-from metalearn.unroll import Unroll
+from metalearn.unroll import Unroll, going_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,22 +176,11 @@ def advance(
     start = select(ends, jnp.zeros_like(carried.step), carried.step)
     batches = posed.batches_at(start + jnp.arange(truncation.steps, dtype=jnp.int32))
     engine = select(ends, posed.engine, carried.engine)
-    result = solve(_going_on(posed.unroll, ends, carried.state), eta, batches, engine)
+    result = solve(going_on(posed.unroll, ends, carried.state), eta, batches, engine)
     (loss, aux), grads = result
     finite = _finite(loss, aux, grads)
     step = jnp.where(finite, start + truncation.steps, last)
     return result, finite, Carried(key, step, last, aux.state, aux.engine)
-
-
-def _going_on(unroll: Unroll, ends: jax.Array, state: Any) -> Unroll:
-    """Return the unroll from `state`, or from its own beginning where a new task is due."""
-    resumed = state if unroll.resume is None else unroll.resume(state)
-
-    def init(eta: Any) -> Any:
-        return select(ends, unroll.init(eta), resumed)
-
-    # When an entry of eta comes into play is no longer known when tracing.
-    return unroll._replace(init=init, begins=None)
 
 
 def _finite(loss: jax.Array, aux: Aux, grads: Any) -> jax.Array:

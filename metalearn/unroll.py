@@ -16,6 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
+from metalearn.leaves import select
+
 
 class Unroll(NamedTuple):
     """An inner loop and the loss of what it ends in, as functions of eta.
@@ -45,6 +49,17 @@ class Unroll(NamedTuple):
     # What a part of a truncated run forgets of the part before, such as a sum of losses:
     # state -> state. See `metalearn.truncation`.
     resume: Callable[..., Any] | None = None
+
+
+def going_on(unroll: Unroll, begins: jax.Array, state: Any) -> Unroll:
+    """Return the unroll from `state`, or from its own beginning where `begins` () says so."""
+    resumed = state if unroll.resume is None else unroll.resume(state)
+
+    def init(eta: Any) -> Any:
+        return select(begins, unroll.init(eta), resumed)
+
+    # When an entry of eta comes into play is no longer known when tracing.
+    return unroll._replace(init=init, begins=None)
 
 
 class Episode(NamedTuple):

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 
 from metalearn.engines.antithetic import Antithetic, Particles, mirrored
 from metalearn.leaves import select, strong
-from metalearn.unroll import Unroll
+from metalearn.unroll import Unroll, going_on
 
 
 class Persistent(NamedTuple):
@@ -81,13 +81,7 @@ class PES(Antithetic):
 
     def begun(self, unroll: Unroll, state: Persistent, particle: Any) -> Unroll:
         """Return the unroll from a particle's own state, or from the beginning of a run."""
-        resumed = particle if unroll.resume is None else unroll.resume(particle)
-
-        def init(eta: Any) -> Any:
-            return select(state.fresh, unroll.init(eta), resumed)
-
-        # When an entry of eta comes into play is not known any more when tracing.
-        return unroll._replace(init=init, begins=None)
+        return going_on(unroll, state.fresh, particle)
 
     def after(self, particles: Particles, states: Any) -> Persistent:
         """Return the state of the next truncation of the same run."""
