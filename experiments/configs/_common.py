@@ -95,6 +95,27 @@ def learned_optimizer() -> ml_collections.ConfigDict:
     return config
 
 
+def shakespeare() -> ml_collections.ConfigDict:
+    """A text of TFDS, bytes as tokens, nothing of it corrupted; each config sets its lengths."""
+    dataset = ml_collections.ConfigDict()
+    dataset.name = "text"
+    dataset.tfds = "tiny_shakespeare"  # or any text of TFDS
+    dataset.feature = "text"
+    dataset.length = 64  # S
+    dataset.batch = 8
+    dataset.pieces = 1
+    dataset.held_out = 0.1  # of the training split, for the outer loss or validation
+    dataset.probes = 0
+    dataset.eval_probes = 0
+    dataset.corruption = {
+        "share": 0.0,
+        "kinds": placeholder(tuple),
+        "probability": 0.5,
+        "seed": 0,
+    }
+    return dataset
+
+
 def fds() -> ml_collections.ConfigDict:
     """What the packaged FDS configs share."""
     config = maml()

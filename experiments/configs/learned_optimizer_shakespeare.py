@@ -28,26 +28,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = {"name": "transformer", "library": "linen", "remat": "block"}
     config.model.update({"width": 32, "layers": 2, "heads": 2})
 
-    config.dataset = ml_collections.ConfigDict()
-    config.dataset.name = "text"
-    config.dataset.tfds = "tiny_shakespeare"  # any text of TFDS, bytes as tokens
-    config.dataset.feature = "text"
-    config.dataset.length = 64  # S
-    config.dataset.batch = 8
+    config.dataset = _common.shakespeare()
     config.dataset.steps = 100
     config.dataset.eval_steps = 100
-    config.dataset.pieces = 1
-    config.dataset.held_out = 0.1  # of the training split, for validation
     config.dataset.queries = 16
-    config.dataset.probes = 0
     config.dataset.eval_queries = 64
-    config.dataset.eval_probes = 0
-    config.dataset.corruption = {
-        "share": 0.0,
-        "kinds": placeholder(tuple),
-        "probability": 0.5,
-        "seed": 0,
-    }
 
     config.optimizer.learning_rate = 3e-3
     config.tasks_per_step = 4

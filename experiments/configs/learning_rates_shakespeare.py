@@ -10,7 +10,6 @@ Expect       2.76 test loss after 32 steps (2.760 +- 0.008, seed 0, 100 fresh st
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
 from metalearn.experiments.configs import _common
 
@@ -29,26 +28,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = {"name": "transformer", "library": "linen", "remat": "block"}
     config.model.update({"width": 32, "layers": 2, "heads": 2})
 
-    config.dataset = ml_collections.ConfigDict()
-    config.dataset.name = "text"
-    config.dataset.tfds = "tiny_shakespeare"  # any text of TFDS, bytes as tokens
-    config.dataset.feature = "text"
-    config.dataset.length = 64  # S
-    config.dataset.batch = 8
+    config.dataset = _common.shakespeare()
     config.dataset.steps = 32  # T
     config.dataset.eval_steps = 32
-    config.dataset.pieces = 1
-    config.dataset.held_out = 0.1  # of the training split, for the outer loss
     config.dataset.queries = 32
-    config.dataset.probes = 0
     config.dataset.eval_queries = 128
-    config.dataset.eval_probes = 0
-    config.dataset.corruption = {
-        "share": 0.0,
-        "kinds": placeholder(tuple),
-        "probability": 0.5,
-        "seed": 0,
-    }
 
     config.optimizer = {"name": "adam", "learning_rate": 0.05, "schedule": "cosine"}
     config.tasks_per_step = 2

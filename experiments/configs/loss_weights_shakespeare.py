@@ -42,26 +42,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = {"name": "transformer", "library": "linen"}
     config.model.update({"width": 32, "layers": 2, "heads": 2})
 
-    config.dataset = ml_collections.ConfigDict()
-    config.dataset.name = "text"
-    config.dataset.tfds = "tiny_shakespeare"  # any text of TFDS, bytes as tokens
-    config.dataset.feature = "text"
-    config.dataset.length = 64  # S
-    config.dataset.batch = 8
+    config.dataset = _common.shakespeare()
     config.dataset.steps = 24  # T
     config.dataset.eval_steps = 400  # far past the horizon of meta-training
     config.dataset.pieces = 64
-    config.dataset.held_out = 0.1  # of the training split, for the outer loss
     config.dataset.queries = 64
     config.dataset.probes = 64
     config.dataset.eval_queries = 256
     config.dataset.eval_probes = 256
-    config.dataset.corruption = {
-        "share": 0.5,
-        "kinds": ("replaced", "repeated"),
-        "probability": 0.5,
-        "seed": 0,
-    }
+    config.dataset.corruption.share = 0.5
+    config.dataset.corruption.kinds = ("replaced", "repeated")
 
     # A task's meta-gradient is noisy and now and then huge, which Adam should soon forget.
     config.optimizer = {"name": "adam", "learning_rate": 0.02, "b2": 0.9, "schedule": "constant"}
