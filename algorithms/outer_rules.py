@@ -166,9 +166,9 @@ def fds_rule(
 
     A hyperparameter stops where its step has been halved and would change it by less than about
     5%. With `tolerance=None` the rule is that of arXiv:2007.07869; see `sign_steps`. The tolerance
-    is in units of the outer loss. With one, run `Trainer.fit(stop_on_nonfinite=False)`: a run
-    that explodes is then taken back instead of ending the training. The eta after the last
-    update has not been judged; `state.optimizer.base` is the last that was.
+    is in units of the outer loss. With one, run `Trainer.fit(faults=Faults(nonfinite="pass"))`:
+    a run that explodes is then taken back instead of ending the training. The eta after the
+    last update has not been judged; `state.optimizer.base` is the last that was.
 
     Raises:
       ValueError: for a range without an end, of which there is no share.

@@ -37,7 +37,7 @@ def command(argv: Sequence[str], commands: Mapping[str, Any], usage: str) -> str
 
 def expanded(argv: Sequence[str]) -> list[str]:
     """Return argv without the command, with `--config=NAME` made a path, keys checked."""
-    rest = [argv[0], *argv[2:]]
+    rest = [argv[0], *(_with_underscores(argument) for argument in argv[2:])]
     for i in range(len(rest) - 1, 0, -1):
         if rest[i - 1] in ("-config", "--config"):  # `--config NAME`
             rest[i - 1 : i + 1] = [f"--config={rest[i]}"]
@@ -49,6 +49,13 @@ def expanded(argv: Sequence[str]) -> list[str]:
             rest[i] = f"--config={path}{colon}{options}"
             _check_keys(rest, _load(path, options))
     return rest
+
+
+def _with_underscores(argument: str) -> str:
+    """Return `--allow-config-change` as absl spells it; what is not an option as it is."""
+    name, equals, value = argument.partition("=")
+    option = name.startswith("--") and not name.startswith("--config.")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if option else argument
 
 
 def _config_file(name: str) -> pathlib.Path:

@@ -85,6 +85,10 @@ NETWORKS = {
 }
 
 
+# Keys that configs did not always have, as runs of that time behaved.
+ADDED = {"truncation": {"steps": None}, "isolate": False}
+
+
 class Splits(NamedTuple):
     """Tasks to train on, to choose by, and to report; and what a model sees of them."""
 
@@ -97,7 +101,7 @@ class Splits(NamedTuple):
 
 def trainer(config: Mapping[str, Any], splits: Splits) -> Trainer:
     """Build the trainer that a config describes, with what `engine="auto"` chose if it did."""
-    config = {**config, **config.get("auto", {})}
+    config = {**ADDED, **config, **config.get("auto", {})}
     learner = algorithm(config["algorithm"], model(config["model"], splits))
     return Trainer(
         learner,
@@ -106,6 +110,7 @@ def trainer(config: Mapping[str, Any], splits: Splits) -> Trainer:
         tasks_per_step=config["tasks_per_step"],
         chunk=config["chunk"],
         truncation=truncation(config["truncation"]),
+        isolate=config["isolate"],
     )
 
 

@@ -2,17 +2,19 @@
 
     metalearn plan  --config=maml_omniglot --budget=4GiB
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
-    metalearn eval  --workdir=runs/omniglot --tasks=1000
+    metalearn eval  --workdir=runs/omniglot --tasks=1000 --best
     metalearn export --workdir=runs/learned_optimizer --out=mine.safetensors
 
-Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback; eval: --tasks;
-export: --out; plan: --budget (such as 40GiB; else the memory of the device), --json,
---largest=KEY (how large an integer of the config may become, such as
---largest=algorithm.inner_steps).
+Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback. train:
+--allow-config-change (resume though the config is another). eval: --tasks. eval and export:
+--best (the best checkpoint, of a config with checkpoint_best). export: --out. plan: --budget
+(such as 40GiB; else the memory of the device), --json, --largest=KEY (how large an integer of
+the config may become, such as --largest=algorithm.inner_steps).
 
 `--config` takes the name of a packaged config or the path of a config file, which is
 Python and is executed. The same command with the same workdir resumes; a finished run
-says so and only evaluates.
+says so and only evaluates. SIGTERM or ctrl-C saves first and exits with status 75; a second
+one does not wait.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from ml_collections import config_flags
 
 from metalearn.device_memory import parse_bytes
 from metalearn.experiments import arguments, plan, run
+from metalearn.outer_loop import Interrupted
+from metalearn.stopping import EXIT_STATUS
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A packaged config's name, or a config file's path.", lock_config=True
@@ -38,6 +42,8 @@ _BUDGET = flags.DEFINE_string("budget", None, "plan: the memory there is, such a
 _JSON = flags.DEFINE_bool("json", False, "plan: print JSON and nothing else.")
 _LARGEST = flags.DEFINE_string("largest", None, "plan: find the largest value of this key.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+_CHANGE = flags.DEFINE_bool("allow_config_change", False, "train: resume whatever the config.")
+_BEST = flags.DEFINE_bool("best", False, "eval, export: the best checkpoint, not the newest.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
 # What a user can mend. Anything else is a bug of ours and keeps its traceback.
@@ -46,12 +52,12 @@ REPORTED = (ValueError, TypeError, FloatingPointError, OSError, flags.Error)
 
 def train() -> None:
     """Train the config in the workdir, resuming what is there; then evaluate on test tasks."""
-    run.train(_config("train"), _workdir(), _PROGRESS.value)
+    run.train(_config("train"), _workdir(), _PROGRESS.value, _CHANGE.value)
 
 
 def evaluate() -> None:
     """Evaluate the newest checkpoint of a workdir on test tasks, by its own config."""
-    run.evaluate(_workdir(), _TASKS.value)
+    run.evaluate(_workdir(), _TASKS.value, _BEST.value)
 
 
 def show_plan() -> None:
@@ -63,7 +69,7 @@ def show_plan() -> None:
 def export() -> None:
     """Write the optimizer that a run has learned into a file."""
     out = _OUT.value or _workdir() / "optimizer.safetensors"
-    run.export(_workdir(), pathlib.Path(out))
+    run.export(_workdir(), pathlib.Path(out), _BEST.value)
 
 
 COMMANDS: dict[str, Callable[[], None]] = {
@@ -90,7 +96,10 @@ def _workdir() -> pathlib.Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command line, and return its exit status: 0, or 2 for what the user can mend."""
+    """Run a command line, and return its exit status.
+
+    That is 0, 2 for what the user can mend, 75 for a run that was asked to stop and has saved.
+    """
     try:
         command = arguments.command(argv, COMMANDS, __doc__ or "")
         if command is None:
@@ -105,6 +114,9 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
         return 130
+    except Interrupted as stop:
+        print(f"\n{stop} It is saved, and the same command goes on.", file=sys.stderr)
+        return EXIT_STATUS
     except REPORTED as error:
         if flags.FLAGS.is_parsed() and _TRACEBACK.value:
             raise

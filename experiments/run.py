@@ -19,18 +19,35 @@ from metalearn.algorithms import LearnedOptimizer, save_optimizer
 from metalearn.checkpoint import Checkpoints
 from metalearn.evaluation import Estimate
 from metalearn.experiments import auto, build
+from metalearn.experiments.workdir import held
+from metalearn.faults import Faults
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
+from metalearn.stopping import asked_to_stop
 from metalearn.train_state import TrainState
 
+RHYTHM = ("eval_every", "eval_tasks", "log_every", "check_every")
 TEST = 2**31  # folded into the seed's key for test tasks; training never draws from it
 
 
-def train(config: Any, workdir: pathlib.Path, progress: bool = True) -> dict[str, Estimate]:
-    """Train, or go on training, in `workdir`; evaluate on test tasks; write both down."""
+def train(
+    config: Any, workdir: pathlib.Path, progress: bool = True, allow_change: bool = False
+) -> dict[str, Estimate]:
+    """Train, or go on training, in `workdir`; evaluate on test tasks; write both down.
+
+    Raises:
+      Interrupted: where a signal asked to stop, once the run is saved.
+    """
+    with held(workdir):
+        return _train(config, workdir, progress, allow_change)
+
+
+def _train(
+    config: Any, workdir: pathlib.Path, progress: bool, allow_change: bool
+) -> dict[str, Estimate]:
     plain = auto.settled(build.to_json(config), _checkpoints(workdir))
     splits = build.splits(plain["dataset"])
     trainer = build.trainer(plain, splits)
-    checkpoints = Checkpoints(_checkpoints(workdir), plain, plain["checkpoint_every"])
+    checkpoints = _open(workdir, plain, allow_change)
     checkpoints.check_config()
     if checkpoints.latest() == plain["steps"] and (workdir / "test.json").exists():
         print(f"The run in {workdir} has taken its {plain['steps']} outer steps: evaluating it.")
@@ -41,20 +58,19 @@ def train(config: Any, workdir: pathlib.Path, progress: bool = True) -> dict[str
     try:
         if plain["health"] and checkpoints.latest() is None:
             check(trainer, splits.train, key)
-        state = trainer.fit(
-            splits.train,
-            plain["steps"],
-            key=key,
-            loggers=loggers,
-            checkpoints=checkpoints,
-            held_out=splits.validation,
-            eval_every=plain["eval_every"],
-            eval_tasks=plain["eval_tasks"],
-            log_every=plain["log_every"],
-            check_every=plain["check_every"],
-            stop_on_nonfinite=plain["stop_on_nonfinite"],
-            progress=progress,
-        )
+        with asked_to_stop() as asked:
+            state = trainer.fit(
+                splits.train,
+                plain["steps"],
+                key=key,
+                loggers=loggers,
+                checkpoints=checkpoints,
+                held_out=splits.validation,
+                faults=Faults(**plain["faults"]),
+                asked_to_stop=asked,
+                progress=progress,
+                **{name: plain[name] for name in RHYTHM},
+            )
     finally:
         checkpoints.close()
     found: dict[str, Estimate] = {}
@@ -77,37 +93,42 @@ class Restored(NamedTuple):
     loggers: dict[str, Any]  # the record of each, by class name
 
 
-def restore(workdir: pathlib.Path) -> Restored:
-    """Read the newest checkpoint of a run; ValueError where there is none."""
+def restore(workdir: pathlib.Path, best: bool = False) -> Restored:
+    """Read the newest checkpoint of a run, or the best; ValueError where there is none."""
     if not _checkpoints(workdir).is_dir():
         raise ValueError(
             f"There is no run in {workdir}: no {_checkpoints(workdir)}. Train one with "
             f"`metalearn train --config=NAME --workdir={workdir}`."
         )
-    checkpoints = Checkpoints(_checkpoints(workdir))
-    record = checkpoints.record()
+    opened = Checkpoints(_checkpoints(workdir))
+    record = opened.record()
+    opened.close()
     if record is None:
         raise ValueError(f"The run in {workdir} has no checkpoint yet. Train it further.")
+    checkpoints = _open(workdir, record["config"])
+    record = checkpoints.record(checkpoints.best_step()) if best else record
+    assert record is not None
     splits = build.splits(record["config"]["dataset"])
     trainer = build.trainer(record["config"], splits)
     key = jax.random.key(record["config"]["seed"])
-    state = checkpoints.restore_state(jax.eval_shape(trainer.init, key, splits.train))
+    shapes = jax.eval_shape(trainer.init, key, splits.train)
+    state = checkpoints.restore_state(shapes, record["step"])
     checkpoints.close()
     return Restored(record["config"], trainer, splits, state, record["loggers"])
 
 
-def evaluate(workdir: pathlib.Path, tasks: int) -> dict[str, Estimate]:
-    """Evaluate the newest checkpoint of a run, with the config it was trained by."""
-    config, trainer, splits, state, _ = restore(workdir)
+def evaluate(workdir: pathlib.Path, tasks: int, best: bool = False) -> dict[str, Estimate]:
+    """Evaluate the newest checkpoint of a run, or the best, with the config it was trained by."""
+    config, trainer, splits, state, _ = restore(workdir, best)
     found = test(trainer, state, splits, config["seed"], tasks)
     print(f"{workdir}, outer step {int(state.step)}, on test tasks:")
     ConsoleLogger().finish(found)
     return found
 
 
-def export(workdir: pathlib.Path, out: pathlib.Path) -> None:
+def export(workdir: pathlib.Path, out: pathlib.Path, best: bool = False) -> None:
     """Write the optimizer that a run has learned as a file that `load_optimizer` reads."""
-    found = restore(workdir)
+    found = restore(workdir, best)
     learner = found.trainer.algorithm
     if not isinstance(learner, LearnedOptimizer):
         raise ValueError(
@@ -135,6 +156,17 @@ def test(
 def _loggers(config: dict[str, Any], workdir: pathlib.Path) -> list[Logger]:
     wandb = WandbLogger(**config["wandb"], directory=workdir)
     return [ConsoleLogger(), JsonlLogger(workdir / "metrics.jsonl"), wandb]
+
+
+def _open(workdir: pathlib.Path, config: dict[str, Any], allow_change: bool = False) -> Checkpoints:
+    return Checkpoints(
+        _checkpoints(workdir),
+        config,
+        config["checkpoint_every"],
+        config.get("checkpoint_keep", 2),
+        config.get("checkpoint_best"),
+        allow_change,
+    )
 
 
 def _checkpoints(workdir: pathlib.Path) -> pathlib.Path:

@@ -11,6 +11,7 @@ from metalearn.engines import (
     Reverse,
 )
 from metalearn.example_mean import ExampleMean
+from metalearn.faults import Faults
 from metalearn.tasks import Tasks
 from metalearn.trainer import Trainer
 from metalearn.truncation import Truncation
@@ -22,6 +23,7 @@ __all__ = [
     "Algorithm",
     "Episode",
     "ExampleMean",
+    "Faults",
     "Forward",
     "InverseVariance",
     "MetaGradient",

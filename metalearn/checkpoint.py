@@ -1,35 +1,35 @@
-"""Checkpoints: the whole of a run, by Orbax, and a record of what it was made of.
+"""Checkpoints: the whole of a run, and a record of what it was made of.
 
 A checkpoint holds the train state (eta, outer optimizer, key, step, inner runs between two
-truncations) and a JSON record:
-the config, the versions of the libraries, and what the loggers must know to go on. A
-save is written aside and renamed, so a kill at any moment leaves the one before. Loading
-runs no code. Resuming with another config is refused, with the difference: the curve of
-such a run would be of two experiments.
+truncations) and a record (`metalearn.run_record`). A save is written aside and renamed, so a
+kill at any moment leaves the one before, and it is written beside the training. Loading runs
+no code. The newest few are kept, and the best if there is a metric to tell.
+
+A checkpoint that is damaged is passed over for the one before it. A disk that is full, or
+gone, does not end the run: the save is left out, and said so.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+from tqdm import tqdm
 
-import metalearn
+from metalearn import run_record
+from metalearn.checkpoint_store import DiskError, Store, UnreadableError
+from metalearn.run_record import ChangedConfigError, Record
 from metalearn.train_state import TrainState
 
-SCHEMA = 2
-LIBRARIES = ("jax", "jaxlib", "optax", "flax", "dm-haiku", "orbax-checkpoint")
+__all__ = ["ChangedConfigError", "Checkpoints", "DamagedError"]
 
 
-class ChangedConfigError(ValueError):
-    """A run is resumed with another config than it was started with."""
+class DamagedError(ValueError):
+    """None of the checkpoints that a run has kept can be read."""
 
 
 class Checkpoints:
@@ -41,48 +41,90 @@ class Checkpoints:
         config: Mapping[str, Any] | None = None,
         every: int = 100,
         keep: int = 2,
+        best: str | None = None,
+        allow_change: bool = False,
     ):
-        """Open or make a directory; `every` and `keep` are in outer steps and checkpoints."""
+        """Open or make a directory.
+
+        Args:
+          directory: where they are.
+          config: of the run, as JSON; a run is resumed with the one it was started with.
+          every: outer steps from one to the next.
+          keep: how many of the newest are kept.
+          best: keep one more, the best by an evaluated metric: "max eval/accuracy" or "min
+            eval/loss". A checkpoint is then written at every evaluation, too.
+          allow_change: resume whatever the config.
+        """
+        if keep < 1:
+            raise ValueError(f"A run keeps at least its newest checkpoint, not {keep} of them.")
         self.directory = pathlib.Path(directory).absolute()
         self.config = json.loads(json.dumps(dict(config or {})))
-        self.every = every
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=("state", "record")
-        )
+        self.every, self.best, self.allow_change = every, best or None, allow_change
+        self._store = Store(self.directory, keep, _best(best) if best else None)
+        self._told: set[int] = set()  # damaged steps that were spoken of
 
-    def save(self, state: TrainState, step: int, loggers: Mapping[str, Any]) -> None:
-        """Begin to save; the write goes on beside the training."""
-        record = {
-            "schema": SCHEMA,
-            "step": step,
-            "config": self.config,
-            "versions": _versions(),
-            "loggers": dict(loggers),
-        }
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
-        )
-        self._manager.save(step, args=items)
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        loggers: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Begin to save; the write goes on beside the training.
+
+        `metrics` are those evaluated at this step; `best` is one of them.
+        """
+        record = run_record.record(step, self.config, loggers, state)
+        self.wait()
+        try:
+            self._store.save(step, state, record, metrics or {})
+        except DiskError as error:
+            self._refused(error)
 
     def latest(self) -> int | None:
-        """Return the outer step of the newest checkpoint, or None where there is none."""
-        return self._manager.latest_step()
+        """Return the outer step of the newest checkpoint that is whole; None where none was made.
 
-    def record(self) -> dict[str, Any] | None:
-        """Return the record of the newest checkpoint, or None where there is none."""
-        step = self.latest()
-        if step is None:
-            return None
-        items = ocp.args.Composite(record=ocp.args.JsonRestore())
-        record = self._manager.restore(step, args=items).record
-        if record["schema"] != SCHEMA:
-            raise ValueError(
-                f"The checkpoint in {self.directory} has schema {record['schema']}, and this "
-                f"version of metalearn reads schema {SCHEMA}. Resume it with metalearn "
-                f"{record['versions']['metalearn']}, which wrote it."
+        Raises:
+          DamagedError: where there are some, and all are damaged.
+        """
+        steps, damaged = self._store.steps(), self._store.damaged
+        for step in sorted(damaged.keys() - self._told):
+            tqdm.write(
+                f"The checkpoint of outer step {step} in {self.directory} is damaged "
+                f"({damaged[step]}): falling back to the one before."
             )
-        return record
+        self._told |= damaged.keys()
+        if damaged and not steps:
+            found = "; ".join(f"{step}: {why}" for step, why in sorted(damaged.items()))
+            raise DamagedError(
+                f"No checkpoint in {self.directory} can be read ({found}). Restore them from a "
+                "copy, or train in another workdir."
+            )
+        return steps[0] if steps else None
+
+    def best_step(self) -> int:
+        """Return the outer step of the best checkpoint; ValueError where none was evaluated."""
+        step = self._store.best() if self.best else None
+        if step is None:
+            raise ValueError(
+                f"The run in {self.directory} has no best checkpoint: its config sets no "
+                "`checkpoint_best`, such as 'max eval/accuracy', or it was not evaluated yet."
+            )
+        return step
+
+    def record(self, step: int | None = None) -> Record | None:
+        """Return the record of a checkpoint, by default the newest; None where there is none."""
+        while (at := self.latest() if step is None else step) is not None:
+            try:
+                found = self._store.read_record(at)
+            except UnreadableError as error:
+                if step is not None:
+                    raise
+                self._store.damaged[at] = str(error)
+                continue
+            run_record.check_schema(found, self.directory)
+            return found
+        return None
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Return the newest checkpoint as (state, record of the loggers), or (state, {}).
@@ -92,49 +134,64 @@ class Checkpoints:
 
         Raises:
           ChangedConfigError: if the checkpoint was written under another config.
+          DamagedError: if no checkpoint can be read.
         """
-        record = self.record()
-        if record is None:
-            return state, {}
-        self.check_config()
-        return self.restore_state(state), record["loggers"]
+        self.wait()
+        while (record := self.record()) is not None:
+            self.check_config()
+            try:
+                return self._state(record, state), record["loggers"]
+            except UnreadableError as error:
+                self._store.damaged[record["step"]] = str(error)
+        return state, {}
 
     def check_config(self) -> None:
         """Raise ChangedConfigError if the newest checkpoint was written under another config."""
-        record = self.record()
-        changes = difference(record["config"], self.config) if record else []
-        if changes:
-            raise ChangedConfigError(
-                f"The run in {self.directory} was started with another config:\n"
-                + "\n".join(f"  {line}" for line in changes)
-                + "\nGive it the config it had, or train the new one in another workdir."
-            )
+        record = None if self.allow_change else self.record()
+        if record is not None:
+            run_record.check_config(record, self.config, self.directory)
 
-    def restore_state(self, state: TrainState) -> TrainState:
-        """Return the state of the newest checkpoint, whatever its config."""
+    def restore_state(self, state: TrainState, step: int | None = None) -> TrainState:
+        """Return the state of a checkpoint, by default the newest, whatever its config."""
+        record = self.record(step)
+        if record is None:
+            raise ValueError(f"There is no checkpoint in {self.directory}.")
+        return self._state(record, state)
+
+    def _state(self, record: Record, state: TrainState) -> TrainState:
+        """Return the state that a record is of; fields that its schema lacks have defaults."""
         shapes = jax.eval_shape(lambda: state)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-        return self._manager.restore(self.latest(), args=items).state
+        run_record.check_arrays(record, shapes, self.directory)
+        wanted = {name: shapes.__dict__[name] for name in run_record.FIELDS[record["schema"]]}
+        return TrainState(**self._store.read_state(record["step"], wanted))
+
+    def wait(self) -> None:
+        """Wait for the last save to be whole; say so where the disk refused it."""
+        try:
+            self._store.wait()
+        except DiskError as error:
+            self._refused(error)
 
     def close(self) -> None:
-        """Wait for the last save to be whole."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for the last save to be whole, and close."""
+        self.wait()
+        self._store.close()
+
+    def _refused(self, error: DiskError) -> None:
+        kept = self._store.steps()
+        left = f"the newest one is of outer step {kept[0]}" if kept else "there is none yet"
+        tqdm.write(
+            f"A checkpoint could not be written to {self.directory} ({error}): {left}. Training "
+            "goes on; make room before the next."
+        )
 
 
-def difference(old: Any, new: Any, path: str = "config") -> list[str]:
-    """Say how two JSON values differ, one line a leaf: 'config.seed: 0 -> 1'."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        missing = "(absent)"
-        return [
-            line
-            for key in keys
-            for line in difference(old.get(key, missing), new.get(key, missing), f"{path}.{key}")
-        ]
-    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
-
-
-def _versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"metalearn": metalearn.__version__, "python": platform.python_version(), **found}
+def _best(text: str) -> tuple[str, str]:
+    """Return ("max" or "min", the metric's name)."""
+    mode, _, name = text.partition(" ")
+    if mode not in ("max", "min") or not name.startswith("eval/"):
+        raise ValueError(
+            f"checkpoint_best={text!r} says which evaluated metric is best, such as 'max "
+            "eval/accuracy' or 'min eval/loss'."
+        )
+    return mode, name

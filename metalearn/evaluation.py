@@ -15,6 +15,8 @@ from metalearn.engines.check import check_eta
 from metalearn.engines.loop import rollout
 from metalearn.tasks import Tasks
 
+OURS = {"meta_grad_norm", "meta_update_norm", "tasks_reset", "tasks_left_out", "step_skipped"}
+
 
 class Estimate(NamedTuple):
     """A mean over tasks and the half-width of its 95% confidence interval."""
@@ -45,9 +47,7 @@ def task_metrics(
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Join our metrics and an algorithm's; ValueError where it takes a name of ours."""
-    taken = sorted(
-        (ours.keys() | {"meta_grad_norm", "meta_update_norm", "tasks_reset"}) & theirs.keys()
-    )
+    taken = sorted((ours.keys() | OURS) & theirs.keys())
     if taken:
         raise ValueError(
             f"The algorithm's `loss` returns a metric called {taken[0]!r}, a name that the Trainer "

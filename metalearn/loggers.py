@@ -18,8 +18,10 @@ from typing import Any
 from tqdm import tqdm
 
 from metalearn.evaluation import Estimate
+from metalearn.messages import first_line
 
 Record = dict[str, Any]
+PATIENCE = 300  # seconds to wait for W&B to have sent everything; what is left waits on disk
 
 
 class Logger(abc.ABC):
@@ -31,6 +33,9 @@ class Logger(abc.ABC):
     @abc.abstractmethod
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the metrics of an outer step, counted from 1."""
+
+    def back_to(self, step: int) -> None:  # noqa: B027
+        """Take back what was logged after `step`, where that can be: the run goes on from there."""
 
     def record(self) -> Record:
         """Return what a resumed run must know (JSON): kept in the checkpoint."""
@@ -58,15 +63,24 @@ class ConsoleLogger(Logger):
 
 
 class JsonlLogger(Logger):
-    """Appends one JSON object per line: {"step": 10, "loss": 1.5, ...}."""
+    """Appends one JSON object per line: {"step": 10, "loss": 1.5, ...}.
+
+    Where the disk is full, lines wait in memory for a later one to be written.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
+        self._waiting: list[str] = []
 
     def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:
-        """Drop the lines after `step` (and one cut short by a kill): they will come again."""
+        """Go on after `step`: the lines after it will come again."""
         del config, record
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.back_to(step)
+
+    def back_to(self, step: int) -> None:
+        """Drop the lines after `step`, and one cut short by a kill."""
+        self._write()
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         aside = self.path.with_suffix(".tmp")
@@ -74,8 +88,28 @@ class JsonlLogger(Logger):
         aside.replace(self.path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._waiting.append(json.dumps({"step": step, **metrics}) + "\n")
+        self._write()
+
+    def finish(self, table: Mapping[str, Estimate] | None = None) -> None:
+        del table
+        self._write()
+
+    def _write(self) -> None:
+        """Append the lines that wait, all or none."""
+        if not self._waiting:
+            return
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(self._waiting))
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, whole)
+            if len(self._waiting) == 1:  # said once, not at every line
+                tqdm.write(f"{self.path} cannot be written ({error}): its lines wait in memory.")
+            return
+        self._waiting.clear()
 
 
 class WandbLogger(Logger):
@@ -84,6 +118,9 @@ class WandbLogger(Logger):
     Never prompts. `mode` is "online", "offline", "disabled", or "auto": what the
     environment variable WANDB_MODE says, else online where this user is logged in, else
     offline. A resumed run keeps its id online; offline, W&B begins a new directory.
+
+    A run does not depend on W&B: where its server does not answer, the run is logged offline,
+    for `wandb sync` later; where it stops answering, what is not sent yet waits on disk.
     """
 
     def __init__(
@@ -100,54 +137,69 @@ class WandbLogger(Logger):
         self.project, self.mode, self.name, self.group = project, mode, name, group
         self.directory = directory
         self._run: Any = None
+        self._step = 0  # the last that was logged
 
     def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:
         import wandb
 
-        self._wandb = wandb
+        self._wandb, self._step = wandb, step
         if self.directory is not None:
             pathlib.Path(self.directory).mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
+        mode, known = self._resolved_mode(), record.get("wandb_id")
+        try:
+            self._run = self._begun(config, known, mode)
+        except (wandb.Error, TimeoutError) as error:
+            if mode != "online":
+                raise
+            self._run = self._begun(config, known, self._offline(error))
+
+    def _begun(self, config: Mapping[str, Any], known: str | None, mode: Any) -> Any:
+        return self._wandb.init(
             project=self.project,
             name=self.name or None,
             group=self.group or None,
             dir=self.directory,
             config=dict(config),
-            mode=self._resolved_mode(),
-            id=record.get("wandb_id"),
+            mode=mode,
+            id=known,
             resume="allow",
-            settings=wandb.Settings(console="off", silent=True),
+            settings=self._wandb.Settings(console="off", silent=True, finish_timeout=PATIENCE),
         )
 
     def _resolved_mode(self) -> Any:
         asked = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
         if asked not in ("auto", "online"):
             return asked
-        if self._logged_in():
-            return "online"
-        if asked == "online":
-            raise ValueError(
-                "W&B is to log online, but no user is logged in here, or the server does not "
-                "answer. Run `wandb login` once, or use the mode 'offline' and `wandb sync` later."
-            )
-        return "offline"
-
-    def _logged_in(self) -> bool:
         try:
-            return self._wandb.login(prompt=False)
+            logged_in = self._wandb.login(prompt=False)
         except self._wandb.Error as error:
-            tqdm.write(f"W&B does not answer ({error}).")
-            return False
+            return self._offline(error)
+        if asked == "online" and not logged_in:
+            raise ValueError(
+                "W&B is to log online, but no user is logged in here. Run `wandb login` once, or "
+                "use the mode 'offline' and `wandb sync` later."
+            )
+        return "online" if logged_in else "offline"
+
+    def _offline(self, error: Exception) -> str:
+        """Say that the server does not answer; return the mode that does without."""
+        runs = pathlib.Path(self.directory or ".") / "wandb" / "offline-run-*"
+        tqdm.write(
+            f"W&B does not answer ({first_line(error)}): this run is logged offline. "
+            f"`wandb sync {runs}` sends it later."
+        )
+        return "offline"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
+        self._step = step
 
     def show(self, pictures: Mapping[str, str | os.PathLike[str]]) -> None:
         """Log image files by name, after `start`."""
         self._run.log({name: self._wandb.Image(str(path)) for name, path in pictures.items()})
 
     def record(self) -> Record:
-        return {} if self._run is None else {"wandb_id": self._run.id}
+        return {} if self._run is None else {"wandb_id": self._run.id, "wandb_step": self._step}
 
     def finish(self, table: Mapping[str, Estimate] | None = None) -> None:
         if self._run is None:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -19,3 +20,5 @@ class TrainState:
     key: jax.Array  # (), PRNG key of the run; constant
     # The inner runs between two truncations, leaves [tasks, ...]; nothing in full unrolls.
     inner: Any = ()
+    # (), float32: what outer updates are multiplied with; below 1 once a run has backed off.
+    pace: Any = dataclasses.field(default_factory=lambda: jnp.ones((), jnp.float32))

@@ -22,7 +22,8 @@ from metalearn.engines import Aux, MetaGradient, MixedFlow
 from metalearn.engines.check import check_eta
 from metalearn.evaluation import Estimate, estimate, merged, task_metrics
 from metalearn.fit import Fit
-from metalearn.leaves import strong
+from metalearn.isolation import all_finite, mean_of_finite, or_zero
+from metalearn.leaves import select, strong
 from metalearn.loggers import Logger
 from metalearn.probe import Look, look_at
 from metalearn.tasks import Tasks
@@ -43,6 +44,8 @@ class Trainer:
     tasks_per_step: int = 16
     chunk: int | None = None  # tasks unrolled at once; None: all of a step's
     truncation: Truncation | None = None  # inner runs go on from step to step; None: whole ones
+    isolate: bool = False  # leave out tasks that are not finite, as truncated training always does
+    skip_nonfinite: bool = False  # an outer step that is not finite leaves eta as it was
 
     def __post_init__(self) -> None:
         if not isinstance(self.engine, MetaGradient):
@@ -98,7 +101,8 @@ class Trainer:
         inner gradients that were finite), `inner_steps_finite` (steps before a gradient, or a
         tangent of `Forward`, was not), `inner_update_norm` (of one step's change of theta) and
         `inner_tangent_norm` (the largest, in the end); and `meta_grad_norm`, `meta_update_norm`.
-        Truncated training leaves tasks out that are not finite, counted in `tasks_reset`.
+        Tasks that were not finite and left out are counted: in `tasks_left_out`, or of truncated
+        training in `tasks_reset`. `step_skipped` is 1 where `skip_nonfinite` left eta alone.
         """
         return jax.jit(self._step)
 
@@ -106,20 +110,21 @@ class Trainer:
         grads, metrics, inner = self._mean_gradient(state, tasks)
         outer = optax.with_extra_args_support(self.optimizer)  # `value` for those that look at it
         updates, optimizer = outer.update(grads, state.optimizer, state.eta, value=metrics["loss"])
+        updates = jax.tree.map(lambda u: u * state.pace.astype(u.dtype), updates)
         eta = optax.apply_updates(state.eta, updates)
         metrics["meta_grad_norm"] = optax.tree.norm(grads)
         metrics["meta_update_norm"] = optax.tree.norm(updates)
-        return TrainState(state.step + 1, eta, optimizer, state.key, inner), metrics
+        if self.skip_nonfinite:
+            fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["meta_update_norm"])
+            eta, optimizer = select(fine, (eta, optimizer), (state.eta, state.optimizer))
+            metrics["step_skipped"] = ~fine
+        return TrainState(state.step + 1, eta, optimizer, state.key, inner, state.pace), metrics
 
     def _mean_gradient(self, state: TrainState, tasks: Tasks) -> tuple[Any, dict[str, Any], Any]:
         """Return (meta-gradient, metrics, the inner runs as they stand then)."""
         keys = self.task_keys(state)
         if self.truncation is None:
-
-            def on_task(key: jax.Array) -> Any:
-                return self.task_gradient(state.eta, tasks, key)
-
-            return *mean_over(on_task, keys, self.chunk), ()
+            return *self._mean_over_tasks(state.eta, tasks, keys), ()
         if not isinstance(state.inner, Carried):
             raise ValueError(
                 "This state has no inner runs to go on with: it is not of truncated training. "
@@ -131,13 +136,24 @@ class Trainer:
             return self._advance(state.eta, tasks, *inputs)
 
         inputs = state.inner, keys, shares
-        (grads, metrics, finite), inner = mean_and_each(on_run, inputs, self.chunk)
-        # Where no task is finite the metrics are NaN, for all to see, and the meta-gradient zero.
-        some = jnp.maximum(finite, 1 / self.tasks_per_step)
-        grads = jax.tree.map(lambda x: x / some.astype(x.dtype), grads)
-        metrics = jax.tree.map(lambda x: x / finite.astype(x.dtype), metrics)
-        metrics["tasks_reset"] = jnp.round((1 - finite) * self.tasks_per_step)
-        return grads, metrics, inner
+        means, inner = mean_and_each(on_run, inputs, self.chunk)
+        grads, metrics, left_out = mean_of_finite(means, self.tasks_per_step)
+        return grads, {**metrics, "tasks_reset": left_out}, inner
+
+    def _mean_over_tasks(
+        self, eta: Any, tasks: Tasks, keys: jax.Array
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return (meta-gradient, metrics) of whole inner runs, one a key."""
+        if not self.isolate:
+            return mean_over(lambda key: self.task_gradient(eta, tasks, key), keys, self.chunk)
+
+        def on_task(key: jax.Array) -> Any:
+            (loss, aux), grads = self._solve(self.algorithm, eta, tasks, key)
+            return or_zero(all_finite(loss, aux, grads), (grads, _metrics(loss, aux)))
+
+        means = mean_over(on_task, keys, self.chunk)
+        grads, metrics, left_out = mean_of_finite(means, self.tasks_per_step)
+        return grads, {**metrics, "tasks_left_out": left_out}
 
     def _advance(
         self, eta: Any, tasks: Tasks, carried: Carried, key: jax.Array, share: jax.Array
@@ -154,9 +170,7 @@ class Trainer:
         solve = self.engine.value_and_grad
         result, finite, carried = advance(self.truncation, solve, pose_of, eta, carried, key, share)
         (loss, aux), grads = result
-        found = grads, _metrics(loss, aux)
-        kept = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), found)
-        return (*kept, finite), carried
+        return or_zero(finite, (grads, _metrics(loss, aux))), carried
 
     def _pose(self, eta: Any, tasks: Tasks, key: jax.Array) -> Any:
         return pose(self.algorithm, self.engine, eta, tasks, key)
@@ -202,10 +216,12 @@ class Trainer:
         """Train for `steps` outer steps, or from the newest checkpoint up to there.
 
         `options` are those of `metalearn.fit.Fit`: `held_out`, `eval_every`, `eval_tasks`,
-        `log_every`, `check_every`, `stop_on_nonfinite`, `progress`.
+        `log_every`, `check_every`, `faults`, `asked_to_stop`, `progress`.
         """
         fit = Fit(steps, **options)
-        return fit.run(self, self.init(key, tasks), tasks, loggers, checkpoints)
+        skips = fit.faults.nonfinite == "skip"
+        trainer = dataclasses.replace(self, skip_nonfinite=True) if skips else self
+        return fit.run(trainer, self.init(key, tasks), tasks, loggers, checkpoints)
 
     def evaluate(
         self, eta: Any, tasks: Tasks, key: jax.Array, count: int = 1000

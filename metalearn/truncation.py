@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from metalearn.algorithm import Algorithm
 from metalearn.engines import Aux, MetaGradient
 from metalearn.engines.check import horizon
+from metalearn.isolation import all_finite
 from metalearn.leaves import select
 from metalearn.tasks import Tasks
 from metalearn.unroll import Unroll, going_on
@@ -178,21 +178,6 @@ def advance(
     engine = select(ends, posed.engine, carried.engine)
     result = solve(going_on(posed.unroll, ends, carried.state), eta, batches, engine)
     (loss, aux), grads = result
-    finite = _finite(loss, aux, grads)
+    finite = all_finite(loss, aux, grads)
     step = jnp.where(finite, start + truncation.steps, last)
     return result, finite, Carried(key, step, last, aux.state, aux.engine)
-
-
-def _finite(loss: jax.Array, aux: Aux, grads: Any) -> jax.Array:
-    """Say whether loss, metrics, meta-gradient and all that the inner loop saw are finite.
-
-    Of the meta-gradient it is the squared norm that has to be, with room for the sum over tasks.
-    """
-    seen = [
-        loss,
-        aux.inner.losses,
-        *jax.tree.leaves(aux.metrics),
-        optax.tree.norm(grads) ** 2 * 1e4,
-    ]
-    fine = [jnp.isfinite(x).all() for x in seen]
-    return jnp.stack([*fine, aux.inner.finite.all()]).all()

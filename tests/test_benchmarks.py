@@ -2,11 +2,14 @@
 
 import csv
 
+import pytest
+
 from metalearn.experiments.benchmarks import engines
 
 NAMES = [engines.BASE, "MixedFlow()"]
 
 
+@pytest.mark.slow
 def test_the_engines_benchmark_writes_a_table_a_csv_and_a_picture(tmp_path, capsys):
     sizes = ["--T", "2", "3", "--batch", "2", "--length", "4", "--layers", "1", "--width", "8"]
     engines.main([*sizes, "--settings", *NAMES, "--seconds", "1", f"--out={tmp_path}"])

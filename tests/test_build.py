@@ -14,6 +14,7 @@ import pytest
 
 from metalearn import Reverse
 from metalearn.experiments import arguments, build, language, training_runs
+from tests.selection import quick
 
 SMALL = {
     "tasks_per_step": 2,
@@ -114,7 +115,10 @@ def takes_a_step(config):
     return trainer, data, after
 
 
-@pytest.mark.parametrize("name", arguments.packaged())
+QUICK = ("fds_digits", "maml_digits", "maml_omniglot", "maml_sinusoid")
+
+
+@pytest.mark.parametrize("name", quick(arguments.packaged(), lambda name: name in QUICK))
 def test_a_packaged_config_builds_and_takes_a_step(name):
     config = small(name)
     skip_without(config.dataset.name, config.dataset.get("tfds"))

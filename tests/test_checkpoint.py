@@ -1,18 +1,26 @@
 """Checkpoints: all of a run comes back, bit for bit, or a message says why it cannot."""
 
+import dataclasses
 import importlib.metadata
+import json
 import platform
 import re
+import shutil
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import metalearn
-from metalearn.checkpoint import ChangedConfigError, Checkpoints, difference
+from metalearn import run_record
+from metalearn.checkpoint import ChangedConfigError, Checkpoints, DamagedError
+from metalearn.run_record import difference
 from metalearn.train_state import TrainState
 
 
@@ -87,7 +95,7 @@ def test_the_record_holds_the_config_the_versions_the_step_and_what_loggers_said
     saved(opened, config, loggers={"WandbLogger": {"wandb_id": "abc"}})
     record = opened(config).record()
     assert record["config"] == {"seed": 3, "model": {"hidden": [40, 40]}}
-    assert record["step"] == 3 and record["schema"] == 2
+    assert record["step"] == 3 and record["schema"] == 3
     libraries = ("jax", "jaxlib", "optax", "flax", "dm-haiku", "orbax-checkpoint")
     assert record["versions"] == {
         "metalearn": metalearn.__version__,
@@ -107,7 +115,8 @@ def test_a_run_with_another_config_is_refused_with_the_difference(opened, tmp_pa
         "  config.chunk: '(absent)' -> None\n"
         "  config.gone: 1.5 -> '(absent)'\n"
         "  config.model.hidden: [40, 40] -> [40, 20]\n"
-        "Give it the config it had, or train the new one in another workdir."
+        "Give it the config it had, or train the new one in another workdir; "
+        "--allow-config-change goes on all the same."
     )
     with pytest.raises(ChangedConfigError, match=f"^{re.escape(expected)}$"):
         opened(new).restore(a_state())
@@ -129,12 +138,12 @@ def test_differences_are_found_at_any_depth_and_in_the_order_of_keys():
 
 def test_a_checkpoint_of_a_newer_schema_is_refused_by_name(opened, tmp_path, monkeypatch):
     with monkeypatch.context() as newer:
-        newer.setattr("metalearn.checkpoint.SCHEMA", 3)
+        newer.setattr("metalearn.run_record.SCHEMA", 4)
         newer.setattr("metalearn.__version__", "99.1")
         saved(opened)
     expected = (
-        f"The checkpoint in {tmp_path / 'run'} has schema 3, and this version of metalearn reads "
-        "schema 2. Resume it with metalearn 99.1, which wrote it."
+        f"The checkpoint in {tmp_path / 'run'} has schema 4, and this version of metalearn reads "
+        "schemas up to 3. Resume it with metalearn 99.1, which wrote it."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         opened().restore(a_state())
@@ -155,3 +164,188 @@ def test_an_empty_directory_returns_the_state_it_was_given(opened):
     restored, loggers = checkpoints.restore(state)
     assert restored is state and loggers == {}
     assert checkpoints.latest() is None and checkpoints.record() is None
+
+
+def several(opened, tmp_path, steps=(1, 2, 3), **options):
+    """Save a checkpoint at each step; return the directory."""
+    checkpoints = opened(keep=len(steps), **options)
+    for step in steps:
+        checkpoints.save(a_state(seed=step, step=step), step, {"step": step})
+    checkpoints.close()
+    return tmp_path / "run"
+
+
+def largest_file(directory):
+    """The file with most of the arrays in it."""
+    files = [p for p in (directory / "state").rglob("*") if p.is_file()]
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+def flip_a_bit(directory):
+    path = largest_file(directory)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(directory):
+    path = largest_file(directory)
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def cut_unnoticed(directory):
+    (directory / "digests.json").unlink()
+    for path in (directory / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lose_the_record(directory):
+    shutil.rmtree(directory / "record")
+
+
+def garble_the_record(directory):
+    (directory / "digests.json").unlink()
+    for path in (directory / "record").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\x00 not JSON")
+
+
+def garble_the_digests(directory):
+    (directory / "digests.json").write_text("[1")
+
+
+DAMAGE = [flip_a_bit, cut, cut_unnoticed, lose_the_record, garble_the_record, garble_the_digests]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, opened, tmp_path, capsys):
+    directory = several(opened, tmp_path)
+    damage(directory / "3")
+    checkpoints = opened()
+    restored, loggers = checkpoints.restore(a_state(seed=9))
+    assert bits(restored) == bits(a_state(seed=2, step=2)) and loggers == {"step": 2}
+    assert checkpoints.latest() == 2
+    said = capsys.readouterr().out
+    assert said.count("The checkpoint of outer step 3 in") == 1 and "falling back" in said
+
+    checkpoints.save(a_state(seed=7, step=3), 3, {})  # its place is free again
+    checkpoints.close()
+    assert bits(opened().restore(a_state())[0]) == bits(a_state(seed=7, step=3))
+    assert len(list(directory.glob("damaged-3-*"))) == 1
+
+
+def test_where_all_checkpoints_are_damaged_no_run_begins_anew_in_silence(opened, tmp_path):
+    directory = several(opened, tmp_path, steps=(1, 2))
+    for step in ("1", "2"):
+        flip_a_bit(directory / step)
+    name = largest_file(directory / "1").relative_to(directory / "1").parts[0]
+    message = rf"^No checkpoint in {re.escape(str(directory))} can be read \(1: {name}/.* is not"
+    with pytest.raises(DamagedError, match=message):
+        opened().restore(a_state())
+
+
+def test_the_digests_of_a_checkpoint_name_all_its_files(opened, tmp_path):
+    directory = several(opened, tmp_path, steps=(1,)) / "1"
+    files = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
+    assert set(json.loads((directory / "digests.json").read_text())) == files - {"digests.json"}
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(opened, tmp_path):
+    for best, expected in (("max eval/accuracy", 2), ("min eval/accuracy", 1)):
+        checkpoints = Checkpoints(tmp_path / best[:3], keep=1, best=best)
+        for step, accuracy in enumerate((0.5, 0.9, None, 0.7, 0.6), 1):
+            metrics = {} if accuracy is None else {"eval/accuracy": accuracy, "eval/loss": 1.0}
+            checkpoints.save(a_state(step=step), step, {}, metrics)
+        checkpoints.wait()
+        assert checkpoints.best_step() == expected and checkpoints.latest() == 5
+        restored = checkpoints.restore_state(a_state(), checkpoints.best_step())
+        assert int(restored.step) == expected
+        checkpoints.close()
+        kept = {p.name for p in (tmp_path / best[:3]).iterdir() if p.is_dir()}
+        assert kept == {str(expected), "5"}
+
+
+def test_a_run_that_keeps_no_best_says_so(opened, tmp_path):
+    saved(opened)
+    expected = f"The run in {tmp_path / 'run'} has no best checkpoint: its config sets no"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
+        opened().best_step()
+
+
+@pytest.mark.parametrize("best", ["eval/accuracy", "most eval/accuracy", "max accuracy", "max"])
+def test_a_best_that_does_not_say_what_is_refused(best, tmp_path):
+    message = f"^checkpoint_best='{best}' says which evaluated metric is best, such as 'max eval"
+    with pytest.raises(ValueError, match=message):
+        Checkpoints(tmp_path, best=best)
+
+
+def test_a_run_keeps_at_least_one_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="^A run keeps at least its newest checkpoint, not 0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_a_changed_config_can_be_allowed(opened, tmp_path):
+    state = saved(opened, {"steps": 10})
+    longer = Checkpoints(tmp_path / "run", {"steps": 20}, allow_change=True)
+    restored, _ = longer.restore(a_state(seed=1))
+    longer.close()
+    assert bits(restored) == bits(state)
+
+
+def test_a_state_of_other_shapes_is_refused_with_the_first_that_differ(opened, tmp_path):
+    saved(opened)
+    other = dataclasses.replace(a_state(), eta={"w": jnp.zeros(3), "other": jnp.zeros(())})
+    message = r"(?s)^The checkpoint of outer step 3 in .* other arrays.*\n  eta/other: '.absent"
+    with pytest.raises(ValueError, match=message):
+        opened(allow_change=True).restore(other)
+    assert opened().latest() == 3  # it is whole
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_checkpoint_of_an_older_schema_is_read(schema, opened, tmp_path):
+    """Written as it was: without the fields that came later."""
+    state = a_state()
+    fields = {name: state.__dict__[name] for name in run_record.FIELDS[schema]}
+    record = run_record.record(3, {}, {}) | {"schema": schema}
+    del record["arrays"]
+    manager = ocp.CheckpointManager(tmp_path / "run", item_names=("state", "record"))
+    items = {"state": ocp.args.StandardSave(fields), "record": ocp.args.JsonSave(record)}
+    manager.save(3, args=ocp.args.Composite(**items))
+    manager.wait_until_finished()
+    manager.close()
+    restored, _ = opened().restore(a_state(seed=1))
+    assert bits(restored) == bits(state)
+    assert restored.pace == 1
+
+
+FULL = """
+import resource, signal, sys
+from tests.test_checkpoint import a_state
+from metalearn.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], every=1, keep=5)
+checkpoints.save(a_state(step=1), 1, {})
+checkpoints.wait()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))  # bytes: as on a disk that is full
+for step in (2, 3):
+    checkpoints.save(a_state(step=step), step, {})
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+checkpoints.save(a_state(step=4), 4, {})
+checkpoints.close()
+print("latest", checkpoints.latest())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits to the size of a file")
+def test_a_disk_that_is_full_does_not_end_the_run(tmp_path):
+    command = [sys.executable, "-c", FULL, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "could not be written" in line]
+    assert len(said) == 2 and "the newest one is of outer step 1. Training goes on" in said[0]
+    assert done.stdout.splitlines()[-1] == "latest 4"
+    kept = sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir())
+    assert kept == ["1", "4"]

@@ -23,22 +23,24 @@ from metalearn.engines.loop import rollout
 from metalearn.model import Model
 from tests import cases
 from tests.cases import ALGORITHMS, ENGINES, ESTIMATORS, LIBRARIES, MODELS, TASKS
+from tests.selection import quick
 
 pytestmark = pytest.mark.usefixtures("x64")
 PAIRS = [(name, library) for name in ALGORITHMS for library in LIBRARIES]
 QUICK = ("MAML-adam", "ANIL", "LearningRates", "running")
 REVERSE = Reverse()
 EXACT_PAIRS = [pair for pair in PAIRS if ALGORITHMS[pair[0]].exact]
-# Mixed flow with every pair, forward mode and every setting with one library; the rest is slow.
-SETTINGS = [
-    pytest.param(name, library, engine, marks=[] if quick else pytest.mark.slow)
-    for name, library in PAIRS
-    for engine in ENGINES
-    if engine != "Reverse"
-    for quick in [
-        engine == "MixedFlow" or (library == "linen" and (engine == "Forward" or name in QUICK))
-    ]
-]
+LARGE = ("LearnedOptimizer", "example-weights", "token-weights", "LearningRates-ConvNet", "FDS")
+# Mixed flow with every algorithm and, for small ones, every library; forward mode of small ones
+# and of FDS; every setting of a few. The rest is slow.
+SETTINGS = quick(
+    [(*pair, engine) for pair in PAIRS for engine in ENGINES if engine != "Reverse"],
+    lambda name, library, engine: (
+        (engine == "MixedFlow" and (library == "linen" or name not in LARGE))
+        or (engine == "Forward" and library == "linen" and name not in LARGE[:-1])
+        or (library == "linen" and name in QUICK)
+    ),
+)
 
 
 @functools.cache
@@ -129,12 +131,10 @@ def test_first_order_gradient_is_the_query_gradient_at_the_adapted_parameters(li
 
 # Every algorithm with persistent particles, which is where something can get lost, and one with
 # every estimator; the rest is slow.
-ESTIMATED = [
-    pytest.param(name, engine, marks=[] if quick else pytest.mark.slow)
-    for name in ALGORITHMS
-    for engine in ESTIMATORS
-    for quick in [engine == "PES" or name == "MAML"]
-]
+ESTIMATED = quick(
+    [(name, engine) for name in ALGORITHMS for engine in ESTIMATORS],
+    lambda name, engine: engine == "PES" or name == "MAML",
+)
 
 
 def shapes(tree):

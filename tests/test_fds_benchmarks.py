@@ -197,6 +197,7 @@ def test_a_workdir_without_a_run_is_refused_and_says_how_to_get_one(tmp_path):
 # Tuners.
 
 
+@pytest.mark.slow
 def test_tuners_share_a_problem_and_a_budget_and_make_a_table_and_a_picture(tmp_path, capsys):
     names = ["FDS", "random search", "cosine, best of 5 peaks"]
     given = ["--box", "log", "--tuner", *names, "--seeds", "2", "--horizon", "20"]

@@ -15,7 +15,7 @@ from metalearn import Algorithm, Reverse, Trainer, Unroll
 from metalearn.algorithms import MAML, squared_error
 from metalearn.checkpoint import Checkpoints
 from metalearn.datasets import Sinusoid
-from metalearn.fit import NonFiniteError
+from metalearn.faults import NonFiniteError
 from metalearn.loggers import JsonlLogger, Logger
 from metalearn.models import Functions
 
@@ -179,14 +179,6 @@ def test_inner_adam_with_a_zero_gradient_is_caught_and_eps_root_mends_it():
     with pytest.raises(NonFiniteError, match="^`meta_grad_norm` became nan at outer step 1"):
         fit(maml_by_adam(eps_root=0.0), 2)
     assert int(fit(maml_by_adam(eps_root=1e-8), 2).step) == 2
-
-
-def test_stop_on_nonfinite_can_be_switched_off():
-    heard = Heard()
-    state = fit(clock(loss_at=2.0, slope_at=4.0), 6, heard, log_every=2, stop_on_nonfinite=False)
-    assert int(state.step) == 6
-    assert steps_of(heard.rows) == [2, 4, 6]
-    assert [math.isfinite(metrics["loss"]) for _, metrics in heard.rows] == [True, False, False]
 
 
 @pytest.mark.parametrize("first", [3, 4])  # a checkpoint off and on the common rhythm

@@ -15,7 +15,7 @@ import pytest
 from metalearn import Algorithm, Forward, MixedFlow, Reverse, Trainer, Unroll
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
-from metalearn.fit import NonFiniteError
+from metalearn.faults import NonFiniteError
 from metalearn.health import ROOT, HealthError, HealthWarning, Report, check
 from metalearn.models import Functions
 from metalearn.optimizers import differentiable_at_zero

@@ -9,6 +9,7 @@ from metalearn import Forward, MixedFlow, Reverse
 from metalearn.algorithms import Hyperparameter
 from metalearn.experiments.tuners.fds import Hypergradients
 from metalearn.experiments.tuners.online import Online, constant
+from tests.selection import quick
 from tests.test_tuners import KEY, T, problem, problem_of
 
 
@@ -18,6 +19,7 @@ def slow_start():
     return problem_of({"learning_rate": rate})
 
 
+@pytest.mark.slow
 def test_hypergradients_are_charged_by_their_flops_and_keep_to_the_budget():
     tuned = problem()
     price = tuned.charge(MixedFlow("nested"))
@@ -37,7 +39,7 @@ def test_hypergradients_raise_a_learning_rate_that_is_too_small():
     assert after < before
 
 
-@pytest.mark.parametrize("decay", [0.0, 1.0])
+@pytest.mark.parametrize("decay", quick([0.0, 1.0], lambda decay: decay == 0))
 def test_an_online_run_answers_with_the_value_of_every_step(decay):
     tuned = slow_start()
     found = list(Online(decay, rates=(1e-2, 1.0)).tune(tuned, 1e9, KEY))
@@ -51,6 +53,7 @@ def test_an_online_run_answers_with_the_value_of_every_step(decay):
     assert len(list(Online(decay).tune(tuned, 2.5 * price, KEY))) == 2
 
 
+@pytest.mark.slow
 def test_greedy_and_full_memory_are_different_ways():
     tuned = slow_start()
     greedy, full = (

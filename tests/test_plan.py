@@ -90,6 +90,7 @@ def test_a_row_is_what_the_program_that_trains_will_take():
     assert found.budget == device_memory() and found.choose() is found.rows[0]
 
 
+@pytest.mark.slow
 def test_the_candidates_of_a_plan_serve_or_refuse_a_single_inner_step():
     maml = MAML(MODELS["Functions"], squared_error, inner_steps=1)
     found = plan(Trainer(maml, tasks_per_step=1), WAVES)

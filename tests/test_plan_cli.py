@@ -123,6 +123,7 @@ def test_a_budget_that_nothing_fits_is_json_too(capsys):
     assert found["chosen"] is None and not any(row["fits"] for row in found["rows"])
 
 
+@pytest.mark.slow
 def test_the_largest_value_of_a_key_fits_and_twice_as_much_does_not(capsys):
     one = (*PLAN, "--config.tasks_per_step=1", "--config.model.hidden=(40,)")
     words = ("--json", "--budget=30KiB", "--largest=dataset.queries")

@@ -26,8 +26,10 @@ from metalearn.algorithms import Hyperparameter, LearnedOptimizer, Quadratic, Tu
 from metalearn.checkpoint import Checkpoints
 from metalearn.datasets import Quadratics
 from metalearn.engines.loop import rollout
-from metalearn.fit import Fit, NonFiniteError
+from metalearn.faults import NonFiniteError
+from metalearn.fit import Fit
 from tests.cases import ALGORITHMS, ENGINES
+from tests.selection import quick
 
 pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(0)
@@ -346,12 +348,11 @@ class Narrow(Descent):
 
 
 # Each algorithm once in `make test`, and each engine; the other pairs are slow.
-PAIRS = [
-    pytest.param(name, engine, id=f"{name}-{engine}", marks=[] if quick else pytest.mark.slow)
-    for name in ("MAML-adam", "LearningRates", "token-weights", "FDS", "LearnedOptimizer")
-    for engine in ("Reverse-nested", "Forward", "MixedFlow")
-    for quick in [engine == "MixedFlow" or name == "MAML-adam"]
-]
+LEARNERS = ("MAML-adam", "LearningRates", "token-weights", "FDS", "LearnedOptimizer")
+PAIRS = quick(
+    [(name, engine) for name in LEARNERS for engine in ("Reverse-nested", "Forward", "MixedFlow")],
+    lambda name, engine: engine == "MixedFlow" or name == "MAML-adam",
+)
 
 
 @pytest.mark.parametrize(("name", "engine"), PAIRS)

@@ -55,7 +55,13 @@ def maml() -> ml_collections.ConfigDict:
 
     config.health = True  # look at one meta-gradient before a run starts; see metalearn.health
     config.check_every = 0  # and again every so many outer steps; 0: never, here and below
-    config.stop_on_nonfinite = True  # False: the outer optimizer decides what to do with it
+    # What to do about a step that is not finite ("stop", "skip", "back_off" or "pass"), and about
+    # inner runs that diverge ("warn", "stop" or "pass"); see metalearn.faults.
+    config.faults = {"nonfinite": "stop", "most": 5, "shrink": 0.5}
+    config.faults.update({"diverged": "warn", "ratio": 10.0, "patience": 3})
+    config.isolate = False  # leave tasks out of an outer step that are not finite, and count them
+    config.checkpoint_keep = 2  # the newest so many
+    config.checkpoint_best = ""  # and the best by, such as, "max eval/accuracy"
     config.log_every = 10  # outer steps
     config.eval_tasks = 400  # validation tasks, on the way
     config.test_tasks = 1000  # test tasks, once, at the end
@@ -138,7 +144,8 @@ def fds() -> ml_collections.ConfigDict:
     # than the tolerance, and smaller over time. The paper's: guarded=False, schedule="constant".
     config.optimizer = {"name": "fds_rule", "share": 0.1, "schedule": "linear"}
     config.optimizer.update({"guarded": True, "tolerance": 0.1})
-    config.stop_on_nonfinite = False  # a run that explodes is taken back, and is no failure
+    # A run that explodes is taken back by the rule, and is no failure.
+    config.faults.update({"nonfinite": "pass", "diverged": "pass"})
     config.tasks_per_step = 1
     config.log_every = 1
     config.eval_every = 0

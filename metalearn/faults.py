@@ -1,0 +1,113 @@
+"""What a run does when something goes wrong on the way, and when it has seen enough of it.
+
+Of an outer step whose loss or meta-gradient is NaN or infinite there are four things to make:
+
+    "stop"      the run ends, with what was seen; its last checkpoint is from before the step
+    "skip"      eta stays as it was, and the next step has other tasks
+    "back_off"  back to the last good checkpoint, and on from there with smaller outer updates
+    "pass"      nothing: the outer optimizer sees it, and may have a rule for it (`fds_rule`)
+
+Skipping suits a rare bad batch, backing off a run that has become unstable. Both end in a stop
+when it happens too often. An inner loop that diverges while all numbers stay finite is seen by
+its losses, and reported once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from metalearn.names import pick
+
+NONFINITE = ("stop", "skip", "back_off", "pass")
+DIVERGED = ("warn", "stop", "pass")
+WATCHED = ("loss", "meta_grad_norm", "meta_update_norm")
+
+
+class NonFiniteError(FloatingPointError):
+    """The outer loss or the meta-gradient became NaN or infinite."""
+
+
+class DivergedError(FloatingPointError):
+    """The inner loss ended far above where it began, step after step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Faults:
+    """What to do about which fault.
+
+    Args:
+      nonfinite: about a loss or meta-gradient that is NaN or infinite: "stop", "skip",
+        "back_off" or "pass".
+      most: steps skipped in a row, or back-offs in all, after which the run stops.
+      shrink: each back-off multiplies all later outer updates by this.
+      diverged: about inner runs that diverge: "warn", "stop" or "pass".
+      ratio: they do where the mean inner loss ends above so many times where it began,
+      patience: so many outer steps in a row.
+    """
+
+    nonfinite: str = "stop"
+    most: int = 5
+    shrink: float = 0.5
+    diverged: str = "warn"
+    ratio: float = 10.0
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        pick(dict.fromkeys(NONFINITE), self.nonfinite, "way with steps that are not finite")
+        pick(dict.fromkeys(DIVERGED), self.diverged, "way with inner runs that diverge")
+        if not 0 < self.shrink < 1:
+            raise ValueError(
+                f"`Faults(shrink={self.shrink})` makes outer updates smaller: between 0 and 1."
+            )
+        for name, value in (("most", self.most), ("patience", self.patience)):
+            if value < 1:
+                raise ValueError(f"`Faults({name}={value})` is a number of times: at least 1.")
+        if not self.ratio > 1:
+            raise ValueError(
+                f"`Faults(ratio={self.ratio})` is how far an inner loss may rise: above 1."
+            )
+
+
+def broken(values: Mapping[str, float]) -> list[str]:
+    """Return the names of those metrics of an outer step that must be finite and are not."""
+    return [name for name in WATCHED if not math.isfinite(values[name])]
+
+
+class Watch:
+    """Counts the faults of one run."""
+
+    def __init__(self, faults: Faults):
+        self.faults = faults
+        self._skipped = 0  # outer steps in a row
+        self._diverged = 0
+        self._told = False
+
+    def skipped(self, step_is_broken: bool) -> bool:
+        """Note an outer step; say whether one too many was skipped."""
+        self._skipped = self._skipped + 1 if step_is_broken else 0
+        return self._skipped > self.faults.most
+
+    def pace(self, pace: float) -> float | None:
+        """Return the smaller pace after a back-off; None where it is one back-off too many."""
+        smaller = pace * self.faults.shrink
+        least = self.faults.shrink**self.faults.most
+        return smaller if smaller > least * (1 - 1e-3) else None
+
+    def diverges(self, step: int, values: Mapping[str, float]) -> str | None:
+        """Note an outer step; return what to say where inner runs have diverged, once a run."""
+        first, last = values.get("inner_loss_first"), values.get("inner_loss_last")
+        if self.faults.diverged == "pass" or first is None or last is None:
+            return None
+        rises = last > self.faults.ratio * abs(first)
+        self._diverged = self._diverged + 1 if rises else 0
+        if self._told or self._diverged < self.faults.patience:
+            return None
+        self._told = True
+        return (
+            f"The inner loop diverges: for {self.faults.patience} outer steps up to {step} its "
+            f"mean loss has ended more than {self.faults.ratio:g} times above where it began "
+            f"({first:.4g} to {last:.4g} in the last). Lower the inner learning rate, clip the "
+            "inner gradients, or take fewer inner steps."
+        )

@@ -1,0 +1,194 @@
+"""The loop around `Trainer.step`, on the host: what is reported, saved, taken back or ended.
+
+The device is never waited for: the metrics of a step are read while the next one runs, which
+is also when a fault is noticed. Where the host must wait (it evaluates, saves, checks, or was
+asked to stop) the step is looked at first, so that no checkpoint holds what a fault has left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from metalearn import health
+from metalearn.evaluation import Estimate
+from metalearn.faults import DivergedError, NonFiniteError, Watch, broken
+from metalearn.loggers import Logger
+from metalearn.tasks import Tasks
+from metalearn.train_state import TrainState
+
+if TYPE_CHECKING:
+    from metalearn.checkpoint import Checkpoints
+    from metalearn.fit import Fit
+
+EVALUATION = 2**32 - 1  # folded into the run's key; outer steps count up from 0
+
+
+class Steps(health.Looks, Protocol):
+    """What this loop needs of a `Trainer`."""
+
+    @property
+    def tasks_per_step(self) -> int: ...
+    @property
+    def step(self) -> Callable[[TrainState, Tasks], tuple[TrainState, Any]]: ...
+    def evaluate(
+        self, eta: Any, tasks: Tasks, key: jax.Array, count: int = ...
+    ) -> dict[str, Estimate]: ...
+
+
+class Interrupted(Exception):
+    """A run was asked to stop, and has saved where it stands."""
+
+
+class _Taken(NamedTuple):
+    """An outer step whose metrics have not been read yet."""
+
+    step: int
+    metrics: Any
+    before: TrainState  # the state it was taken from, but for the outer optimizer's and inner runs
+
+
+class _BacksOff(Exception):
+    """An outer step has to be taken back, with what came after it."""
+
+
+class OuterLoop:
+    """One run of a `Fit`."""
+
+    def __init__(
+        self,
+        fit: Fit,
+        trainer: Steps,
+        tasks: Tasks,
+        loggers: Sequence[Logger],
+        checkpoints: Checkpoints | None,
+        bar: tqdm,
+    ):
+        self.fit, self.trainer, self.tasks, self.bar = fit, trainer, tasks, bar
+        self.loggers, self.checkpoints = loggers, checkpoints
+        self._watch = Watch(fit.faults)
+        self._waiting: _Taken | None = None
+
+    def run(self, state: TrainState) -> TrainState:
+        """Take the outer steps that are left, and return the last state."""
+        backs_off = self.fit.faults.nonfinite == "back_off"
+        begun, step = state if backs_off else None, int(state.step)
+        while step < self.fit.steps:
+            step += 1
+            before = dataclasses.replace(state, optimizer=None, inner=())
+            after, metrics = self.trainer.step(state, self.tasks)
+            try:
+                self._hear()
+                self._waiting = _Taken(step, metrics, before)
+                self._rest(step, after)
+                state = after
+            except _BacksOff:
+                state = self._taken_back(begun, state.pace)
+                step = int(state.step)
+        return state
+
+    def _rest(self, step: int, state: TrainState) -> None:
+        """Do what the host must wait for, if anything is due after this step."""
+        fit = self.fit
+        evaluates = fit.held_out is not None and self._due(step, fit.eval_every)
+        checks = self._due(step, fit.check_every)
+        asked = fit.asked_to_stop(step) if fit.asked_to_stop else None
+        keeps = self.checkpoints
+        saves = keeps is not None and (
+            bool(asked) or self._due(step, keeps.every) or (evaluates and keeps.best is not None)
+        )
+        if not (evaluates or saves or checks or asked or step == fit.steps):
+            return
+        self._hear()
+        if checks:
+            health.check(self.trainer, state, self.tasks).warn()
+        found = self._evaluate(state, step) if evaluates else {}
+        if saves and keeps is not None:
+            kept = {type(logger).__name__: logger.record() for logger in self.loggers}
+            keeps.save(state, step, kept, found)
+        if asked:
+            raise Interrupted(f"{asked} after outer step {step} of {fit.steps}.")
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return bool(every) and (step % (every or 1) == 0 or step == self.fit.steps)
+
+    def _hear(self) -> None:
+        """Read the metrics of the step that is waiting, log them, and act on a fault."""
+        if self._waiting is None:
+            return
+        (step, metrics, before), self._waiting = self._waiting, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        self.bar.update()
+        names, policy = broken(values), self.fit.faults.nonfinite
+        too_many = self._watch.skipped(bool(names)) and policy == "skip"
+        stops = bool(names) and (policy == "stop" or too_many)
+        if stops or self._due(step, self.fit.log_every):
+            for logger in self.loggers:
+                logger.log(step, values)
+        if stops:
+            raise NonFiniteError(self._why(names[0], values, step, before))
+        if names and policy == "back_off":
+            if self._watch.pace(float(before.pace)) is None:
+                raise NonFiniteError(self._why(names[0], values, step, before))
+            tqdm.write(f"`{names[0]}` became {values[names[0]]} at outer step {step}: backing off.")
+            raise _BacksOff
+        diverges = self._watch.diverges(step, values)
+        if diverges and self.fit.faults.diverged == "stop":
+            raise DivergedError(diverges)
+        if diverges:
+            tqdm.write(diverges)
+
+    def _why(self, name: str, values: Mapping[str, float], step: int, before: TrainState) -> str:
+        faults = self.fit.faults
+        tried = {
+            "skip": f", after {faults.most} steps in a row that were skipped",
+            "back_off": f", after {faults.most} times of backing off",
+        }
+        return (
+            f"`{name}` became {values[name]} at outer step {step}"
+            f"{tried.get(faults.nonfinite, '')}, so training stopped before it could spread; "
+            "metrics up to this step are logged, and the last checkpoint is from before it "
+            "(`Faults(nonfinite=...)` says what else can be done: skip, back_off, pass). "
+            f"{_cause(values, self.trainer, before, self.tasks)}"
+        )
+
+    def _taken_back(self, begun: TrainState | None, pace: jax.Array) -> TrainState:
+        """Return the last good state, with a smaller pace than the run had."""
+        smaller = self._watch.pace(float(pace))
+        assert begun is not None and smaller is not None
+        state = begun
+        if self.checkpoints is not None:
+            state, _ = self.checkpoints.restore(begun)
+        self._waiting, step = None, int(state.step)
+        for logger in self.loggers:
+            logger.back_to(step)
+        self.bar.n = step
+        tqdm.write(f"On from outer step {step}, with outer updates times {smaller:.3g}.")
+        return dataclasses.replace(state, pace=jnp.full_like(state.pace, smaller))
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        assert self.fit.held_out is not None
+        key = jax.random.fold_in(state.key, EVALUATION)  # the same tasks at every evaluation
+        found = self.trainer.evaluate(state.eta, self.fit.held_out, key, self.fit.eval_tasks)
+        means = {f"eval/{name}": value.mean for name, value in found.items()}
+        errors = {f"eval/{name}_ci95": value.ci95 for name, value in found.items()}
+        for logger in self.loggers:
+            logger.log(step, means | errors)
+        return means
+
+
+def _cause(values: Mapping[str, float], trainer: Steps, before: TrainState, tasks: Tasks) -> str:
+    """Say what was not finite in an outer step."""
+    left_out = values.get("tasks_reset", values.get("tasks_left_out"))
+    if left_out == trainer.tasks_per_step:
+        return (
+            f"In this step all {trainer.tasks_per_step} inner runs became NaN or infinite (those "
+            f"that do are left out, but none was left). {health.DIVERGES}"
+        )
+    return health.diagnose(trainer, before, tasks)

@@ -1,0 +1,49 @@
+"""Being asked to stop: by a scheduler that wants the machine (SIGTERM), or a hand (SIGINT).
+
+The signal is noted, the outer step that is under way ends, the run saves and leaves. A second
+signal is not held back. Of several processes any one may be asked, and all must stop after
+the same step: there JAX's own service for pre-emption agrees on it (SIGTERM alone).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[int], str | None]]:
+    """Give a function of the outer step that says by what a stop was asked for, or None.
+
+    For the main thread, as all that handles signals.
+    """
+    heard: list[int] = []
+
+    def hear(number: int, frame: Any) -> None:
+        heard.append(number)
+        restore()
+
+    before = {number: signal.signal(number, hear) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def asked(step: int) -> str | None:
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            return "SIGTERM"
+        alone = heard and jax.process_count() == 1
+        return signal.Signals(heard[0]).name if alone else None
+
+    try:
+        yield asked
+    finally:
+        restore()
