@@ -85,10 +85,6 @@ NETWORKS = {
 }
 
 
-# Keys that configs did not always have, as runs of that time behaved.
-ADDED = {"truncation": {"steps": None}, "isolate": False}
-
-
 class Splits(NamedTuple):
     """Tasks to train on, to choose by, and to report; and what a model sees of them."""
 
@@ -101,7 +97,8 @@ class Splits(NamedTuple):
 
 def trainer(config: Mapping[str, Any], splits: Splits) -> Trainer:
     """Build the trainer that a config describes, with what `engine="auto"` chose if it did."""
-    config = {**ADDED, **config, **config.get("auto", {})}
+    added = {"truncation": {"steps": None}, "isolate": False}  # that configs did not always have
+    config = {**added, **config, **config.get("auto", {})}
     learner = algorithm(config["algorithm"], model(config["model"], splits))
     return Trainer(
         learner,
