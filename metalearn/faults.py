@@ -84,10 +84,15 @@ class Watch:
         self._diverged = 0
         self._told = False
 
-    def skipped(self, step_is_broken: bool) -> bool:
-        """Note an outer step; say whether one too many was skipped."""
+    def answer(self, step_is_broken: bool, pace: float) -> str:
+        """Note an outer step; return what is to be done: "pass", "skip", "back_off" or "stop"."""
         self._skipped = self._skipped + 1 if step_is_broken else 0
-        return self._skipped > self.faults.most
+        policy = self.faults.nonfinite if step_is_broken else "pass"
+        enough = {
+            "skip": self._skipped > self.faults.most,
+            "back_off": self.pace(pace) is None,
+        }
+        return "stop" if enough.get(policy, False) else policy
 
     def pace(self, pace: float) -> float | None:
         """Return the smaller pace after a back-off; None where it is one back-off too many."""

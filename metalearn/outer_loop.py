@@ -118,31 +118,32 @@ class OuterLoop:
         return bool(every) and (step % (every or 1) == 0 or step == self.fit.steps)
 
     def _hear(self) -> None:
-        """Read the metrics of the step that is waiting, log them, and act on a fault."""
+        """Read the metrics of the step that is waiting, log them, and look for a fault."""
         if self._waiting is None:
             return
         (step, metrics, before), self._waiting = self._waiting, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         self.bar.update()
-        names, policy = broken(values), self.fit.faults.nonfinite
-        too_many = self._watch.skipped(bool(names)) and policy == "skip"
-        stops = bool(names) and (policy == "stop" or too_many)
-        if stops or self._due(step, self.fit.log_every):
+        names = broken(values)
+        answer = self._watch.answer(bool(names), float(before.pace))
+        if answer == "stop" or self._due(step, self.fit.log_every):
             for logger in self.loggers:
                 logger.log(step, values)
-        if stops:
+        if answer == "stop":
             raise NonFiniteError(self._why(names[0], values, step, before))
-        if names and policy == "back_off":
-            if self._watch.pace(float(before.pace)) is None:
-                raise NonFiniteError(self._why(names[0], values, step, before))
+        if answer == "back_off":
             tqdm.write(f"`{names[0]}` became {values[names[0]]} at outer step {step}: backing off.")
             raise _BacksOff
-        diverges = self._watch.diverges(step, values)
-        if diverges and self.fit.faults.diverged == "stop":
-            raise DivergedError(diverges)
-        if diverges:
-            tqdm.write(diverges)
+        self._watch_inner(step, values)
+
+    def _watch_inner(self, step: int, values: Mapping[str, float]) -> None:
+        """Report inner runs that diverge, or stop for them."""
+        found = self._watch.diverges(step, values)
+        if found and self.fit.faults.diverged == "stop":
+            raise DivergedError(found)
+        if found:
+            tqdm.write(found)
 
     def _why(self, name: str, values: Mapping[str, float], step: int, before: TrainState) -> str:
         faults = self.fit.faults
