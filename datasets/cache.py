@@ -3,7 +3,9 @@
 Decoding 32,460 drawings takes seconds and reading the array they make takes
 milliseconds, so the array is kept as one .npy file. It appears under its name only
 when it is whole (written aside, then renamed), so processes may race for it; and its
-name says all that its content depends on, so that a stale one is never read.
+name says all that its content depends on, so that a stale one is never read. One that
+cannot be read, cut short by a full disk perhaps, is built again, with a warning. Nothing
+in a file is ever executed: arrays of Python objects (pickle) are refused.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import os
 import pathlib
 import tempfile
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -41,10 +44,20 @@ def cached(name: str, build: Callable[[], np.ndarray]) -> np.ndarray:
       build: makes the array.
     """
     path = cache_dir() / f"{name}.npy"
-    if not path.exists():
-        array = build()
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            whole = pathlib.Path(scratch) / path.name
-            np.save(whole, array, allow_pickle=False)
-            whole.replace(path)
-    return np.load(path, allow_pickle=False)
+    if path.exists():
+        try:
+            with path.open("rb") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except (ValueError, EOFError, OSError, MemoryError) as error:
+            damaged(path, str(error))
+    array = build()
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        whole = pathlib.Path(scratch) / path.name
+        np.save(whole, array, allow_pickle=False)
+        whole.replace(path)
+    return array
+
+
+def damaged(path: pathlib.Path, why: str) -> None:
+    """Warn that something in the cache cannot be read and is built again."""
+    warnings.warn(f"{path} in the cache cannot be read ({why}): it is built again.", stacklevel=3)

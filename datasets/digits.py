@@ -13,11 +13,13 @@ reach with `rotations=True`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from metalearn.datasets.cache import cache_dir
+from metalearn.datasets.cache import cache_dir, damaged
 from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
-from metalearn.datasets.reading import examples, source
+from metalearn.datasets.reading import DamagedDatasetError, examples, source
 from metalearn.names import pick
 
 DIGITS = {"train": (0, 1, 6, 8, 9), "validation": (2, 5), "test": (3, 4, 7)}
@@ -48,7 +50,17 @@ def drawings() -> tuple[np.ndarray, np.ndarray]:
     """Read all digits as they come: images [1797, 8, 8, 1] uint8, digits [1797] int32."""
     from metalearn.datasets import digits_builder
 
-    records = list(examples(source(digits_builder.prepared(cache_dir() / "tfds"), "train")))
+    root = cache_dir() / "tfds"
+    try:
+        return _read(digits_builder.prepared(root))
+    except DamagedDatasetError as error:
+        damaged(root / "sklearn_digits", str(error))
+        digits_builder.discard(root)
+        return _read(digits_builder.prepared(root))
+
+
+def _read(builder: Any) -> tuple[np.ndarray, np.ndarray]:
+    records = list(examples(source(builder, "train")))
     images = np.stack([record["image"] for record in records]).astype(np.uint16)
     labels = np.asarray([record["label"] for record in records], np.int32)
     return (images * 255 // 16).astype(np.uint8), labels

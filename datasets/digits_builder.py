@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets.public_api as tfds
 
+from metalearn.datasets.reading import described
+
 
 class SklearnDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[misc,call-arg]
     """`sklearn_digits`: image [8, 8, 1] uint8 in 0..16, label 0..9."""
@@ -53,10 +55,20 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
 
 def prepared(root: pathlib.Path) -> SklearnDigits:
     """The builder of a prepared `sklearn_digits` in `root`, prepared there if need be."""
-    target = pathlib.Path(SklearnDigits(data_dir=str(root)).data_dir)
-    if not target.exists():
-        _prepare(root, target)
-    return SklearnDigits(data_dir=str(root))
+    if not _target(root).exists():
+        _prepare(root, _target(root))
+    return described(SklearnDigits.name, root, lambda: SklearnDigits(data_dir=str(root)))
+
+
+def _target(root: pathlib.Path) -> pathlib.Path:
+    return root / SklearnDigits.name / str(SklearnDigits.VERSION)
+
+
+def discard(root: pathlib.Path) -> None:
+    """Take what is prepared in `root` out of the way, whole or not."""
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            os.rename(_target(root), pathlib.Path(scratch) / "damaged")
 
 
 def _prepare(root: pathlib.Path, target: pathlib.Path) -> None:

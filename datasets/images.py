@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metalearn.checks import at_least
 from metalearn.datasets.digits import drawings
 from metalearn.datasets.reading import examples, open_source
 from metalearn.names import pick
@@ -81,6 +82,7 @@ def with_label_noise(
     Raises:
       ValueError: if the share is no share, or there is no other class.
     """
+    at_least("with_label_noise", 0, seed=seed)
     labels = np.asarray(images.labels)
     count = int(labels.max(initial=-1)) + 1 if classes is None else classes
     _check_noise(labels, share, count)
