@@ -1,7 +1,8 @@
 """Reading a command line before absl does, so that a mistake in it is explained.
 
 absl and ml-collections answer an unknown key with a bare AttributeError. Here the keys
-are held against the config first, and the nearest one is named.
+are held against the config first, and the nearest one is named; and so are the values, and the
+type that a key takes is.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 
 import ml_collections
 
+from metalearn.experiments import values
 from metalearn.names import nearest, pick
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
+JSON = pathlib.Path(__file__).parent / "json_config.py"  # reads the path that is its option
 
 
 def packaged() -> list[str]:
@@ -36,7 +39,7 @@ def command(argv: Sequence[str], commands: Mapping[str, Any], usage: str) -> str
 
 
 def expanded(argv: Sequence[str]) -> list[str]:
-    """Return argv without the command, with `--config=NAME` made a path, keys checked."""
+    """Return argv without the command, `--config=NAME` made a path, keys and values checked."""
     rest = [argv[0], *(_with_underscores(argument) for argument in argv[2:])]
     for i in range(len(rest) - 1, 0, -1):
         if rest[i - 1] in ("-config", "--config"):  # `--config NAME`
@@ -44,10 +47,11 @@ def expanded(argv: Sequence[str]) -> list[str]:
     for i, argument in enumerate(rest):
         match = re.fullmatch(r"--?config=(.+)", argument)
         if match:
-            path, colon, options = match[1].partition(":")
-            path = str(_config_file(path))
-            rest[i] = f"--config={path}{colon}{options}"
-            _check_keys(rest, _load(path, options))
+            path, options = _config_file(match[1])
+            rest[i] = f"--config={path}:{options}" if options else f"--config={path}"
+            config = _load(path, options)
+            _check_keys(rest, config)
+            _check_values(rest, config)
     return rest
 
 
@@ -58,17 +62,20 @@ def _with_underscores(argument: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if option else argument
 
 
-def _config_file(name: str) -> pathlib.Path:
-    """Return the file of a packaged config's name, or the path as it is."""
-    path = pathlib.Path(name)
-    if path.suffix != ".py":
-        return pick({found: CONFIGS / f"{found}.py" for found in packaged()}, name, "config")
-    if not path.is_file():
+def _config_file(name: str) -> tuple[str, str]:
+    """Return (the file, its option) of a packaged config's name, a config file or a JSON file."""
+    path, _, options = name.partition(":")
+    if path.endswith(".py"):
+        if pathlib.Path(path).is_file():
+            return path, options
         raise ValueError(
-            f"There is no config file {name}. A name without `.py` finds a packaged config: "
+            f"There is no config file {path}. A name without `.py` finds a packaged config: "
             f"{', '.join(packaged())}."
         )
-    return path
+    if name.endswith(".json"):
+        return str(JSON), name
+    known = {found: str(CONFIGS / f"{found}.py") for found in packaged()}
+    return pick(known, path, "config"), options
 
 
 def _load(path: str, options: str) -> ml_collections.ConfigDict:
@@ -76,7 +83,18 @@ def _load(path: str, options: str) -> ml_collections.ConfigDict:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(options) if options else module.get_config()
+    if "get_config" not in vars(module):
+        raise ValueError(
+            f"The config file {path} has no function `get_config`. Write one that returns a "
+            "ConfigDict, such as that of a packaged config with a few keys changed."
+        )
+    config = module.get_config(options) if options else module.get_config()
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(
+            f"`get_config` of {path} returned {type(config).__name__}, but a config is an "
+            "ml_collections.ConfigDict."
+        )
+    return config
 
 
 def _check_keys(arguments: Iterable[str], config: ml_collections.ConfigDict) -> None:
@@ -88,6 +106,25 @@ def _check_keys(arguments: Iterable[str], config: ml_collections.ConfigDict) -> 
                 f"The config has no key {match[1]!r}.{nearest(match[1], known)} "
                 f"There are: {', '.join(known)}."
             )
+
+
+def _check_values(arguments: Sequence[str], config: ml_collections.ConfigDict) -> None:
+    """Hold each `--config.KEY=VALUE`, or `--config.KEY VALUE`, against the type of its key."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            continue
+        kind = _kind(config, match[1])
+        text = following if match[2] is None and kind is not bool else match[2]
+        if text is not None:
+            values.check_text(match[1], text, kind)
+
+
+def _kind(config: ml_collections.ConfigDict, key: str) -> type:
+    *parents, last = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    return config.get_type(last)
 
 
 def _keys(config: Any, prefix: str = "") -> Iterable[str]:

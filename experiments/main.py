@@ -11,10 +11,11 @@ Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback. tra
 (such as 40GiB; else the memory of the device), --json, --largest=KEY (how large an integer of
 the config may become, such as --largest=algorithm.inner_steps).
 
-`--config` takes the name of a packaged config or the path of a config file, which is
-Python and is executed. The same command with the same workdir resumes; a finished run
-says so and only evaluates. SIGTERM or ctrl-C saves first and exits with status 75; a second
-one does not wait.
+`--config` takes the name of a packaged config; or the path of a config file, which is Python
+and is executed; or of a JSON file, {"config": "maml_omniglot", "seed": 1}, which names a packaged
+config and sets keys of it, executes nothing, and is the form for a config that is not your own.
+The same command with the same workdir resumes; a finished run says so and only evaluates.
+SIGTERM or ctrl-C saves first and exits with status 75; a second one does not wait.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ from metalearn.outer_loop import Interrupted
 from metalearn.stopping import EXIT_STATUS
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A packaged config's name, or a config file's path.", lock_config=True
+    "config",
+    None,
+    "A packaged config's name, or the path of a .py or .json file.",
+    lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints and logs.")
 _TASKS = flags.DEFINE_integer("tasks", 1000, "eval: how many test tasks.", lower_bound=2)
@@ -83,8 +87,8 @@ COMMANDS: dict[str, Callable[[], None]] = {
 def _config(command: str) -> Any:
     if _CONFIG.value is None:
         raise ValueError(
-            f"`metalearn {command}` needs a config: --config=NAME or --config=FILE.py. "
-            f"Packaged: {', '.join(arguments.packaged())}."
+            f"`metalearn {command}` needs a config: --config=NAME, --config=FILE.py or "
+            f"--config=FILE.json. Packaged: {', '.join(arguments.packaged())}."
         )
     return _CONFIG.value
 

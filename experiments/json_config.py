@@ -1,0 +1,84 @@
+"""A config as JSON, for when it is not your own: it is read, and nothing of it is run.
+
+    {"config": "maml_digits", "seed": 1, "model": {"filters": 32}}
+
+A config file is Python and is executed, so one from a stranger can do whatever you can do.
+This form names one of the packaged configs and sets keys of it, each held against the type
+that the key has there; a list stands for a tuple, and null leaves unset what the packaged
+config leaves unset. It cannot name a file, add a key or call anything. `--config=mine.json`
+reads it, and `--config.seed=2` on the command line is set on top.
+
+This module is a config file of ml-collections itself, with the path of the JSON as its option.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from metalearn.experiments import values
+from metalearn.experiments.arguments import packaged
+from metalearn.names import nearest, pick
+
+
+def get_config(path: str) -> ml_collections.ConfigDict:
+    """Return the packaged config that a JSON file names, with the keys that it sets."""
+    given = read(pathlib.Path(path))
+    if not isinstance(given.get("config"), str):
+        raise ValueError(
+            f'{path} names no packaged config. Begin it with {{"config": "NAME", where NAME is one '
+            f"of: {', '.join(packaged())}."
+        )
+    name = given.pop("config")
+    name = pick({known: known for known in packaged()}, name, "packaged config")
+    config = importlib.import_module(f"metalearn.experiments.configs.{name}").get_config()
+    update(config, given)
+    return config
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """Return the object in a JSON file; ValueError where there is none."""
+    if not path.is_file():
+        raise ValueError(f"There is no config file {path}.")
+    try:
+        found = json.loads(path.read_bytes(), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON of a config: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f'{path} holds {type(found).__name__}, but a config is an object: {{"config": "NAME"}}.'
+        )
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is set twice.")
+    return found
+
+
+def update(config: ml_collections.ConfigDict, given: dict[str, Any], prefix: str = "") -> None:
+    """Set keys of a config, in place, each to a value of the type it has."""
+    for key, value in given.items():
+        here = f"{prefix}{key}"
+        if key not in config:
+            raise ValueError(
+                f"The config has no key {here!r}.{nearest(key, config)} "
+                f"There are: {', '.join(f'{prefix}{known}' for known in config)}."
+            )
+        old = config[key]
+        if not isinstance(old, ml_collections.ConfigDict):
+            config[key] = values.from_json(here, value, config.get_type(key), old is None)
+        elif isinstance(value, dict):
+            update(old, value, f"{here}.")
+        else:
+            raise ValueError(
+                f"config.{here} holds keys of its own, so it takes an object, not {value!r}. They "
+                f"are: {', '.join(old)}."
+            )
