@@ -37,6 +37,7 @@ from metalearn.algorithms.hyperparameter_places import check_required, place
 from metalearn.algorithms.objectives import cross_entropy
 from metalearn.algorithms.schedule import Schedule
 from metalearn.algorithms.windows import edges, spread, stretched, window_of
+from metalearn.checks import at_least
 from metalearn.leaves import in_dtypes_of
 from metalearn.model import Model
 from metalearn.optimizers import differentiable_at_zero
@@ -85,6 +86,7 @@ class FDS(Algorithm):
                 "`optax.adamw`, not an optimizer. What stays fixed: "
                 "`functools.partial(optax.adamw, learning_rate=1e-3)`."
             )
+        at_least("FDS", 1, horizon=self.horizon, batch=self.batch)
         places = self._places()
         for name, chosen in self.hyperparameters.items():
             found = edges(chosen.windows, self.horizon)

@@ -42,6 +42,11 @@ def features(names: Sequence[str], seen: Seen, sources: int = 0) -> jax.Array:
 
 def width(names: Sequence[str], sources: int = 0) -> int:
     """Return how wide the named features are together."""
+    if not names or sources < 0:
+        raise ValueError(
+            f"A weight looks at one feature at least, of a number of sources; not features={names} "
+            f"and sources={sources}. There are: {', '.join(FEATURES)}."
+        )
     for name in names:
         pick(FEATURES, name, "feature")
     if "source" in names and not sources:

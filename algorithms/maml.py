@@ -27,6 +27,7 @@ import optax
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.batch_norm import batch_norm_policy
+from metalearn.checks import pattern
 from metalearn.leaves import split_by_path
 from metalearn.model import Model
 from metalearn.unroll import Episode, Unroll
@@ -65,6 +66,7 @@ class MAML(Algorithm):
 
     def __post_init__(self) -> None:
         batch_norm_policy(self.batch_norm)
+        pattern("MAML", adapt=self.adapt)
         if min(self.inner_steps, self.evaluation_steps) < 1:
             raise ValueError(
                 f"MAML adapts in at least one inner step, but inner_steps={self.inner_steps} "

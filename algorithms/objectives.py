@@ -14,12 +14,18 @@ Objective = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Classify: logits [n, classes], labels [n] int -> mean loss (), accuracy in 0..1."""
+    check_labels("cross_entropy", logits, labels)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
 
 
 def squared_error(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Regress: outputs and targets [n, ...] -> mean squared error (), no metrics."""
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"`squared_error` takes outputs and targets of one shape, not "
+            f"{list(outputs.shape)} and {list(targets.shape)}. For classes take `cross_entropy`."
+        )
     return jnp.mean((outputs - targets) ** 2), {}
 
 
@@ -37,6 +43,7 @@ def weighted_cross_entropy(
       label_smoothing: (), in 0..1: the share of each target spread over all classes.
       class_weights: [classes], of the losses by their label; None: all one.
     """
+    check_labels("weighted_cross_entropy", logits, labels)
     log_p = jax.nn.log_softmax(logits)
     right = jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
     share = jnp.asarray(label_smoothing)
@@ -44,3 +51,14 @@ def weighted_cross_entropy(
     if class_weights is not None:
         losses = losses * class_weights[labels]
     return losses.mean(), {"accuracy": (logits.argmax(-1) == labels).mean()}
+
+
+def check_labels(what: str, logits: jax.Array, labels: jax.Array) -> None:
+    """Raise ValueError unless labels are integers, one for each row of logits."""
+    if jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == logits.shape[:-1]:
+        return
+    raise ValueError(
+        f"`{what}` takes logits [..., classes] and one integer label for each, but the logits are "
+        f"{list(logits.shape)} and the labels {labels.dtype}{list(labels.shape)}. A regression "
+        "takes `squared_error`."
+    )

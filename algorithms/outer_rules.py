@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from metalearn.algorithms.hyperparameter import Hyperparameter
+from metalearn.checks import above, at_least
 
 
 class SignSteps(NamedTuple):
@@ -173,6 +174,8 @@ def fds_rule(
     Raises:
       ValueError: for a range without an end, of which there is no share.
     """
+    above("fds_rule", 0, share=share, grow=grow)
+    at_least("fds_rule", 0, tolerance=tolerance)
     for name, chosen in hyperparameters.items():
         if not all(map(math.isfinite, chosen.bounds())):
             raise ValueError(

@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metalearn.checks import widths
+
 OUTPUTS = 2  # a direction and the logarithm of a size
 
 
@@ -50,6 +52,9 @@ class PointwiseMLP(Network):
 
     hidden: tuple[int, ...] = (32, 32)
 
+    def __post_init__(self) -> None:
+        widths("PointwiseMLP", hidden=self.hidden)
+
     def init(self, key: jax.Array, features: int) -> list[dict[str, jax.Array]]:
         """Return the layers [{"w": [a, b], "b": [b]}]; the last is zero."""
         sizes = [features, *self.hidden]
@@ -68,6 +73,9 @@ class PointwiseGRU(Network):
     """A gated recurrent unit, which carries `hidden` numbers for each parameter."""
 
     hidden: int = 8
+
+    def __post_init__(self) -> None:
+        widths("PointwiseGRU", hidden=(self.hidden,))
 
     def init(self, key: jax.Array, features: int) -> dict[str, Any]:
         """Return the layers "gates" (update and reset), "candidate" and "out", which is zero."""

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from metalearn.algorithms.epochs import epochs, read
 from metalearn.algorithms.objectives import Objective, cross_entropy
+from metalearn.checks import at_least
 from metalearn.engines.check import horizon as length
 from metalearn.model import Model
 
@@ -81,9 +82,27 @@ class Supervised(Problem):
     objective: Objective = cross_entropy
     batch: int = 64
 
+    def __post_init__(self) -> None:
+        if self.batch is None:
+            raise ValueError(
+                "`Supervised(batch=None)`: the tasks hold a whole dataset, of which a step reads "
+                "so many examples. Say how many; tasks that bring a batch a step are `Streamed`."
+            )
+        at_least("Supervised", 1, batch=self.batch)
+
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return the model's parameters and state."""
         return self.model.init(key)
+
+    def check(self, support: Any, horizon: int) -> None:
+        """Raise ValueError unless the support is a dataset and the rows of it to read."""
+        del horizon
+        if len(support) != 3 or jnp.ndim(support[2]) != 1:
+            raise ValueError(
+                "`Supervised` reads rows of a whole dataset, (inputs, targets, rows [n]), as "
+                "`TrainingRuns` draws them, but these tasks bring something else. Tasks that bring "
+                "a batch a step, such as `Text`, are for `Streamed`."
+            )
 
     def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> jax.Array:
         """Return the rows of each step [len(steps), batch], int32."""

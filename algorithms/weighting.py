@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn.algorithms.loss_features import Seen, features, width
+from metalearn.checks import at_least, widths
 
 
 class Weighting(abc.ABC):
@@ -53,6 +54,9 @@ class DomainWeights(Weighting):
 
     domains: int
 
+    def __post_init__(self) -> None:
+        at_least("DomainWeights", 1, domains=self.domains)
+
     def init(self, key: jax.Array) -> jax.Array:
         """Return the scores [domains], all zero."""
         del key
@@ -74,6 +78,7 @@ class TokenWeights(Weighting):
 
     def __post_init__(self) -> None:
         width(self.features, self.sources)
+        widths(type(self).__name__, hidden=self.hidden)
 
     def init(self, key: jax.Array) -> list[dict[str, jax.Array]]:
         """Return the layers; the last is zero, so that all scores are."""
@@ -94,6 +99,7 @@ class ExampleWeights(Weighting):
 
     def __post_init__(self) -> None:
         width(self.features, self.sources)
+        widths(type(self).__name__, hidden=self.hidden)
 
     def init(self, key: jax.Array) -> list[dict[str, jax.Array]]:
         """Return the layers; the last is zero, so that all scores are."""

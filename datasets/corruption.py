@@ -57,6 +57,11 @@ class Corruption:
             raise ValueError(f"`Corruption` needs at least one of the kinds {', '.join(KINDS)}.")
         for kind in self.kinds:
             pick(KINDS, kind, "kind of corruption")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(
+                f"`Corruption` got seed={self.seed}, but NumPy's generator takes one of 32 bits, "
+                "from 0 to 4294967295."
+            )
 
     def sources(self, pieces: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (clean sources, corrupted sources) of a number of pieces, both sorted."""

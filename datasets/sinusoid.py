@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn.checks import at_least
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
 
@@ -34,6 +35,9 @@ class Sinusoid(Tasks):
     amplitude: tuple[float, float] = _static((0.1, 5.0))
     phase: tuple[float, float] = _static((0.0, np.pi))  # radians
     inputs: tuple[float, float] = _static((-5.0, 5.0))  # radians
+
+    def __post_init__(self) -> None:
+        at_least("Sinusoid", 1, shots=self.shots, queries=self.queries)
 
     def sample(self, key: jax.Array) -> Episode:
         """Draw one wave: support = (x [shots, 1], y [shots, 1]) float32, query likewise."""

@@ -6,7 +6,6 @@ that is in no table is refused with the names that are.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -39,10 +38,12 @@ from metalearn.algorithms import (
     in_ranges,
     squared_error,
 )
+from metalearn.checks import above
 from metalearn.datasets import ClassIndex, FewShot, Sinusoid, digits, omniglot
-from metalearn.experiments import language, learned_optimizers, training_runs
+from metalearn.experiments import keys, language, learned_optimizers, training_runs, values
 from metalearn.models import (
     NNX,
+    Architecture,
     Haiku,
     Linen,
     Model,
@@ -73,7 +74,7 @@ OPTIMIZERS = {
 SCHEDULES = {
     "constant": lambda rate, steps: rate,
     "linear": lambda rate, steps: optax.linear_schedule(rate, rate / 10, max(steps - 1, 1)),
-    "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
+    "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, max(steps, 1)),
 }
 OBJECTIVES = {"cross_entropy": cross_entropy, "squared_error": squared_error}
 NETWORKS = {
@@ -113,7 +114,14 @@ def trainer(config: Mapping[str, Any], splits: Splits) -> Trainer:
 
 def truncation(config: Mapping[str, Any]) -> Truncation | None:
     """Build a truncation; None, whole inner runs, where its number of steps is not set."""
-    return Truncation(**config) if config["steps"] is not None else None
+    if config["steps"] is not None:
+        return Truncation(**config)
+    if config.get("shortest") is not None:
+        raise ValueError(
+            f"truncation.shortest={config['shortest']} is of truncated runs, but runs are whole: "
+            "truncation.steps is not set. Set it, or leave both."
+        )
+    return None
 
 
 def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
@@ -121,10 +129,7 @@ def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
     given = {key: value for key, value in (options or {}).items() if value is not None}
     build: Any = pick(ENGINES, name, "engine")
     build = _inverse_variance if build is InverseVariance else build
-    known = list(inspect.signature(build).parameters)
-    for key in given:
-        if key not in known:
-            raise ValueError(f"The engine {name!r} has no option {key!r}. It has: {known}.")
+    keys.check_call(f"engine {name!r}", build, given)
     return build(**given)
 
 
@@ -135,7 +140,10 @@ def _inverse_variance(pairs: int = 4, sigma: float = 0.01) -> InverseVariance:
 def optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
     """Build an optax optimizer from its name and its other arguments."""
     options = {key: value for key, value in config.items() if value is not None}
-    return pick(OPTIMIZERS, options.pop("name"), "optimizer")(**options)
+    name = options.pop("name")
+    make = pick(OPTIMIZERS, name, "optimizer")
+    keys.check_call(f"optimizer {name!r}", make, options)
+    return make(**options)
 
 
 def outer_optimizer(
@@ -148,14 +156,16 @@ def outer_optimizer(
     options = {key: value for key, value in config.items() if value is not None}
     schedule = pick(SCHEDULES, options.pop("schedule"), "schedule")
     clip = options.pop("clip", None)
+    above("optimizer", 0, clip=clip)
     hyperparameters = learner.hyperparameters if isinstance(learner, FDS) else None
     if options["name"] == "fds_rule" and hyperparameters is not None:
         del options["name"]
         if clip is not None:
             raise ValueError("`fds_rule` takes signs, which no clip changes: leave `clip` unset.")
         made = schedule(1.0, steps)
-        if not options.pop("guarded"):
+        if not options.pop("guarded", True):
             options["tolerance"] = None
+        keys.check_call("outer optimizer 'fds_rule'", fds_rule, options, 1)
         return fds_rule(hyperparameters, **options, schedule=made if callable(made) else None)
     if "learning_rate" not in options:
         raise ValueError(f"The outer optimizer {options['name']!r} needs a learning_rate.")
@@ -168,7 +178,9 @@ def outer_optimizer(
 def algorithm(config: Mapping[str, Any], network: Model) -> Algorithm:
     """Build an algorithm around a model."""
     options = dict(config)
-    build = pick(ALGORITHMS, options.pop("name"), "algorithm")
+    name = options.pop("name")
+    build = pick(ALGORITHMS, name, "algorithm")
+    keys.check(f"algorithm {name!r}", options, keys.ALGORITHMS[name])
     return build(network, options)
 
 
@@ -201,20 +213,26 @@ def model(config: Mapping[str, Any], splits: Splits) -> Model:
     """Build a network of a library, sized for the inputs and outputs of a dataset."""
     options = {key: _plain(value) for key, value in dict(config).items()}
     library = pick(LIBRARIES, options.pop("library"), "model library")
-    network = pick(NETWORKS, options.pop("name"), "network")
+    name = options.pop("name")
+    network = pick(NETWORKS, name, "network")
     if network == "Transformer":
+        keys.check_call("network 'transformer'", Architecture, options, 1)
         options = {"architecture": language.architecture(splits.outputs, options)}
     return library(network, splits, options)
 
 
 def _linen(network: str, splits: Splits, options: dict[str, Any]) -> Model:
-    module = getattr(linen_networks, network)(*_outputs(network, splits), **options)
-    return Linen(module, splits.inputs, train_flag)
+    build, sizes = getattr(linen_networks, network), _outputs(network, splits)
+    keys.check_call(f"network {network!r}", build, options, len(sizes))
+    return Linen(build(*sizes, **options), splits.inputs, train_flag)
 
 
 def _haiku(network: str, splits: Splits, options: dict[str, Any]) -> Model:
+    build, sizes = getattr(haiku_networks, network), _outputs(network, splits)
+    keys.check_call(f"network {network!r}", build, options, len(sizes))
+
     def forward(x: jax.Array, train: bool) -> jax.Array:
-        return getattr(haiku_networks, network)(*_outputs(network, splits), **options)(x, train)
+        return build(*sizes, **options)(x, train)
 
     return Haiku(forward, splits.inputs, train_flag)
 
@@ -224,6 +242,7 @@ def _nnx(network: str, splits: Splits, options: dict[str, Any]) -> Model:
     first = splits.inputs.size if network == "MLP" else shape
     sizes = () if network == "Transformer" else (first, splits.outputs)
     build = getattr(nnx_networks, network)
+    keys.check_call(f"network {network!r}", build.__init__, options, 1 + len(sizes))
     return NNX(lambda rngs: build(*sizes, **options, rngs=rngs), train_flag)
 
 
@@ -238,7 +257,10 @@ LIBRARIES = {"linen": _linen, "nnx": _nnx, "haiku": _haiku}
 def splits(config: Mapping[str, Any]) -> Splits:
     """Read a dataset and make its three distributions over tasks."""
     options = dict(config)
-    return pick(DATASETS, options.pop("name"), "dataset")(options)
+    name = options.pop("name")
+    read = pick(DATASETS, name, "dataset")
+    keys.check(f"dataset {name!r}", options, keys.DATASETS[name])
+    return read(options)
 
 
 def _few_shot(read: Any, options: dict[str, Any]) -> Splits:
@@ -299,4 +321,6 @@ def _plain(value: Any) -> Any:
 
 def to_json(config: Any) -> dict[str, Any]:
     """Return an ml-collections config as plain JSON values (tuples become lists)."""
-    return json.loads(config.to_json())
+    plain = json.loads(config.to_json())
+    values.check(plain)
+    return plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from metalearn.algorithms import (
     unbounded,
 )
 from metalearn.datasets import Corruption, Text, read_text
+from metalearn.experiments import keys
 from metalearn.model import Model
 from metalearn.models import Architecture
 from metalearn.names import pick
@@ -37,6 +37,11 @@ def texts(config: Mapping[str, Any]) -> dict[str, Text]:
     options = dict(config)
     name, feature = options.pop("tfds"), options.pop("feature")
     held_out, eval_steps = options.pop("held_out"), options.pop("eval_steps")
+    if not 0 < held_out < 1:
+        raise ValueError(
+            f"dataset.held_out={held_out} is the share of the training text that the inner loop "
+            "does not read, above 0 and below 1. Take one such as 0.1."
+        )
     options["corruption"] = corruption(options.pop("corruption"))
     queries = {"queries": options.pop("eval_queries"), "probes": options.pop("eval_probes")}
     read = {split: read_text(name, split, feature=feature) for split in SPLITS}
@@ -53,7 +58,11 @@ SPLITS = ("train", "validation", "test")
 
 def corruption(config: Mapping[str, Any]) -> Corruption | None:
     """Build a corruption; a share of zero is none."""
-    return Corruption(**{**config, "kinds": tuple(config["kinds"])}) if config["share"] else None
+    if not config["share"]:
+        return None
+    given: dict[str, Any] = {key: value for key, value in config.items() if value is not None}
+    given |= {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+    return Corruption(**given)
 
 
 def loss_weights(
@@ -74,12 +83,7 @@ def weighting(config: Mapping[str, Any]) -> Any:
     """Build a weighting by name, from those of its options that are set."""
     options = {key: value for key, value in dict(config).items() if value is not None}
     build: Any = pick(WEIGHTINGS, options.pop("name"), "weighting")
-    known = [field.name for field in dataclasses.fields(build)]
-    for key in options:
-        if key not in known:
-            raise ValueError(
-                f"The weighting {config['name']!r} has no option {key!r}. It has: {known}."
-            )
+    keys.check_call(f"weighting {config['name']!r}", build, options)
     return build(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
 

@@ -25,6 +25,7 @@ from metalearn.algorithms import (
     UpdateRule,
     cross_entropy,
 )
+from metalearn.checks import at_least
 from metalearn.datasets import Images, TrainingRuns, read_images
 from metalearn.experiments.training_runs import Runs, hyperparameter
 from metalearn.model import Model
@@ -33,8 +34,16 @@ from metalearn.names import pick
 MAKES = {"sgd": optax.sgd, "adam": optax.adam, "adamw": optax.adamw, "rmsprop": optax.rmsprop}
 NETWORKS: dict[str, Any] = {
     "mlp": PointwiseMLP,
-    "gru": lambda hidden: PointwiseGRU(*hidden),
+    "gru": lambda hidden: _gru(hidden),
 }
+
+
+def _gru(hidden: tuple[int, ...]) -> PointwiseGRU:
+    if len(hidden) != 1:
+        raise ValueError(
+            f"The network 'gru' has one hidden size, not hidden={hidden}. Take one such as (8,)."
+        )
+    return PointwiseGRU(*hidden)
 
 
 def learned_optimizer(network: Model, options: dict[str, Any]) -> LearnedOptimizer:
@@ -90,6 +99,7 @@ def read(config: Mapping[str, Any]) -> Runs:
     What is learned is how to train, so test runs train too: on the test split, from fresh
     initialisations.
     """
+    at_least("dataset", 1, most=config["most"])
 
     def runs(split: str) -> TrainingRuns:
         images = read_images(config["tfds"], split, data_dir=config["data_dir"])

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from metalearn import run_record
 from metalearn.checkpoint_store import DiskError, Store, UnreadableError
+from metalearn.checks import at_least
 from metalearn.run_record import ChangedConfigError, Record
 from metalearn.train_state import TrainState
 
@@ -55,6 +56,7 @@ class Checkpoints:
             eval/loss". A checkpoint is then written at every evaluation, too.
           allow_change: resume whatever the config.
         """
+        at_least("Checkpoints", 0, every=every)
         if keep < 1:
             raise ValueError(f"A run keeps at least its newest checkpoint, not {keep} of them.")
         self.directory = pathlib.Path(directory).absolute()

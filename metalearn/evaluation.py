@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn.algorithm import Algorithm
+from metalearn.checks import at_least
 from metalearn.engines.check import check_eta
 from metalearn.engines.loop import rollout
 from metalearn.tasks import Tasks
@@ -63,6 +64,7 @@ def estimate(
     chunk: int,
 ) -> dict[str, Estimate]:
     """Run `metrics_of` (keys [chunk] -> metrics [chunk]) over `tasks` keys."""
+    at_least("evaluate", 1, tasks=tasks)
     keys = jax.random.split(key, tasks)
     padded = -(-tasks // chunk) * chunk  # one shape, one compilation; the surplus is dropped
     keys = keys[jnp.arange(padded) % tasks]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from metalearn.checks import at_least
 from metalearn.faults import Faults
 from metalearn.loggers import Logger
 from metalearn.outer_loop import OuterLoop, Steps
@@ -39,6 +40,11 @@ class Fit:
     # saves and raises Interrupted.
     asked_to_stop: Callable[[int], str | None] | None = None
     progress: bool = True  # a bar with the rate and the loss
+
+    def __post_init__(self) -> None:
+        never = {"eval_every": self.eval_every, "check_every": self.check_every}
+        at_least("Fit", 0, steps=self.steps, log_every=self.log_every, **never)
+        at_least("Fit", 1, eval_tasks=self.eval_tasks)
 
     def run(
         self,

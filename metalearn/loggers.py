@@ -134,6 +134,11 @@ class WandbLogger(Logger):
         modes = ("auto", "online", "offline", "disabled")
         if mode not in modes:
             raise ValueError(f"W&B's mode is {mode!r}. It can be: {', '.join(modes)}.")
+        if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
+            raise ValueError(
+                f"W&B takes no project called {project!r}: its name has 1 to 128 characters, and "
+                "none of / \\ # ? % :."
+            )
         self.project, self.mode, self.name, self.group = project, mode, name, group
         self.directory = directory
         self._run: Any = None

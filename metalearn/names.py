@@ -16,7 +16,7 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
     Traceback (most recent call last):
     ValueError: No algorithm is called 'mamml'. Did you mean 'maml'? There are: fds, maml.
     """
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         known = ", ".join(sorted(table))
         hint = nearest(name, table)
         raise ValueError(f"No {what} is called {name!r}.{hint} There are: {known}.")

@@ -8,6 +8,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from metalearn.checks import at_least, widths
 from metalearn.models.convolution import max_pool
 from metalearn.models.haiku_layers import Conv, Norm, seeded
 from metalearn.models.haiku_residual import WideResNet
@@ -28,6 +29,7 @@ class MLP(hk.Module):
         name: str | None = None,
     ):
         super().__init__(name)
+        widths("MLP", hidden=hidden)
         self.outputs, self.hidden, self.activation = outputs, hidden, activation
 
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
@@ -53,6 +55,7 @@ class ConvNet(hk.Module):
         name: str | None = None,
     ):
         super().__init__(name)
+        at_least("ConvNet", 1, filters=filters, blocks=blocks)
         self.outputs, self.filters, self.blocks = outputs, filters, blocks
         self.pool, self.momentum, self.convolution = pool, momentum, convolution
 

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from metalearn.checks import at_least, widths
 from metalearn.models.convolution import flax_convolution, max_pool
 from metalearn.models.layouts import LENET, LENET_HIDDEN, lenet_pixels
 from metalearn.models.linen_residual import WideResNet
@@ -27,6 +28,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
         """Apply; the same in training and out of it."""
         del train
+        widths("MLP", hidden=self.hidden)
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden):
             x = self.activation(nn.Dense(width, name=f"hidden_{i}")(x))
@@ -51,6 +53,7 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
         """Apply, with batch statistics where `train`, running ones where not."""
+        at_least("ConvNet", 1, filters=self.filters, blocks=self.blocks)
         stride = 1 if self.pool else 2
         for i in range(self.blocks):
             x = nn.Conv(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from metalearn import checks
 from metalearn.models.convolution import flax_convolution, max_pool
 from metalearn.models.layouts import LENET, LENET_HIDDEN, lenet_pixels
 from metalearn.models.nnx_layers import Norm
@@ -30,6 +31,7 @@ class MLP(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
+        checks.widths("MLP", hidden=hidden)
         widths = (inputs, *hidden)
         self.hidden = nnx.List(
             nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths[:-1], widths[1:], strict=True)
@@ -61,6 +63,7 @@ class ConvNet(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
+        checks.at_least("ConvNet", 1, filters=filters, blocks=blocks)
         stride = 1 if pool else 2
         sides, channels = list(image[:2]), image[2]
         convs, norms = [], []
