@@ -14,9 +14,10 @@ import jax
 
 from metalearn import Trainer
 from metalearn.checkpoint import Checkpoints
-from metalearn.experiments import build
+from metalearn.experiments import build, devices
 from metalearn.outer_costs import Row, changed_fields
 from metalearn.plan import plan
+from metalearn.processes import agreed, say
 
 AUTO = "auto"
 
@@ -36,8 +37,8 @@ def settled(config: dict[str, Any], checkpoints: pathlib.Path) -> dict[str, Any]
             "is set. Leave it unset, or name the engine."
         )
     kept = _recorded(checkpoints).get(AUTO)
-    chosen = kept or _choice(config)
-    print(f"engine: {chosen['why']}{' (chosen when the run began)' if kept else ''}.")
+    chosen = kept or agreed(_choice(config))
+    say(f"engine: {chosen['why']}{' (chosen when the run began)' if kept else ''}.")
     return {**config, AUTO: chosen}
 
 
@@ -68,7 +69,7 @@ def abstract(config: Mapping[str, Any]) -> tuple[Trainer, Any]:
     train, validation, test = jax.eval_shape(tasks)
     splits = read[-1]._replace(train=train, validation=validation, test=test)
     open_config = {**config, "engine": "mixed_flow", "engine_options": {}}
-    return build.trainer(open_config, splits), train
+    return build.trainer(open_config, splits, devices.layout(config)), train
 
 
 def settings(row: Row) -> dict[str, Any]:

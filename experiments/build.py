@@ -20,6 +20,7 @@ from metalearn import (
     Algorithm,
     Forward,
     InverseVariance,
+    Layout,
     MetaGradient,
     MixedFlow,
     Reverse,
@@ -40,7 +41,14 @@ from metalearn.algorithms import (
 )
 from metalearn.checks import above
 from metalearn.datasets import ClassIndex, FewShot, Sinusoid, digits, omniglot
-from metalearn.experiments import keys, language, learned_optimizers, training_runs, values
+from metalearn.experiments import (
+    devices,
+    keys,
+    language,
+    learned_optimizers,
+    training_runs,
+    values,
+)
 from metalearn.models import (
     NNX,
     Architecture,
@@ -96,19 +104,21 @@ class Splits(NamedTuple):
     outputs: int  # of the network: ways, or the dimension of a regression
 
 
-def trainer(config: Mapping[str, Any], splits: Splits) -> Trainer:
+def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = None) -> Trainer:
     """Build the trainer that a config describes, with what `engine="auto"` chose if it did."""
     added = {"truncation": {"steps": None}, "isolate": False}  # that configs did not always have
     config = {**added, **config, **config.get("auto", {})}
     learner = algorithm(config["algorithm"], model(config["model"], splits))
+    options = {**config.get("engine_options", {}), **devices.tangents(layout)}
     return Trainer(
         learner,
-        engine(config["engine"], config.get("engine_options", {})),
+        engine(config["engine"], options),
         outer_optimizer(config["optimizer"], config["steps"], learner),
         tasks_per_step=config["tasks_per_step"],
         chunk=config["chunk"],
         truncation=truncation(config["truncation"]),
         isolate=config["isolate"],
+        layout=layout,
     )
 
 

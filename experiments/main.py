@@ -11,6 +11,9 @@ Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback. tra
 (such as 40GiB; else the memory of the device), --json, --largest=KEY (how large an integer of
 the config may become, such as --largest=algorithm.inner_steps).
 
+Several processes, on one machine or many: the same command in each, with --coordinator=HOST:PORT
+--processes=N --process=I, or with --distributed where SLURM or a cloud starts them.
+
 `--config` takes the name of a packaged config; or the path of a config file, which is Python
 and is executed; or of a JSON file, {"config": "maml_omniglot", "seed": 1}, which names a packaged
 config and sets keys of it, executes nothing, and is the form for a config that is not your own.
@@ -28,6 +31,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from metalearn import processes
 from metalearn.device_memory import parse_bytes
 from metalearn.experiments import arguments, plan, run
 from metalearn.outer_loop import Interrupted
@@ -48,6 +52,10 @@ _LARGEST = flags.DEFINE_string("largest", None, "plan: find the largest value of
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 _CHANGE = flags.DEFINE_bool("allow_config_change", False, "train: resume whatever the config.")
 _BEST = flags.DEFINE_bool("best", False, "eval, export: the best checkpoint, not the newest.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 of several.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes share the run.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the processes: SLURM, clouds.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
 # What a user can mend. Anything else is a bug of ours and keeps its traceback.
@@ -114,6 +122,9 @@ def main(argv: Sequence[str]) -> int:
                 f"{left[0]!r} is not an option: those begin with two dashes, such as "
                 "--config.seed=1."
             )
+        processes.start(
+            *(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value), detect=_DISTRIBUTED.value
+        )
         COMMANDS[command]()
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)

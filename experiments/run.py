@@ -8,6 +8,7 @@ workdir/wandb/         the W&B run, unless disabled
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -18,10 +19,11 @@ from metalearn import Tasks, Trainer, health
 from metalearn.algorithms import LearnedOptimizer, save_optimizer
 from metalearn.checkpoint import Checkpoints
 from metalearn.evaluation import Estimate
-from metalearn.experiments import auto, build
+from metalearn.experiments import auto, build, devices
 from metalearn.experiments.workdir import held
 from metalearn.faults import Faults
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
+from metalearn.processes import is_first, say
 from metalearn.stopping import asked_to_stop
 from metalearn.train_state import TrainState
 
@@ -37,7 +39,7 @@ def train(
     Raises:
       Interrupted: where a signal asked to stop, once the run is saved.
     """
-    with held(workdir):
+    with held(workdir) if is_first() else contextlib.nullcontext():
         return _train(config, workdir, progress, allow_change)
 
 
@@ -45,13 +47,16 @@ def _train(
     config: Any, workdir: pathlib.Path, progress: bool, allow_change: bool
 ) -> dict[str, Estimate]:
     plain = auto.settled(build.to_json(config), _checkpoints(workdir))
+    layout = devices.layout(plain)
+    if left := devices.idle(plain, layout):
+        say(left)
     splits = build.splits(plain["dataset"])
-    trainer = build.trainer(plain, splits)
+    trainer = build.trainer(plain, splits, layout)
     checkpoints = _open(workdir, plain, allow_change)
     checkpoints.check_config()
     if checkpoints.latest() == plain["steps"] and (workdir / "test.json").exists():
-        print(f"The run in {workdir} has taken its {plain['steps']} outer steps: evaluating it.")
-        loggers: list[Logger] = [ConsoleLogger()]  # nothing new to log
+        say(f"The run in {workdir} has taken its {plain['steps']} outer steps: evaluating it.")
+        loggers: list[Logger] = [ConsoleLogger()] if is_first() else []  # nothing new to log
     else:
         loggers = _loggers(plain, workdir)
     key = jax.random.key(plain["seed"])
@@ -79,7 +84,8 @@ def _train(
     finally:
         for logger in loggers:
             logger.finish(found)
-    _write(workdir / "test.json", found)
+    if is_first():
+        _write(workdir / "test.json", found)
     return found
 
 
@@ -109,10 +115,9 @@ def restore(workdir: pathlib.Path, best: bool = False) -> Restored:
     record = checkpoints.record(checkpoints.best_step()) if best else record
     assert record is not None
     splits = build.splits(record["config"]["dataset"])
-    trainer = build.trainer(record["config"], splits)
-    key = jax.random.key(record["config"]["seed"])
-    shapes = jax.eval_shape(trainer.init, key, splits.train)
-    state = checkpoints.restore_state(shapes, record["step"])
+    layout = devices.for_evaluation(record["config"])
+    trainer = build.trainer(record["config"], splits, layout)
+    state = checkpoints.restore_state(trainer.shapes(splits.train), record["step"])
     checkpoints.close()
     return Restored(record["config"], trainer, splits, state, record["loggers"])
 
@@ -121,8 +126,9 @@ def evaluate(workdir: pathlib.Path, tasks: int, best: bool = False) -> dict[str,
     """Evaluate the newest checkpoint of a run, or the best, with the config it was trained by."""
     config, trainer, splits, state, _ = restore(workdir, best)
     found = test(trainer, state, splits, config["seed"], tasks)
-    print(f"{workdir}, outer step {int(state.step)}, on test tasks:")
-    ConsoleLogger().finish(found)
+    say(f"{workdir}, outer step {int(state.step)}, on test tasks:")
+    if is_first():
+        ConsoleLogger().finish(found)
     return found
 
 
@@ -142,7 +148,7 @@ def check(trainer: Trainer, tasks: Tasks, key: jax.Array) -> None:
     """Print what a health check finds, one line where that is nothing; HealthError if bad."""
     report = health.check(trainer, trainer.init(key, tasks), tasks)
     report.raise_errors()
-    print(report)
+    say(str(report))
 
 
 def test(
@@ -154,6 +160,8 @@ def test(
 
 
 def _loggers(config: dict[str, Any], workdir: pathlib.Path) -> list[Logger]:
+    if not is_first():
+        return []
     wandb = WandbLogger(**config["wandb"], directory=workdir)
     return [ConsoleLogger(), JsonlLogger(workdir / "metrics.jsonl"), wandb]
 

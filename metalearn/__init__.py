@@ -12,6 +12,8 @@ from metalearn.engines import (
 )
 from metalearn.example_mean import ExampleMean
 from metalearn.faults import Faults
+from metalearn.mesh import make_mesh
+from metalearn.sharding import Layout
 from metalearn.tasks import Tasks
 from metalearn.trainer import Trainer
 from metalearn.truncation import Truncation
@@ -26,6 +28,7 @@ __all__ = [
     "Faults",
     "Forward",
     "InverseVariance",
+    "Layout",
     "MetaGradient",
     "MixedFlow",
     "Reverse",
@@ -33,6 +36,7 @@ __all__ = [
     "Trainer",
     "Truncation",
     "Unroll",
+    "make_mesh",
 ]
 
 __version__ = "0.1.0"

@@ -162,7 +162,7 @@ class Checkpoints:
 
     def _state(self, record: Record, state: TrainState) -> TrainState:
         """Return the state that a record is of; fields that its schema lacks have defaults."""
-        shapes = jax.eval_shape(lambda: state)
+        shapes = jax.tree.map(_wanted, state)
         run_record.check_arrays(record, shapes, self.directory)
         wanted = {name: shapes.__dict__[name] for name in run_record.FIELDS[record["schema"]]}
         return TrainState(**self._store.read_state(record["step"], wanted))
@@ -186,6 +186,12 @@ class Checkpoints:
             f"A checkpoint could not be written to {self.directory} ({error}): {left}. Training "
             "goes on; make room before the next."
         )
+
+
+def _wanted(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape of a leaf, and where it is to lie: not where it lay when it was saved."""
+    where = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def _best(text: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ _CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")  # Linux: what a container m
 
 def device_memory(device: jax.Device | None = None) -> int:
     """Return the bytes that a device can hold: its allocator's limit, or the host's memory."""
-    device = device or jax.devices()[0]
+    device = device or jax.local_devices()[0]
     found = (device.memory_stats() or {}).get("bytes_limit")
     return int(found) if found else host_memory()
 

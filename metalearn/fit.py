@@ -18,6 +18,7 @@ from metalearn.checks import at_least
 from metalearn.faults import Faults
 from metalearn.loggers import Logger
 from metalearn.outer_loop import OuterLoop, Steps
+from metalearn.processes import is_first
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 
@@ -67,6 +68,7 @@ class Fit:
           ChangedConfigError: if the checkpoints are of another config.
         """
         record: dict[str, Any] = {}
+        loggers = loggers if is_first() else ()
         if checkpoints is not None:
             state, record = checkpoints.restore(state)
         first = int(state.step)
@@ -88,7 +90,7 @@ class Fit:
             initial=first,
             unit="step",
             desc=f"outer steps of {tasks_per_step} tasks",
-            disable=not self.progress,
+            disable=not (self.progress and is_first()),
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 5.0,
         ) as bar:

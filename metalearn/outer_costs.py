@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 
 from metalearn.algorithm import Algorithm
-from metalearn.chunks import mean_over
 from metalearn.cost import Cost, cost
 from metalearn.engines import MetaGradient
 from metalearn.engines.check import horizon
@@ -78,11 +77,12 @@ class Costs:
         """Return what plain training costs: the inner loops and the outer loss, run forward."""
         trainer, state = self.trainer, self._state()
 
-        def step(eta: Any, tasks: Any, key: jax.Array) -> dict[str, Any]:
-            def on_task(key: jax.Array) -> dict[str, Any]:
-                return task_metrics(trainer.algorithm, eta, tasks, key, self._truncated())
+        def on_task(eta: Any, tasks: Any, key: jax.Array) -> dict[str, Any]:
+            return task_metrics(trainer.algorithm, eta, tasks, key, self._truncated())
 
-            return mean_over(on_task, jax.random.split(key, trainer.tasks_per_step), trainer.chunk)
+        def step(eta: Any, tasks: Any, key: jax.Array) -> dict[str, Any]:
+            keys = jax.random.split(key, trainer.tasks_per_step)
+            return trainer.mean_over(on_task, (eta, tasks), keys)
 
         return cost(jax.jit(step), state.eta, self.tasks, state.key, known=self.known)
 
@@ -105,8 +105,7 @@ class Costs:
         return None if self.trainer.truncation is None else self.trainer.truncation.steps
 
     def _state(self) -> Any:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return jax.eval_shape(self.trainer.init, key, self.tasks)
+        return self.trainer.shapes(self.tasks)
 
 
 def sets_horizon(algorithm: Any) -> bool:

@@ -134,7 +134,7 @@ def plan(
     """
     candidates = CANDIDATES if candidates is None else candidates
     costs = Costs(trainer, jax.eval_shape(lambda tree: tree, tasks))
-    chunk = trainer.chunk or trainer.tasks_per_step
+    chunk = trainer.at_once
     rows = [costs.row(candidate, chunk) for candidate in candidates]
     budget = device_memory() if budget is None else budget
     found = Plan(rows, costs.plain(), budget, costs.inner_steps())
@@ -158,7 +158,7 @@ def _with_largest(found: Plan, costs: Costs, chunk: int) -> Plan:
             lambda steps: found.fits(costs.with_horizon(steps).row(candidate, leanest.chunk)),
         )
         return dataclasses.replace(found, largest_horizon=most or 0)
-    divisors = [n for n in range(2, chunk) if costs.trainer.tasks_per_step % n == 0]
+    divisors = [n for n in range(2, chunk) if costs.trainer.share % n == 0]
     between = largest(divisors, lambda n: found.fits(costs.row(candidate, n)))
     rows = [] if between is None else [costs.row(candidate, between)]
     return dataclasses.replace(found, rows=found.rows + rows)

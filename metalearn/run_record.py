@@ -60,7 +60,7 @@ def check_schema(found: Record, where: str | os.PathLike[str]) -> None:
 
 def check_config(found: Record, config: Any, where: str | os.PathLike[str]) -> None:
     """Raise ChangedConfigError where a run had another config."""
-    changes = difference(found["config"], config)
+    changes = difference(_of_run(found["config"]), _of_run(config))
     if changes:
         raise ChangedConfigError(
             f"The run in {where} was started with another config:\n"
@@ -68,6 +68,11 @@ def check_config(found: Record, config: Any, where: str | os.PathLike[str]) -> N
             + "\nGive it the config it had, or train the new one in another workdir; "
             "--allow-config-change goes on all the same."
         )
+
+
+def _of_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without what may change: where a run is computed."""
+    return {key: value for key, value in config.items() if key != "mesh"}
 
 
 def check_arrays(found: Record, state: Any, where: str | os.PathLike[str]) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from metalearn.algorithm import Algorithm
-from metalearn.chunks import mean_and_each, mean_over
+from metalearn.chunks import mean_and_each
 from metalearn.engines import Aux, MetaGradient, MixedFlow
 from metalearn.engines.check import check_eta
 from metalearn.evaluation import Estimate, estimate, merged, task_metrics
@@ -26,6 +26,8 @@ from metalearn.isolation import all_finite, mean_of_finite, or_zero
 from metalearn.leaves import select, strong
 from metalearn.loggers import Logger
 from metalearn.probe import Look, look_at
+from metalearn.sharding import Layout
+from metalearn.shares import at_once
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 from metalearn.truncation import Carried, Truncation, advance, due, pose
@@ -46,6 +48,7 @@ class Trainer:
     truncation: Truncation | None = None  # inner runs go on from step to step; None: whole ones
     isolate: bool = False  # leave out tasks that are not finite, as truncated training always does
     skip_nonfinite: bool = False  # an outer step that is not finite leaves eta as it was
+    layout: Layout | None = None  # over which devices; None: on one
 
     def __post_init__(self) -> None:
         if not isinstance(self.engine, MetaGradient):
@@ -65,12 +68,25 @@ class Trainer:
                 f"tasks_per_step={self.tasks_per_step} does not divide into chunks of "
                 f"{self.chunk}. Chunks that fit: {', '.join(map(str, fitting))}."
             )
+        if self.layout is not None:
+            self.layout.check(self.tasks_per_step, self.chunk)
 
     def init(self, key: jax.Array, tasks: Tasks | None = None) -> TrainState:
         """Return the state before the first outer step.
 
         Inner runs that go on from step to step are a part of it, so `truncation` needs `tasks`.
         """
+        if self.layout is None:
+            return self._init(key, tasks)
+        where = self.layout.shardings(jax.eval_shape(self._init, key, tasks))
+        return jax.jit(self._init, out_shardings=where)(key, self.place(tasks))
+
+    def shapes(self, tasks: Tasks | None = None) -> TrainState:
+        """Return the shapes of a state, and where its leaves lie; nothing is allocated."""
+        shapes = jax.eval_shape(self._init, jax.eval_shape(lambda: jax.random.key(0)), tasks)
+        return shapes if self.layout is None else self.layout.abstract(shapes)
+
+    def _init(self, key: jax.Array, tasks: Tasks | None = None) -> TrainState:
         init_key, run_key = jax.random.split(key)
         eta = jax.jit(self.algorithm.init)(init_key)
         check_eta(eta)
@@ -118,13 +134,14 @@ class Trainer:
             fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["meta_update_norm"])
             eta, optimizer = select(fine, (eta, optimizer), (state.eta, state.optimizer))
             metrics["step_skipped"] = ~fine
-        return TrainState(state.step + 1, eta, optimizer, state.key, inner, state.pace), metrics
+        after = TrainState(state.step + 1, eta, optimizer, state.key, inner, state.pace)
+        return after if self.layout is None else self.layout.constrain(after), metrics
 
     def _mean_gradient(self, state: TrainState, tasks: Tasks) -> tuple[Any, dict[str, Any], Any]:
         """Return (meta-gradient, metrics, the inner runs as they stand then)."""
         keys = self.task_keys(state)
         if self.truncation is None:
-            return *self._mean_over_tasks(state.eta, tasks, keys), ()
+            return *self._mean_over_tasks((state.eta, tasks), keys), ()
         if not isinstance(state.inner, Carried):
             raise ValueError(
                 "This state has no inner runs to go on with: it is not of truncated training. "
@@ -132,28 +149,47 @@ class Trainer:
             )
         shares = self.truncation.shares(self.tasks_per_step, state.step == 0)
 
-        def on_run(inputs: Any) -> Any:
-            return self._advance(state.eta, tasks, *inputs)
+        def on_run(eta: Any, tasks: Tasks, inputs: Any) -> Any:
+            return self._advance(eta, tasks, *inputs)
 
-        inputs = state.inner, keys, shares
-        means, inner = mean_and_each(on_run, inputs, self.chunk)
+        shared, inputs = (state.eta, tasks), (state.inner, keys, shares)
+        means, inner = self._mean_and_each(on_run, shared, inputs)
         grads, metrics, left_out = mean_of_finite(means, self.tasks_per_step)
         return grads, {**metrics, "tasks_reset": left_out}, inner
 
-    def _mean_over_tasks(
-        self, eta: Any, tasks: Tasks, keys: jax.Array
-    ) -> tuple[Any, dict[str, Any]]:
-        """Return (meta-gradient, metrics) of whole inner runs, one a key."""
+    def _mean_over_tasks(self, shared: Any, keys: jax.Array) -> tuple[Any, dict[str, Any]]:
+        """Return (meta-gradient, metrics) of whole inner runs, one a key; shared: (eta, tasks)."""
         if not self.isolate:
-            return mean_over(lambda key: self.task_gradient(eta, tasks, key), keys, self.chunk)
+            return self.mean_over(self.task_gradient, shared, keys)
 
-        def on_task(key: jax.Array) -> Any:
-            (loss, aux), grads = self._solve(self.algorithm, eta, tasks, key)
+        def on_task(eta: Any, tasks: Tasks, key: jax.Array) -> Any:
+            (loss, aux), grads = self._solve(self._laid_out(self.algorithm), eta, tasks, key)
             return or_zero(all_finite(loss, aux, grads), (grads, _metrics(loss, aux)))
 
-        means = mean_over(on_task, keys, self.chunk)
+        means = self.mean_over(on_task, shared, keys)
         grads, metrics, left_out = mean_of_finite(means, self.tasks_per_step)
         return grads, {**metrics, "tasks_left_out": left_out}
+
+    def mean_over(self, on_task: Callable[..., Any], shared: Any, keys: jax.Array) -> Any:
+        """Return the mean of `on_task(*shared, key)` over the keys [tasks_per_step] of tasks."""
+        return self._mean_and_each(lambda *given: (on_task(*given), ()), shared, keys)[0]
+
+    def _mean_and_each(
+        self, function: Callable[..., Any], shared: Any, inputs: Any
+    ) -> tuple[Any, Any]:
+        if self.layout is None:
+            return mean_and_each(functools.partial(function, *shared), inputs, self.chunk)
+        return self.layout.mean_and_each(function, shared, inputs, self.chunk)
+
+    @property
+    def share(self) -> int:
+        """Return how many tasks of a step a device takes."""
+        return self.tasks_per_step // (1 if self.layout is None else self.layout.devices)
+
+    @property
+    def at_once(self) -> int:
+        """Return how many tasks a device unrolls at once."""
+        return at_once(self.share, self.chunk)
 
     def _advance(
         self, eta: Any, tasks: Tasks, carried: Carried, key: jax.Array, share: jax.Array
@@ -173,7 +209,10 @@ class Trainer:
         return or_zero(finite, (grads, _metrics(loss, aux))), carried
 
     def _pose(self, eta: Any, tasks: Tasks, key: jax.Array) -> Any:
-        return pose(self.algorithm, self.engine, eta, tasks, key)
+        return pose(self._laid_out(self.algorithm), self.engine, eta, tasks, key)
+
+    def _laid_out(self, algorithm: Algorithm) -> Algorithm:
+        return algorithm if self.layout is None else self.layout.cut_inside(algorithm)
 
     def task_keys(self, state: TrainState) -> jax.Array:
         """Return the keys [tasks_per_step] of the tasks of the outer step after `state`."""
@@ -183,7 +222,7 @@ class Trainer:
         self, eta: Any, tasks: Tasks, key: jax.Array
     ) -> tuple[Any, dict[str, jax.Array]]:
         """Return (meta-gradient like eta, metrics) of the one task that `key` draws."""
-        (loss, aux), grads = self._solve(self.algorithm, eta, tasks, key)
+        (loss, aux), grads = self._solve(self._laid_out(self.algorithm), eta, tasks, key)
         return grads, _metrics(loss, aux)
 
     def _solve(
@@ -201,7 +240,8 @@ class Trainer:
             taken = min((n for n in (steps, most) if n is not None), default=None)
             return look_at(self._solve, self.algorithm, eta, tasks, key, zeros, taken)
 
-        return jax.jit(look, static_argnames="steps")
+        where = None if self.layout is None else self.layout.replicated
+        return jax.jit(look, static_argnames="steps", out_shardings=where)
 
     def fit(
         self,
@@ -218,10 +258,15 @@ class Trainer:
         `options` are those of `metalearn.fit.Fit`: `held_out`, `eval_every`, `eval_tasks`,
         `log_every`, `check_every`, `faults`, `asked_to_stop`, `progress`.
         """
-        fit = Fit(steps, **options)
+        tasks, held_out = self.place((tasks, options.pop("held_out", None)))
+        fit = Fit(steps, held_out=held_out, **options)
         skips = fit.faults.nonfinite == "skip"
         trainer = dataclasses.replace(self, skip_nonfinite=True) if skips else self
         return fit.run(trainer, self.init(key, tasks), tasks, loggers, checkpoints)
+
+    def place(self, tasks: Any) -> Any:
+        """Return tasks with their arrays on every device of the layout, if they were not there."""
+        return tasks if self.layout is None else self.layout.replicate(tasks)
 
     def evaluate(
         self, eta: Any, tasks: Tasks, key: jax.Array, count: int = 1000
@@ -230,17 +275,23 @@ class Trainer:
 
         The same key draws the same tasks. No meta-gradient is taken.
         """
-        chunk = min(count, self.chunk or self.tasks_per_step)
+        tasks, devices = self.place(tasks), 1 if self.layout is None else self.layout.devices
+        chunk = devices * min(-(-count // devices), self.at_once)
         return estimate(lambda keys: self._evaluate(eta, tasks, keys), key, count, chunk)
 
     @functools.cached_property
     def _evaluate(self) -> Callable[..., dict[str, jax.Array]]:
-        algorithm = self.algorithm.evaluation()
+        algorithm = self._laid_out(self.algorithm.evaluation())
+        each = None if self.layout is None else self.layout.each
 
-        def on_tasks(eta: Any, tasks: Tasks, keys: jax.Array) -> dict[str, jax.Array]:
-            return jax.vmap(lambda key: task_metrics(algorithm, eta, tasks, key))(keys)
+        def on_tasks(shared: Any, keys: jax.Array) -> dict[str, jax.Array]:
+            return jax.vmap(lambda key: task_metrics(algorithm, *shared, key))(keys)
 
-        return jax.jit(on_tasks)
+        def on_keys(eta: Any, tasks: Tasks, keys: jax.Array) -> dict[str, jax.Array]:
+            shared = eta, tasks
+            return on_tasks(shared, keys) if each is None else each(on_tasks, shared, keys)
+
+        return jax.jit(on_keys)
 
 
 def _metrics(loss: jax.Array, aux: Aux) -> dict[str, jax.Array]:

@@ -43,7 +43,11 @@ def maml() -> ml_collections.ConfigDict:
     config.optimizer = {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine"}
     config.optimizer.clip = placeholder(float)  # the largest norm of a meta-gradient; None: any
     config.tasks_per_step = 16
-    config.chunk = placeholder(int)  # tasks unrolled at once; None: all of a step's
+    config.chunk = placeholder(int)  # tasks unrolled at once on a device; None: all it takes
+
+    # Devices: that take tasks (None: as many as tasks_per_step divides by), that eta is cut over by
+    # `rules`, and that share the tangents of "forward". See metalearn.experiments.devices.
+    config.mesh = {"tasks": placeholder(int), "model": 1, "tangents": 1, "rules": ()}
 
     # Inner runs that go on from outer step to outer step, `steps` inner steps at a time, up to
     # horizons that are drawn from `shortest` to the algorithm's own. None: whole runs.

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metalearn.mesh import here
+
 Sharding = jax.sharding.Sharding | None
 
 
@@ -22,7 +24,10 @@ def pushed(linear: Callable[..., Any], tangents: Any, chunk: int | None, shardin
 
 def placed(tangents: Any, sharding: Sharding) -> Any:
     """Spread the leading axis of every leaf over devices."""
-    return tangents if sharding is None else jax.lax.with_sharding_constraint(tangents, sharding)
+    if sharding is None or shards(sharding) == 1:
+        return tangents
+    where = here(sharding) if isinstance(sharding, jax.sharding.NamedSharding) else sharding
+    return jax.lax.with_sharding_constraint(tangents, where)
 
 
 def padded(count: int, sharding: Sharding) -> int:

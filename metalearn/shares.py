@@ -1,0 +1,48 @@
+"""How the tasks of an outer step divide among devices, and each device's share into chunks."""
+
+from __future__ import annotations
+
+from metalearn.mesh import counted
+
+
+def check_shares(tasks_per_step: int, devices: int, chunk: int | None) -> None:
+    """Raise ValueError where tasks do not divide among devices, or a share into chunks."""
+    share, surplus = divmod(tasks_per_step, devices)
+    if surplus:
+        near = [str(size) for size in (share * devices, (share + 1) * devices) if size]
+        fitting = f"sizes that do are {' and '.join(near)}" if share else f"size is {near[0]}"
+        raise ValueError(
+            f"tasks_per_step={tasks_per_step} does not divide by the {counted(devices)} that take "
+            f"tasks. The nearest {fitting}."
+        )
+    if not _in_chunks(share, chunk):
+        fitting = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        raise ValueError(
+            f"tasks_per_step={tasks_per_step} on {counted(devices)} is {share} tasks on each, "
+            f"which do not divide into chunks of {chunk}. Chunks that fit: {fitting}."
+        )
+
+
+def most_devices(tasks_per_step: int, chunk: int | None, there: int, processes: int = 1) -> int:
+    """Return the most devices that tasks divide among, as many of each process; 0: none.
+
+    >>> most_devices(16, None, 8), most_devices(10, None, 8), most_devices(9, None, 8, processes=2)
+    (8, 5, 0)
+    >>> most_devices(24, 4, 4)  # 6 tasks on each of 4 devices are no whole chunks of 4
+    3
+    """
+    fitting = [
+        count
+        for count in range(processes, there + 1, processes)
+        if tasks_per_step % count == 0 and _in_chunks(tasks_per_step // count, chunk)
+    ]
+    return max(fitting, default=0)
+
+
+def at_once(share: int, chunk: int | None) -> int:
+    """Return how many tasks of a device's share are unrolled at once."""
+    return share if chunk is None else min(share, chunk)
+
+
+def _in_chunks(share: int, chunk: int | None) -> bool:
+    return share % at_once(share, chunk) == 0
