@@ -285,7 +285,8 @@ class Trainer:
         each = None if self.layout is None else self.layout.each
 
         def on_tasks(shared: Any, keys: jax.Array) -> dict[str, jax.Array]:
-            return jax.vmap(lambda key: task_metrics(algorithm, *shared, key))(keys)
+            eta, tasks = shared
+            return jax.vmap(lambda key: task_metrics(algorithm, eta, tasks, key))(keys)
 
         def on_keys(eta: Any, tasks: Tasks, keys: jax.Array) -> dict[str, jax.Array]:
             shared = eta, tasks

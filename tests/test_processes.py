@@ -79,16 +79,13 @@ def test_processes_agree_on_what_the_first_one_says(parts):
 
 
 def test_processes_that_cannot_give_as_many_devices_each_are_refused(parts):
-    assert (
-        parts[0]["uneven"]
-        == parts[1]["uneven"]
-        == [
-            "A mesh of tasks=3 x model=1 x tangents=1 takes 3 devices, and 2 processes with 4, 4 of "
-            "them cannot give as many each. Choose sizes whose product divides by 2.",
-            "tasks_per_step=3 does not divide among 2 processes with 8 devices in all. Take a multiple "
-            "of 2.",
-        ]
-    )
+    expected = [
+        "A mesh of tasks=3 x model=1 x tangents=1 takes 3 devices, and 2 processes with 4, 4 of "
+        "them cannot give as many each. Choose sizes whose product divides by 2.",
+        "tasks_per_step=3 does not divide among 2 processes with 8 devices in all. Take a "
+        "multiple of 2.",
+    ]
+    assert parts[0]["uneven"] == parts[1]["uneven"] == expected
 
 
 @pytest.mark.slow
@@ -102,7 +99,8 @@ def test_the_same_command_trains_in_two_processes_and_one_writes(tmp_path):
     together([[*words, f"--workdir={one}"]], 1)
     meet = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", f"--workdir={two}")
     said = together([[*words, *meet, f"--process={process}"] for process in range(2)], 4)
-    assert "Health: " in said[0][0] and said[1][0] == ""
+    own = [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in said]
+    assert own[0][0].startswith("Health: ") and own[1] == []
     curves = [(workdir / "metrics.jsonl").read_text().splitlines() for workdir in (one, two)]
     losses = [[json.loads(line)["loss"] for line in lines] for lines in curves]
     assert len(losses[0]) == 4
@@ -177,9 +175,9 @@ def test_slurm_with_a_number_that_is_none_is_an_unknown_layout():
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"SLURM_JOB_ID": "12"}, "Unknown SLURM layout: found SLURM_JOB_ID=12; "),
         (SLURM | {"SLURM_PROCID": "x"}, "some of it is no number, or no list of nodes"),
-        ({}, "--distributed found no cluster"),
+        pytest.param({"SLURM_JOB_ID": "12"}, "found SLURM_JOB_ID=12; ", marks=pytest.mark.slow),
+        pytest.param({}, "--distributed found no cluster", marks=pytest.mark.slow),
     ],
 )
 def test_the_command_line_says_so(variables, message):

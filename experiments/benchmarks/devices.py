@@ -45,10 +45,12 @@ from metalearn.models import Functions
 SETTINGS = {"1 device": (1, 1), "8 devices": (1, 8), "2 processes x 4": (2, 4)}
 HIDDEN, WAYS, STEPS = 128, 5, 5
 COLUMNS = ("difference", "temporaries on a device", "of 1 device", "all-reduces", "bytes reduced")
-# On paper: an initialisation of a language model of so many parameters, learned through so many
-# inner steps on so many tokens. A token costs 6 FLOPs a parameter for an inner gradient, and a
-# meta-gradient three times that.
-LANGUAGE_MODEL = {"parameters": 10**8, "inner steps": 10, "tokens": 2**14}
+# On paper, beside the problem above: |eta|, parameters of the inner network, inner steps, tokens
+# of each. A token costs 6 FLOPs a parameter for an inner gradient, a meta-gradient three times that.
+LARGE = {
+    "a learned optimizer": (10**4, 10**7, 50, 2**12),
+    "an initialisation": (10**8, 10**8, 10, 2**14),
+}
 
 
 def problem() -> tuple[MAML, FewShot]:
@@ -76,7 +78,8 @@ def measured(tasks_per_step: int, spread: bool) -> dict[str, Any]:
     state = trainer.init(jax.random.key(0), tasks)
     after, _ = trainer.step(state, trainer.place(tasks))
     grads = [np.asarray(a) - np.asarray(b) for a, b in zip(state.eta[0], after.eta[0], strict=True)]
-    program = trainer.step.lower(trainer.shapes(tasks), tasks).compile()
+    outer: Any = trainer.step
+    program = outer.lower(trainer.shapes(tasks), tasks).compile()
     reduced = [one.size for one in collectives(program.as_text()) if one.kind == "all-reduce"]
     return {
         "gradient": np.concatenate([grad.ravel() for grad in grads]).tolist(),
@@ -104,10 +107,10 @@ def run(tasks_per_step: int, count: int, devices: int) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-def part(coordinator: str, count: str, process: str, tasks: int, out: pathlib.Path) -> None:
+def part(coordinator: str, count: int, process: int, tasks: int, out: pathlib.Path) -> None:
     """Measure in this process, one of several, and write down what was found."""
-    if int(count) > 1:
-        processes.start(coordinator, int(count), int(process))
+    if count > 1:
+        processes.start(coordinator, count, process)
     found = measured(tasks, spread=len(jax.devices()) > 1)
     if processes.is_first():
         out.write_text(json.dumps(found))
@@ -132,14 +135,14 @@ def compared(tasks: int) -> str:
 
 
 def work() -> dict[str, tuple[int, float]]:
-    """Return |eta| and the FLOPs of a task of a small problem, compiled, and of a large one."""
+    """Return |eta| and the FLOPs of a task: of the problem above, compiled, and of large ones."""
     algorithm, tasks = problem()
     trainer = Trainer(algorithm, MixedFlow(), tasks_per_step=1)
-    state = trainer.shapes(tasks)
-    small = float(cost(trainer.step, state, jax.eval_shape(lambda tree: tree, tasks)).flops)
-    parameters, steps, tokens = LANGUAGE_MODEL.values()
-    large = 3 * 6.0 * parameters * steps * tokens
-    return {"MAML, digits": (size(state.eta), small), "language model": (parameters, large)}
+    shapes = trainer.shapes(tasks), jax.eval_shape(lambda tree: tree, tasks)
+    found = {"MAML on digits": (size(shapes[0].eta), float(cost(trainer.step, *shapes).flops))}
+    for name, (eta, inner, steps, tokens) in LARGE.items():
+        found[name] = eta, 3 * 6.0 * inner * steps * tokens
+    return found
 
 
 def on_paper(counts: Sequence[int], flops: float, bandwidth: float, latency: float) -> str:
@@ -152,13 +155,20 @@ def on_paper(counts: Sequence[int], flops: float, bandwidth: float, latency: flo
             sending = moved / bandwidth + 2 * math.ceil(math.log2(count)) * latency
             rows[f"{name}, {count} devices"] = [
                 show_bytes(moved),
-                f"{1e3 * sending:.3g} ms",
-                f"{1e3 * computing:.3g} ms",
+                _seconds(sending),
+                _seconds(computing),
                 f"{sending / (sending + computing):.1%}",
-                f"{math.ceil(9 * sending / computing):,}",
+                f"{max(math.ceil(9 * sending / computing), 1):,}",
             ]
     columns = ("sent by a device", "all-reduce", "a task", "of the time", "tasks for 10%")
     return table("on paper", columns, rows)
+
+
+def _seconds(time: float) -> str:
+    """Write a time for a person."""
+    units = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+    unit = next((unit for unit, each in units.items() if time * each >= 1), "ns")
+    return f"{time * units[unit]:.2g} {unit}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -176,7 +186,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.part:
-        part(*given.part, given.tasks, given.out)
+        coordinator, count, process = given.part
+        part(coordinator, int(count), int(process), given.tasks, given.out)
     elif given.paper:
         print(on_paper(given.devices, given.flops, given.bandwidth, given.latency))
     else:
