@@ -46,7 +46,7 @@ SETTINGS = {"1 device": (1, 1), "8 devices": (1, 8), "2 processes x 4": (2, 4)}
 HIDDEN, WAYS, STEPS = 128, 5, 5
 COLUMNS = ("difference", "temporaries on a device", "of 1 device", "all-reduces", "bytes reduced")
 # On paper, beside the problem above: |eta|, parameters of the inner network, inner steps, tokens
-# of each. A token costs 6 FLOPs a parameter for an inner gradient, a meta-gradient three times that.
+# of each. A token costs 6 FLOPs a parameter for an inner gradient, a meta-gradient thrice that.
 LARGE = {
     "a learned optimizer": (10**4, 10**7, 50, 2**12),
     "an initialisation": (10**8, 10**8, 10, 2**14),
@@ -157,10 +157,10 @@ def on_paper(counts: Sequence[int], flops: float, bandwidth: float, latency: flo
                 show_bytes(moved),
                 _seconds(sending),
                 _seconds(computing),
-                f"{sending / (sending + computing):.1%}",
+                f"{sending / (sending + computing):.2g}",
                 f"{max(math.ceil(9 * sending / computing), 1):,}",
             ]
-    columns = ("sent by a device", "all-reduce", "a task", "of the time", "tasks for 10%")
+    columns = ("sent by a device", "all-reduce", "a task", "share of the time", "tasks for a tenth")
     return table("on paper", columns, rows)
 
 
@@ -168,7 +168,7 @@ def _seconds(time: float) -> str:
     """Write a time for a person."""
     units = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
     unit = next((unit for unit, each in units.items() if time * each >= 1), "ns")
-    return f"{time * units[unit]:.2g} {unit}"
+    return f"{time * units[unit]:.3g} {unit}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
