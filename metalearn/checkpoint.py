@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from metalearn import run_record
 from metalearn.checkpoint_store import DiskError, Store, UnreadableError
 from metalearn.checks import at_least
+from metalearn.processes import say
 from metalearn.run_record import ChangedConfigError, Record
 from metalearn.train_state import TrainState
 
@@ -91,7 +91,7 @@ class Checkpoints:
         """
         steps, damaged = self._store.steps(), self._store.damaged
         for step in sorted(damaged.keys() - self._told):
-            tqdm.write(
+            say(
                 f"The checkpoint of outer step {step} in {self.directory} is damaged "
                 f"({damaged[step]}): falling back to the one before."
             )
@@ -182,7 +182,7 @@ class Checkpoints:
     def _refused(self, error: DiskError) -> None:
         kept = self._store.steps()
         left = f"the newest one is of outer step {kept[0]}" if kept else "there is none yet"
-        tqdm.write(
+        say(
             f"A checkpoint could not be written to {self.directory} ({error}): {left}. Training "
             "goes on; make room before the next."
         )

@@ -149,7 +149,7 @@ class Store:
         """Move damaged checkpoints where no save will meet them."""
         for step in self.damaged:
             place = self.directory / str(step)
-            if place.exists():
+            if jax.process_index() == 0 and place.exists():
                 place.rename(self.directory / f"damaged-{step}-{time.time_ns()}")
         if self.damaged:
             self._manager.reload()

@@ -19,6 +19,7 @@ from metalearn import health
 from metalearn.evaluation import Estimate
 from metalearn.faults import DivergedError, NonFiniteError, Watch, broken
 from metalearn.loggers import Logger
+from metalearn.processes import is_first, say
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 
@@ -106,7 +107,9 @@ class OuterLoop:
             return
         self._hear()
         if checks:
-            health.check(self.trainer, state, self.tasks).warn()
+            report = health.check(self.trainer, state, self.tasks)
+            if is_first():
+                report.warn()
         found = self._evaluate(state, step) if evaluates else {}
         if saves and keeps is not None:
             kept = {type(logger).__name__: logger.record() for logger in self.loggers}
@@ -133,7 +136,7 @@ class OuterLoop:
         if answer == "stop":
             raise NonFiniteError(self._why(names[0], values, step, before))
         if answer == "back_off":
-            tqdm.write(f"`{names[0]}` became {values[names[0]]} at outer step {step}: backing off.")
+            say(f"`{names[0]}` became {values[names[0]]} at outer step {step}: backing off.")
             raise _BacksOff
         self._watch_inner(step, values)
 
@@ -143,7 +146,7 @@ class OuterLoop:
         if found and self.fit.faults.diverged == "stop":
             raise DivergedError(found)
         if found:
-            tqdm.write(found)
+            say(found)
 
     def _why(self, name: str, values: Mapping[str, float], step: int, before: TrainState) -> str:
         faults = self.fit.faults
@@ -170,7 +173,7 @@ class OuterLoop:
         for logger in self.loggers:
             logger.back_to(step)
         self.bar.n = step
-        tqdm.write(f"On from outer step {step}, with outer updates times {smaller:.3g}.")
+        say(f"On from outer step {step}, with outer updates times {smaller:.3g}.")
         return dataclasses.replace(state, pace=jnp.full_like(state.pace, smaller))
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:

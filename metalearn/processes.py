@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 # What jax reads of SLURM; `srun` sets them all for each process it starts.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -131,9 +132,9 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a line, in the first process alone."""
+    """Print a line above a progress bar, in the first process alone."""
     if is_first():
-        print(text)
+        tqdm.write(text)
 
 
 def agreed(value: Any) -> Any:
