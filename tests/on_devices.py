@@ -261,6 +261,7 @@ def more(directory):
     ]
     return {
         "chunked": error(run(trainer(layout, chunk=1)).gradient, one.gradient),
+        "isolated": error(run(trainer(layout, isolate=True)).gradient, one.gradient),
         "evaluated": error(np.array(estimates[1][:2]), np.array(estimates[0][:2])),
         "planned": rows[1].peak / rows[0].peak,
         **tangents(),

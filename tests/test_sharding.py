@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from metalearn import Layout, Trainer, make_mesh, partition
 from metalearn.algorithms import MAML
 from metalearn.experiments import build, devices
+from metalearn.experiments.benchmarks import devices as benchmark
 from metalearn.experiments.configs import maml_sinusoid
 from metalearn.shares import check_shares
 from tests.cases import MODELS
@@ -91,6 +92,11 @@ def test_as_many_devices_take_part_as_tasks_divide_among_and_the_others_are_spok
 @pytest.mark.slow
 def test_chunks_of_tasks_on_each_device_change_nothing(more):
     assert more["chunked"] < 1e-12
+
+
+@pytest.mark.slow
+def test_tasks_are_left_out_over_devices_as_they_are_on_one(more):
+    assert more["isolated"] < 1e-12
 
 
 @pytest.mark.slow
@@ -231,6 +237,13 @@ def test_what_is_none_of_eta_is_cut_by_its_path_or_as_eta_is_by_its_shape_or_not
     assert spec("params/0", (3, 4)) == P(None, "model")
     assert spec("params/1", (4,)) == P("model")
     assert spec("0/factor/kernel", (3,)) == spec("0/count", ()) == spec("0/other", (6,)) == P()
+
+
+def test_the_benchmark_counts_the_bytes_that_a_ring_of_devices_sends(capsys):
+    benchmark.main(["--paper", "--devices", "8", "--flops", "1e13", "--bandwidth", "1e9"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "initialisation" in line]
+    # 2 x 7/8 x 4 bytes x 10^8, and 18 x 10^8 x 10 x 2^14 FLOPs
+    assert row.split(" | ")[1:4] == ["667.6 MiB", "700 ms", "29.5 s"]
 
 
 # From configs.
