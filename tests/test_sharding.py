@@ -239,6 +239,7 @@ def test_what_is_none_of_eta_is_cut_by_its_path_or_as_eta_is_by_its_shape_or_not
     assert spec("0/factor/kernel", (3,)) == spec("0/count", ()) == spec("0/other", (6,)) == P()
 
 
+@pytest.mark.slow
 def test_the_benchmark_counts_the_bytes_that_a_ring_of_devices_sends(capsys):
     benchmark.main(["--paper", "--devices", "8", "--flops", "1e13", "--bandwidth", "1e9"])
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "initialisation" in line]
