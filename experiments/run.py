@@ -39,14 +39,14 @@ def train(
     Raises:
       Interrupted: where a signal asked to stop, once the run is saved.
     """
+    plain = auto.settled(build.to_json(config), _checkpoints(workdir))
     with held(workdir) if is_first() else contextlib.nullcontext():
-        return _train(config, workdir, progress, allow_change)
+        return _train(plain, workdir, progress, allow_change)
 
 
 def _train(
-    config: Any, workdir: pathlib.Path, progress: bool, allow_change: bool
+    plain: dict[str, Any], workdir: pathlib.Path, progress: bool, allow_change: bool
 ) -> dict[str, Estimate]:
-    plain = auto.settled(build.to_json(config), _checkpoints(workdir))
     layout = devices.layout(plain)
     if left := devices.idle(plain, layout):
         say(left)
