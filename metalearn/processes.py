@@ -21,6 +21,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from metalearn.messages import first_line
+
 # What jax reads of SLURM; `srun` sets them all for each process it starts.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 NAMED = (
@@ -67,7 +69,7 @@ def start(
     except jax.errors.JaxRuntimeError as error:
         raise ConnectionError(
             f"Process {process} of {processes} did not meet the others at {coordinator} within "
-            f"{timeout} s ({_first_line(error)}). Are all {processes} started, with the same "
+            f"{timeout} s ({first_line(error)}). Are all {processes} started, with the same "
             "coordinator, and can they reach it?"
         ) from error
 
@@ -104,7 +106,7 @@ def _detect(timeout: int) -> None:
     except jax.errors.JaxRuntimeError as error:
         raise ConnectionError(
             f"The processes of this cluster did not meet within {timeout} s "
-            f"({_first_line(error)}). {NAMED}"
+            f"({first_line(error)}). {NAMED}"
         ) from error
 
 
@@ -145,7 +147,3 @@ def agreed(value: Any) -> Any:
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     padded = np.resize(text, length)  # that of the others is not read
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
