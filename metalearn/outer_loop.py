@@ -18,6 +18,7 @@ from tqdm import tqdm
 from metalearn import health
 from metalearn.evaluation import Estimate
 from metalearn.faults import DivergedError, NonFiniteError, Watch, broken
+from metalearn.fit import Fit
 from metalearn.loggers import Logger
 from metalearn.processes import is_first, say
 from metalearn.tasks import Tasks
@@ -25,7 +26,6 @@ from metalearn.train_state import TrainState
 
 if TYPE_CHECKING:
     from metalearn.checkpoint import Checkpoints
-    from metalearn.fit import Fit
 
 EVALUATION = 2**32 - 1  # folded into the run's key; outer steps count up from 0
 

@@ -20,8 +20,10 @@ from metalearn.algorithm import Algorithm
 from metalearn.chunks import mean_and_each
 from metalearn.engines import Aux, MetaGradient, MixedFlow
 from metalearn.engines.check import check_eta
-from metalearn.evaluation import Estimate, estimate, merged, task_metrics
+from metalearn.evaluation import Estimate, estimate, task_metrics
 from metalearn.fit import Fit
+from metalearn.fitting import run
+from metalearn.inner_metrics import step_metrics
 from metalearn.isolation import all_finite, mean_of_finite, or_zero
 from metalearn.leaves import select, strong
 from metalearn.loggers import Logger
@@ -164,7 +166,7 @@ class Trainer:
 
         def on_task(eta: Any, tasks: Tasks, key: jax.Array) -> Any:
             (loss, aux), grads = self._solve(self._laid_out(self.algorithm), eta, tasks, key)
-            return or_zero(all_finite(loss, aux, grads), (grads, _metrics(loss, aux)))
+            return or_zero(all_finite(loss, aux, grads), (grads, step_metrics(loss, aux)))
 
         means = self.mean_over(on_task, shared, keys)
         grads, metrics, left_out = mean_of_finite(means, self.tasks_per_step)
@@ -206,7 +208,7 @@ class Trainer:
         solve = self.engine.value_and_grad
         result, finite, carried = advance(self.truncation, solve, pose_of, eta, carried, key, share)
         (loss, aux), grads = result
-        return or_zero(finite, (grads, _metrics(loss, aux))), carried
+        return or_zero(finite, (grads, step_metrics(loss, aux))), carried
 
     def _pose(self, eta: Any, tasks: Tasks, key: jax.Array) -> Any:
         return pose(self._laid_out(self.algorithm), self.engine, eta, tasks, key)
@@ -223,7 +225,7 @@ class Trainer:
     ) -> tuple[Any, dict[str, jax.Array]]:
         """Return (meta-gradient like eta, metrics) of the one task that `key` draws."""
         (loss, aux), grads = self._solve(self._laid_out(self.algorithm), eta, tasks, key)
-        return grads, _metrics(loss, aux)
+        return grads, step_metrics(loss, aux)
 
     def _solve(
         self, algorithm: Algorithm, eta: Any, tasks: Tasks, key: jax.Array
@@ -262,7 +264,7 @@ class Trainer:
         fit = Fit(steps, held_out=held_out, **options)
         skips = fit.faults.nonfinite == "skip"
         trainer = dataclasses.replace(self, skip_nonfinite=True) if skips else self
-        return fit.run(trainer, self.init(key, tasks), tasks, loggers, checkpoints)
+        return run(fit, trainer, self.init(key, tasks), tasks, loggers, checkpoints)
 
     def place(self, tasks: Any) -> Any:
         """Return tasks with their arrays on every device of the layout, if they were not there."""
@@ -293,24 +295,3 @@ class Trainer:
             return on_tasks(shared, keys) if each is None else each(on_tasks, shared, keys)
 
         return jax.jit(on_keys)
-
-
-def _metrics(loss: jax.Array, aux: Aux) -> dict[str, jax.Array]:
-    return merged({"loss": loss, **_inner_metrics(aux)}, aux.metrics)
-
-
-def _inner_metrics(aux: Aux) -> dict[str, jax.Array]:
-    losses, finite, update_norm, tangent_norm = aux.inner
-    if not losses.size:
-        return {}
-    moved = {"inner_update_norm": update_norm.mean()} if update_norm.size else {}
-    pushed = {"inner_tangent_norm": tangent_norm[-1].max()} if tangent_norm.size else {}
-    fine = finite.all(1) & jnp.isfinite(tangent_norm).all(1)
-    return {
-        "inner_loss_first": losses[0].mean(),
-        "inner_loss_last": losses[-1].mean(),
-        "inner_finite": finite.mean(),
-        "inner_steps_finite": jnp.cumprod(fine).sum(),
-        **moved,
-        **pushed,
-    }

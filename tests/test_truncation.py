@@ -21,6 +21,7 @@ from metalearn import (
     Trainer,
     Truncation,
     Unroll,
+    fitting,
 )
 from metalearn.algorithms import Hyperparameter, LearnedOptimizer, Quadratic, TunedRule
 from metalearn.checkpoint import Checkpoints
@@ -245,7 +246,7 @@ def test_a_step_in_which_no_task_is_finite_says_so_and_leaves_eta_alone():
     before = broken[0][0]
     message = "In this step all 1 inner runs became NaN or infinite .* lower the inner learning"
     with pytest.raises(NonFiniteError, match=message):
-        Fit(1, progress=False).run(made, before, tasks)
+        fitting.run(Fit(1, progress=False), made, before, tasks)
 
 
 def test_a_task_whose_meta_gradient_has_no_finite_norm_is_left_out():
