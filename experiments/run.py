@@ -40,6 +40,11 @@ def train(
       Interrupted: where a signal asked to stop, once the run is saved.
     """
     plain = auto.settled(build.to_json(config), _checkpoints(workdir))
+    if plain["checkpoint_best"] and not plain["eval_every"]:
+        raise ValueError(
+            f"checkpoint_best={plain['checkpoint_best']!r} is judged by evaluations on the way, "
+            "and eval_every is 0. Set it, to outer steps from one to the next."
+        )
     with held(workdir) if is_first() else contextlib.nullcontext():
         return _train(plain, workdir, progress, allow_change)
 

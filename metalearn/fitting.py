@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from metalearn.fit import Fit
 from metalearn.loggers import Logger
-from metalearn.outer_loop import OuterLoop, Steps
+from metalearn.outer_loop import Interrupted, OuterLoop, Steps
 from metalearn.processes import is_first
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
@@ -54,9 +54,13 @@ def run(
             logger.start(first, config, record.get(type(logger).__name__, {}))
         with _bar(fit, first, trainer.tasks_per_step) as bar:
             return OuterLoop(fit, trainer, tasks, loggers, checkpoints, bar).run(state)
-    except BaseException:
+    except Interrupted:
         for logger in loggers:
             logger.finish()
+        raise
+    except BaseException:
+        for logger in loggers:
+            logger.abandon()
         raise
 
 

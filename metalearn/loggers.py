@@ -42,7 +42,11 @@ class Logger(abc.ABC):
         return {}
 
     def finish(self, table: Mapping[str, Estimate] | None = None) -> None:  # noqa: B027
-        """End, with the final evaluation if there was one. Called on errors too."""
+        """End, with the final evaluation if there was one."""
+
+    def abandon(self) -> None:
+        """End a run that failed. The same as `finish()`, if nothing else is said."""
+        self.finish()
 
 
 class ConsoleLogger(Logger):
@@ -205,6 +209,11 @@ class WandbLogger(Logger):
 
     def record(self) -> Record:
         return {} if self._run is None else {"wandb_id": self._run.id, "wandb_step": self._step}
+
+    def abandon(self) -> None:
+        """End with the mark of a failure."""
+        if self._run is not None:
+            self._run.finish(exit_code=1)
 
     def finish(self, table: Mapping[str, Estimate] | None = None) -> None:
         if self._run is None:

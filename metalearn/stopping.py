@@ -25,6 +25,9 @@ def asked_to_stop() -> Iterator[Callable[[int], str | None]]:
 
     For the main thread, as all that handles signals.
     """
+    if jax.process_count() > 1:  # whose SIGTERM JAX listens for, if nobody else does
+        yield _agreed
+        return
     heard: list[int] = []
 
     def hear(number: int, frame: Any) -> None:
@@ -38,12 +41,14 @@ def asked_to_stop() -> Iterator[Callable[[int], str | None]]:
             signal.signal(number, handler)
 
     def asked(step: int) -> str | None:
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return "SIGTERM"
-        alone = heard and jax.process_count() == 1
-        return signal.Signals(heard[0]).name if alone else None
+        return signal.Signals(heard[0]).name if heard else None
 
     try:
         yield asked
     finally:
         restore()
+
+
+def _agreed(step: int) -> str | None:
+    """Say whether all processes are to stop after this step, since one was asked to."""
+    return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None

@@ -41,7 +41,8 @@ from metalearn.experiments import devices
 from metalearn.loggers import Logger
 from metalearn.outer_costs import Candidate, Costs
 
-jax.config.update("jax_enable_x64", True)
+if __name__ == "__main__":  # not where it is imported: that would be everybody's
+    jax.config.update("jax_enable_x64", True)
 
 WIDTH, HIDDEN, STEPS = 8, 32, 12
 RULES = (("kernel$", P(None, "model")), ("head$", P("model")))

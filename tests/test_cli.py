@@ -272,6 +272,30 @@ def test_another_config_in_the_workdir_of_a_run_is_refused_with_the_difference(r
     assert "\n  config.seed: 0 -> 1\n" in message
 
 
+def test_a_run_is_trained_for_longer_and_judged_by_its_best_where_asked(refused, tmp_path, capsys):
+    best = "--config.checkpoint_best=min eval/loss"
+    words = (*SINUSOID, "--noprogress", f"--workdir={tmp_path}", best)
+    assert call(*words) == 0
+    capsys.readouterr()
+    assert refused(*words, "--config.steps=3").count("\n  config.") == 1
+    assert call(*words, "--config.steps=3", "--allow-config-change") == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+    assert list(losses) == [1, 2, 3]
+    capsys.readouterr()
+    assert call("eval", f"--workdir={tmp_path}", "--tasks=4", "--best") == 0
+    lowest = min(losses, key=losses.get)
+    assert capsys.readouterr().out.startswith(f"{tmp_path}, outer step {lowest}, on test tasks:")
+
+
+def test_a_best_that_nothing_judges_is_refused(refused, tmp_path):
+    words = ("--config.checkpoint_best=max eval/accuracy", "--config.eval_every=0")
+    assert refused(*DIGITS, f"--workdir={tmp_path / 'run'}", *words) == (
+        "checkpoint_best='max eval/accuracy' is judged by evaluations on the way, and eval_every "
+        "is 0. Set it, to outer steps from one to the next."
+    )
+
+
 def test_a_process_with_a_mistake_ends_with_status_2_and_a_message_alone(tmp_path):
     done = process("train", "--config=maml_digits", f"--workdir={tmp_path}", "--config.step=1")
     assert done.returncode == 2 and done.stdout == ""

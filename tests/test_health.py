@@ -260,7 +260,7 @@ def test_the_command_line_checks_a_fresh_run_once_and_can_be_told_not_to(tmp_pat
 
 @pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 def test_the_command_line_stops_before_a_run_that_would_fail(tmp_path, capsys):
-    wild = "--config.algorithm.optimizer.learning_rate=inf"
+    wild = "--config.algorithm.optimizer.learning_rate=1e38"
     assert call(*SINUSOID, ON, "--noprogress", f"--workdir={tmp_path}", wild) == 2
     captured = capsys.readouterr()
     assert "metalearn: On the first task the outer loss is" in captured.err

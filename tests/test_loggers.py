@@ -219,6 +219,17 @@ def test_where_the_wandb_server_does_not_answer_the_run_is_logged_offline(
     assert history[0]["item"]["loss"] == 0.5
 
 
+@pytest.mark.parametrize(("fails", "code"), [(False, 0), (True, 1)])
+def test_a_run_that_failed_is_marked_as_such(wandb, tmp_path, fails, code):
+    logger = WandbLogger(mode="offline", directory=tmp_path)
+    logger.start(0, {}, {})
+    logger.log(1, {"loss": 0.5})
+    logger.abandon() if fails else logger.finish()
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    (end,) = [record["exit"] for record in inspect(run) if record["type"] == "exit"]
+    assert end["exit_code"] == code
+
+
 def test_a_disabled_wandb_run_writes_nothing(wandb, tmp_path):
     logger = WandbLogger(mode="disabled", directory=tmp_path / "run")
     logger.start(0, {"seed": 0}, {})

@@ -146,7 +146,7 @@ def test_what_has_no_size_has_no_largest_value(refused, key):  # noqa: F811
 def test_what_plan_cannot_read_is_refused(refused):  # noqa: F811
     message = refused(*PLAN, "--budget=40Gb2")
     assert message.startswith("'40Gb2' is no amount of memory.")
-    assert refused("plan").startswith("`metalearn plan` needs a config: --config=NAME or ")
+    assert refused("plan").startswith("`metalearn plan` needs a config: --config=NAME, ")
 
 
 def test_planning_reads_a_dataset_without_putting_it_on_the_device():

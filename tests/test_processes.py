@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -107,6 +108,38 @@ def test_the_same_command_trains_in_two_processes_and_one_writes(tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-4)
     tests = [json.loads((workdir / "test.json").read_text()) for workdir in (one, two)]
     np.testing.assert_allclose(*(test["loss"]["mean"] for test in tests), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_asked_to_stop_both_save_and_leave(tmp_path):
+    words = [
+        *(sys.executable, "-m", "metalearn", "train", "--config=maml_sinusoid"),
+        *("--config.steps=100000", "--config.log_every=1", "--config.checkpoint_every=100000"),
+        *("--config.wandb.mode=disabled", "--config.eval_every=0", f"--workdir={tmp_path}"),
+        *(f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"),
+    ]
+    started = [
+        subprocess.Popen(
+            [*words, f"--process={process}"],
+            env=environment(1),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    logged, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (logged.exists() and logged.read_text()):
+        time.sleep(0.05)
+    started[1].terminate()
+    try:
+        said = [process.communicate(timeout=60)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [75, 75], said
+    (stopped_at,) = [int(p.name) for p in tmp_path.glob("checkpoints/*") if p.name.isdigit()]
+    assert f"SIGTERM after outer step {stopped_at} of 100000. It is saved" in said[0]
 
 
 # What cannot be.

@@ -189,7 +189,7 @@ class Suggestions:
 
 def _study(key: jax.Array) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    seed = int(jax.random.bits(key))
+    seed = int(jax.random.bits(key, dtype=jnp.uint32))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(n_startup_trials=ENOUGH, multivariate=True, seed=seed)
