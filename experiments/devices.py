@@ -32,6 +32,7 @@ def layout(config: Mapping[str, Any]) -> Layout | None:
     Raises:
       ValueError: for a mesh that the devices, the tasks or the engine do not fit.
     """
+    config = {**config, **config.get("auto", {})}  # with the chunks that were chosen
     mesh = {**DEFAULTS, **config.get("mesh", {})}
     _check(mesh, config)
     rules = tuple(map(_rule, mesh["rules"]))
@@ -52,6 +53,7 @@ def for_evaluation(config: Mapping[str, Any]) -> Layout | None:
 
 def idle(config: Mapping[str, Any], found: Layout | None) -> str:
     """Say how many devices take no part, and why; "" where all do."""
+    config = {**config, **config.get("auto", {})}
     taken, there = 1 if found is None else found.mesh.size, len(jax.devices())
     if taken == there:
         return ""

@@ -130,7 +130,7 @@ def main(argv: Sequence[str]) -> int:
         print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
         return 130
     except Interrupted as stop:
-        print(f"\n{stop} It is saved, and the same command goes on.", file=sys.stderr)
+        print(f"\n{stop}", file=sys.stderr)
         return EXIT_STATUS
     except REPORTED as error:
         if flags.FLAGS.is_parsed() and _TRACEBACK.value:

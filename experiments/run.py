@@ -116,15 +116,18 @@ def restore(workdir: pathlib.Path, best: bool = False) -> Restored:
     opened.close()
     if record is None:
         raise ValueError(f"The run in {workdir} has no checkpoint yet. Train it further.")
-    checkpoints = _open(workdir, record["config"])
-    record = checkpoints.record(checkpoints.best_step()) if best else record
-    assert record is not None
     splits = build.splits(record["config"]["dataset"])
     layout = devices.for_evaluation(record["config"])
     trainer = build.trainer(record["config"], splits, layout)
-    state = checkpoints.restore_state(trainer.shapes(splits.train), record["step"])
+    checkpoints = _open(workdir, record["config"])  # now: a run may be training beside us
+    shapes = trainer.shapes(splits.train)
+    if best:
+        record = checkpoints.record(checkpoints.best_step()) or record
+        state, loggers = checkpoints.restore_state(shapes, record["step"]), record["loggers"]
+    else:
+        state, loggers = checkpoints.restore(shapes)
     checkpoints.close()
-    return Restored(record["config"], trainer, splits, state, record["loggers"])
+    return Restored(record["config"], trainer, splits, state, loggers)
 
 
 def evaluate(workdir: pathlib.Path, tasks: int, best: bool = False) -> dict[str, Estimate]:

@@ -89,20 +89,20 @@ class Checkpoints:
         Raises:
           DamagedError: where there are some, and all are damaged.
         """
-        steps, damaged = self._store.steps(), self._store.damaged
+        newest, damaged = self._store.newest(), self._store.damaged
         for step in sorted(damaged.keys() - self._told):
             say(
                 f"The checkpoint of outer step {step} in {self.directory} is damaged "
                 f"({damaged[step]}): falling back to the one before."
             )
-        self._told |= damaged.keys()
-        if damaged and not steps:
+        self._told = set(damaged)
+        if damaged and newest is None:
             found = "; ".join(f"{step}: {why}" for step, why in sorted(damaged.items()))
             raise DamagedError(
                 f"No checkpoint in {self.directory} can be read ({found}). Restore them from a "
                 "copy, or train in another workdir."
             )
-        return steps[0] if steps else None
+        return newest
 
     def best_step(self) -> int:
         """Return the outer step of the best checkpoint; ValueError where none was evaluated."""
@@ -110,7 +110,8 @@ class Checkpoints:
         if step is None:
             raise ValueError(
                 f"The run in {self.directory} has no best checkpoint: its config sets no "
-                "`checkpoint_best`, such as 'max eval/accuracy', or it was not evaluated yet."
+                "`checkpoint_best`, such as 'max eval/accuracy', it was not evaluated yet, or the "
+                "checkpoint is damaged."
             )
         return step
 
@@ -180,8 +181,8 @@ class Checkpoints:
         self._store.close()
 
     def _refused(self, error: DiskError) -> None:
-        kept = self._store.steps()
-        left = f"the newest one is of outer step {kept[0]}" if kept else "there is none yet"
+        kept = self._store.newest()
+        left = f"the newest one is of outer step {kept}" if kept else "there is none yet"
         say(
             f"A checkpoint could not be written to {self.directory} ({error}): {left}. Training "
             "goes on; make room before the next."

@@ -7,7 +7,9 @@ it is not offered any more, and moved out of the way when a new save may need it
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import math
 import pathlib
 import re
 import shutil
@@ -18,6 +20,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from metalearn import digests
@@ -58,9 +61,10 @@ class Store:
         names = ("state", "record")
         return ocp.CheckpointManager(self.directory, options=self._options, item_names=names)
 
-    def steps(self) -> list[int]:
-        """Return the steps whose files are whole, the newest first."""
-        return [s for s in sorted(self._manager.all_steps(), reverse=True) if self._is_whole(s)]
+    def newest(self) -> int | None:
+        """Return the newest step whose files are whole; None where there is none."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        return next((step for step in steps if self._is_whole(step)), None)
 
     def best(self) -> int | None:
         """Return the step with the best metric; None where none has one."""
@@ -72,16 +76,24 @@ class Store:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )
-        name = self._best[1] if self._best else ""
-        judged = {name: metrics[name]} if name in metrics else None
         self._set_damaged_aside()
         self._sweep()
         with _Disk(self):
-            self._manager.save(step, args=items, metrics=judged)
+            begun = self._manager.save(step, args=items, metrics=self._judged(metrics))
+        if not begun:
+            raise ValueError(
+                f"A checkpoint of outer step {step} cannot be written to {self.directory}, which "
+                f"has one of step {self._manager.latest_step()}: another run's, by the number."
+            )
         self._whole.add(step)
         if jax.process_index() == 0:
             self._writing = threading.Thread(target=self._write_digests, args=(step,), daemon=True)
             self._writing.start()
+
+    def _judged(self, metrics: Mapping[str, float]) -> dict[str, float] | None:
+        """Return what a step is judged by; None where it was not evaluated, or is not finite."""
+        name = self._best[1] if self._best else ""
+        return {name: metrics[name]} if math.isfinite(metrics.get(name, math.nan)) else None
 
     def read_record(self, step: int) -> Any:
         """Return the JSON record of a step."""
@@ -96,6 +108,8 @@ class Store:
     def _read(self, step: int, items: Any) -> Any:
         try:
             return self._manager.restore(step, args=items)
+        except MemoryError:
+            raise
         except Exception as error:  # whatever Orbax and tensorstore make of damaged files
             raise UnreadableError(first_line(error)) from error
 
@@ -111,6 +125,8 @@ class Store:
 
     def reopen(self) -> None:
         """Begin anew after a save that failed."""
+        with contextlib.suppress(Exception):  # it failed, and closing it may say so again
+            self._manager.close()
         self._manager = self._open()
         self._failed = True
 
@@ -147,12 +163,16 @@ class Store:
 
     def _set_damaged_aside(self) -> None:
         """Move damaged checkpoints where no save will meet them."""
+        if not self.damaged:
+            return
         for step in self.damaged:
             place = self.directory / str(step)
             if jax.process_index() == 0 and place.exists():
                 place.rename(self.directory / f"damaged-{step}-{time.time_ns()}")
-        if self.damaged:
-            self._manager.reload()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
+        self.damaged.clear()
 
 
 class _Disk:
@@ -165,6 +185,8 @@ class _Disk:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if jax.process_count() > 1:  # the others may have seen nothing: let it end the run
+            return
         of_disk = isinstance(error, OSError) and error.errno in DISK
         if error is not None and (of_disk or DISK_TEXT.search(str(error))):
             self.store.reopen()
@@ -178,7 +200,7 @@ def _options(keep: int, best: tuple[str, str] | None) -> ocp.CheckpointManagerOp
     mode, name = best
 
     def metric(metrics: Any) -> float:
-        return metrics[name]
+        return metrics.get(name, math.inf if mode == "min" else -math.inf)  # of another config
 
     kept = policies.BestN(
         get_metric_fn=metric, reverse=mode == "min", n=1, keep_checkpoints_without_metrics=False

@@ -98,7 +98,7 @@ class Watch:
         """Return the smaller pace after a back-off; None where it is one back-off too many."""
         smaller = pace * self.faults.shrink
         least = self.faults.shrink**self.faults.most
-        return smaller if smaller > least * (1 - 1e-3) else None
+        return smaller if smaller > least * (1 - 1e-5) else None
 
     def diverges(self, step: int, values: Mapping[str, float]) -> str | None:
         """Note an outer step; return what to say where inner runs have diverged, once a run."""

@@ -75,16 +75,31 @@ class JsonlLogger(Logger):
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
         self._waiting: list[str] = []
+        self._told = False
 
     def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:
         """Go on after `step`: the lines after it will come again."""
-        del config, record
+        del config
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.back_to(step)
+        self._take_back(step)
+        self._waiting = list(record.get("waiting", []))
+        self._write()
+
+    def record(self) -> Record:
+        """Return the lines that a full disk has not taken yet."""
+        self._write()
+        return {"waiting": self._waiting} if self._waiting else {}
 
     def back_to(self, step: int) -> None:
-        """Drop the lines after `step`, and one cut short by a kill."""
-        self._write()
+        """Drop the lines after `step`."""
+        self._waiting = [line for line in self._waiting if json.loads(line)["step"] <= step]
+        try:
+            self._take_back(step)
+        except OSError as error:
+            tqdm.write(f"{self.path} cannot be written ({error}): lines after {step} stay in it.")
+
+    def _take_back(self, step: int) -> None:
+        """Drop the lines of the file after `step`, and one cut short by a kill."""
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         aside = self.path.with_suffix(".tmp")
@@ -98,6 +113,8 @@ class JsonlLogger(Logger):
     def finish(self, table: Mapping[str, Estimate] | None = None) -> None:
         del table
         self._write()
+        if self._waiting:
+            tqdm.write(f"{self.path} lacks its last {len(self._waiting)} lines: the disk is full.")
 
     def _write(self) -> None:
         """Append the lines that wait, all or none."""
@@ -110,10 +127,12 @@ class JsonlLogger(Logger):
         except OSError as error:
             if self.path.exists():
                 os.truncate(self.path, whole)
-            if len(self._waiting) == 1:  # said once, not at every line
+            if not self._told:  # once, not at every line
                 tqdm.write(f"{self.path} cannot be written ({error}): its lines wait in memory.")
+            self._told = True
             return
         self._waiting.clear()
+        self._told = False
 
 
 class WandbLogger(Logger):

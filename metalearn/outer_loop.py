@@ -43,7 +43,7 @@ class Steps(health.Looks, Protocol):
 
 
 class Interrupted(Exception):
-    """A run was asked to stop, and has saved where it stands."""
+    """A run was asked to stop, and has saved where it stands, if it could: the text says so."""
 
 
 class _Taken(NamedTuple):
@@ -115,7 +115,17 @@ class OuterLoop:
             kept = {type(logger).__name__: logger.record() for logger in self.loggers}
             keeps.save(state, step, kept, found)
         if asked:
-            raise Interrupted(f"{asked} after outer step {step} of {fit.steps}.")
+            raise Interrupted(f"{asked} after outer step {step} of {fit.steps}. {self._kept(step)}")
+
+    def _kept(self, step: int) -> str:
+        """Say what is left of a run that stops here."""
+        if self.checkpoints is None:
+            return "Nothing is saved."
+        self.checkpoints.wait()
+        newest = self.checkpoints.latest()
+        if newest == step:
+            return "It is saved, and the same command goes on."
+        return f"It could NOT be saved: the same command goes on from outer step {newest or 0}."
 
     def _due(self, step: int, every: int | None) -> bool:
         return bool(every) and (step % (every or 1) == 0 or step == self.fit.steps)

@@ -21,6 +21,7 @@ from metalearn.chunks import mean_and_each
 from metalearn.engines import Aux, MetaGradient, MixedFlow
 from metalearn.engines.check import check_eta
 from metalearn.evaluation import Estimate, estimate, task_metrics
+from metalearn.faults import WATCHED
 from metalearn.fit import Fit
 from metalearn.fitting import run
 from metalearn.inner_metrics import step_metrics
@@ -133,7 +134,7 @@ class Trainer:
         metrics["meta_grad_norm"] = optax.tree.norm(grads)
         metrics["meta_update_norm"] = optax.tree.norm(updates)
         if self.skip_nonfinite:
-            fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["meta_update_norm"])
+            fine = jnp.stack([jnp.isfinite(metrics[name]) for name in WATCHED]).all()
             eta, optimizer = select(fine, (eta, optimizer), (state.eta, state.optimizer))
             metrics["step_skipped"] = ~fine
         after = TrainState(state.step + 1, eta, optimizer, state.key, inner, state.pace)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import re
 import shutil
@@ -230,8 +231,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, opened, 
     assert said.count("The checkpoint of outer step 3 in") == 1 and "falling back" in said
 
     checkpoints.save(a_state(seed=7, step=3), 3, {})  # its place is free again
+    checkpoints.wait()
+    assert checkpoints.latest() == 3
+    checkpoints.save(a_state(seed=8, step=4), 4, {})
     checkpoints.close()
-    assert bits(opened().restore(a_state())[0]) == bits(a_state(seed=7, step=3))
+    for step, seed in ((3, 7), (4, 8)):
+        assert bits(opened().restore_state(a_state(), step)) == bits(a_state(seed=seed, step=step))
     assert len(list(directory.glob("damaged-3-*"))) == 1
 
 
@@ -254,7 +259,7 @@ def test_the_digests_of_a_checkpoint_name_all_its_files(opened, tmp_path):
 def test_the_best_checkpoint_is_kept_beside_the_newest(opened, tmp_path):
     for best, expected in (("max eval/accuracy", 2), ("min eval/accuracy", 1)):
         checkpoints = Checkpoints(tmp_path / best[:3], keep=1, best=best)
-        for step, accuracy in enumerate((0.5, 0.9, None, 0.7, 0.6), 1):
+        for step, accuracy in enumerate((0.5, 0.9, None, math.nan, 0.6), 1):
             metrics = {} if accuracy is None else {"eval/accuracy": accuracy, "eval/loss": 1.0}
             checkpoints.save(a_state(step=step), step, {}, metrics)
         checkpoints.wait()
@@ -264,6 +269,23 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(opened, tmp_path):
         checkpoints.close()
         kept = {p.name for p in (tmp_path / best[:3]).iterdir() if p.is_dir()}
         assert kept == {str(expected), "5"}
+
+
+def test_a_best_by_another_metric_than_before_is_found_among_the_new_ones(tmp_path):
+    for step, best in ((1, "max eval/accuracy"), (2, "min eval/loss"), (3, "min eval/loss")):
+        checkpoints = Checkpoints(tmp_path, {"best": best}, keep=3, best=best, allow_change=True)
+        checkpoints.save(a_state(step=step), step, {}, {best[4:]: 1.0 / step})
+        checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, keep=3, best="min eval/loss")
+    assert checkpoints.best_step() == 3
+    checkpoints.close()
+
+
+def test_a_step_that_another_run_has_passed_is_refused(opened, tmp_path):
+    several(opened, tmp_path)
+    message = "^A checkpoint of outer step 2 cannot be written to .*, which has one of step 3"
+    with pytest.raises(ValueError, match=message):
+        opened().save(a_state(step=2), 2, {})
 
 
 def test_a_run_that_keeps_no_best_says_so(opened, tmp_path):

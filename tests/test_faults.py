@@ -92,6 +92,22 @@ def test_a_step_that_is_not_finite_is_skipped_and_leaves_no_trace_but_its_count(
     assert int(counts) == 12 - sum(skipped)
 
 
+@dataclasses.dataclass(frozen=True)
+class Cliff(Bowl):
+    """A loss that is finite, with a derivative whose square is not."""
+
+    def unroll(self, episode, key):
+        return super().unroll(episode, key)._replace(loss=lambda eta, state: (1e30 * eta, {}))
+
+
+def test_a_skipped_step_leaves_no_infinity_in_the_outer_optimizer():
+    heard, trainer = Heard(), Trainer(Cliff(), Reverse(), optax.adam(0.1), tasks_per_step=1)
+    state = fit(trainer, 3, heard, faults=Faults(nonfinite="skip"))
+    assert [row["step_skipped"] for _, row in heard.rows] == [1, 1, 1]
+    assert float(state.eta) == 1.0
+    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), state.optimizer))
+
+
 def test_too_many_steps_skipped_in_a_row_stop_the_run():
     message = "^`loss` became nan at outer step 7, after 4 steps in a row that were skipped, so"
     with pytest.raises(NonFiniteError, match=message):

@@ -79,6 +79,24 @@ def test_lines_that_a_full_disk_refuses_wait_and_are_written_later(tmp_path, ful
     assert capsys.readouterr().out.count("its lines wait in memory") == 1
 
 
+def test_lines_that_wait_are_taken_back_kept_in_the_record_and_missed(tmp_path, full_disk, capsys):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    logger.start(0, {}, {})
+    logger.log(1, {"loss": 1.0})
+    full_disk(True)
+    for step in (2, 3):
+        logger.log(step, {"loss": 10.0 * step})
+    logger.back_to(2)
+    record = logger.record()
+    logger.finish()
+    assert f"{logger.path} lacks its last 1 lines: the disk is full." in capsys.readouterr().out
+    full_disk(False)
+    again = JsonlLogger(logger.path)
+    again.start(2, {}, json.loads(json.dumps(record)))
+    rows = [json.loads(line) for line in logger.path.read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 20.0}]
+
+
 def test_console_logger_prints_now_and_then_every_evaluation_and_the_table(capsys):
     logger = ConsoleLogger(every=10)
     logger.start(0, {}, {})
