@@ -115,6 +115,7 @@ def test_two_processes_of_which_one_is_asked_to_stop_both_save_and_leave(tmp_pat
     words = [
         *(sys.executable, "-m", "metalearn", "train", "--config=maml_sinusoid"),
         *("--config.steps=100000", "--config.log_every=1", "--config.checkpoint_every=100000"),
+        "--config.tasks_per_step=8",
         *("--config.wandb.mode=disabled", "--config.eval_every=0", f"--workdir={tmp_path}"),
         *(f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"),
     ]
@@ -129,7 +130,9 @@ def test_two_processes_of_which_one_is_asked_to_stop_both_save_and_leave(tmp_pat
         for process in range(2)
     ]
     logged, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline and not (logged.exists() and logged.read_text()):
+    while time.monotonic() < deadline and started[0].poll() is None:
+        if logged.exists() and logged.read_text():
+            break
         time.sleep(0.05)
     started[1].terminate()
     try:
