@@ -84,7 +84,7 @@ BASES: dict[str, dict[str, Any]] = {  # where SMALL is not enough, or the data i
 }
 # Of the configs that compile in seconds, one case in so many takes its step. The others are traced
 # alone, by the same code: what a program is refused for is found before it is compiled.
-ONE_IN = 6
+ONE_IN = 2
 QUICK = ("maml_digits", "maml_sinusoid", "maml_omniglot", "fds_digits", "learned_optimizer_digits")
 
 
