@@ -60,7 +60,8 @@ def test_many_changed_configs_run_or_are_refused_in_our_words(tmp_path):
     skip_without("text")
     outcomes = fuzz(500, tmp_path, NAMES)
     assert outcomes.total() >= 500
-    assert outcomes["stepped"] >= 10 and outcomes["traced"] >= 100 and outcomes["refused"] >= 100
+    accepted = outcomes["stepped"] + outcomes["traced"]
+    assert outcomes["stepped"] >= 10 and accepted >= 80 and outcomes["refused"] >= 100
 
 
 def fuzz(examples, workdir, names):
