@@ -141,7 +141,7 @@ class Checkpoints:
         """
         self.wait()
         while (record := self.record()) is not None:
-            self.check_config()
+            self._check_config(record)
             try:
                 return self._state(record, state), record["loggers"]
             except UnreadableError as error:
@@ -150,8 +150,11 @@ class Checkpoints:
 
     def check_config(self) -> None:
         """Raise ChangedConfigError if the newest checkpoint was written under another config."""
-        record = None if self.allow_change else self.record()
-        if record is not None:
+        if (record := self.record()) is not None:
+            self._check_config(record)
+
+    def _check_config(self, record: Record) -> None:
+        if not self.allow_change:
             run_record.check_config(record, self.config, self.directory)
 
     def restore_state(self, state: TrainState, step: int | None = None) -> TrainState:

@@ -148,7 +148,7 @@ class Store:
         while self._manager.is_saving_in_progress():
             time.sleep(0.02)
         if (self.directory / str(step)).is_dir():
-            digests.try_write(self.directory / str(step))
+            digests.write(self.directory / str(step))
 
     def _is_whole(self, step: int) -> bool:
         if step in self.damaged:

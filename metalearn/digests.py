@@ -17,17 +17,15 @@ NAME = "digests.json"
 
 
 def write(directory: pathlib.Path) -> None:
-    """Write down the digest of every file below a directory."""
-    found = {str(path.relative_to(directory)): _digest(path) for path in _files(directory)}
-    aside = directory.with_name(f"{directory.name}.digests")
-    aside.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    aside.replace(directory / NAME)
+    """Write down the digest of every file below a directory, where the disk lets it.
 
-
-def try_write(directory: pathlib.Path) -> None:
-    """Write the digests where the disk lets it: without them a checkpoint is as good."""
+    Without them a checkpoint is as good.
+    """
     with contextlib.suppress(OSError):
-        write(directory)
+        found = {str(path.relative_to(directory)): _digest(path) for path in _files(directory)}
+        aside = directory.with_name(f"{directory.name}.digests")
+        aside.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        aside.replace(directory / NAME)
 
 
 def trouble(directory: pathlib.Path) -> str | None:
