@@ -36,6 +36,12 @@ def settled(config: dict[str, Any], checkpoints: pathlib.Path) -> dict[str, Any]
             f'engine="auto" chooses the options of the engine too, but engine_options.{given[0]} '
             "is set. Leave it unset, or name the engine."
         )
+    if config.get("segment") is not None:
+        raise ValueError(
+            f'engine="auto" may choose one that keeps what is behind it, and segment='
+            f'{config["segment"]} cuts a run into programs. Name the engine, "forward", or leave '
+            "`segment` unset."
+        )
     kept = _recorded(checkpoints).get(AUTO)
     chosen = kept or agreed(_choice(config))
     say(f"engine: {chosen['why']}{' (chosen when the run began)' if kept else ''}.")
@@ -68,7 +74,7 @@ def abstract(config: Mapping[str, Any]) -> tuple[Trainer, Any]:
 
     train, validation, test = jax.eval_shape(tasks)
     splits = read[-1]._replace(train=train, validation=validation, test=test)
-    open_config = {**config, "engine": "mixed_flow", "engine_options": {}}
+    open_config = {**config, "engine": "mixed_flow", "engine_options": {}, "segment": None}
     return build.trainer(open_config, splits, devices.layout(config)), train
 
 

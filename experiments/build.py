@@ -106,7 +106,11 @@ class Splits(NamedTuple):
 
 def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = None) -> Trainer:
     """Build the trainer that a config describes, with what `engine="auto"` chose if it did."""
-    added = {"truncation": {"steps": None}, "isolate": False}  # that configs did not always have
+    added = {
+        "truncation": {"steps": None},
+        "isolate": False,
+        "segment": None,
+    }  # that configs did not always have
     config = {**added, **config, **config.get("auto", {})}
     learner = algorithm(config["algorithm"], model(config["model"], splits))
     options = {**config.get("engine_options", {}), **devices.tangents(layout)}
@@ -119,6 +123,7 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
         truncation=truncation(config["truncation"]),
         isolate=config["isolate"],
         layout=layout,
+        segment=config["segment"],
     )
 
 
@@ -173,16 +178,28 @@ def outer_optimizer(
         if clip is not None:
             raise ValueError("`fds_rule` takes signs, which no clip changes: leave `clip` unset.")
         made = schedule(1.0, steps)
-        if not options.pop("guarded", True):
+        pace = made if callable(made) else None
+        if options.pop("guarded", True):
+            pace = _settling(pace, steps)
+        else:
             options["tolerance"] = None
         keys.check_call("outer optimizer 'fds_rule'", fds_rule, options, 1)
-        return fds_rule(hyperparameters, **options, schedule=made if callable(made) else None)
+        return fds_rule(hyperparameters, **options, schedule=pace)
     if "learning_rate" not in options:
         raise ValueError(f"The outer optimizer {options['name']!r} needs a learning_rate.")
     made = optimizer({**options, "learning_rate": schedule(options["learning_rate"], steps)})
     if clip is not None:
         made = optax.chain(optax.clip_by_global_norm(clip), made)
     return made if hyperparameters is None else in_ranges(made, hyperparameters)
+
+
+def _settling(pace: optax.Schedule | None, steps: int) -> optax.Schedule:
+    """Return a schedule whose last move goes nowhere: to where the outer loss was last accepted."""
+
+    def at(step: Any) -> Any:
+        return jnp.where(step < steps - 1, 1.0 if pace is None else pace(step), 0.0)
+
+    return at
 
 
 def algorithm(config: Mapping[str, Any], network: Model) -> Algorithm:

@@ -63,7 +63,7 @@ def table(found: Plan, trainer: Trainer) -> Iterator[str]:
         f"budget {show_bytes(found.budget)}"
     )
     yield ""
-    chunk = trainer.at_once
+    chunk = trainer.batch.at_once
     refusals = {row.name: row.refusal for row in found.rows if row.refusal}
     rows = [("", "plain training", str(chunk), *_cells(found.plain, found.plain), "")]
     rows += [_row_cells(row, found) for row in found.rows if not row.refusal]

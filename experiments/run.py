@@ -182,6 +182,7 @@ def _open(workdir: pathlib.Path, config: dict[str, Any], allow_change: bool = Fa
         config.get("checkpoint_keep", 2),
         config.get("checkpoint_best"),
         allow_change,
+        config.get("checkpoint_within", 0),
     )
 
 

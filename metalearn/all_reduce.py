@@ -31,6 +31,8 @@ def mean_of_all(tree: Any, axis: str, whole: bool = True) -> Any:
 
 
 def _end_to_end(leaves: list[jax.Array], axis: str) -> list[jax.Array]:
+    if not leaves:
+        return []
     dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
     packed = jnp.concatenate([leaf.ravel().astype(dtype) for leaf in leaves])
     ends = itertools.accumulate(leaf.size for leaf in leaves)

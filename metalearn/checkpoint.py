@@ -5,6 +5,9 @@ truncations) and a record (`metalearn.run_record`). A save is written aside and 
 kill at any moment leaves the one before, and it is written beside the training. Loading runs
 no code. The newest few are kept, and the best if there is a metric to tell.
 
+An outer step that is taken in segments can be saved between two of them, in `within/`: the
+newest of these counts where it is of a later moment than the newest whole step.
+
 A checkpoint that is damaged is passed over for the one before it. A disk that is full, or
 gone, does not end the run: the save is left out, and said so.
 """
@@ -14,12 +17,13 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from metalearn import run_record
+from metalearn.checkpoint_inside import Inside
 from metalearn.checkpoint_store import DiskError, Store, UnreadableError
 from metalearn.checks import at_least
 from metalearn.processes import say
@@ -44,6 +48,7 @@ class Checkpoints:
         keep: int = 2,
         best: str | None = None,
         allow_change: bool = False,
+        within: int = 0,
     ):
         """Open or make a directory.
 
@@ -55,14 +60,18 @@ class Checkpoints:
           best: keep one more, the best by an evaluated metric: "max eval/accuracy" or "min
             eval/loss". A checkpoint is then written at every evaluation, too.
           allow_change: resume whatever the config.
+          within: segments from one to the next inside an outer step, where the trainer has
+            segments; 0: none, but where the run is asked to stop.
         """
-        at_least("Checkpoints", 0, every=every)
+        at_least("Checkpoints", 0, every=every, within=within)
         if keep < 1:
             raise ValueError(f"A run keeps at least its newest checkpoint, not {keep} of them.")
         self.directory = pathlib.Path(directory).absolute()
         self.config = json.loads(json.dumps(dict(config or {})))
         self.every, self.best, self.allow_change = every, best or None, allow_change
+        self.within = within
         self._store = Store(self.directory, keep, _best(best) if best else None)
+        self._inside = Inside(self.directory / "within")
         self._told: set[int] = set()  # damaged steps that were spoken of
 
     def save(
@@ -77,11 +86,30 @@ class Checkpoints:
         `metrics` are those evaluated at this step; `best` is one of them.
         """
         record = run_record.record(step, self.config, loggers, state)
+        self._save(lambda: self._store.save(step, state, record, metrics or {}))
+
+    def save_within(
+        self, state: TrainState, step: int, inner_step: int, loggers: Mapping[str, Any]
+    ) -> None:
+        """Begin to save a run that stands inside the outer step after `step`."""
+        record = run_record.record(step, self.config, loggers, state) | {"inner_step": inner_step}
+        self._save(lambda: self._inside.save(state, record))
+
+    def _save(self, begin: Callable[[], None]) -> None:
         self.wait()
         try:
-            self._store.save(step, state, record, metrics or {})
+            begin()
         except DiskError as error:
             self._refused(error)
+
+    def within_at(self) -> tuple[int, int] | None:
+        """Return (outer steps, inner steps) of the newest save inside a step, or None."""
+        record = self._inside.record()
+        return None if record is None else (record["step"], record["inner_step"])
+
+    def drop_within(self) -> None:
+        """Forget what was saved inside outer steps."""
+        self._inside.clear()
 
     def latest(self) -> int | None:
         """Return the outer step of the newest checkpoint that is whole; None where none was made.
@@ -140,6 +168,8 @@ class Checkpoints:
           DamagedError: if no checkpoint can be read.
         """
         self.wait()
+        if (inside := self._restore_within(state)) is not None:
+            return inside
         while (record := self.record()) is not None:
             self._check_config(record)
             try:
@@ -148,10 +178,29 @@ class Checkpoints:
                 self._store.damaged[record["step"]] = str(error)
         return state, {}
 
+    def _restore_within(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Return what was saved inside an outer step, where that is the newest."""
+        record = self._inside.record()
+        if record is not None and record["step"] >= (self._store.newest() or 0):
+            run_record.check_schema(record, self.directory)
+            self._check_config(record)
+            try:
+                return self._state(record, state, self._inside.read_state), record["loggers"]
+            except UnreadableError as error:
+                self._inside.set_aside(error)
+                return self._restore_within(state)
+        if self._inside.damage:
+            say(
+                f"A checkpoint inside an outer step, in {self.directory}, is damaged "
+                f"({self._inside.damage}): going back to an earlier one."
+            )
+        return None
+
     def check_config(self) -> None:
         """Raise ChangedConfigError if the newest checkpoint was written under another config."""
-        if (record := self.record()) is not None:
-            self._check_config(record)
+        for record in (self.record(), self._inside.record()):
+            if record is not None:
+                self._check_config(record)
 
     def _check_config(self, record: Record) -> None:
         if not self.allow_change:
@@ -164,24 +213,29 @@ class Checkpoints:
             raise ValueError(f"There is no checkpoint in {self.directory}.")
         return self._state(record, state)
 
-    def _state(self, record: Record, state: TrainState) -> TrainState:
+    def _state(
+        self, record: Record, state: TrainState, read: Callable[[Any], Any] | None = None
+    ) -> TrainState:
         """Return the state that a record is of; fields that its schema lacks have defaults."""
         shapes = jax.tree.map(_wanted, state)
         run_record.check_arrays(record, shapes, self.directory)
         wanted = {name: shapes.__dict__[name] for name in run_record.FIELDS[record["schema"]]}
-        return TrainState(**self._store.read_state(record["step"], wanted))
+        found = self._store.read_state(record["step"], wanted) if read is None else read(wanted)
+        return TrainState(**found)
 
     def wait(self) -> None:
         """Wait for the last save to be whole; say so where the disk refused it."""
-        try:
-            self._store.wait()
-        except DiskError as error:
-            self._refused(error)
+        for store in (self._store, self._inside):
+            try:
+                store.wait()
+            except DiskError as error:
+                self._refused(error)
 
     def close(self) -> None:
         """Wait for the last save to be whole, and close."""
         self.wait()
         self._store.close()
+        self._inside.close()
 
     def _refused(self, error: DiskError) -> None:
         kept = self._store.newest()

@@ -66,6 +66,10 @@ class Store:
         steps = sorted(self._manager.all_steps(), reverse=True)
         return next((step for step in steps if self._is_whole(step)), None)
 
+    def last(self) -> int | None:
+        """Return the newest step, whole or not; None where there is none."""
+        return self._manager.latest_step()
+
     def best(self) -> int | None:
         """Return the step with the best metric; None where none has one."""
         step = self._manager.best_step()
@@ -112,6 +116,12 @@ class Store:
             raise
         except Exception as error:  # whatever Orbax and tensorstore make of damaged files
             raise UnreadableError(first_line(error)) from error
+
+    def clear(self) -> None:
+        """Delete every checkpoint."""
+        for step in self._manager.all_steps():
+            self._manager.delete(step)
+        self._whole.clear()
 
     def wait(self) -> None:
         """Wait for the last save to be whole; DiskError where the disk refused it."""

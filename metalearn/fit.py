@@ -22,7 +22,8 @@ class Fit:
     check_every: int | None = None  # outer steps; a `HealthWarning` for what is found
     faults: Faults = Faults()
     # Asked after every outer step, with its number: None, or why the run is to stop. It then
-    # saves and raises Interrupted.
+    # saves and raises Interrupted. Of outer steps in segments: after every segment, with how
+    # many there were.
     asked_to_stop: Callable[[int], str | None] | None = None
     progress: bool = True  # a bar with the rate and the loss
 

@@ -5,17 +5,14 @@ What happens in between is the loop's (`metalearn.outer_loop`).
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from metalearn.fit import Fit
 from metalearn.loggers import Logger
 from metalearn.outer_loop import Interrupted, OuterLoop, Steps
 from metalearn.processes import is_first
+from metalearn.progress import bars
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 
@@ -52,8 +49,10 @@ def run(
     try:
         for logger in loggers:
             logger.start(first, config, record.get(type(logger).__name__, {}))
-        with _bar(fit, first, trainer.tasks_per_step) as bar:
-            return OuterLoop(fit, trainer, tasks, loggers, checkpoints, bar).run(state)
+        shown = fit.progress and is_first()
+        parts = trainer.parts(tasks)
+        with bars(fit.steps, first, trainer.tasks_per_step, parts[-1].steps, shown) as shows:
+            return OuterLoop(fit, trainer, tasks, loggers, checkpoints, shows).run(state)
     except Interrupted:
         for logger in loggers:
             logger.finish()
@@ -62,18 +61,3 @@ def run(
         for logger in loggers:
             logger.abandon()
         raise
-
-
-@contextlib.contextmanager
-def _bar(fit: Fit, first: int, tasks_per_step: int) -> Iterator[tqdm]:
-    with tqdm(
-        total=fit.steps,
-        initial=first,
-        unit="step",
-        desc=f"outer steps of {tasks_per_step} tasks",
-        disable=not (fit.progress and is_first()),
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 5.0,
-    ) as bar:
-        bar.set_postfix_str("compiling the first step")
-        yield bar

@@ -82,7 +82,7 @@ class Costs:
 
         def step(eta: Any, tasks: Any, key: jax.Array) -> dict[str, Any]:
             keys = jax.random.split(key, trainer.tasks_per_step)
-            return trainer.mean_over(on_task, (eta, tasks), keys)
+            return trainer.batch.mean(on_task, (eta, tasks), keys)
 
         return cost(jax.jit(step), state.eta, self.tasks, state.key, known=self.known)
 

@@ -3,6 +3,7 @@
 The device is never waited for: the metrics of a step are read while the next one runs, which
 is also when a fault is noticed. Where the host must wait (it evaluates, saves, checks, or was
 asked to stop) the step is looked at first, so that no checkpoint holds what a fault has left.
+An outer step of several programs (`Trainer(segment=)`) is saved, and stopped, between them too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from metalearn import health
 from metalearn.evaluation import Estimate
@@ -21,6 +21,7 @@ from metalearn.faults import DivergedError, NonFiniteError, Watch, broken
 from metalearn.fit import Fit
 from metalearn.loggers import Logger
 from metalearn.processes import is_first, say
+from metalearn.progress import Bars
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 
@@ -30,13 +31,21 @@ if TYPE_CHECKING:
 EVALUATION = 2**32 - 1  # folded into the run's key; outer steps count up from 0
 
 
+class Part(NamedTuple):
+    """A program of an outer step."""
+
+    # (state, tasks) -> (state, metrics), or (state, None) where more are to come. Compiled.
+    take: Callable[[TrainState, Tasks], tuple[TrainState, Any]]
+    steps: int | None = None  # inner steps behind it then; None: the whole outer step at once
+
+
 class Steps(health.Looks, Protocol):
     """What this loop needs of a `Trainer`."""
 
     @property
     def tasks_per_step(self) -> int: ...
-    @property
-    def step(self) -> Callable[[TrainState, Tasks], tuple[TrainState, Any]]: ...
+    def parts(self, tasks: Tasks) -> Sequence[Part]: ...
+    def parts_taken(self, state: TrainState) -> int: ...
     def evaluate(
         self, eta: Any, tasks: Tasks, key: jax.Array, count: int = ...
     ) -> dict[str, Estimate]: ...
@@ -68,10 +77,11 @@ class OuterLoop:
         tasks: Tasks,
         loggers: Sequence[Logger],
         checkpoints: Checkpoints | None,
-        bar: tqdm,
+        bars: Bars,
     ):
-        self.fit, self.trainer, self.tasks, self.bar = fit, trainer, tasks, bar
+        self.fit, self.trainer, self.tasks, self.bars = fit, trainer, tasks, bars
         self.loggers, self.checkpoints = loggers, checkpoints
+        self._parts = trainer.parts(tasks)
         self._watch = Watch(fit.faults)
         self._waiting: _Taken | None = None
 
@@ -79,26 +89,56 @@ class OuterLoop:
         """Take the outer steps that are left, and return the last state."""
         backs_off = self.fit.faults.nonfinite == "back_off"
         begun, step = state if backs_off else None, int(state.step)
+        taken = self.trainer.parts_taken(state)
         while step < self.fit.steps:
             step += 1
-            before = dataclasses.replace(state, optimizer=None, inner=())
-            after, metrics = self.trainer.step(state, self.tasks)
             try:
-                self._hear()
-                self._waiting = _Taken(step, metrics, before)
-                self._rest(step, after)
-                state = after
+                state, taken = self._take(step, state, taken), 0
             except _BacksOff:
                 state = self._taken_back(begun, state.pace)
-                step = int(state.step)
+                step, taken = int(state.step), self.trainer.parts_taken(state)
         return state
+
+    def _take(self, step: int, state: TrainState, taken: int) -> TrainState:
+        """Take an outer step, of whose programs some are `taken`, and what is due after it."""
+        before, metrics = dataclasses.replace(state, optimizer=None, inner=()), None
+        for number, part in enumerate(self._parts[taken:], taken + 1):
+            if part.steps is not None:  # no more than one program waits for the device
+                jax.block_until_ready(state.inner)
+                self.bars.inner_done(self._parts[number - 2].steps or 0 if number > 1 else 0)
+            state, metrics = part.take(state, self.tasks)
+            self._hear()
+            if metrics is None:
+                self._rest_within(step, number, state)
+        self._waiting = _Taken(step, metrics, before)
+        self._rest(step, state)
+        return state
+
+    def _rest_within(self, step: int, number: int, state: TrainState) -> None:
+        """Do what is due between two programs of an outer step, after so many."""
+        fit, keeps = self.fit, self.checkpoints
+        now = (step - 1) * len(self._parts) + number
+        asked = fit.asked_to_stop(now) if fit.asked_to_stop else None
+        every = 0 if keeps is None else keeps.within
+        if keeps is not None and (asked or (every and number % every == 0)):
+            keeps.save_within(state, step - 1, self._parts[number - 1].steps or 0, self._records())
+        if asked:
+            inner = f"{self._parts[number - 1].steps} of {self._parts[-1].steps}"
+            raise Interrupted(
+                f"{asked} after inner step {inner} of outer step {step} of {fit.steps}. "
+                f"{self._kept(step - 1, self._parts[number - 1].steps or 0)}"
+            )
+
+    def _records(self) -> dict[str, Any]:
+        """Return where the loggers stand."""
+        return {type(logger).__name__: logger.record() for logger in self.loggers}
 
     def _rest(self, step: int, state: TrainState) -> None:
         """Do what the host must wait for, if anything is due after this step."""
         fit = self.fit
         evaluates = fit.held_out is not None and self._due(step, fit.eval_every)
         checks = self._due(step, fit.check_every)
-        asked = fit.asked_to_stop(step) if fit.asked_to_stop else None
+        asked = fit.asked_to_stop(step * len(self._parts)) if fit.asked_to_stop else None
         keeps = self.checkpoints
         saves = keeps is not None and (
             bool(asked) or self._due(step, keeps.every) or (evaluates and keeps.best is not None)
@@ -112,20 +152,19 @@ class OuterLoop:
                 report.warn()
         found = self._evaluate(state, step) if evaluates else {}
         if saves and keeps is not None:
-            kept = {type(logger).__name__: logger.record() for logger in self.loggers}
-            keeps.save(state, step, kept, found)
+            keeps.save(state, step, self._records(), found)
         if asked:
             raise Interrupted(f"{asked} after outer step {step} of {fit.steps}. {self._kept(step)}")
 
-    def _kept(self, step: int) -> str:
+    def _kept(self, step: int, inner_step: int = 0) -> str:
         """Say what is left of a run that stops here."""
         if self.checkpoints is None:
             return "Nothing is saved."
         self.checkpoints.wait()
-        newest = self.checkpoints.latest()
-        if newest == step:
+        newest = self.checkpoints.latest() or 0
+        if (newest, 0) == (step, inner_step) or self.checkpoints.within_at() == (step, inner_step):
             return "It is saved, and the same command goes on."
-        return f"It could NOT be saved: the same command goes on from outer step {newest or 0}."
+        return f"It could NOT be saved: the same command goes on from outer step {newest}."
 
     def _due(self, step: int, every: int | None) -> bool:
         return bool(every) and (step % (every or 1) == 0 or step == self.fit.steps)
@@ -136,8 +175,7 @@ class OuterLoop:
             return
         (step, metrics, before), self._waiting = self._waiting, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-        self.bar.update()
+        self.bars.step_done(values["loss"])
         names = broken(values)
         answer = self._watch.answer(bool(names), float(before.pace))
         if answer == "stop" or self._due(step, self.fit.log_every):
@@ -178,11 +216,12 @@ class OuterLoop:
         assert begun is not None and smaller is not None
         state = begun
         if self.checkpoints is not None:
+            self.checkpoints.drop_within()  # of a step that may be the one that is taken back
             state, _ = self.checkpoints.restore(begun)
         self._waiting, step = None, int(state.step)
         for logger in self.loggers:
             logger.back_to(step)
-        self.bar.n = step
+        self.bars.back_to(step)
         say(f"On from outer step {step}, with outer updates times {smaller:.3g}.")
         return dataclasses.replace(state, pace=jnp.full_like(state.pace, smaller))
 

@@ -133,8 +133,9 @@ def plan(
         fewer tasks at once are tried where nothing fits.
     """
     candidates = CANDIDATES if candidates is None else candidates
+    trainer = dataclasses.replace(trainer, segment=None)  # its memory is that of the uncut loop
     costs = Costs(trainer, jax.eval_shape(lambda tree: tree, tasks))
-    chunk = trainer.at_once
+    chunk = trainer.batch.at_once
     rows = [costs.row(candidate, chunk) for candidate in candidates]
     budget = device_memory() if budget is None else budget
     found = Plan(rows, costs.plain(), budget, costs.inner_steps())
@@ -158,7 +159,7 @@ def _with_largest(found: Plan, costs: Costs, chunk: int) -> Plan:
             lambda steps: found.fits(costs.with_horizon(steps).row(candidate, leanest.chunk)),
         )
         return dataclasses.replace(found, largest_horizon=most or 0)
-    divisors = [n for n in range(2, chunk) if costs.trainer.share % n == 0]
+    divisors = [n for n in range(2, chunk) if costs.trainer.batch.share % n == 0]
     between = largest(divisors, lambda n: found.fits(costs.row(candidate, n)))
     rows = [] if between is None else [costs.row(candidate, between)]
     return dataclasses.replace(found, rows=found.rows + rows)

@@ -1,8 +1,8 @@
 """The outer loop: a batch of tasks, their mean meta-gradient, one outer update.
 
 One outer step is one compiled program: it draws the tasks on the device, unrolls all of
-them (vmapped, or in chunks where memory asks for it) and applies the outer optimizer.
-The tasks of step n depend on (key, n) alone.
+them (vmapped, or in chunks where memory asks for it) and applies the outer optimizer. One that
+takes hours is cut into several (`segment`). The tasks of step n depend on (key, n) alone.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ import jax.numpy as jnp
 import optax
 
 from metalearn.algorithm import Algorithm
-from metalearn.chunks import mean_and_each
-from metalearn.engines import Aux, MetaGradient, MixedFlow
+from metalearn.checks import at_least
+from metalearn.engines import MetaGradient, MixedFlow
 from metalearn.engines.check import check_eta
+from metalearn.engines.engine import Streaming
 from metalearn.evaluation import Estimate, estimate, task_metrics
 from metalearn.faults import WATCHED
 from metalearn.fit import Fit
 from metalearn.fitting import run
 from metalearn.inner_metrics import step_metrics
-from metalearn.isolation import all_finite, mean_of_finite, or_zero
+from metalearn.inner_runs import InnerRuns
 from metalearn.leaves import select, strong
 from metalearn.loggers import Logger
+from metalearn.outer_loop import Part
 from metalearn.probe import Look, look_at
+from metalearn.segmented_runs import Segment, SegmentedRuns, steps_taken
 from metalearn.sharding import Layout
-from metalearn.shares import at_once
+from metalearn.task_batch import TaskBatch
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
-from metalearn.truncation import Carried, Truncation, advance, due, pose
+from metalearn.truncated_runs import TruncatedRuns
+from metalearn.truncation import Truncation
 
 if TYPE_CHECKING:
     from metalearn.checkpoint import Checkpoints
@@ -52,6 +56,9 @@ class Trainer:
     isolate: bool = False  # leave out tasks that are not finite, as truncated training always does
     skip_nonfinite: bool = False  # an outer step that is not finite leaves eta as it was
     layout: Layout | None = None  # over which devices; None: on one
+    # Inner steps that a program takes, of engines that stream (`Forward`): between two the run
+    # can be checkpointed, or stopped. None: an outer step is one program.
+    segment: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.engine, MetaGradient):
@@ -63,21 +70,43 @@ class Trainer:
             raise TypeError(
                 f"`Trainer(truncation=)` takes `Truncation(steps)`, not {self.truncation!r}."
             )
-        if self.tasks_per_step < 1:
-            raise ValueError(f"An outer step takes at least one task, not {self.tasks_per_step}.")
-        if self.chunk is not None and (self.chunk < 1 or self.tasks_per_step % self.chunk):
-            fitting = [n for n in range(1, self.tasks_per_step + 1) if self.tasks_per_step % n == 0]
+        self.batch.check()
+        self._check_segment()
+
+    def _check_segment(self) -> None:
+        if self.segment is None:
+            return
+        at_least("Trainer", 1, segment=self.segment)
+        if not isinstance(self.engine, Streaming):
             raise ValueError(
-                f"tasks_per_step={self.tasks_per_step} does not divide into chunks of "
-                f"{self.chunk}. Chunks that fit: {', '.join(map(str, fitting))}."
+                f"`Trainer(segment={self.segment})` cuts a run into programs, which takes an "
+                "engine that keeps nothing of the steps behind it: `Forward()`, not "
+                f"`{type(self.engine).__name__}`."
             )
-        if self.layout is not None:
-            self.layout.check(self.tasks_per_step, self.chunk)
+        if self.truncation is not None:
+            raise ValueError(
+                "`Trainer(segment=..., truncation=...)`: inner runs are whole and take several "
+                "programs, or they are truncated. Choose one."
+            )
+
+    @functools.cached_property
+    def batch(self) -> TaskBatch:
+        """The tasks of an outer step, over devices and in chunks."""
+        return TaskBatch(self.tasks_per_step, self.chunk, self.layout)
+
+    @functools.cached_property
+    def runs(self) -> InnerRuns:
+        """The inner runs of an outer step."""
+        given = self.algorithm, self.engine, self.batch, self.isolate
+        if self.truncation is not None:
+            return TruncatedRuns(*given, self.truncation)
+        return InnerRuns(*given) if self.segment is None else SegmentedRuns(*given, self.segment)
 
     def init(self, key: jax.Array, tasks: Tasks | None = None) -> TrainState:
         """Return the state before the first outer step.
 
-        Inner runs that go on from step to step are a part of it, so `truncation` needs `tasks`.
+        Inner runs that go on from program to program are a part of it, so `truncation` and
+        `segment` need `tasks`.
         """
         if self.layout is None:
             return self._init(key, tasks)
@@ -96,20 +125,8 @@ class Trainer:
         eta = strong(eta)
         optimizer = strong(self.optimizer.init(eta))
         state = TrainState(jnp.zeros((), jnp.int32), eta, optimizer, run_key)
-        if self.truncation is None:
-            return state
-        if tasks is None:
-            raise ValueError(
-                "Truncated training carries inner states from step to step, and their shapes "
-                "are those of the tasks: call `Trainer.init(key, tasks)`."
-            )
-        return dataclasses.replace(state, inner=strong(jax.jit(self._due)(state, tasks)))
-
-    def _due(self, state: TrainState, tasks: Tasks) -> Carried:
-        """Return inner runs [tasks_per_step] in whose place new tasks are due."""
-        return jax.vmap(lambda key: due(self._pose(state.eta, tasks, key), state.eta, key))(
-            self.task_keys(state)
-        )
+        inner = jax.jit(self.runs.begin)(eta, tasks, self.task_keys(state))
+        return dataclasses.replace(state, inner=strong(inner))
 
     @functools.cached_property
     def step(self) -> Callable[[TrainState, Tasks], tuple[TrainState, dict[str, jax.Array]]]:
@@ -123,10 +140,61 @@ class Trainer:
         Tasks that were not finite and left out are counted: in `tasks_left_out`, or of truncated
         training in `tasks_reset`. `step_skipped` is 1 where `skip_nonfinite` left eta alone.
         """
-        return jax.jit(self._step)
+        return jax.jit(self._step) if self.segment is None else self._in_parts
+
+    def parts(self, tasks: Tasks) -> list[Part]:
+        """Return the programs of an outer step, in their order: one, or one for each segment."""
+        if not isinstance(self.runs, SegmentedRuns):
+            return [Part(self.step)]
+        state = self.shapes(tasks)
+        return [
+            Part(functools.partial(self._segment, segment=segment), steps)
+            for steps, segment in self.runs.segments(state.eta, tasks, state.key).items()
+        ]
+
+    def parts_taken(self, state: TrainState) -> int:
+        """Return how many programs of its outer step a state has behind it."""
+        steps = steps_taken(state.inner)
+        if self.segment is None or not steps:
+            return 0
+        if steps % self.segment:
+            raise ValueError(
+                f"This state stands at inner step {steps} of an outer step, which is no number "
+                f"of segments of {self.segment}. Go on with the `segment` that it was made with."
+            )
+        return steps // self.segment
+
+    def _in_parts(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Take an outer step, or what is left of one, program by program."""
+        metrics: Any = None
+        for part in self.parts(tasks)[self.parts_taken(state) :]:
+            state, metrics = part.take(state, tasks)
+        return state, metrics
 
     def _step(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, metrics, inner = self._mean_gradient(state, tasks)
+        keys = self.task_keys(state)
+        found = self.runs.mean_gradient(state.eta, tasks, keys, state.inner, state.step == 0)
+        return self._updated(state, *found)
+
+    @functools.cached_property
+    def _segment(self) -> Callable[..., tuple[TrainState, Any]]:
+        runs = self.runs
+        assert isinstance(runs, SegmentedRuns)
+
+        def take(state: TrainState, tasks: Tasks, segment: Segment) -> tuple[TrainState, Any]:
+            keys = self.task_keys(state)
+            found, inner = runs.take(segment, state.eta, tasks, keys, state.inner)
+            if found is None:
+                return self._constrained(dataclasses.replace(state, inner=inner)), None
+            grads, metrics = found
+            return self._updated(state, grads, metrics, inner)
+
+        return jax.jit(take, static_argnames="segment")
+
+    def _updated(
+        self, state: TrainState, grads: Any, metrics: dict[str, Any], inner: Any
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Apply the outer optimizer to the meta-gradient of an outer step."""
         outer = optax.with_extra_args_support(self.optimizer)  # `value` for those that look at it
         updates, optimizer = outer.update(grads, state.optimizer, state.eta, value=metrics["loss"])
         updates = jax.tree.map(lambda u: u * state.pace.astype(u.dtype), updates)
@@ -138,84 +206,10 @@ class Trainer:
             eta, optimizer = select(fine, (eta, optimizer), (state.eta, state.optimizer))
             metrics["step_skipped"] = ~fine
         after = TrainState(state.step + 1, eta, optimizer, state.key, inner, state.pace)
-        return after if self.layout is None else self.layout.constrain(after), metrics
+        return self._constrained(after), metrics
 
-    def _mean_gradient(self, state: TrainState, tasks: Tasks) -> tuple[Any, dict[str, Any], Any]:
-        """Return (meta-gradient, metrics, the inner runs as they stand then)."""
-        keys = self.task_keys(state)
-        if self.truncation is None:
-            return *self._mean_over_tasks((state.eta, tasks), keys), ()
-        if not isinstance(state.inner, Carried):
-            raise ValueError(
-                "This state has no inner runs to go on with: it is not of truncated training. "
-                "Begin with `Trainer.init(key, tasks)` of this trainer."
-            )
-        shares = self.truncation.shares(self.tasks_per_step, state.step == 0)
-
-        def on_run(eta: Any, tasks: Tasks, inputs: Any) -> Any:
-            return self._advance(eta, tasks, *inputs)
-
-        shared, inputs = (state.eta, tasks), (state.inner, keys, shares)
-        means, inner = self._mean_and_each(on_run, shared, inputs)
-        grads, metrics, left_out = mean_of_finite(means, self.tasks_per_step)
-        return grads, {**metrics, "tasks_reset": left_out}, inner
-
-    def _mean_over_tasks(self, shared: Any, keys: jax.Array) -> tuple[Any, dict[str, Any]]:
-        """Return (meta-gradient, metrics) of whole inner runs, one a key; shared: (eta, tasks)."""
-        if not self.isolate:
-            return self.mean_over(self.task_gradient, shared, keys)
-
-        def on_task(eta: Any, tasks: Tasks, key: jax.Array) -> Any:
-            (loss, aux), grads = self._solve(self._laid_out(self.algorithm), eta, tasks, key)
-            return or_zero(all_finite(loss, aux, grads), (grads, step_metrics(loss, aux)))
-
-        means = self.mean_over(on_task, shared, keys)
-        grads, metrics, left_out = mean_of_finite(means, self.tasks_per_step)
-        return grads, {**metrics, "tasks_left_out": left_out}
-
-    def mean_over(self, on_task: Callable[..., Any], shared: Any, keys: jax.Array) -> Any:
-        """Return the mean of `on_task(*shared, key)` over the keys [tasks_per_step] of tasks."""
-        return self._mean_and_each(lambda *given: (on_task(*given), ()), shared, keys)[0]
-
-    def _mean_and_each(
-        self, function: Callable[..., Any], shared: Any, inputs: Any
-    ) -> tuple[Any, Any]:
-        if self.layout is None:
-            return mean_and_each(functools.partial(function, *shared), inputs, self.chunk)
-        return self.layout.mean_and_each(function, shared, inputs, self.chunk)
-
-    @property
-    def share(self) -> int:
-        """Return how many tasks of a step a device takes."""
-        return self.tasks_per_step // (1 if self.layout is None else self.layout.devices)
-
-    @property
-    def at_once(self) -> int:
-        """Return how many tasks a device unrolls at once."""
-        return at_once(self.share, self.chunk)
-
-    def _advance(
-        self, eta: Any, tasks: Tasks, carried: Carried, key: jax.Array, share: jax.Array
-    ) -> tuple[Any, Carried]:
-        """Take the next truncation of a run: ((meta-gradient, metrics, finite), the run then).
-
-        What is not finite counts as zero, of a run that does not count.
-        """
-        assert self.truncation is not None
-
-        def pose_of(key: jax.Array) -> Any:
-            return self._pose(eta, tasks, key)
-
-        solve = self.engine.value_and_grad
-        result, finite, carried = advance(self.truncation, solve, pose_of, eta, carried, key, share)
-        (loss, aux), grads = result
-        return or_zero(finite, (grads, step_metrics(loss, aux))), carried
-
-    def _pose(self, eta: Any, tasks: Tasks, key: jax.Array) -> Any:
-        return pose(self._laid_out(self.algorithm), self.engine, eta, tasks, key)
-
-    def _laid_out(self, algorithm: Algorithm) -> Algorithm:
-        return algorithm if self.layout is None else self.layout.cut_inside(algorithm)
+    def _constrained(self, state: TrainState) -> TrainState:
+        return state if self.layout is None else self.layout.constrain(state)
 
     def task_keys(self, state: TrainState) -> jax.Array:
         """Return the keys [tasks_per_step] of the tasks of the outer step after `state`."""
@@ -225,14 +219,9 @@ class Trainer:
         self, eta: Any, tasks: Tasks, key: jax.Array
     ) -> tuple[Any, dict[str, jax.Array]]:
         """Return (meta-gradient like eta, metrics) of the one task that `key` draws."""
-        (loss, aux), grads = self._solve(self._laid_out(self.algorithm), eta, tasks, key)
+        algorithm = self.batch.laid_out(self.algorithm)
+        (loss, aux), grads = self.runs.solve(algorithm, eta, tasks, key)
         return grads, step_metrics(loss, aux)
-
-    def _solve(
-        self, algorithm: Algorithm, eta: Any, tasks: Tasks, key: jax.Array
-    ) -> tuple[tuple[jax.Array, Aux], Any]:
-        posed = pose(algorithm, self.engine, eta, tasks, key)
-        return self.engine.value_and_grad(posed.unroll, eta, posed.batches(), posed.engine)
 
     @functools.cached_property
     def look(self) -> Callable[..., Look]:
@@ -241,7 +230,7 @@ class Trainer:
 
         def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = False, steps: Any = None):
             taken = min((n for n in (steps, most) if n is not None), default=None)
-            return look_at(self._solve, self.algorithm, eta, tasks, key, zeros, taken)
+            return look_at(self.runs.solve, self.algorithm, eta, tasks, key, zeros, taken)
 
         where = None if self.layout is None else self.layout.replicated
         return jax.jit(look, static_argnames="steps", out_shardings=where)
@@ -278,13 +267,13 @@ class Trainer:
 
         The same key draws the same tasks. No meta-gradient is taken.
         """
-        tasks, devices = self.place(tasks), 1 if self.layout is None else self.layout.devices
-        chunk = devices * min(-(-count // devices), self.at_once)
+        tasks, devices = self.place(tasks), self.batch.devices
+        chunk = devices * min(-(-count // devices), self.batch.at_once)
         return estimate(lambda keys: self._evaluate(eta, tasks, keys), key, count, chunk)
 
     @functools.cached_property
     def _evaluate(self) -> Callable[..., dict[str, jax.Array]]:
-        algorithm = self._laid_out(self.algorithm.evaluation())
+        algorithm = self.batch.laid_out(self.algorithm.evaluation())
         each = None if self.layout is None else self.layout.each
 
         def on_tasks(shared: Any, keys: jax.Array) -> dict[str, jax.Array]:

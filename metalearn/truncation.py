@@ -22,20 +22,18 @@ the others do not notice.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from metalearn.algorithm import Algorithm
-from metalearn.engines import Aux, MetaGradient
+from metalearn.engines import Aux
 from metalearn.engines.check import horizon
+from metalearn.inner_runs import Posed
 from metalearn.isolation import all_finite
 from metalearn.leaves import select
-from metalearn.tasks import Tasks
-from metalearn.unroll import Unroll, going_on
+from metalearn.unroll import going_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,27 +111,6 @@ class Carried(NamedTuple):
     horizon: jax.Array  # (), int32: inner steps it will take; 0: a new task is due
     state: Any  # the inner state
     engine: Any  # the engine's own state
-
-
-class Posed(NamedTuple):
-    """One task, ready to be unrolled."""
-
-    unroll: Unroll
-    batches: Callable[[], Any]  # () -> leaves [T, ...]
-    batches_at: Callable[[jax.Array], Any]  # numbers of steps [t] -> leaves [t, ...]
-    engine: Any  # the engine's state for its first call
-
-
-def pose(
-    algorithm: Algorithm, engine: MetaGradient, eta: Any, tasks: Tasks, key: jax.Array
-) -> Posed:
-    """Return the task that `key` draws, ready to be unrolled."""
-    sample_key, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
-    episode = tasks.sample(sample_key)
-    unroll = algorithm.unroll(episode, unroll_key)
-    whole = functools.partial(algorithm.batches, episode, batch_key)
-    part = functools.partial(algorithm.batches_at, episode, batch_key)
-    return Posed(unroll, whole, part, engine.init(engine_key, unroll, eta))
 
 
 def due(posed: Posed, eta: Any, key: jax.Array) -> Carried:

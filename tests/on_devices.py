@@ -258,7 +258,8 @@ def more(directory):
     estimates = [trainer(each).evaluate(eta, TASKS, key(), 20)["loss"] for each in (None, layout)]
     shapes = jax.eval_shape(lambda x: x, TASKS)
     rows = [
-        Costs(m, shapes).row(Candidate(REVERSE), m.at_once) for m in (trainer(), trainer(layout))
+        Costs(m, shapes).row(Candidate(REVERSE), m.batch.at_once)
+        for m in (trainer(), trainer(layout))
     ]
     return {
         "chunked": error(run(trainer(layout, chunk=1)).gradient, one.gradient),
@@ -267,6 +268,7 @@ def more(directory):
         "planned": rows[1].peak / rows[0].peak,
         **tangents(),
         **truncated(layout),
+        **segmented(layout),
     }
 
 
@@ -283,6 +285,14 @@ def truncated(layout):
     one, eight = (run(trainer(each, **options), 4) for each in (None, layout))
     carried = eight.state.inner.state[0]["kernel"].addressable_shards[0].data.shape
     return {"truncated": error(eight.losses, one.losses), "carried": list(carried)}
+
+
+def segmented(layout):
+    """Outer steps in segments over eight devices, against whole ones on one."""
+    eight = run(trainer(layout, Rate(), Forward(), segment=5), 2)
+    one = run(trainer(None, Rate(), Forward()), 2)
+    carried = eight.state.inner.step.addressable_shards[0].data.shape
+    return {"segmented": error(eight.gradient, one.gradient), "in segments": list(carried)}
 
 
 def part(directory, port, process):

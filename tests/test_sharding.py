@@ -111,6 +111,12 @@ def test_inner_runs_that_go_on_lie_with_their_tasks(more):
 
 
 @pytest.mark.slow
+def test_segments_over_eight_devices_are_whole_steps_on_one(more):
+    assert more["in segments"] == [2]
+    assert more["segmented"] < 1e-12
+
+
+@pytest.mark.slow
 def test_eight_devices_evaluate_as_one_does(more):
     assert more["evaluated"] < 1e-12
 

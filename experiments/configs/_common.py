@@ -57,6 +57,12 @@ def maml() -> ml_collections.ConfigDict:
         "staggered": True,
     }
 
+    # Of engines that stream ("forward"): inner steps that a program takes, so that an outer step
+    # of hours shows how far it is, and can be stopped and checkpointed on its way (every
+    # `checkpoint_within` segments; 0: where it is asked to stop). None: one program.
+    config.segment = placeholder(int)
+    config.checkpoint_within = 0
+
     config.health = True  # look at one meta-gradient before a run starts; see metalearn.health
     config.check_every = 0  # and again every so many outer steps; 0: never, here and below
     # What to do about a step that is not finite ("stop", "skip", "back_off" or "pass"), and about

@@ -17,7 +17,7 @@ cannot serve a problem refuses at trace time.
 from __future__ import annotations
 
 import abc
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -59,3 +59,24 @@ class MetaGradient(abc.ABC):
           batches: pytree with leaves [T, ...]; step t reads slice t.
           state: from `init`, or from `aux.engine` of the call before.
         """
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """An engine whose loop need not run in one call: `start`, `advance`, ..., `finish`."""
+
+    def start(self, unroll: Unroll, eta: Any, state: Any = ()) -> Any:
+        """Return the stream before the first step: all it takes to go on."""
+
+    def advance(
+        self, unroll: Unroll, eta: Any, stream: Any, batches: Any, until: int | None = None
+    ) -> tuple[Any, Inner]:
+        """Take the next steps: (stream, what the loop saw)."""
+
+    def finish(
+        self, unroll: Unroll, eta: Any, stream: Any, inner: Inner
+    ) -> tuple[tuple[jax.Array, Aux], Any]:
+        """Return ((loss (), aux), meta-gradient like eta) of a loop that has run."""
+
+    def until(self, unroll: Unroll, eta: Any, steps: int, stop: int) -> int:
+        """Return what to pass `advance` for steps that end before `stop`, of T: one of few."""

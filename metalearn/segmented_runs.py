@@ -1,0 +1,131 @@
+"""Whole inner runs that take several programs: an outer step of hours, a segment at a time.
+
+Forward mode stores nothing of the steps behind it, so its loop can stand still between any two
+of them (`Forward.start`, `advance`, `finish`). Cut into segments of K inner steps, an outer step
+shows how far it is, can be checkpointed in mid-trajectory, and stops where it is asked to. The
+result is that of the uncut loop, to rounding.
+
+A segment is compiled for its length and for the tangents that it pushes: those of windows that
+begin after it are left alone. There are at most four such numbers of tangents
+(`metalearn.engines.prefix`), and so as many programs, however many segments there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metalearn.engines.check import horizon
+from metalearn.engines.engine import Streaming
+from metalearn.inner_runs import InnerRuns, Posed
+from metalearn.leaves import strong
+from metalearn.tasks import Tasks
+
+
+class Segment(NamedTuple):
+    """Some inner steps of a run, one after the other; those that are equal share a program."""
+
+    steps: int  # how many
+    first: bool  # the run begins with them
+    last: bool  # the run ends with them
+    until: int  # entries of eta that are first read at this step, or later, do not count yet
+
+
+class Partway(NamedTuple):
+    """An inner run between two segments. In a train state, leaves are [tasks, ...]."""
+
+    step: jax.Array  # (), int32: inner steps taken; 0: a new run is due
+    stream: Any  # the engine's
+    seen: Any  # what the loop saw until now, leaves [T, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentedRuns(InnerRuns):
+    """Whole inner runs, cut into segments of as many inner steps."""
+
+    segment: int
+
+    def begin(self, eta: Any, tasks: Tasks | None, keys: jax.Array) -> Partway:
+        """Return inner runs [tasks] in whose place new ones are due."""
+        if tasks is None:
+            raise ValueError(
+                "Training in segments carries inner states from program to program, and their "
+                "shapes are those of the tasks: call `Trainer.init(key, tasks)`."
+            )
+
+        def due(key: jax.Array) -> Partway:
+            posed = self.pose(eta, tasks, key)
+            stream = self._engine.start(posed.unroll, eta, posed.engine)
+            shapes = jax.eval_shape(
+                lambda: self._engine.advance(posed.unroll, eta, stream, posed.batches())[1]
+            )
+            seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            return Partway(jnp.zeros((), jnp.int32), stream, seen)
+
+        return jax.vmap(due)(keys)
+
+    def segments(self, eta: Any, tasks: Tasks, key: jax.Array) -> dict[int, Segment]:
+        """Return the segments of a run by the inner steps that are behind it then.
+
+        Shapes will do for the arguments.
+        """
+        found: dict[int, Segment] = {}
+
+        def cut(eta: Any, tasks: Tasks, key: jax.Array) -> None:
+            posed = self.pose(eta, tasks, key)
+            steps = horizon(jax.eval_shape(posed.batches))
+            if self.segment > steps:
+                raise ValueError(
+                    f"A segment of {self.segment} inner steps is longer than the horizon, which "
+                    f"is {steps}. Take at most {steps}."
+                )
+            for start in range(0, steps, self.segment):
+                stop = min(start + self.segment, steps)
+                until = self._engine.until(posed.unroll, eta, steps, stop)
+                found[stop] = Segment(stop - start, start == 0, stop == steps, until)
+
+        jax.eval_shape(cut, eta, tasks, key)
+        return found
+
+    def take(
+        self, segment: Segment, eta: Any, tasks: Tasks, keys: jax.Array, carried: Partway
+    ) -> tuple[Any, Partway]:
+        """Take a segment of every run: ((meta-gradient, metrics) at the last, the runs then)."""
+
+        def on_run(eta: Any, tasks: Tasks, run: tuple[Partway, jax.Array]) -> tuple[Any, Partway]:
+            return self._take(segment, eta, self.pose(eta, tasks, run[1]), run[0])
+
+        means, carried = self.batch.mean_and_each(on_run, (eta, tasks), (carried, keys))
+        return self._of_step(means) if segment.last else None, strong(carried)
+
+    def _take(self, segment: Segment, eta: Any, posed: Posed, run: Partway) -> tuple[Any, Partway]:
+        start, stream = run.step, run.stream
+        if segment.first:
+            start = jnp.zeros_like(run.step)
+            stream = self._engine.start(posed.unroll, eta, posed.engine)
+        batches = posed.batches_at(start + jnp.arange(segment.steps, dtype=start.dtype))
+        stream, new = self._engine.advance(posed.unroll, eta, stream, batches, segment.until)
+
+        def noted(seen: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(seen, new.astype(seen.dtype), start, 0)
+
+        seen = jax.tree.map(noted, run.seen, new)
+        if not segment.last:
+            return (), Partway(start + segment.steps, stream, seen)
+        result = self._engine.finish(posed.unroll, eta, stream, seen)
+        return self._counted(result), Partway(jnp.zeros_like(start), stream, seen)
+
+    @property
+    def _engine(self) -> Streaming:
+        assert isinstance(self.engine, Streaming)
+        return self.engine
+
+
+def steps_taken(carried: Any) -> int:
+    """Return the inner steps that the runs of a train state have taken of this outer step."""
+    if not isinstance(carried, Partway):
+        return 0
+    return int(carried.step.addressable_shards[0].data[0])

@@ -1,0 +1,74 @@
+"""The tasks of an outer step, over devices and in chunks: what is done to each, and its mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from metalearn.algorithm import Algorithm
+from metalearn.chunks import mean_and_each
+from metalearn.sharding import Layout
+from metalearn.shares import at_once
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskBatch:
+    """How many tasks an outer step takes, how many of them at once, and on which devices."""
+
+    size: int
+    chunk: int | None = None  # tasks unrolled at once on a device; None: all of its share
+    layout: Layout | None = None  # None: one device
+
+    def check(self) -> None:
+        """Raise ValueError where the tasks do not divide into devices and chunks."""
+        if self.size < 1:
+            raise ValueError(f"An outer step takes at least one task, not {self.size}.")
+        if self.chunk is not None and (self.chunk < 1 or self.size % self.chunk):
+            fitting = [n for n in range(1, self.size + 1) if self.size % n == 0]
+            raise ValueError(
+                f"tasks_per_step={self.size} does not divide into chunks of {self.chunk}. Chunks "
+                f"that fit: {', '.join(map(str, fitting))}."
+            )
+        if self.layout is not None:
+            self.layout.check(self.size, self.chunk)
+
+    @property
+    def devices(self) -> int:
+        """Return how many devices, or groups of them, take tasks of their own."""
+        return 1 if self.layout is None else self.layout.devices
+
+    @property
+    def share(self) -> int:
+        """Return how many tasks of a step a device takes."""
+        return self.size // self.devices
+
+    @property
+    def at_once(self) -> int:
+        """Return how many tasks a device unrolls at once."""
+        return at_once(self.share, self.chunk)
+
+    def laid_out(self, algorithm: Algorithm) -> Algorithm:
+        """Return an algorithm whose inner states are cut as the layout says."""
+        return algorithm if self.layout is None else self.layout.cut_inside(algorithm)
+
+    def mean(self, on_task: Callable[..., Any], shared: Any, keys: jax.Array) -> Any:
+        """Return the mean of `on_task(*shared, key)` over the keys [size] of tasks."""
+        return self.mean_and_each(lambda *given: (on_task(*given), ()), shared, keys)[0]
+
+    def mean_and_each(
+        self, function: Callable[..., tuple[Any, Any]], shared: Any, inputs: Any
+    ) -> tuple[Any, Any]:
+        """Return the mean of what `function(*shared, input)` returns first, and each second.
+
+        Args:
+          function: applied to every task; nothing that is traced may be closed over.
+          shared: a tuple of what all tasks have.
+          inputs: what they do not: leaves [size, ...].
+        """
+        if self.layout is None:
+            return mean_and_each(functools.partial(function, *shared), inputs, self.chunk)
+        return self.layout.mean_and_each(function, shared, inputs, self.chunk)
