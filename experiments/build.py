@@ -141,7 +141,7 @@ def truncation(config: Mapping[str, Any]) -> Truncation | None:
 
 def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
     """Build an engine by its name in `ENGINES`, with the options that are set."""
-    given = {key: value for key, value in (options or {}).items() if value is not None}
+    given = {key: value for key, value in (options or {}).items() if value not in (None, "")}
     build: Any = pick(ENGINES, name, "engine")
     build = _inverse_variance if build is InverseVariance else build
     keys.check_call(f"engine {name!r}", build, given)

@@ -132,11 +132,18 @@ TRUNCATED = (
     *("--config.algorithm.inner_steps=6", "--config.truncation.steps=2"),
     *("--config.checkpoint_every=3", "--config.wandb.mode=offline"),
 )
+# Outer steps of three programs, saved between any two.
+SEGMENTED = (
+    *("--config.engine=forward", "--config.engine_options.directions=2", "--config.segment=2"),
+    *("--config.algorithm.inner_steps=6", "--config.checkpoint_within=1"),
+)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-@pytest.mark.parametrize("options", [(), TRUNCATED], ids=["whole", "truncated"])
+@pytest.mark.parametrize(
+    "options", [(), TRUNCATED, SEGMENTED], ids=["whole", "truncated", "in segments"]
+)
 def test_runs_killed_at_twenty_random_moments_resume_to_the_same_bits(options, tmp_path):
     """At any moment of a run's life: importing, compiling, in a step, in a save, in a log."""
     killed, whole, draw = tmp_path / "killed", tmp_path / "whole", random.Random(0)

@@ -19,6 +19,7 @@ import numpy as np
 
 TOP = 10.0  # regret from which on all are alike
 FLOOR = 1e-3
+COLOURS = 10  # after which those of matplotlib begin again
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -49,13 +50,14 @@ def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     for box in dict.fromkeys(row["box"] for row in rows):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
-        for name, (costs, regret) in lines(rows, box).items():
-            axes.plot(costs, regret, marker=".", label=name, lw=2.5 if name == "FDS" else 1)
+        for number, (name, (costs, regret)) in enumerate(lines(rows, box).items()):
+            dashes = "-" if number < COLOURS else "--"
+            axes.plot(costs, regret, dashes, marker=".", label=name, lw=3 if name == "FDS" else 1)
         axes.set(xscale="log", yscale="log", xlabel="cost, in ten hypergradients")
         axes.set(ylabel="regret in test loss", title=f"box: {box}")
         axes.legend(fontsize=7)
         written.append(folder / f"regret_{box}.png")
-        figure.savefig(written[-1], dpi=150)
+        figure.savefig(written[-1], dpi=100)
     return written
 
 

@@ -11,7 +11,8 @@ def maml() -> ml_collections.ConfigDict:
     # an estimate from losses: "es", "pes", "inverse_variance".
     config.engine = "mixed_flow"
 
-    config.engine_options = {  # those of the engine that are set; see its docstring
+    # Those of the engine that are set; see its docstring. A text that is empty is not set.
+    config.engine_options = {
         "remat": placeholder(str),
         "segment": placeholder(int),
         "budget": placeholder(int),

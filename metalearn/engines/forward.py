@@ -14,7 +14,7 @@ unroll says so (`Unroll.begins`) it is not pushed.
 
 The loop need not run in one call. `start`, `advance` as often as one likes, and `finish` do
 what `value_and_grad` does, and the `Stream` between them is all there is to keep: a run can be
-checkpointed inside a trajectory.
+checkpointed inside a trajectory (`Trainer(segment=)` does).
 
 For a large eta, `directions=k` pushes k random directions v with E[v v^T] = I and
 returns the mean of (dF . v) v: unbiased, with a variance of about |eta| / k times the
