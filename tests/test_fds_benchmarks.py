@@ -1,6 +1,7 @@
 """The benchmarks of FDS measure what they say: memory, noise, and what was learned."""
 
 import csv
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,16 @@ import pytest
 
 from metalearn import Forward
 from metalearn.datasets import TrainingRuns
-from metalearn.experiments.benchmarks import horizons, noise, regret, schedules, tuners
+from metalearn.experiments import run
+from metalearn.experiments.benchmarks import (
+    horizons,
+    noise,
+    regret,
+    schedules,
+    tangents,
+    tuners,
+)
+from metalearn.experiments.configs import fds_digits, maml_digits
 
 PNG = b"\x89PNG"
 
@@ -192,6 +202,41 @@ def test_windows_lie_where_the_config_of_the_run_says(tmp_path, monkeypatch):
 def test_a_workdir_without_a_run_is_refused_and_says_how_to_get_one(tmp_path):
     with pytest.raises(ValueError, match="no outer steps in .*metrics.jsonl.*metalearn train"):
         schedules.draw(tmp_path)
+
+
+def trained(config, workdir, changes):
+    made = config.get_config()
+    made.update_from_flattened_dict({"health": False, "wandb.mode": "disabled", **changes})
+    made.update_from_flattened_dict({"steps": 1, "test_tasks": 1})
+    run.train(made, workdir, progress=False)
+
+
+def test_tangents_are_drawn_along_the_trajectory_of_the_next_outer_step(tmp_path, capsys):
+    trained(fds_digits, tmp_path, {"algorithm.horizon": 21, "model.hidden": (4,)})
+    found = run.restore(tmp_path)
+    forward = dataclasses.replace(found.trainer, engine=Forward())
+    _, metrics = forward.step(found.state, found.splits.train)
+
+    lines = tangents.norms(tmp_path)
+    rates = [f"learning_rate/{window}" for window in range(7)]
+    assert sorted(lines) == sorted([*rates, "momentum/0", "weight_decay/0"])
+    for window, name in enumerate(rates):
+        assert (lines[name] > 0).tolist() == [t >= 3 * window for t in range(21)]
+    largest = max(line[-1] for line in lines.values())
+    np.testing.assert_allclose(largest, metrics["inner_tangent_norm"], rtol=1e-5)
+
+    capsys.readouterr()
+    tangents.main([str(tmp_path)])
+    table, path = capsys.readouterr().out.split("\n\n")
+    assert len(table.splitlines()) == 2 + len(lines)
+    assert (tmp_path / "pictures" / "tangents.png").read_bytes()[:4] == PNG
+    assert path.strip() == str(tmp_path / "pictures" / "tangents.png")
+
+
+def test_tangents_are_of_runs_that_learned_schedules(tmp_path):
+    trained(maml_digits, tmp_path, {"model.filters": 2, "model.blocks": 1, "tasks_per_step": 1})
+    with pytest.raises(ValueError, match="learned no schedules: its algorithm is MAML"):
+        tangents.norms(tmp_path)
 
 
 # Tuners.
