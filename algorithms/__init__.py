@@ -28,7 +28,7 @@ from metalearn.algorithms.parameter_features import (
 from metalearn.algorithms.parameter_networks import Network, PointwiseGRU, PointwiseMLP
 from metalearn.algorithms.per_parameter import PerParameter
 from metalearn.algorithms.problem import Problem, Quadratic, StepLoss, Streamed, Supervised
-from metalearn.algorithms.schedule import Schedule
+from metalearn.algorithms.schedule import Schedule, load_schedules, save_schedules
 from metalearn.algorithms.sgd import sgd
 from metalearn.algorithms.step_factors import ParameterScale, ReciprocalRoot
 from metalearn.algorithms.together import Together
@@ -85,9 +85,11 @@ __all__ = [
     "in_ranges",
     "jitter",
     "load_optimizer",
+    "load_schedules",
     "load_rule",
     "mean_one",
     "save_optimizer",
+    "save_schedules",
     "sgd",
     "sign_steps",
     "squared_error",

@@ -162,20 +162,27 @@ def fds_rule(
     grow: float = 1.0,
     tolerance: float | None = 0.1,
     schedule: optax.Schedule | None = None,
+    steps: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Return signed steps that begin at a share of each range, and stay in it.
 
     A hyperparameter stops where its step has been halved and would change it by less than about
     5%. With `tolerance=None` the rule is that of arXiv:2007.07869; see `sign_steps`. The tolerance
     is in units of the outer loss. With one, run `Trainer.fit(faults=Faults(nonfinite="pass"))`:
-    a run that explodes is then taken back instead of ending the training. The eta after the
-    last update has not been judged; `state.optimizer.base` is the last that was.
+    a run that explodes is then taken back instead of ending the training. What an update moves
+    to has not been judged yet: give the number of outer steps as `steps`, and the last update goes
+    back to where the outer loss was last accepted, which is then what was learned.
 
     Raises:
       ValueError: for a range without an end, of which there is no share.
     """
     above("fds_rule", 0, share=share, grow=grow)
     at_least("fds_rule", 0, tolerance=tolerance)
+    if steps is not None and tolerance is None:
+        raise ValueError(
+            f"`fds_rule(steps={steps}, tolerance=None)`: the last of these steps goes back to what "
+            "was last accepted, and without a tolerance nothing is refused. Leave one of them out."
+        )
     for name, chosen in hyperparameters.items():
         if not all(map(math.isfinite, chosen.bounds())):
             raise ValueError(
@@ -190,9 +197,13 @@ def fds_rule(
         change = {n: 0.05 * (abs(x) if raw[n] else jnp.ones_like(x)) for n, x in eta.items()}
         return {n: jnp.minimum(x, 0.5 * first[n]) for n, x in change.items()}  # not at once
 
+    def pace(update: Any) -> Any:
+        now = 1.0 if schedule is None else schedule(update)
+        return now if steps is None else jnp.where(update < steps - 1, now, 0.0)
+
     most = {name: 2 * step for name, step in first.items()}
     rule = sign_steps(
-        first, grow=grow, largest=most, least=least, tolerance=tolerance, schedule=schedule
+        first, grow=grow, largest=most, least=least, tolerance=tolerance, schedule=pace
     )
     return in_ranges(rule, hyperparameters)
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import pathlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -59,3 +62,21 @@ class Schedule:
             raise ValueError(f"A schedule has edges and values, and this JSON has not: {text[:80]}")
         values = tuple(tuple(v) if isinstance(v, list) else v for v in found["values"])
         return cls(tuple(found["edges"]), values)
+
+
+def save_schedules(path: str | os.PathLike[str], schedules: Mapping[str, Schedule]) -> None:
+    """Write schedules by name, such as `FDS.schedules(eta)`, as one JSON file."""
+    found = {name: dataclasses.asdict(schedule) for name, schedule in schedules.items()}
+    pathlib.Path(path).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def load_schedules(path: str | os.PathLike[str]) -> dict[str, Schedule]:
+    """Read what `save_schedules` or `metalearn export` wrote.
+
+    Raises:
+      ValueError: if these are no schedules.
+    """
+    found = json.loads(pathlib.Path(path).read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no schedules: it is {found!r:.80}.")
+    return {name: Schedule.from_json(json.dumps(each)) for name, each in found.items()}

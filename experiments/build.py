@@ -144,7 +144,13 @@ def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
     given = {key: value for key, value in (options or {}).items() if value not in (None, "")}
     build: Any = pick(ENGINES, name, "engine")
     build = _inverse_variance if build is InverseVariance else build
-    keys.check_call(f"engine {name!r}", build, given)
+    try:
+        keys.check_call(f"engine {name!r}", build, given)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} What a config has set for another engine is cleared by "
+            "--config.engine_options.KEY= with nothing behind it."
+        ) from None
     return build(**given)
 
 
@@ -178,28 +184,18 @@ def outer_optimizer(
         if clip is not None:
             raise ValueError("`fds_rule` takes signs, which no clip changes: leave `clip` unset.")
         made = schedule(1.0, steps)
-        pace = made if callable(made) else None
-        if options.pop("guarded", True):
-            pace = _settling(pace, steps)
-        else:
+        guarded = options.pop("guarded", True)
+        if not guarded:
             options["tolerance"] = None
         keys.check_call("outer optimizer 'fds_rule'", fds_rule, options, 1)
-        return fds_rule(hyperparameters, **options, schedule=pace)
+        options["schedule"] = made if callable(made) else None
+        return fds_rule(hyperparameters, **options, steps=steps if guarded else None)
     if "learning_rate" not in options:
         raise ValueError(f"The outer optimizer {options['name']!r} needs a learning_rate.")
     made = optimizer({**options, "learning_rate": schedule(options["learning_rate"], steps)})
     if clip is not None:
         made = optax.chain(optax.clip_by_global_norm(clip), made)
     return made if hyperparameters is None else in_ranges(made, hyperparameters)
-
-
-def _settling(pace: optax.Schedule | None, steps: int) -> optax.Schedule:
-    """Return a schedule whose last move goes nowhere: to where the outer loss was last accepted."""
-
-    def at(step: Any) -> Any:
-        return jnp.where(step < steps - 1, 1.0 if pace is None else pace(step), 0.0)
-
-    return at
 
 
 def algorithm(config: Mapping[str, Any], network: Model) -> Algorithm:

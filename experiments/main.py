@@ -4,6 +4,7 @@
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
     metalearn eval  --workdir=runs/omniglot --tasks=1000 --best
     metalearn export --workdir=runs/learned_optimizer --out=mine.safetensors
+    metalearn export --workdir=runs/fds --out=schedules.json
 
 Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback. train:
 --allow-config-change (resume though the config is another). eval: --tasks. eval and export:
@@ -79,9 +80,9 @@ def show_plan() -> None:
 
 
 def export() -> None:
-    """Write the optimizer that a run has learned into a file."""
-    out = _OUT.value or _workdir() / "optimizer.safetensors"
-    run.export(_workdir(), pathlib.Path(out), _BEST.value)
+    """Write the optimizer, or the schedules, that a run has learned into a file."""
+    out = pathlib.Path(_OUT.value) if _OUT.value else None
+    run.export(_workdir(), out, _BEST.value)
 
 
 COMMANDS: dict[str, Callable[[], None]] = {

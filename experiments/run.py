@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from metalearn import Tasks, Trainer, health
-from metalearn.algorithms import LearnedOptimizer, save_optimizer
+from metalearn.algorithms import FDS, LearnedOptimizer, save_optimizer, save_schedules
 from metalearn.checkpoint import Checkpoints
 from metalearn.evaluation import Estimate
 from metalearn.experiments import auto, build, devices
@@ -140,16 +140,27 @@ def evaluate(workdir: pathlib.Path, tasks: int, best: bool = False) -> dict[str,
     return found
 
 
-def export(workdir: pathlib.Path, out: pathlib.Path, best: bool = False) -> None:
-    """Write the optimizer that a run has learned as a file that `load_optimizer` reads."""
+def export(workdir: pathlib.Path, out: pathlib.Path | None = None, best: bool = False) -> None:
+    """Write what a run has learned, where that is of use on its own.
+
+    An optimizer, as a file that `load_optimizer` reads (optimizer.safetensors), or schedules, as
+    one for `load_schedules` (schedules.json).
+    """
     found = restore(workdir, best)
-    learner = found.trainer.algorithm
-    if not isinstance(learner, LearnedOptimizer):
+    learner, eta, step = found.trainer.algorithm, found.state.eta, int(found.state.step)
+    if isinstance(learner, LearnedOptimizer):
+        out = out or workdir / "optimizer.safetensors"
+        save_optimizer(out, learner.rule, eta)
+        print(f"{out}: the optimizer of outer step {step}.")
+    elif isinstance(learner, FDS):
+        out = out or workdir / "schedules.json"
+        save_schedules(out, learner.schedules(eta))
+        print(f"{out}: the schedules of outer step {step}: {', '.join(sorted(eta))}.")
+    else:
         raise ValueError(
-            f"The run in {workdir} learned no optimizer: its algorithm is {type(learner).__name__}."
+            f"The run in {workdir} learned no optimizer and no schedules: its algorithm is "
+            f"{type(learner).__name__}. Its eta is in the train state of its checkpoints."
         )
-    save_optimizer(out, learner.rule, found.state.eta)
-    print(f"{out}: the optimizer of outer step {int(found.state.step)}.")
 
 
 def check(trainer: Trainer, tasks: Tasks, key: jax.Array) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from metalearn.fit import Fit
 from metalearn.loggers import Logger
 from metalearn.outer_loop import Interrupted, OuterLoop, Steps
-from metalearn.processes import is_first
+from metalearn.processes import is_first, say
 from metalearn.progress import bars
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
@@ -40,17 +40,26 @@ def run(
       Interrupted: where `fit.asked_to_stop` said so, once the state is saved.
       ChangedConfigError: if the checkpoints are of another config.
     """
+    parts = trainer.parts(tasks)
+    if checkpoints is not None and checkpoints.within and parts[-1].steps is None:
+        raise ValueError(
+            f"`Checkpoints(within={checkpoints.within})` (`checkpoint_within`) saves between two "
+            "segments of an outer step, but it is one program: set `Trainer(segment=)` too, with "
+            "`Forward`, or leave both."
+        )
     record: dict[str, Any] = {}
     loggers = loggers if is_first() else ()
     if checkpoints is not None:
         state, record = checkpoints.restore(state)
-    first = int(state.step)
+    first, taken = int(state.step), trainer.parts_taken(state)
+    if (first or taken) and first < fit.steps:
+        inside = f", inner step {parts[taken - 1].steps} of the next" if taken else ""
+        say(f"Going on from outer step {first} of {fit.steps}{inside}.")
     config = checkpoints.config if checkpoints else {}
     try:
         for logger in loggers:
             logger.start(first, config, record.get(type(logger).__name__, {}))
         shown = fit.progress and is_first()
-        parts = trainer.parts(tasks)
         with bars(fit.steps, first, trainer.tasks_per_step, parts[-1].steps, shown) as shows:
             return OuterLoop(fit, trainer, tasks, loggers, checkpoints, shows).run(state)
     except Interrupted:

@@ -7,7 +7,7 @@ result is that of the uncut loop, to rounding.
 
 A segment is compiled for its length and for the tangents that it pushes: those of windows that
 begin after it are left alone. There are at most four such numbers of tangents
-(`metalearn.engines.prefix`), and so as many programs, however many segments there are.
+(`metalearn.engines.prefix`), and so, with the first and the last, at most six programs.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from metalearn.algorithms import (
     Hyperparameter,
     Schedule,
     jitter,
+    load_schedules,
+    save_schedules,
     sgd,
     weighted_cross_entropy,
     windows,
@@ -356,6 +358,16 @@ def test_a_schedule_that_is_none_is_refused():
         Schedule.from_json('{"values": [1]}')
     with pytest.raises(ValueError, match="not 2 edges and 2 values"):
         Schedule.from_json('{"edges": [0, 1], "values": [1, 2]}')
+
+
+def test_schedules_come_back_from_one_file_by_name(tmp_path):
+    algorithm = make({"learning_rate": Hyperparameter(0.0, 1.0, (0.1, 0.2), windows=2)}, 10)
+    learned = algorithm.schedules(algorithm.init(KEY))
+    save_schedules(tmp_path / "learned.json", learned)
+    assert load_schedules(tmp_path / "learned.json") == learned
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"other.json holds no schedules: it is \[1\]"):
+        load_schedules(tmp_path / "other.json")
 
 
 def test_training_with_the_exported_schedule_is_the_run_that_was_learned():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from metalearn import Forward
+from metalearn.algorithms import load_schedules
 from metalearn.datasets import TrainingRuns
 from metalearn.experiments import run
 from metalearn.experiments.benchmarks import (
@@ -216,6 +217,11 @@ def test_tangents_are_drawn_along_the_trajectory_of_the_next_outer_step(tmp_path
     found = run.restore(tmp_path)
     forward = dataclasses.replace(found.trainer, engine=Forward())
     _, metrics = forward.step(found.state, found.splits.train)
+
+    run.export(tmp_path)
+    assert str(tmp_path / "schedules.json") in capsys.readouterr().out
+    learned = load_schedules(tmp_path / "schedules.json")
+    assert learned == found.trainer.algorithm.schedules(found.state.eta)
 
     lines = tangents.norms(tmp_path)
     rates = [f"learning_rate/{window}" for window in range(7)]

@@ -104,4 +104,6 @@ def test_an_export_of_a_run_that_learned_no_optimizer_is_refused(tmp_path, capsy
     config.wandb.mode = "disabled"
     run.train(config, tmp_path / "run", progress=False)
     assert main.main(["metalearn", "export", f"--workdir={tmp_path / 'run'}"]) == 2
-    assert "learned no optimizer: its algorithm is MAML." in capsys.readouterr().err
+    assert (
+        "learned no optimizer and no schedules: its algorithm is MAML." in capsys.readouterr().err
+    )

@@ -118,6 +118,18 @@ def test_the_rule_of_fds_begins_with_a_share_of_each_range_and_stops_at_a_twenti
     assert min(size for size in sizes if size) > 0.05 and sizes[-1] == 0
 
 
+def test_the_last_of_its_steps_goes_back_to_what_was_last_accepted():
+    chosen = {"decay": Hyperparameter(0.0, 2.0, 1.0)}
+    eta, slopes = {"decay": jnp.array([1.0])}, [{"decay": jnp.array([1.0])}] * 3
+    path = follow(fds_rule(chosen, steps=3), slopes, [1.0, 0.9, 5.0], eta=eta)
+    found = [float(each["decay"][0]) for each in path]
+    assert found == pytest.approx([1.0, 0.8, 0.6, 0.8])  # the third was not accepted
+    path = follow(fds_rule(chosen, steps=3), slopes, [1.0, 0.9, 0.8], eta=eta)
+    assert float(path[-1]["decay"][0]) == float(path[-2]["decay"][0])  # and here it was
+    with pytest.raises(ValueError, match="Leave one of them out"):
+        fds_rule(chosen, steps=3, tolerance=None)
+
+
 def test_a_narrow_range_moves_all_the_same():
     chosen = {"b1": Hyperparameter(0.8, 0.99, start=0.9)}
     path = follow(fds_rule(chosen), [{"b1": jnp.array([1.0])}], [1.0], eta={"b1": jnp.array([0.9])})

@@ -232,6 +232,20 @@ def explodes():
     return optax.GradientTransformation(lambda eta: (), update)
 
 
+def test_a_resumed_run_says_where_it_goes_on(tmp_path, capfd):
+    stopped(trainer(), tmp_path, 4 + 3)
+    fit(trainer(), 3, tmp_path)
+    said = capfd.readouterr().out
+    assert "Going on from outer step 1 of 3, inner step 24 of the next." in said
+    fit(trainer(), 3, tmp_path)
+    assert "Going on" not in capfd.readouterr().out
+
+
+def test_saves_inside_outer_steps_of_one_program_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"it is one program: set `Trainer\(segment=\)` too"):
+        fit(trainer(segment=None), 1, tmp_path, within=1)
+
+
 def test_the_bar_of_inner_steps_moves(capfd):
     fit(trainer(), 1, progress=True)
     shown = capfd.readouterr().err

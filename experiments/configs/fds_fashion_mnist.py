@@ -5,7 +5,8 @@ Reproduces   the method of Micaelli & Storkey 2021 (arXiv:2007.07869) on real im
              training images a fresh validation split for each outer step.
 Command      metalearn train --config=fds_fashion_mnist --workdir=runs/fds_fashion
              The dataset: tfds build fashion_mnist --file_format=array_record
-Takes        8 minutes on one free CPU core (39 s a hypergradient), twice that on a busy one
+Takes        13 minutes on one CPU core with other work beside it (39 s a hypergradient on a free
+             one)
 Expect       0.875 test accuracy after two epochs (0.875 +- 0.001, loss 0.335 +- 0.006; seed 0,
              five final runs); validation loss 0.499 with what it starts from
 """
