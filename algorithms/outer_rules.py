@@ -199,7 +199,9 @@ def fds_rule(
 
     def pace(update: Any) -> Any:
         now = 1.0 if schedule is None else schedule(update)
-        return now if steps is None else jnp.where(update < steps - 1, now, 0.0)
+        if steps is None or steps == 1:  # a single one would learn nothing
+            return now
+        return jnp.where(update < steps - 1, now, 0.0)
 
     most = {name: 2 * step for name, step in first.items()}
     rule = sign_steps(

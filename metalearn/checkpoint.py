@@ -97,6 +97,7 @@ class Checkpoints:
 
     def _save(self, begin: Callable[[], None]) -> None:
         self.wait()
+        self._drop_outdated()
         try:
             begin()
         except DiskError as error:
@@ -104,12 +105,19 @@ class Checkpoints:
 
     def within_at(self) -> tuple[int, int] | None:
         """Return (outer steps, inner steps) of the newest save inside a step, or None."""
-        record = self._inside.record()
+        record = self._record_within()
         return None if record is None else (record["step"], record["inner_step"])
 
     def drop_within(self) -> None:
         """Forget what was saved inside outer steps."""
+        self.wait()
         self._inside.clear()
+
+    def _drop_outdated(self) -> None:
+        """Forget what was saved inside outer steps that have ended, and are saved whole."""
+        record = self._inside.record()
+        if record is not None and record["step"] < (self._store.newest() or 0):
+            self._inside.clear()
 
     def latest(self) -> int | None:
         """Return the outer step of the newest checkpoint that is whole; None where none was made.
@@ -157,18 +165,22 @@ class Checkpoints:
             return found
         return None
 
-    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(
+        self, state: TrainState, within: TrainState | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Return the newest checkpoint as (state, record of the loggers), or (state, {}).
 
         Args:
           state: a state of the same structure and shapes, as `Trainer.init` returns it.
+          within: the shapes of one inside an outer step, `Trainer.partway(tasks)`; None: what was
+            saved there does not count.
 
         Raises:
           ChangedConfigError: if the checkpoint was written under another config.
           DamagedError: if no checkpoint can be read.
         """
         self.wait()
-        if (inside := self._restore_within(state)) is not None:
+        if within is not None and (inside := self._restore_within(within)) is not None:
             return inside
         while (record := self.record()) is not None:
             self._check_config(record)
@@ -178,29 +190,40 @@ class Checkpoints:
                 self._store.damaged[record["step"]] = str(error)
         return state, {}
 
-    def _restore_within(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Return what was saved inside an outer step, where that is the newest."""
-        record = self._inside.record()
-        if record is not None and record["step"] >= (self._store.newest() or 0):
-            run_record.check_schema(record, self.directory)
+    def _restore_within(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Return what was saved inside an outer step, where that is the newest and can go on."""
+        record = self._record_within()
+        if record is not None:
             self._check_config(record)
+            run_record.check_schema(record, self.directory)
             try:
-                return self._state(record, state, self._inside.read_state), record["loggers"]
+                if run_record.same_config(record, self.config):
+                    return self._state(record, shapes, self._inside.read_state), record["loggers"]
+                why = "is of another config"
             except UnreadableError as error:
                 self._inside.set_aside(error)
-                return self._restore_within(state)
-        if self._inside.damage:
+                return self._restore_within(shapes)
+            except run_record.OtherArraysError as error:
+                why = f"is of other arrays ({error})"
+            say(f"What was saved inside outer step {record['step'] + 1} {why}: it begins anew.")
+        elif self._inside.damage:
             say(
                 f"A checkpoint inside an outer step, in {self.directory}, is damaged "
-                f"({self._inside.damage}): going back to an earlier one."
+                f"({self._inside.damage}): going on from another one."
             )
         return None
 
+    def _record_within(self) -> Record | None:
+        """Return the record of the newest save inside a step, where no whole one is newer."""
+        record = self._inside.record()
+        newer = record is not None and record["step"] >= (self._store.newest() or 0)
+        return record if newer else None
+
     def check_config(self) -> None:
         """Raise ChangedConfigError if the newest checkpoint was written under another config."""
-        for record in (self.record(), self._inside.record()):
-            if record is not None:
-                self._check_config(record)
+        record = self._record_within() or self.record()
+        if record is not None:
+            self._check_config(record)
 
     def _check_config(self, record: Record) -> None:
         if not self.allow_change:
@@ -234,12 +257,16 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the last save to be whole, and close."""
         self.wait()
+        self._drop_outdated()
         self._store.close()
         self._inside.close()
 
     def _refused(self, error: DiskError) -> None:
-        kept = self._store.newest()
+        kept, inside = self._store.newest(), self._record_within()
         left = f"the newest one is of outer step {kept}" if kept else "there is none yet"
+        if inside is not None:
+            step, inner = inside["step"], inside["inner_step"]
+            left = f"the newest one is of outer step {step} and inner step {inner} of the next"
         say(
             f"A checkpoint could not be written to {self.directory} ({error}): {left}. Training "
             "goes on; make room before the next."

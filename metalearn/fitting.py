@@ -50,7 +50,7 @@ def run(
     record: dict[str, Any] = {}
     loggers = loggers if is_first() else ()
     if checkpoints is not None:
-        state, record = checkpoints.restore(state)
+        state, record = checkpoints.restore(state, trainer.partway(tasks))
     first, taken = int(state.step), trainer.parts_taken(state)
     if (first or taken) and first < fit.steps:
         inside = f", inner step {parts[taken - 1].steps} of the next" if taken else ""

@@ -46,6 +46,7 @@ class Steps(health.Looks, Protocol):
     def tasks_per_step(self) -> int: ...
     def parts(self, tasks: Tasks) -> Sequence[Part]: ...
     def parts_taken(self, state: TrainState) -> int: ...
+    def partway(self, tasks: Tasks) -> TrainState | None: ...
     def evaluate(
         self, eta: Any, tasks: Tasks, key: jax.Array, count: int = ...
     ) -> dict[str, Estimate]: ...
@@ -161,10 +162,13 @@ class OuterLoop:
         if self.checkpoints is None:
             return "Nothing is saved."
         self.checkpoints.wait()
-        newest = self.checkpoints.latest() or 0
-        if (newest, 0) == (step, inner_step) or self.checkpoints.within_at() == (step, inner_step):
+        newest, inside = self.checkpoints.latest() or 0, self.checkpoints.within_at()
+        if (step, inner_step) in ((newest, 0), inside):
             return "It is saved, and the same command goes on."
-        return f"It could NOT be saved: the same command goes on from outer step {newest}."
+        where = (
+            f"outer step {newest}" if inside is None else "outer step {}, inner {}".format(*inside)
+        )
+        return f"It could NOT be saved: the same command goes on from {where}."
 
     def _due(self, step: int, every: int | None) -> bool:
         return bool(every) and (step % (every or 1) == 0 or step == self.fit.steps)
@@ -182,6 +186,8 @@ class OuterLoop:
             for logger in self.loggers:
                 logger.log(step, values)
         if answer == "stop":
+            if self.checkpoints is not None:
+                self.checkpoints.drop_within()  # of the step that broke: no way to go on
             raise NonFiniteError(self._why(names[0], values, step, before))
         if answer == "back_off":
             say(f"`{names[0]}` became {values[names[0]]} at outer step {step}: backing off.")

@@ -34,6 +34,10 @@ class ChangedConfigError(ValueError):
     """A run is resumed with another config than it was started with."""
 
 
+class OtherArraysError(ValueError):
+    """A checkpoint holds other arrays than the run that would go on from it."""
+
+
 def record(
     step: int, config: Mapping[str, Any], loggers: Mapping[str, Any], state: Any = ()
 ) -> Record:
@@ -60,7 +64,7 @@ def check_schema(found: Record, where: str | os.PathLike[str]) -> None:
 
 def check_config(found: Record, config: Any, where: str | os.PathLike[str]) -> None:
     """Raise ChangedConfigError where a run had another config."""
-    changes = difference(_of_run(found["config"]), _of_run(config))
+    changes = _changes(found, config)
     if changes:
         raise ChangedConfigError(
             f"The run in {where} was started with another config:\n"
@@ -70,18 +74,29 @@ def check_config(found: Record, config: Any, where: str | os.PathLike[str]) -> N
         )
 
 
+def same_config(found: Record, config: Any) -> bool:
+    """Say whether a run had this config."""
+    return not _changes(found, config)
+
+
+def _changes(found: Record, config: Any) -> list[str]:
+    old, new = _of_run(found["config"]), _of_run(config)
+    # Keys that came with a later version: at a value that is nothing they change nothing.
+    return difference(old, {key: value for key, value in new.items() if key in old or value})
+
+
 def _of_run(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without what may change: where a run is computed."""
     return {key: value for key, value in config.items() if key != "mesh"}
 
 
 def check_arrays(found: Record, state: Any, where: str | os.PathLike[str]) -> None:
-    """Raise ValueError where a checkpoint is of a state with other arrays than this one."""
+    """Raise OtherArraysError where a checkpoint is of a state with other arrays than this one."""
     if "arrays" not in found:  # an older schema
         return
     changes = difference(found["arrays"], arrays(state), "")
     if changes:
-        raise ValueError(
+        raise OtherArraysError(
             f"The checkpoint of outer step {found['step']} in {where} holds other arrays than "
             "this run has, which no change of config can mend:\n"
             + "\n".join(f"  {line[1:]}" for line in changes[:5])

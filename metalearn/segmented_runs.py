@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from metalearn.engines.check import horizon
 from metalearn.engines.engine import Streaming
 from metalearn.inner_runs import InnerRuns, Posed
 from metalearn.leaves import strong
+from metalearn.mesh import TASKS
 from metalearn.tasks import Tasks
 
 
@@ -37,7 +40,7 @@ class Segment(NamedTuple):
 class Partway(NamedTuple):
     """An inner run between two segments. In a train state, leaves are [tasks, ...]."""
 
-    step: jax.Array  # (), int32: inner steps taken; 0: a new run is due
+    step: jax.Array  # (), int32: inner steps taken
     stream: Any  # the engine's
     seen: Any  # what the loop saw until now, leaves [T, ...]
 
@@ -47,25 +50,6 @@ class SegmentedRuns(InnerRuns):
     """Whole inner runs, cut into segments of as many inner steps."""
 
     segment: int
-
-    def begin(self, eta: Any, tasks: Tasks | None, keys: jax.Array) -> Partway:
-        """Return inner runs [tasks] in whose place new ones are due."""
-        if tasks is None:
-            raise ValueError(
-                "Training in segments carries inner states from program to program, and their "
-                "shapes are those of the tasks: call `Trainer.init(key, tasks)`."
-            )
-
-        def due(key: jax.Array) -> Partway:
-            posed = self.pose(eta, tasks, key)
-            stream = self._engine.start(posed.unroll, eta, posed.engine)
-            shapes = jax.eval_shape(
-                lambda: self._engine.advance(posed.unroll, eta, stream, posed.batches())[1]
-            )
-            seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            return Partway(jnp.zeros((), jnp.int32), stream, seen)
-
-        return jax.vmap(due)(keys)
 
     def segments(self, eta: Any, tasks: Tasks, key: jax.Array) -> dict[int, Segment]:
         """Return the segments of a run by the inner steps that are behind it then.
@@ -91,37 +75,60 @@ class SegmentedRuns(InnerRuns):
         return found
 
     def take(
-        self, segment: Segment, eta: Any, tasks: Tasks, keys: jax.Array, carried: Partway
-    ) -> tuple[Any, Partway]:
-        """Take a segment of every run: ((meta-gradient, metrics) at the last, the runs then)."""
+        self, segment: Segment, eta: Any, tasks: Tasks, keys: jax.Array, carried: Any
+    ) -> tuple[Any, Any]:
+        """Take a segment of every run: ((meta-gradient, metrics) at the last, the runs then).
 
-        def on_run(eta: Any, tasks: Tasks, run: tuple[Partway, jax.Array]) -> tuple[Any, Partway]:
+        Nothing is `carried` into the first segment, and nothing out of the last.
+        """
+
+        def on_run(eta: Any, tasks: Tasks, run: tuple[Any, jax.Array]) -> tuple[Any, Any]:
             return self._take(segment, eta, self.pose(eta, tasks, run[1]), run[0])
 
-        means, carried = self.batch.mean_and_each(on_run, (eta, tasks), (carried, keys))
+        inputs = () if segment.first else carried, keys
+        means, carried = self.batch.mean_and_each(on_run, (eta, tasks), inputs)
         return self._of_step(means) if segment.last else None, strong(carried)
 
-    def _take(self, segment: Segment, eta: Any, posed: Posed, run: Partway) -> tuple[Any, Partway]:
-        start, stream = run.step, run.stream
-        if segment.first:
-            start = jnp.zeros_like(run.step)
-            stream = self._engine.start(posed.unroll, eta, posed.engine)
+    def _take(self, segment: Segment, eta: Any, posed: Posed, run: Any) -> tuple[Any, Any]:
+        start, stream, seen = self._first(eta, posed) if segment.first else run
         batches = posed.batches_at(start + jnp.arange(segment.steps, dtype=start.dtype))
         stream, new = self._engine.advance(posed.unroll, eta, stream, batches, segment.until)
 
         def noted(seen: jax.Array, new: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(seen, new.astype(seen.dtype), start, 0)
 
-        seen = jax.tree.map(noted, run.seen, new)
+        seen = jax.tree.map(noted, seen, new)
         if not segment.last:
             return (), Partway(start + segment.steps, stream, seen)
-        result = self._engine.finish(posed.unroll, eta, stream, seen)
-        return self._counted(result), Partway(jnp.zeros_like(start), stream, seen)
+        return self._counted(self._engine.finish(posed.unroll, eta, stream, seen)), ()
+
+    def _first(self, eta: Any, posed: Posed) -> Partway:
+        """Return a run before its first step."""
+        stream = self._engine.start(posed.unroll, eta, posed.engine)
+        shapes = jax.eval_shape(
+            lambda: self._engine.advance(posed.unroll, eta, stream, posed.batches())[1]
+        )
+        seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return Partway(jnp.zeros((), jnp.int32), stream, seen)
 
     @property
     def _engine(self) -> Streaming:
         assert isinstance(self.engine, Streaming)
         return self.engine
+
+
+def spread(shardings: Any, engine: Any) -> Any:
+    """Return where a train state lies, its tangents as the engine spreads them."""
+    if not isinstance(shardings.inner, Partway):
+        return shardings
+    own = engine.sharding.spec if isinstance(engine.sharding, NamedSharding) else ()
+    stream = shardings.inner.stream
+
+    def along(tree: Any) -> Any:
+        return jax.tree.map(lambda where: NamedSharding(where.mesh, P(TASKS, *own)), tree)
+
+    stream = stream._replace(tangents=along(stream.tangents), directions=along(stream.directions))
+    return dataclasses.replace(shardings, inner=shardings.inner._replace(stream=stream))
 
 
 def steps_taken(carried: Any) -> int:

@@ -90,18 +90,6 @@ class Layout:
         specs = [spec(path, leaf.shape) for path, leaf in zip(paths(state), leaves, strict=True)]
         return jax.tree.unflatten(treedef, [NamedSharding(self.mesh, s) for s in specs])
 
-    def abstract(self, state: Any) -> Any:
-        """Return the shapes of a train state, and where its leaves lie."""
-        return jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            state,
-            self.shardings(state),
-        )
-
-    def constrain(self, state: Any) -> Any:
-        """Return a train state inside a compiled program, its leaves where they belong."""
-        return jax.lax.with_sharding_constraint(state, self.shardings(state))
-
     @property
     def replicated(self) -> NamedSharding:
         """Return the sharding of what every device has a whole copy of."""
@@ -203,6 +191,15 @@ class _CutInside(Algorithm):
 
     def evaluation(self) -> Algorithm:
         return dataclasses.replace(self, algorithm=self.algorithm.evaluation())
+
+
+def abstract(state: Any, shardings: Any) -> Any:
+    """Return the shapes of a train state, and where its leaves lie."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        state,
+        shardings,
+    )
 
 
 def _put(leaf: Any, where: NamedSharding) -> Any:

@@ -31,8 +31,8 @@ from metalearn.leaves import select, strong
 from metalearn.loggers import Logger
 from metalearn.outer_loop import Part
 from metalearn.probe import Look, look_at
-from metalearn.segmented_runs import Segment, SegmentedRuns, steps_taken
-from metalearn.sharding import Layout
+from metalearn.segmented_runs import Segment, SegmentedRuns, spread, steps_taken
+from metalearn.sharding import Layout, abstract
 from metalearn.task_batch import TaskBatch
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
@@ -105,18 +105,17 @@ class Trainer:
     def init(self, key: jax.Array, tasks: Tasks | None = None) -> TrainState:
         """Return the state before the first outer step.
 
-        Inner runs that go on from program to program are a part of it, so `truncation` and
-        `segment` need `tasks`.
+        Inner runs that go on from step to step are a part of it, so `truncation` needs `tasks`.
         """
         if self.layout is None:
             return self._init(key, tasks)
-        where = self.layout.shardings(jax.eval_shape(self._init, key, tasks))
+        where = self._shardings(jax.eval_shape(self._init, key, tasks))
         return jax.jit(self._init, out_shardings=where)(key, self.place(tasks))
 
     def shapes(self, tasks: Tasks | None = None) -> TrainState:
         """Return the shapes of a state, and where its leaves lie; nothing is allocated."""
         shapes = jax.eval_shape(self._init, jax.eval_shape(lambda: jax.random.key(0)), tasks)
-        return shapes if self.layout is None else self.layout.abstract(shapes)
+        return shapes if self.layout is None else abstract(shapes, self._shardings(shapes))
 
     def _init(self, key: jax.Array, tasks: Tasks | None = None) -> TrainState:
         init_key, run_key = jax.random.split(key)
@@ -146,11 +145,30 @@ class Trainer:
         """Return the programs of an outer step, in their order: one, or one for each segment."""
         if not isinstance(self.runs, SegmentedRuns):
             return [Part(self.step)]
+        leaves, treedef = jax.tree.flatten(tasks)
+        shapes = treedef, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        if shapes not in self._known_parts:
+            self._known_parts[shapes] = self._cut(self.runs, tasks)
+        return self._known_parts[shapes]
+
+    @functools.cached_property
+    def _known_parts(self) -> dict[Any, list[Part]]:
+        return {}
+
+    def _cut(self, runs: SegmentedRuns, tasks: Tasks) -> list[Part]:
         state = self.shapes(tasks)
         return [
             Part(functools.partial(self._segment, segment=segment), steps)
-            for steps, segment in self.runs.segments(state.eta, tasks, state.key).items()
+            for steps, segment in runs.segments(state.eta, tasks, state.key).items()
         ]
+
+    def partway(self, tasks: Tasks) -> TrainState | None:
+        """Return the shapes of a state between two segments; None where there are not two."""
+        parts = self.parts(tasks)
+        if len(parts) == 1:
+            return None
+        state, _ = jax.eval_shape(parts[0].take, self.shapes(tasks), tasks)
+        return state if self.layout is None else abstract(state, self._shardings(state))
 
     def parts_taken(self, state: TrainState) -> int:
         """Return how many programs of its outer step a state has behind it."""
@@ -209,7 +227,14 @@ class Trainer:
         return self._constrained(after), metrics
 
     def _constrained(self, state: TrainState) -> TrainState:
-        return state if self.layout is None else self.layout.constrain(state)
+        if self.layout is None:
+            return state
+        return jax.lax.with_sharding_constraint(state, self._shardings(state))
+
+    def _shardings(self, state: TrainState) -> Any:
+        """Return where each leaf of a state lies on the layout."""
+        assert self.layout is not None
+        return spread(self.layout.shardings(state), self.engine)
 
     def task_keys(self, state: TrainState) -> jax.Array:
         """Return the keys [tasks_per_step] of the tasks of the outer step after `state`."""

@@ -291,8 +291,18 @@ def segmented(layout):
     """Outer steps in segments over eight devices, against whole ones on one."""
     eight = run(trainer(layout, Rate(), Forward(), segment=5), 2)
     one = run(trainer(None, Rate(), Forward()), 2)
-    carried = eight.state.inner.step.addressable_shards[0].data.shape
-    return {"segmented": error(eight.gradient, one.gradient), "in segments": list(carried)}
+    both = Layout(make_mesh(tangents=2))
+    engine = Forward(sharding=NamedSharding(both.mesh, P("tangents")))
+    spread = trainer(both, Rate(), engine, segment=5)
+    parts, tasks = spread.parts(TASKS), spread.place(TASKS)
+    partway, _ = parts[0].take(spread.init(key(), TASKS), tasks)
+    found, _ = spread.step(partway, tasks)
+    tangents = partway.inner.stream.tangents[0].addressable_shards[0].data.shape
+    return {
+        "segmented": error(eight.gradient, one.gradient),
+        "spread": error(10 * flat(found.optimizer[0].mu), one.gradient),
+        "in segments": list(tangents[:2]),
+    }
 
 
 def part(directory, port, process):

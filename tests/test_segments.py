@@ -16,6 +16,7 @@ from metalearn.checkpoint import ChangedConfigError, Checkpoints
 from metalearn.cost import cost
 from metalearn.faults import NonFiniteError
 from metalearn.outer_loop import Interrupted
+from metalearn.progress import Bars, bars
 from metalearn.unroll import Unroll
 from tests.test_checkpoint import bits, flip_a_bit
 
@@ -122,9 +123,21 @@ def test_segments_of_the_same_length_and_tangents_share_a_program():
 
 def test_windows_that_have_not_begun_cost_nothing():
     made = trainer()
-    state = made.shapes(Targets())
-    flops = [cost(jax.jit(part.take), state, Targets()).flops for part in made.parts(Targets())[:3]]
+    states = [made.shapes(), *[made.partway(Targets())] * 2]
+    parts = zip(made.parts(Targets()), states, strict=False)
+    flops = [cost(jax.jit(part.take), state, Targets()).flops for part, state in parts]
     assert flops[0] < flops[1] < flops[2]
+
+
+def test_between_outer_steps_nothing_is_kept_of_inner_runs():
+    state, _ = trainer().step(trainer().init(KEY), Targets())
+    assert state.inner == ()
+
+
+def test_the_programs_of_a_step_are_traced_once():
+    made = trainer()
+    assert made.parts(Targets()) is made.parts(Targets())
+    assert made.step(made.init(KEY), Targets())[1]["loss"] > 0
 
 
 # On the way.
@@ -143,8 +156,8 @@ class Asked:
 def fit(made, steps, directory=None, config=None, **options):
     keeps = None
     if directory is not None:
-        within = options.pop("within", 0)
-        keeps = Checkpoints(directory, config or {}, every=1, within=within)
+        given = {name: options.pop(name) for name in ("within", "allow_change") if name in options}
+        keeps = Checkpoints(directory, config or {}, every=1, **given)
     try:
         return made.fit(
             Targets(), steps, key=KEY, checkpoints=keeps, **{"progress": False, **options}
@@ -213,13 +226,39 @@ def test_another_segment_does_not_go_on_inside_a_step(tmp_path):
         fit(trainer(segment=5), 3, tmp_path)
 
 
-def test_what_was_saved_inside_a_step_that_is_taken_back_is_forgotten(tmp_path):
-    wild = dataclasses.replace(trainer(), optimizer=explodes())
-    stopped(wild, tmp_path, 4 + 2, faults=Faults(nonfinite="pass"))
-    assert list(tmp_path.glob("within/1"))
-    with pytest.raises(NonFiniteError, match="after 1 times of backing off"):
-        fit(wild, 3, tmp_path, faults=Faults(nonfinite="back_off", most=1))
+@pytest.mark.parametrize("segment", [2, 8, 15])
+def test_a_run_that_saves_inside_steps_backs_off(segment, tmp_path):
+    """While the last save inside the step that is taken back may still be on its way."""
+    wild = dataclasses.replace(trainer(segment=segment), optimizer=explodes())
+    options = {"within": 1, "faults": Faults(nonfinite="back_off", most=2)}
+    with pytest.raises(NonFiniteError, match="after 2 times of backing off"):
+        fit(wild, 3, tmp_path, **options)
     assert not list(tmp_path.glob("within/[0-9]*"))
+
+
+def test_nothing_is_kept_of_a_step_that_ends_the_run(tmp_path):
+    wild = dataclasses.replace(trainer(), optimizer=explodes())
+    with pytest.raises(NonFiniteError):
+        fit(wild, 3, tmp_path, within=1)
+    assert not list(tmp_path.glob("within/[0-9]*"))
+    found = fit(dataclasses.replace(trainer(), optimizer=optax.sgd(0.0)), 1, tmp_path)
+    assert int(found.step) == 1  # from the whole step before it
+
+
+def test_a_step_that_began_under_another_config_begins_anew(tmp_path, capfd):
+    stopped(trainer(), tmp_path, 4 + 3, config={"seed": 0})
+    taken = count_taken(trainer(), tmp_path, config={"seed": 1}, allow_change=True)
+    assert taken[0] == 4 + 1
+    said = capfd.readouterr().out
+    assert "inside outer step 2 is of another config: it begins anew" in said
+    # What was saved inside it is of no further account.
+    assert count_taken(trainer(), tmp_path, config={"seed": 1}) == []
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, SEGMENT), (SEGMENT, None)])
+def test_a_run_may_be_cut_from_an_outer_step_on(before, after, tmp_path):
+    fit(trainer(segment=before), 1, tmp_path)
+    assert int(fit(trainer(segment=after), 2, tmp_path).step) == 2
 
 
 def explodes():
@@ -246,10 +285,20 @@ def test_saves_inside_outer_steps_of_one_program_are_refused(tmp_path):
         fit(trainer(segment=None), 1, tmp_path, within=1)
 
 
-def test_the_bar_of_inner_steps_moves(capfd):
-    fit(trainer(), 1, progress=True)
-    shown = capfd.readouterr().err
-    assert "inner steps" in shown and f"/{HORIZON}" in shown
+def test_the_bar_of_inner_steps_moves(monkeypatch):
+    shown = []
+    monkeypatch.setattr(Bars, "inner_done", lambda self, steps: shown.append(steps))
+    fit(trainer(), 2, progress=True)
+    assert shown == [0, 8, 16, 24, 0, 8, 16, 24]
+
+
+def test_a_bar_of_inner_steps_is_set_and_begun_anew(capfd):
+    with bars(3, 0, 2, HORIZON) as both:
+        both.inner_done(16)
+        assert both._inner.n == 16
+        both.inner_done(8)
+        assert both._inner.n == 8
+    assert f"/{HORIZON}" in capfd.readouterr().err
 
 
 # Bad input.
@@ -271,8 +320,3 @@ def test_segments_that_cannot_be_are_refused(options, message):
 def test_a_segment_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match="longer than the horizon, which is 30"):
         trainer(segment=31).parts(Targets())
-
-
-def test_a_state_of_segments_needs_the_tasks():
-    with pytest.raises(ValueError, match="`Trainer.init\\(key, tasks\\)`"):
-        trainer().init(KEY)
