@@ -109,11 +109,11 @@ def test_the_record_holds_the_config_the_versions_the_step_and_what_loggers_said
 
 def test_a_run_with_another_config_is_refused_with_the_difference(opened, tmp_path):
     old = {"seed": 0, "gone": 1.5, "model": {"name": "mlp", "hidden": (40, 40)}}
-    new = {"seed": 0, "model": {"name": "mlp", "hidden": (40, 20)}, "chunk": None}
+    new = {"seed": 0, "model": {"name": "mlp", "hidden": (40, 20)}, "chunk": 4}
     saved(opened, old)
     expected = (
         f"The run in {tmp_path / 'run'} was started with another config:\n"
-        "  config.chunk: '(absent)' -> None\n"
+        "  config.chunk: '(absent)' -> 4\n"
         "  config.gone: 1.5 -> '(absent)'\n"
         "  config.model.hidden: [40, 40] -> [40, 20]\n"
         "Give it the config it had, or train the new one in another workdir; "
@@ -121,6 +121,13 @@ def test_a_run_with_another_config_is_refused_with_the_difference(opened, tmp_pa
     )
     with pytest.raises(ChangedConfigError, match=f"^{re.escape(expected)}$"):
         opened(new).restore(a_state())
+
+
+def test_keys_that_a_later_version_brings_change_nothing_while_they_are_unset(opened):
+    saved(opened, {"seed": 0})
+    opened({"seed": 0, "segment": None, "within": 0}).check_config()
+    with pytest.raises(ChangedConfigError, match=r"config.within: '\(absent\)' -> 1"):
+        opened({"seed": 0, "within": 1}).check_config()
 
 
 def test_the_same_config_is_the_same_whether_it_has_tuples_or_lists(opened):
