@@ -47,9 +47,14 @@ def norms(tangents: list[jax.Array], all_of_them: list[jax.Array]) -> jax.Array:
     """Return the norm of each tangent over all leaves [N], zero for those not pushed."""
     if not tangents:
         return jnp.zeros(0)
-    squares = [jnp.sum(_precise(t) ** 2, axis=tuple(range(1, t.ndim))) for t in tangents]
+    squares = [_squared(_precise(t).reshape(t.shape[0], -1)) for t in tangents]
     found = jnp.sqrt(sum(squares[1:], squares[0]))
     return jnp.pad(found, (0, all_of_them[0].shape[0] - found.shape[0]))
+
+
+def _squared(rows: jax.Array) -> jax.Array:
+    """Return |row|^2 of rows [k, n]: [k]. A product, on a CPU faster than a sum of squares."""
+    return jnp.einsum("kn,kn->k", rows, rows, precision=jax.lax.Precision.HIGHEST)
 
 
 def _precise(leaf: jax.Array) -> jax.Array:
