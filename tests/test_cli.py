@@ -338,7 +338,11 @@ def test_engine_options_are_set_from_the_command_line(refused, tmp_path):
     message = refused(*words, "--config.engine_options.chunk=2")
     assert call(*words, "--config.engine_options.remat=step") == 0
     known = ["remat", "segment", "budget", "peel"]
-    assert message == f"The engine 'reverse' has no option 'chunk'. It has: {known}."
+    assert message == (
+        f"The engine 'reverse' has no option 'chunk'. It has: {known}. What a config has set for "
+        "another engine is cleared by --config.engine_options.KEY= with nothing behind it."
+    )
+    assert call(*words, "--config.engine_options.remat=", "--allow-config-change") == 0
 
 
 def test_the_split_with_too_few_classes_is_named(refused, tmp_path):
