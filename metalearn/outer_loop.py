@@ -104,7 +104,7 @@ class OuterLoop:
         """Take an outer step, of whose programs some are `taken`, and what is due after it."""
         before, metrics = dataclasses.replace(state, optimizer=None, inner=()), None
         for number, part in enumerate(self._parts[taken:], taken + 1):
-            if part.steps is not None:  # no more than one program waits for the device
+            if part.steps is not None:  # the bar shows what the device has done
                 jax.block_until_ready(state.inner)
                 self.bars.inner_done(self._parts[number - 2].steps or 0 if number > 1 else 0)
             state, metrics = part.take(state, self.tasks)
