@@ -30,9 +30,7 @@ def settled(config: dict[str, Any], checkpoints: pathlib.Path) -> dict[str, Any]
     """
     if config["engine"] != AUTO:
         return config
-    given = sorted(
-        key for key, value in config["engine_options"].items() if value not in (None, "")
-    )
+    given = sorted(build.set_options(config["engine_options"]))
     if given:
         raise ValueError(
             f'engine="auto" chooses the options of the engine too, but engine_options.{given[0]} '

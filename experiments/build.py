@@ -139,9 +139,14 @@ def truncation(config: Mapping[str, Any]) -> Truncation | None:
     return None
 
 
+def set_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those options of an engine that are set: None is not, nor is an empty text."""
+    return {key: value for key, value in options.items() if value not in (None, "")}
+
+
 def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
     """Build an engine by its name in `ENGINES`, with the options that are set."""
-    given = {key: value for key, value in (options or {}).items() if value not in (None, "")}
+    given = set_options(options or {})
     build: Any = pick(ENGINES, name, "engine")
     build = _inverse_variance if build is InverseVariance else build
     try:

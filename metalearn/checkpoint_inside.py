@@ -30,20 +30,17 @@ class Inside:
 
     def record(self) -> Record | None:
         """Return the record of the newest save; None where there is none that can be read."""
-        newest = self._store.newest() if self._store else None
-        if self._store is None or newest is None:
-            return None
-        try:
-            return self._store.read_record(newest)
-        except UnreadableError as error:
-            self.set_aside(error)
-            return self.record()
+        while self._store is not None and (newest := self._store.newest()) is not None:
+            try:
+                return self._store.read_record(newest)
+            except UnreadableError as error:
+                self.set_aside(error)
+        return None
 
     def set_aside(self, error: Exception) -> None:
-        """Pass over the newest save from now on, for it cannot be read."""
-        newest = self._store.newest() if self._store else None
-        if self._store is not None and newest is not None:
-            self._store.damaged[newest] = str(error)
+        """Pass over the newest save, one that `record` returned, for it cannot be read."""
+        store, newest = self._newest()
+        store.damaged[newest] = str(error)
 
     @property
     def damage(self) -> str:
@@ -53,9 +50,13 @@ class Inside:
 
     def read_state(self, shapes: Any) -> Any:
         """Return the arrays of the newest save, as a tree like `shapes`."""
+        store, newest = self._newest()
+        return store.read_state(newest, shapes)
+
+    def _newest(self) -> tuple[Store, int]:
         newest = self._store.newest() if self._store else None
         assert self._store is not None and newest is not None
-        return self._store.read_state(newest, shapes)
+        return self._store, newest
 
     def clear(self) -> None:
         """Delete what is there."""

@@ -121,13 +121,13 @@ class OuterLoop:
         now = (step - 1) * len(self._parts) + number
         asked = fit.asked_to_stop(now) if fit.asked_to_stop else None
         every = 0 if keeps is None else keeps.within
+        inner = self._parts[number - 1].steps or 0
         if keeps is not None and (asked or (every and number % every == 0)):
-            keeps.save_within(state, step - 1, self._parts[number - 1].steps or 0, self._records())
+            keeps.save_within(state, step - 1, inner, self._records())
         if asked:
-            inner = f"{self._parts[number - 1].steps} of {self._parts[-1].steps}"
             raise Interrupted(
-                f"{asked} after inner step {inner} of outer step {step} of {fit.steps}. "
-                f"{self._kept(step - 1, self._parts[number - 1].steps or 0)}"
+                f"{asked} after inner step {inner} of {self._parts[-1].steps} of outer step {step} "
+                f"of {fit.steps}. {self._kept(step - 1, inner)}"
             )
 
     def _records(self) -> dict[str, Any]:

@@ -66,9 +66,10 @@ class SegmentedRuns(InnerRuns):
                     f"A segment of {self.segment} inner steps is longer than the horizon, which "
                     f"is {steps}. Take at most {steps}."
                 )
+            ends = self._engine.ends(posed.unroll, eta, steps)
             for start in range(0, steps, self.segment):
                 stop = min(start + self.segment, steps)
-                until = self._engine.until(posed.unroll, eta, steps, stop)
+                until = next(end for end in ends if end >= stop)
                 found[stop] = Segment(stop - start, start == 0, stop == steps, until)
 
         jax.eval_shape(cut, eta, tasks, key)

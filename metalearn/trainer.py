@@ -124,7 +124,7 @@ class Trainer:
         eta = strong(eta)
         optimizer = strong(self.optimizer.init(eta))
         state = TrainState(jnp.zeros((), jnp.int32), eta, optimizer, run_key)
-        inner = jax.jit(self.runs.begin)(eta, tasks, self.task_keys(state))
+        inner = self.runs.begin(eta, tasks, self.task_keys(state))
         return dataclasses.replace(state, inner=strong(inner))
 
     @functools.cached_property

@@ -27,6 +27,9 @@ class TruncatedRuns(InnerRuns):
                 "Truncated training carries inner states from step to step, and their shapes "
                 "are those of the tasks: call `Trainer.init(key, tasks)`."
             )
+        return jax.jit(self._due)(eta, tasks, keys)
+
+    def _due(self, eta: Any, tasks: Tasks, keys: jax.Array) -> Carried:
         return jax.vmap(lambda key: due(self.pose(eta, tasks, key), eta, key))(keys)
 
     def mean_gradient(

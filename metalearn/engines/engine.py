@@ -78,5 +78,5 @@ class Streaming(Protocol):
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         """Return ((loss (), aux), meta-gradient like eta) of a loop that has run."""
 
-    def until(self, unroll: Unroll, eta: Any, steps: int, stop: int) -> int:
-        """Return what to pass `advance` for steps that end before `stop`, of T: one of few."""
+    def ends(self, unroll: Unroll, eta: Any, steps: int) -> list[int]:
+        """Return what to pass `advance` as `until`, of T steps: the first that is far enough."""

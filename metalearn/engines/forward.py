@@ -154,10 +154,9 @@ class Forward(MetaGradient):
         tangents = [jnp.concatenate(pair) for pair in zip(tangents, later, strict=True)]
         return stream._replace(state=state, tangents=tangents), inner
 
-    def until(self, unroll: Unroll, eta: Any, steps: int, stop: int) -> int:
-        """Return the `until` of steps that end before `stop`, of T: one of at most four."""
-        ends = [part.stop for part in parts(self._begins(unroll, eta), steps)]
-        return min(end for end in ends if end >= stop)
+    def ends(self, unroll: Unroll, eta: Any, steps: int) -> list[int]:
+        """Return where the parts of T steps end, in their order: at most four."""
+        return [part.stop for part in parts(self._begins(unroll, eta), steps)]
 
     def finish(
         self, unroll: Unroll, eta: Any, stream: Stream, inner: Inner
