@@ -194,6 +194,7 @@ TASKS = {
 ENGINES = {
     "Reverse": Reverse(),
     "Reverse-step": Reverse(remat="step"),
+    "Reverse-segments": Reverse(remat="segments"),
     "Reverse-nested": Reverse(remat="nested"),
     "Reverse-peel": Reverse(remat="step", peel=True),
     "Forward": Forward(),
@@ -201,6 +202,7 @@ ENGINES = {
     "MixedFlow": MixedFlow(),
     "MixedFlow-none": MixedFlow(remat="none"),
     "MixedFlow-host": MixedFlow(store="host"),
+    "MixedFlow-segments": MixedFlow(remat="segments"),
     "MixedFlow-nested": MixedFlow(remat="nested", segment=2, peel=False),
 }
 

@@ -47,7 +47,7 @@ NAMES = {  # by the last part of a field
     "library": tuple(build.LIBRARIES),
     "schedule": tuple(build.SCHEDULES),
     "objective": (*build.OBJECTIVES, *training_runs.OBJECTIVES),
-    "remat": ("none", "step", "nested", "inexact_reconstruct", "block", "dots"),
+    "remat": ("none", "step", "segments", "nested", "inexact_reconstruct", "block", "dots"),
     "store": ("device", "host", "inexact_bfloat16"),
     "batch_norm": ("transductive", "running", "frozen"),
     "adapt": ("head", ".*"),

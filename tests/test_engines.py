@@ -19,9 +19,6 @@ from tests.cases import ENGINES
 
 pytestmark = pytest.mark.usefixtures("x64")
 T = 3
-REMATS = ("none", "step", "nested")
-
-
 def eta_and_batches(steps=T):
     """Eta of 3 scalars; batches of 4 points in the plane with targets."""
     x_key, y_key = jax.random.split(jax.random.key(3))
@@ -304,12 +301,13 @@ def test_gradient_and_final_state_are_those_of_a_loop_by_hand(scenario, engine):
     assert_close(arrays(aux.state), arrays(state))
 
 
-@pytest.mark.parametrize("engine", [Reverse("nested"), MixedFlow("nested")], ids=repr)
+@pytest.mark.parametrize("remat", ["segments", "nested"])
+@pytest.mark.parametrize("engine", [Reverse, MixedFlow])
 @pytest.mark.parametrize("steps", [1, 2, 5, 8])
-def test_nested_rematerialisation_takes_any_number_of_steps(steps, engine):
+def test_rematerialisation_in_segments_takes_any_number_of_steps(steps, engine, remat):
     eta, batches = eta_and_batches(steps)
     (_, state), grads = by_hand(closes_over_eta(), eta, batches, steps)
-    (_, aux), our_grads = solve(engine, closes_over_eta(), eta, batches)
+    (_, aux), our_grads = solve(engine(remat), closes_over_eta(), eta, batches)
     assert_close(our_grads, grads)
     assert_close(aux.state, state)
     assert aux.inner.losses.shape == (steps, 1)
@@ -477,7 +475,8 @@ def test_forward_refuses_less_than_one(option):
 
 @pytest.mark.parametrize(
     ("engine", "known"),
-    [(Reverse, "nested, none, step"), (MixedFlow, "inexact_reconstruct, nested, none, step")],
+    [(Reverse, "nested, none, segments, step"),
+        (MixedFlow, "inexact_reconstruct, nested, none, segments, step"),],
 )
 def test_an_unknown_rematerialisation_is_refused_with_those_there_are(engine, known):
     message = f"No remat is called 'all'. There are: {known}."
@@ -582,11 +581,14 @@ def temporaries(engine, steps, learn_a_rate=False):
 
 
 def test_less_is_kept_with_each_rematerialisation_and_with_mixed_flow():
-    everything, states, some = (temporaries(Reverse(remat), 32) for remat in REMATS)
+    remats = "none", "step", "segments", "nested"
+    everything, states, parts, some = (temporaries(Reverse(remat), 32) for remat in remats)
     assert 5 * states < everything
+    assert 3 * parts < everything
     assert 1.3 * some < states
     assert 5 * temporaries(MixedFlow(), 32) < everything
     assert 1.2 * temporaries(MixedFlow(), 32) < states
+    assert 1.2 * temporaries(MixedFlow("segments"), 32) < temporaries(MixedFlow(), 32)
 
 
 def test_memory_of_forward_mode_is_flat_in_the_number_of_steps():

@@ -105,7 +105,7 @@ def test_all_engines_give_the_same_hypergradient_through_a_long_run(name):
     eta = algorithm.init(KEY)
     assert flat(eta).size == 9
     (loss, _), expected = solve(algorithm, Reverse("nested"), eta)
-    for engine in (Forward(), MixedFlow("nested")):
+    for engine in (Forward(), MixedFlow("nested"), Reverse("segments"), MixedFlow("segments")):
         (again, _), grads = solve(algorithm, engine, eta)
         np.testing.assert_allclose(again, loss, rtol=1e-12)
         error = jnp.linalg.norm(flat(grads) - flat(expected)) / jnp.linalg.norm(flat(expected))

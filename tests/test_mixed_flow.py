@@ -303,7 +303,7 @@ def test_an_unroll_that_cannot_be_undone_is_refused(x64):
         ({"micro_batches": 0}, "micro_batches=0, but one is the least"),
         ({"store": "disk"}, "No store is called 'disk'. There are: device, host, inexact"),
         ({"store": "host", "remat": "nested"}, "is for what remat='step' keeps, not for 'nested'"),
-        ({"remat": "inexact"}, "There are: inexact_reconstruct, nested, none, step"),
+        ({"remat": "inexact"}, "There are: inexact_reconstruct, nested, none, segments, step"),
         ({"remat": "nested", "segment": 0}, "cannot be 0 with remat='nested'"),
         ({"remat": "step", "segment": 3}, "cannot be 3 with remat='step'"),
         ({"remat": "inexact_reconstruct", "segment": 0}, "Anchors lie at least one step apart"),

@@ -7,11 +7,13 @@ The training run of `--config=fds_digits`: an MLP 64-64-10 on scikit-learn's dig
 SGD. N hyperparameters are learned: N - 2 windows of the learning rate, momentum and weight decay.
 In theory, with T inner steps, |theta| parameters and |state| = 2 |theta|, as SGD has a momentum:
 
-    engine               memory                          time
-    plain training       |state|                         1
-    Forward()            (1 + N) |state|, flat in T      grows with N
-    Reverse("nested")    2 sqrt(T) |state|               flat in N
-    MixedFlow("nested")  the same and T |theta|          flat in N, and less
+    engine                 memory                               time
+    plain training         |state|                              1
+    Forward()              (1 + N) |state|, flat in T           grows with N
+    Reverse("segments")    sqrt(T) (|activations| + 2 |state|)  flat in N
+    Reverse("nested")      2 sqrt(T) |state|                    flat in N, and more
+    MixedFlow("segments")  sqrt(T) (|theta| + 2 |state|)        flat in N, and less
+    MixedFlow("nested")    T |theta| + 2 sqrt(T) |state|        flat in N, and less
 
 Memory is the temporaries of the compiled program and FLOPs are its matrix products, loop trip
 counts included: both are deterministic, and nothing is allocated. One argument of all programs
@@ -45,7 +47,9 @@ PLAIN = "plain training"
 ENGINES: dict[str, MetaGradient | None] = {
     PLAIN: None,
     "Forward()": Forward(),
+    'Reverse("segments")': Reverse("segments"),
     'Reverse("nested")': Reverse("nested"),
+    'MixedFlow("segments")': MixedFlow("segments"),
     'MixedFlow("nested")': MixedFlow("nested"),
 }
 OTHERS = 2  # hyperparameters of one window: momentum and weight decay

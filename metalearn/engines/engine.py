@@ -2,7 +2,7 @@
 
 | engine            | memory                      | time, in forward passes of the loop |
 |-------------------|-----------------------------|-------------------------------------|
-| `Reverse`         | O(T), O(sqrt(T)) if nested  | a few, whatever the size of eta     |
+| `Reverse`         | O(T), or O(sqrt(T))         | a few, whatever the size of eta     |
 | `Forward`         | O(N) states, flat in T      | 1 + about N, for N meta-parameters  |
 | `MixedFlow`       | one inner Hessian product   | as `Reverse`, or fewer              |
 | `ES`              | 2n states, flat in T        | 2n, for n pairs of particles        |

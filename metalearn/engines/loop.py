@@ -1,9 +1,10 @@
 """The inner loop as a scan, and what of it is kept for the way back.
 
 Reverse mode reads every step again, backwards. Keeping what each step computed costs
-O(T) activations; keeping only the states costs one more forward pass; keeping the
-state of every sqrt(T)-th step costs two, and memory O(sqrt(T)) (Griewank 1992,
-Chen et al. 2016, arXiv:1604.06174).
+O(T) activations; keeping only the states costs one more forward pass. So does keeping the
+state of every sqrt(T)-th step and, while the steps from one to the next are gone through again,
+all that these compute: memory O(sqrt(T)) (Chen et al. 2016, arXiv:1604.06174). Keeping only
+their states then, too, costs one more pass (Griewank 1992).
 
 Where theta_0 does not depend on eta, nothing upstream of the first step needs a derivative
 with respect to it. A scan computes it all the same, since its steps are all alike; a first
@@ -30,8 +31,10 @@ from metalearn.unroll import Unroll
 REMAT = {
     "none": "every step keeps all it computed",
     "step": "every step keeps its state",
-    "nested": "about every sqrt(T)-th step keeps its state",
+    "segments": "about every sqrt(T)-th step keeps its state; between two, steps keep all again",
+    "nested": "about every sqrt(T)-th step keeps its state; between two, steps keep theirs again",
 }
+SEGMENTED = ("segments", "nested")
 Body = Callable[[Any, Any], tuple[Any, Inner]]
 
 
@@ -40,17 +43,17 @@ class Remat:
     """What of the loop is kept for the way back."""
 
     mode: str = "none"  # one of REMAT
-    segment: int | None = None  # "nested": steps between kept states; None: sqrt(T)
+    segment: int | None = None  # SEGMENTED: steps between kept states; None: sqrt(T)
     budget: int | None = None  # "nested": bytes for kept states, instead of a segment
     peel: bool = False  # take the first step apart, where theta_0 does not depend on eta
     policy: Callable[..., bool] | None = None  # of `jax.checkpoint`: what else is kept
 
     def __post_init__(self) -> None:
         pick(REMAT, self.mode, "remat")
-        if self.segment is not None and (self.segment < 1 or self.mode != "nested"):
+        if self.segment is not None and (self.segment < 1 or self.mode not in SEGMENTED):
             raise ValueError(
-                f"`segment` is the number of inner steps between kept states of remat='nested', "
-                f"and cannot be {self.segment} with remat={self.mode!r}."
+                f"`segment` is the number of inner steps between kept states of remat='nested' or "
+                f"'segments', and cannot be {self.segment} with remat={self.mode!r}."
             )
         if self.budget is not None and (self.mode != "nested" or self.segment is not None):
             raise ValueError(
@@ -121,7 +124,7 @@ _PEELED = slice(0, 1), slice(1, None)
 
 def _once(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inner]:
     """Take the only step without a loop, which would copy all it keeps for the way back."""
-    if remat.mode != "none":
+    if remat.mode in ("step", "nested"):
         body = jax.checkpoint(body, policy=remat.policy)
     state, inner = body(state, jax.tree.map(lambda x: x[0], batches))
     return state, jax.tree.map(lambda x: x[None], inner)
@@ -130,12 +133,14 @@ def _once(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inne
 def _scan(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inner]:
     if remat.mode == "none":
         return jax.lax.scan(body, state, batches)
+    length = remat.segment or square_root(horizon(batches))
+    if remat.mode == "segments":
+        return nested_scan(body, state, batches, [length], None)
     step = jax.checkpoint(body, policy=remat.policy, prevent_cse=False)
     if remat.mode == "step":
         return jax.lax.scan(step, state, batches)
     if remat.budget is None:
-        lengths = [remat.segment or square_root(horizon(batches))]
-        return nested_scan(step, state, batches, lengths, remat.policy)
+        return nested_scan(step, state, batches, [length], remat.policy)
     # What the policy keeps beside a state (inner gradients) counts as much as one.
     held = state_bytes(state) * (1 if remat.policy is None else 2)
     lengths = within(horizon(batches), held, remat.budget)

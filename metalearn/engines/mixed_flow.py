@@ -60,11 +60,12 @@ class MixedFlow(MetaGradient):
     | "none"                | all but the inner loss's activations   | none                  |
     | "step"                | T (state + g)                          | the optimizer, again  |
     | "nested"              | T g + 2 sqrt(T) states                 | the optimizer, twice  |
+    | "segments"            | sqrt(T) (2 states + g)                 | one more forward loop |
     | "inexact_reconstruct" | T / segment states                     | T inner gradients     |
 
     Args:
       remat: as above.
-      segment: inner steps between kept states. "nested": None is sqrt(T).
+      segment: inner steps between kept states. "nested" and "segments": None is sqrt(T).
         "inexact_reconstruct": between anchors, None is 32. It undoes steps (`Unroll.undo`, see
         `metalearn.reversible`), and what rounding adds grows geometrically from an anchor back:
         the meta-gradient is off by 1e-5 with 16 and 3e-5 with 32 in float32, against 6e-6 of
