@@ -3,6 +3,7 @@
 workdir/checkpoints/   the whole train state, by Orbax, and what it was made of
 workdir/metrics.jsonl  what was logged, one line each
 workdir/test.json      the score on test tasks: mean, 95% interval, tasks
+workdir/pictures/      those that the config names; see metalearn.experiments.pictures
 workdir/wandb/         the W&B run, unless disabled
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +21,11 @@ from metalearn import Tasks, Trainer, health
 from metalearn.algorithms import FDS, LearnedOptimizer, save_optimizer, save_schedules
 from metalearn.checkpoint import Checkpoints
 from metalearn.evaluation import Estimate
-from metalearn.experiments import auto, build, devices
+from metalearn.experiments import auto, build, devices, pictures
 from metalearn.experiments.workdir import held
 from metalearn.faults import Faults
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
+from metalearn.messages import first_line
 from metalearn.processes import is_first, say
 from metalearn.stopping import asked_to_stop
 from metalearn.train_state import TrainState
@@ -57,6 +60,7 @@ def _train(
         say(left)
     splits = build.splits(plain["dataset"])
     trainer = build.trainer(plain, splits, layout)
+    pictures.check(plain.get("pictures") or (), trainer.algorithm)
     checkpoints = _open(workdir, plain, allow_change)
     checkpoints.check_config()
     if checkpoints.latest() == plain["steps"] and (workdir / "test.json").exists():
@@ -86,11 +90,12 @@ def _train(
     found: dict[str, Estimate] = {}
     try:
         found = test(trainer, state, splits, plain["seed"], plain["test_tasks"])
+        if is_first():
+            _write(workdir / "test.json", found)
+            _show(plain.get("pictures") or (), workdir, trainer, state, splits, loggers)
     finally:
         for logger in loggers:
             logger.finish(found)
-    if is_first():
-        _write(workdir / "test.json", found)
     return found
 
 
@@ -163,6 +168,14 @@ def export(workdir: pathlib.Path, out: pathlib.Path | None = None, best: bool = 
         )
 
 
+def draw(workdir: pathlib.Path, best: bool = False) -> list[pathlib.Path]:
+    """Draw all pictures of a run, at its newest checkpoint or the best; print and return them."""
+    _, trainer, splits, state, _ = restore(workdir, best)
+    paths = pictures.draw(list(pictures.KINDS), workdir, trainer, state, splits.train)
+    print("\n".join(map(str, paths)))
+    return paths
+
+
 def check(trainer: Trainer, tasks: Tasks, key: jax.Array) -> None:
     """Print what a health check finds, one line where that is nothing; HealthError if bad."""
     report = health.check(trainer, trainer.init(key, tasks), tasks)
@@ -176,6 +189,26 @@ def test(
     """Evaluate on test tasks; the same seed draws the same ones."""
     key = jax.random.fold_in(jax.random.key(seed), TEST)
     return trainer.evaluate(state.eta, splits.test, key, tasks)
+
+
+def _show(
+    kinds: Sequence[str],
+    workdir: pathlib.Path,
+    trainer: Trainer,
+    state: TrainState,
+    splits: build.Splits,
+    loggers: Sequence[Logger],
+) -> None:
+    """Draw a run that has ended, and show it to the loggers. What cannot be drawn fails no run."""
+    drawn: list[pathlib.Path] = []
+    for kind in kinds:
+        try:
+            drawn += pictures.draw([kind], workdir, trainer, state, splits.train)
+        except (OSError, ValueError) as error:
+            say(f"The {kind} are not drawn: {first_line(error)}")
+    shown = {path.stem: path for path in drawn if path.suffix == ".png"}
+    for logger in loggers if shown else ():
+        logger.show(shown)
 
 
 def _loggers(config: dict[str, Any], workdir: pathlib.Path) -> list[Logger]:

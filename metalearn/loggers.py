@@ -37,6 +37,9 @@ class Logger(abc.ABC):
     def back_to(self, step: int) -> None:  # noqa: B027
         """Take back what was logged after `step`, where that can be: the run goes on from there."""
 
+    def show(self, pictures: Mapping[str, str | os.PathLike[str]]) -> None:  # noqa: B027
+        """Note image files, by name; before `finish`."""
+
     def record(self) -> Record:
         """Return what a resumed run must know (JSON): kept in the checkpoint."""
         return {}
@@ -223,7 +226,6 @@ class WandbLogger(Logger):
         self._step = step
 
     def show(self, pictures: Mapping[str, str | os.PathLike[str]]) -> None:
-        """Log image files by name, after `start`."""
         self._run.log({name: self._wandb.Image(str(path)) for name, path in pictures.items()})
 
     def record(self) -> Record:

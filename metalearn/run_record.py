@@ -86,8 +86,8 @@ def _changes(found: Record, config: Any) -> list[str]:
 
 
 def _of_run(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without what may change: where a run is computed."""
-    return {key: value for key, value in config.items() if key != "mesh"}
+    """Return a config without what may change: where a run is computed, what is drawn of it."""
+    return {key: value for key, value in config.items() if key not in ("mesh", "pictures")}
 
 
 def check_arrays(found: Record, state: Any, where: str | os.PathLike[str]) -> None:

@@ -19,6 +19,8 @@ from tests.cases import ENGINES
 
 pytestmark = pytest.mark.usefixtures("x64")
 T = 3
+
+
 def eta_and_batches(steps=T):
     """Eta of 3 scalars; batches of 4 points in the plane with targets."""
     x_key, y_key = jax.random.split(jax.random.key(3))
@@ -475,8 +477,10 @@ def test_forward_refuses_less_than_one(option):
 
 @pytest.mark.parametrize(
     ("engine", "known"),
-    [(Reverse, "nested, none, segments, step"),
-        (MixedFlow, "inexact_reconstruct, nested, none, segments, step"),],
+    [
+        (Reverse, "nested, none, segments, step"),
+        (MixedFlow, "inexact_reconstruct, nested, none, segments, step"),
+    ],
 )
 def test_an_unknown_rematerialisation_is_refused_with_those_there_are(engine, known):
     message = f"No remat is called 'all'. There are: {known}."

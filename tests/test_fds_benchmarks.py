@@ -1,26 +1,14 @@
-"""The benchmarks of FDS measure what they say: memory, noise, and what was learned."""
+"""The benchmarks of FDS measure what they say: memory, noise, regret."""
 
 import csv
-import dataclasses
-import json
 
 import jax
 import numpy as np
 import pytest
 
 from metalearn import Forward
-from metalearn.algorithms import load_schedules
 from metalearn.datasets import TrainingRuns
-from metalearn.experiments import run
-from metalearn.experiments.benchmarks import (
-    horizons,
-    noise,
-    regret,
-    schedules,
-    tangents,
-    tuners,
-)
-from metalearn.experiments.configs import fds_digits, maml_digits
+from metalearn.experiments.benchmarks import horizons, noise, regret, tuners
 
 PNG = b"\x89PNG"
 
@@ -156,95 +144,6 @@ def test_hypergradients_of_steps_add_up_to_that_of_one_rate_for_all():
     np.testing.assert_allclose(greedy[-1], near[0], rtol=1e-4)
 
 
-def write_run(workdir, **extra):
-    workdir.mkdir()
-    rows = [
-        {"step": i, "loss": 1 / i, "momentum/0": 0.5, "learning_rate/mean": 0.1, **extra}
-        | {f"weight_decay/{w}": 10.0 ** (-i - w) for w in range(12)}
-        for i in (1, 2, 3)
-    ]
-    rows.append({"step": 3, "eval/loss": 1.0, "eval/momentum/0": 0.5})
-    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return rows
-
-
-def test_a_run_is_drawn_into_its_workdir(tmp_path, capsys):
-    workdir = tmp_path / "run"
-    write_run(workdir, inner_tangent_norm=float("inf"))
-    schedules.main([str(workdir)])
-    names = ["loss", "momentum", "learning_rate", "weight_decay"]
-    paths = [workdir / "pictures" / f"{name}.png" for name in names]
-    assert capsys.readouterr().out.split() == [str(path) for path in paths]
-    assert all(path.read_bytes().startswith(PNG) for path in paths)
-
-
-def test_windows_are_drawn_in_their_order_and_evaluations_are_left_out(tmp_path):
-    rows = write_run(tmp_path / "run")
-    values = schedules.learned(schedules.read(tmp_path / "run"))
-    assert {name: x.shape for name, x in values.items()} == {
-        "momentum": (3, 1),
-        "learning_rate": (3, 1),
-        "weight_decay": (3, 12),
-    }
-    np.testing.assert_array_equal(
-        values["weight_decay"][:, 10], [r["weight_decay/10"] for r in rows[:3]]
-    )
-    cuts = schedules.ends(tmp_path / "run", values)
-    np.testing.assert_allclose(cuts["weight_decay"], np.arange(13) / 12)
-
-
-def test_windows_lie_where_the_config_of_the_run_says(tmp_path, monkeypatch):
-    config = {"horizon": 10, "hyperparameters": {"lr": {"windows": [0, 2, 10]}, "wd": {}}}
-    monkeypatch.setattr(schedules, "_config", lambda _: config)
-    cuts = schedules.ends(tmp_path, {"lr": np.ones((1, 2)), "wd": np.ones((1, 1))})
-    np.testing.assert_allclose(cuts["lr"], [0, 0.2, 1])
-
-
-def test_a_workdir_without_a_run_is_refused_and_says_how_to_get_one(tmp_path):
-    with pytest.raises(ValueError, match="no outer steps in .*metrics.jsonl.*metalearn train"):
-        schedules.draw(tmp_path)
-
-
-def trained(config, workdir, changes):
-    made = config.get_config()
-    made.update_from_flattened_dict({"health": False, "wandb.mode": "disabled", **changes})
-    made.update_from_flattened_dict({"steps": 1, "test_tasks": 1})
-    run.train(made, workdir, progress=False)
-
-
-def test_tangents_are_drawn_along_the_trajectory_of_the_next_outer_step(tmp_path, capsys):
-    trained(fds_digits, tmp_path, {"algorithm.horizon": 21, "model.hidden": (4,)})
-    found = run.restore(tmp_path)
-    forward = dataclasses.replace(found.trainer, engine=Forward())
-    _, metrics = forward.step(found.state, found.splits.train)
-
-    run.export(tmp_path)
-    assert str(tmp_path / "schedules.json") in capsys.readouterr().out
-    learned = load_schedules(tmp_path / "schedules.json")
-    assert learned == found.trainer.algorithm.schedules(found.state.eta)
-
-    lines = tangents.norms(tmp_path)
-    rates = [f"learning_rate/{window}" for window in range(7)]
-    assert sorted(lines) == sorted([*rates, "momentum/0", "weight_decay/0"])
-    for window, name in enumerate(rates):
-        assert (lines[name] > 0).tolist() == [t >= 3 * window for t in range(21)]
-    largest = max(line[-1] for line in lines.values())
-    np.testing.assert_allclose(largest, metrics["inner_tangent_norm"], rtol=1e-5)
-
-    capsys.readouterr()
-    tangents.main([str(tmp_path)])
-    table, path = capsys.readouterr().out.split("\n\n")
-    assert len(table.splitlines()) == 2 + len(lines)
-    assert (tmp_path / "pictures" / "tangents.png").read_bytes()[:4] == PNG
-    assert path.strip() == str(tmp_path / "pictures" / "tangents.png")
-
-
-def test_tangents_are_of_runs_that_learned_schedules(tmp_path):
-    trained(maml_digits, tmp_path, {"model.filters": 2, "model.blocks": 1, "tasks_per_step": 1})
-    with pytest.raises(ValueError, match="learned no schedules: its algorithm is MAML"):
-        tangents.norms(tmp_path)
-
-
 # Tuners.
 
 
@@ -271,6 +170,9 @@ def test_regret_is_of_the_last_answer_that_had_cost_no_more(tmp_path):
     np.testing.assert_allclose(found["x"][0], [1, 2])
     np.testing.assert_allclose(found["x"][1], [0.5, 0.1])
     np.testing.assert_allclose(found["y"][1], [regret.FLOOR])
+    regret.main([str(tmp_path), "--wandb", "offline"])
+    assert (tmp_path / "regret_a.png").read_bytes().startswith(PNG)
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/regret_a_*.png"))
 
 
 def test_seeds_of_the_tuning_problem_differ_in_their_data():

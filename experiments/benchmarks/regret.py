@@ -1,21 +1,23 @@
 """Regret against cost, a line for each tuner: what `benchmarks.tuners` wrote, drawn.
 
-    python -m metalearn.experiments.benchmarks.regret runs/tuners
+    python -m metalearn.experiments.benchmarks.regret runs/tuners [--wandb auto]
 
 Regret is the test loss of what a tuner would have answered with at that cost, less the lowest
 of its box; the mean over seeds of those that had spent as much. Logarithmic axes; what diverged
-is drawn at the top.
+is drawn at the top. With --wandb, a mode of `WandbLogger`, a W&B run shows the pictures.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from metalearn.loggers import WandbLogger
 
 TOP = 10.0  # regret from which on all are alike
 FLOOR = 1e-3
@@ -73,9 +75,17 @@ def _at(rows: Sequence[dict[str, Any]], seed: str, cost: float) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw, and print what was written."""
-    (folder,) = sys.argv[1:] if argv is None else argv
-    print("\n".join(map(str, draw(pathlib.Path(folder)))))
+    """Draw, print what was written, and log it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=pathlib.Path, help="that `benchmarks.tuners` wrote")
+    parser.add_argument("--wandb", default="disabled", metavar="MODE")
+    given = parser.parse_args(argv)
+    drawn = draw(given.folder)
+    print("\n".join(map(str, drawn)))
+    logger = WandbLogger(mode=given.wandb, name="regret", directory=given.folder)
+    logger.start(0, {}, {})
+    logger.show({path.stem: path for path in drawn})
+    logger.finish()
 
 
 if __name__ == "__main__":

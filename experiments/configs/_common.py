@@ -77,6 +77,7 @@ def maml() -> ml_collections.ConfigDict:
     config.eval_tasks = 400  # validation tasks, on the way
     config.test_tasks = 1000  # test tasks, once, at the end
     config.wandb = {"mode": "auto", "project": "metalearn", "name": "", "group": ""}
+    config.pictures = ()  # drawn at the end, and logged; see metalearn.experiments.pictures
     return config
 
 
@@ -160,4 +161,6 @@ def fds() -> ml_collections.ConfigDict:
     config.tasks_per_step = 1
     config.log_every = 1
     config.eval_every = 0
+    # "tangents" too takes one hypergradient by forward mode; `metalearn draw` does it any time.
+    config.pictures = ("schedules",)
     return config

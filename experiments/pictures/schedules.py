@@ -1,23 +1,10 @@
-"""Pictures of what a run of FDS learned, outer step by outer step.
+"""The schedules that a run of FDS went through, and its outer loss, outer step by outer step.
 
-    metalearn train --config=fds_digits --workdir=runs/fds
-    python -m metalearn.experiments.benchmarks.schedules runs/fds
-
-Reads runs/fds/metrics.jsonl and draws into runs/fds/pictures:
-
-    loss.png        the outer loss, and the largest tangent where `engine=forward` pushed any
-    NAME.png        a hyperparameter of several windows: its schedule over the inner run, one line
-                    per outer step, dark to bright; beside it, each window's value by outer step
-    NAME.png        one of a single window: its value by outer step
-
-Where windows begin and end is read from the run's checkpoint; without one they are taken to be
-equal. Hyperparameters of more windows than are logged one by one show as their mean. Needs
-matplotlib: pip install "metalearn[plots]".
+Hyperparameters of more windows than are logged one by one show as their mean.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -25,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from metalearn.algorithms.windows import edges
-from metalearn.checkpoint import Checkpoints
+from metalearn.algorithms import FDS
 
 TANGENT = "inner_tangent_norm"
 ORDERS = 30.0  # a positive quantity that spans more than this factor is drawn on a log scale
@@ -49,12 +35,13 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def learned(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def learned(rows: Sequence[Mapping[str, Any]], algorithm: FDS) -> dict[str, np.ndarray]:
     """Return the hyperparameters' values by outer step, {name: [outer steps, windows]}."""
-    pairs = [key.rsplit("/", 1) for key in rows[0] if "/" in key and not key.startswith("eval/")]
     found: dict[str, list[str]] = {}
-    for name, window in pairs:
-        found.setdefault(name, []).append(window)
+    for key in rows[0]:
+        name, _, window = key.rpartition("/")
+        if name in algorithm.hyperparameters:
+            found.setdefault(name, []).append(window)
     return {
         name: np.asarray([[row[f"{name}/{w}"] for w in _in_order(windows)] for row in rows])
         for name, windows in found.items()
@@ -65,38 +52,24 @@ def _in_order(windows: Sequence[str]) -> list[str]:
     return sorted(windows, key=lambda window: int(window) if window.isdigit() else 0)
 
 
-def ends(workdir: pathlib.Path, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return where windows begin and end, in shares of the inner run: {name: [windows + 1]}."""
-    found = {name: np.linspace(0, 1, each.shape[1] + 1) for name, each in values.items()}
-    config = _config(workdir)
-    if config is None:
-        return found
-    horizon = config["horizon"]
-    for name, chosen in config["hyperparameters"].items():
-        windows = chosen.get("windows") or 1
-        cut = edges(tuple(windows) if isinstance(windows, list) else windows, horizon)
-        if name in found and len(cut) == len(found[name]):
-            found[name] = cut / horizon
-    return found
+def ends(algorithm: FDS, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return where windows begin and end, in shares of the inner run: {name: [windows + 1]}.
+
+    Where others were logged than the algorithm has now, they are taken to be equal.
+    """
+    equal = {name: np.linspace(0, 1, each.shape[1] + 1) for name, each in values.items()}
+    ours = {name: algorithm.edges(name) / algorithm.horizon for name in values}
+    return {
+        name: ours[name] if len(ours[name]) == len(equal[name]) else equal[name] for name in ours
+    }
 
 
-def _config(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """Return the algorithm's part of the config in the newest checkpoint; None without one."""
-    if not (workdir / "checkpoints").is_dir():
-        return None
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    record = checkpoints.record()
-    checkpoints.close()
-    return None if record is None else record["config"]["algorithm"]
-
-
-def draw(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Draw everything, into `workdir`/pictures; return the files. Needs matplotlib."""
-    rows = read(workdir)
-    out = workdir / "pictures"
-    out.mkdir(exist_ok=True)
-    steps, values = [row["step"] for row in rows], learned(rows)
-    cuts = ends(workdir, values)
+def draw(
+    rows: Sequence[Mapping[str, Any]], algorithm: FDS, out: pathlib.Path
+) -> list[pathlib.Path]:
+    """Draw the rows that `read` returns into a folder; return the files."""
+    steps, values = [row["step"] for row in rows], learned(rows, algorithm)
+    cuts = ends(algorithm, values)
     paths = [_losses(rows, out / "loss.png")]
     for name, each in values.items():
         path = out / f"{name}.png"
@@ -161,15 +134,3 @@ def _figure(places: int) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(5.5 * places, 4), layout="constrained")
     return figure, figure.subplots(1, places, squeeze=False)[0]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Draw, and print where to."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("workdir", type=pathlib.Path, help="of `metalearn train`")
-    for path in draw(parser.parse_args(argv).workdir):
-        print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,79 @@
+"""Pictures of a run of FDS, in its workdir's `pictures` folder.
+
+loss.png       the outer loss, and the largest tangent where `engine=forward` pushed any
+NAME.png       a hyperparameter of several windows: its schedule over the inner run, one line per
+               outer step, dark to bright; beside it, each window's value by outer step. One of a
+               single window: its value by outer step
+tangents.png   |d theta_t / d lambda| against the inner step t, a line for each window; the
+               largest and the last of each are in tangents.md
+
+`metalearn train` draws what `config.pictures` names when a run ends, and logs it to W&B;
+`metalearn draw --workdir=runs/fds` draws all, whenever there is a checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from metalearn import Tasks, Trainer
+from metalearn.algorithms import FDS
+from metalearn.experiments.pictures import schedules, tangents
+from metalearn.names import pick
+from metalearn.train_state import TrainState
+
+FOLDER = "pictures"
+Drawing = Callable[[pathlib.Path, Trainer, TrainState, Tasks], list[pathlib.Path]]
+
+
+def _schedules(workdir: pathlib.Path, trainer: Trainer, *_: Any) -> list[pathlib.Path]:
+    assert isinstance(trainer.algorithm, FDS)
+    return schedules.draw(schedules.read(workdir), trainer.algorithm, workdir / FOLDER)
+
+
+def _tangents(
+    workdir: pathlib.Path, trainer: Trainer, state: TrainState, tasks: Tasks
+) -> list[pathlib.Path]:
+    if jax.process_count() > 1:
+        raise ValueError("one process draws them: `metalearn draw --workdir=...`, by itself.")
+    return tangents.draw(tangents.norms(trainer, state, tasks), workdir / FOLDER)
+
+
+KINDS: dict[str, Drawing] = {"schedules": _schedules, "tangents": _tangents}
+
+
+def check(kinds: Sequence[str], algorithm: Any) -> None:
+    """Raise ValueError where there is no such picture, or none of this algorithm."""
+    for kind in kinds:
+        pick(KINDS, str(kind), "picture")
+    if kinds and not isinstance(algorithm, FDS):
+        raise ValueError(
+            f"There are pictures of runs that learn schedules, by FDS, and this algorithm is "
+            f"{type(algorithm).__name__}."
+        )
+
+
+def draw(
+    kinds: Sequence[str], workdir: pathlib.Path, trainer: Trainer, state: TrainState, tasks: Tasks
+) -> list[pathlib.Path]:
+    """Draw these pictures of a run; return the files.
+
+    Args:
+      kinds: of KINDS. "tangents" takes one hypergradient by forward mode.
+      workdir: of the run: its metrics.jsonl is read.
+      trainer: of the run.
+      state: where it stands.
+      tasks: that it trains on.
+
+    Raises:
+      ValueError: where `check` refuses the kinds, nothing was logged, or there is no matplotlib.
+    """
+    check(kinds, trainer.algorithm)
+    if kinds and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('pictures need matplotlib: pip install "metalearn[plots]".')
+    (workdir / FOLDER).mkdir(exist_ok=True)
+    return [path for kind in kinds for path in KINDS[kind](workdir, trainer, state, tasks)]
