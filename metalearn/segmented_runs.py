@@ -6,8 +6,8 @@ shows how far it is, can be checkpointed in mid-trajectory, and stops where it i
 result is that of the uncut loop, to rounding.
 
 A segment is compiled for its length and for the tangents that it pushes: those of windows that
-begin after it are left alone. There are at most four such numbers of tangents
-(`metalearn.engines.prefix`), and so, with the first and the last, at most six programs.
+begin after it are left alone. There are at most six such numbers of tangents
+(`metalearn.engines.prefix`), and so, with the first and the last, at most eight programs.
 """
 
 from __future__ import annotations

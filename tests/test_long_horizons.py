@@ -28,7 +28,7 @@ from metalearn.algorithms import Hyperparameter, fds_rule
 from metalearn.cost import cost
 from metalearn.engines.loop import state_bytes
 from metalearn.engines.nesting import kept, within
-from metalearn.engines.prefix import Part, parts
+from metalearn.engines.prefix import PARTS, Part, parts
 from metalearn.engines.recorder import joined
 from metalearn.faults import NonFiniteError
 from tests.selection import quick
@@ -93,7 +93,7 @@ def test_parts_push_the_fewest_tangents_that_will_do():
     assert parts(begins, 400, limit=1) == [Part(0, 400, 6)]
     assert parts(np.zeros(3, int), 50) == [Part(0, 50, 3)]
     many = parts(np.arange(1000), 1000)
-    assert len(many) == 4 and many[-1].active == 1000
+    assert len(many) == PARTS and many[-1].active == 1000
     assert all(a.stop == b.start for a, b in zip(many, many[1:], strict=False))
 
 

@@ -118,7 +118,7 @@ def test_segments_of_the_same_length_and_tangents_share_a_program():
     for _ in range(2):
         for part in parts:
             state, _ = part.take(state, Targets())
-    assert made._segment._cache_size() <= 6  # the first, the last, and one for each of four parts
+    assert made._segment._cache_size() <= 6  # the first, the last, and one for each of four windows
 
 
 def test_windows_that_have_not_begun_cost_nothing():

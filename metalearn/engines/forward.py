@@ -155,7 +155,7 @@ class Forward(MetaGradient):
         return stream._replace(state=state, tangents=tangents), inner
 
     def ends(self, unroll: Unroll, eta: Any, steps: int) -> list[int]:
-        """Return where the parts of T steps end, in their order: at most four."""
+        """Return where the parts of T steps end, in their order: at most six."""
         return [part.stop for part in parts(self._begins(unroll, eta), steps)]
 
     def finish(

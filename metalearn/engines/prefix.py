@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-PARTS = 4  # of the loop at most: each takes its own compilation
+PARTS = 6  # of the loop at most: each takes its own compilation
 CANDIDATES = 64  # places to cut at that are looked at
 
 
