@@ -8,8 +8,8 @@
     metalearn draw --workdir=runs/fds
 
 Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback. train:
---allow-config-change (resume though the config is another). eval: --tasks. export: --out. eval,
-export and draw: --best (the best checkpoint, of a config with checkpoint_best). plan: --budget
+--allow-config-change (resume though the config is another). eval: --tasks. eval and export:
+--best (the best checkpoint, of a config with checkpoint_best). export: --out. plan: --budget
 (such as 40GiB; else the memory of the device), --json, --largest=KEY (how large an integer of
 the config may become, such as --largest=algorithm.inner_steps).
 
@@ -53,7 +53,7 @@ _JSON = flags.DEFINE_bool("json", False, "plan: print JSON and nothing else.")
 _LARGEST = flags.DEFINE_string("largest", None, "plan: find the largest value of this key.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 _CHANGE = flags.DEFINE_bool("allow_config_change", False, "train: resume whatever the config.")
-_BEST = flags.DEFINE_bool("best", False, "eval, export, draw: the best checkpoint, not the newest.")
+_BEST = flags.DEFINE_bool("best", False, "eval, export: the best checkpoint, not the newest.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 of several.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes share the run.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
@@ -88,7 +88,7 @@ def export() -> None:
 
 def draw() -> None:
     """Draw the schedules that a run has learned, and the tangents along its trajectory."""
-    run.draw(_workdir(), _BEST.value)
+    run.draw(_workdir())
 
 
 COMMANDS: dict[str, Callable[[], None]] = {

@@ -63,7 +63,8 @@ def _train(
     pictures.check(plain.get("pictures") or (), trainer.algorithm)
     checkpoints = _open(workdir, plain, allow_change)
     checkpoints.check_config()
-    if checkpoints.latest() == plain["steps"] and (workdir / "test.json").exists():
+    ended = checkpoints.latest() == plain["steps"] and (workdir / "test.json").exists()
+    if ended:
         say(f"The run in {workdir} has taken its {plain['steps']} outer steps: evaluating it.")
         loggers: list[Logger] = [ConsoleLogger()] if is_first() else []  # nothing new to log
     else:
@@ -90,12 +91,13 @@ def _train(
     found: dict[str, Estimate] = {}
     try:
         found = test(trainer, state, splits, plain["seed"], plain["test_tasks"])
-        if is_first():
-            _write(workdir / "test.json", found)
+        if is_first() and not ended:
             _show(plain.get("pictures") or (), workdir, trainer, state, splits, loggers)
     finally:
         for logger in loggers:
             logger.finish(found)
+    if is_first():
+        _write(workdir / "test.json", found)
     return found
 
 
@@ -168,12 +170,12 @@ def export(workdir: pathlib.Path, out: pathlib.Path | None = None, best: bool = 
         )
 
 
-def draw(workdir: pathlib.Path, best: bool = False) -> list[pathlib.Path]:
-    """Draw all pictures of a run, at its newest checkpoint or the best; print and return them."""
-    _, trainer, splits, state, _ = restore(workdir, best)
-    paths = pictures.draw(list(pictures.KINDS), workdir, trainer, state, splits.train)
-    print("\n".join(map(str, paths)))
-    return paths
+def draw(workdir: pathlib.Path) -> None:
+    """Draw all pictures of a run at its newest checkpoint; print where each kind of them is."""
+    _, trainer, splits, state, _ = restore(workdir)
+    for kind in pictures.KINDS:
+        paths = pictures.draw(kind, workdir, trainer, state, splits.train)
+        print("\n".join(map(str, paths)), flush=True)
 
 
 def check(trainer: Trainer, tasks: Tasks, key: jax.Array) -> None:
@@ -199,16 +201,20 @@ def _show(
     splits: build.Splits,
     loggers: Sequence[Logger],
 ) -> None:
-    """Draw a run that has ended, and show it to the loggers. What cannot be drawn fails no run."""
-    drawn: list[pathlib.Path] = []
+    """Draw a run that has ended, and show it to the loggers. That fails no run."""
     for kind in kinds:
+        if kind == "tangents" and trainer.segment is not None:
+            say(f"Tangents take an outer step uncut: `metalearn draw --workdir={workdir}`.")
+            continue
         try:
-            drawn += pictures.draw([kind], workdir, trainer, state, splits.train)
-        except (OSError, ValueError) as error:
+            drawn = pictures.draw(kind, workdir, trainer, state, splits.train)
+            shown = {
+                f"{pictures.FOLDER}/{path.stem}": path for path in drawn if path.suffix == ".png"
+            }
+            for logger in loggers:
+                logger.show(shown)
+        except Exception as error:  # of a device out of memory, matplotlib, W&B: all the same here
             say(f"The {kind} are not drawn: {first_line(error)}")
-    shown = {path.stem: path for path in drawn if path.suffix == ".png"}
-    for logger in loggers if shown else ():
-        logger.show(shown)
 
 
 def _loggers(config: dict[str, Any], workdir: pathlib.Path) -> list[Logger]:

@@ -1,9 +1,9 @@
 """Where the numbers of a run go: small objects, any number of them at once.
 
 A logger hears `start` once (with what an earlier, interrupted run left in the
-checkpoint), `log` with plain floats, and `finish` with the final table. The checkpoint
-is the record of a run and loggers follow it: on resuming at step n, whatever was
-logged after step n is taken back where the medium allows it.
+checkpoint), `log` with plain floats, `show` with pictures, and `finish` with the final
+table. The checkpoint is the record of a run and loggers follow it: on resuming at step n,
+whatever was logged after step n is taken back where the medium allows it.
 """
 
 from __future__ import annotations
@@ -226,7 +226,8 @@ class WandbLogger(Logger):
         self._step = step
 
     def show(self, pictures: Mapping[str, str | os.PathLike[str]]) -> None:
-        self._run.log({name: self._wandb.Image(str(path)) for name, path in pictures.items()})
+        shown = {name: self._wandb.Image(str(path)) for name, path in pictures.items()}
+        self._run.log(shown, commit=False)  # in the row of the last step
 
     def record(self) -> Record:
         return {} if self._run is None else {"wandb_id": self._run.id, "wandb_step": self._step}

@@ -303,13 +303,13 @@ def test_gradient_and_final_state_are_those_of_a_loop_by_hand(scenario, engine):
     assert_close(arrays(aux.state), arrays(state))
 
 
-@pytest.mark.parametrize("remat", ["segments", "nested"])
+@pytest.mark.parametrize("options", [("segments",), ("segments", 3), ("nested",)], ids=str)
 @pytest.mark.parametrize("engine", [Reverse, MixedFlow])
 @pytest.mark.parametrize("steps", [1, 2, 5, 8])
-def test_rematerialisation_in_segments_takes_any_number_of_steps(steps, engine, remat):
+def test_rematerialisation_in_segments_takes_any_number_of_steps(steps, engine, options):
     eta, batches = eta_and_batches(steps)
     (_, state), grads = by_hand(closes_over_eta(), eta, batches, steps)
-    (_, aux), our_grads = solve(engine(remat), closes_over_eta(), eta, batches)
+    (_, aux), our_grads = solve(engine(*options), closes_over_eta(), eta, batches)
     assert_close(our_grads, grads)
     assert_close(aux.state, state)
     assert aux.inner.losses.shape == (steps, 1)

@@ -29,6 +29,10 @@ def test_memory_and_flops_of_the_engines_make_tables(capsys):
     assert memory["argument: batch indices"] == [pytest.approx(100 * 65 * 4 / 2**10, abs=0.1)]
     assert flops[horizons.PLAIN] == [1]
     assert 1 < flops['MixedFlow("nested")'][0] < flops['Reverse("nested")'][0]
+    for engine in ("Reverse", "MixedFlow"):  # a forward loop of plain training costs 1
+        once, twice = (flops[f'{engine}("{remat}")'][0] for remat in ("segments", "nested"))
+        assert once == pytest.approx(twice + (-1 if engine == "Reverse" else 1), abs=0.2)
+    assert memory['MixedFlow("segments")'] < memory['MixedFlow("nested")']
 
 
 def test_forward_mode_holds_no_more_at_a_longer_horizon_but_for_the_indices():

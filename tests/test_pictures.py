@@ -15,6 +15,7 @@ from metalearn.experiments.configs import fds_digits
 from metalearn.experiments.pictures import schedules, tangents
 from metalearn.loggers import Logger
 from tests.test_cli import call
+from tests.test_loggers import inspect
 
 # ml-collections loads config files in a way that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
@@ -24,15 +25,20 @@ HORIZON = 21
 DRAWN = ["learning_rate", "loss", "momentum", "tangents", "weight_decay"]
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run of two outer steps of seven windows of three steps, logged by W&B on disk."""
-    workdir = tmp_path_factory.mktemp("fds") / "run"
+def config():
+    """Two outer steps of seven windows of three steps, logged by W&B on disk."""
     config = fds_digits.get_config()
     config.algorithm.horizon, config.model.hidden = HORIZON, (4,)
     config.health, config.wandb.mode = False, "offline"
     config.steps, config.test_tasks = 2, 1
-    run.train(config, workdir, progress=False)
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run that has ended."""
+    workdir = tmp_path_factory.mktemp("fds") / "run"
+    run.train(config(), workdir, progress=False)
     return workdir
 
 
@@ -45,8 +51,14 @@ def test_a_run_draws_what_its_config_names_and_logs_it(workdir):
     drawn = sorted(workdir.glob("pictures/*.png"))
     assert [path.stem for path in drawn] == DRAWN
     assert all(path.read_bytes().startswith(PNG) for path in drawn)
-    logged = workdir.glob("wandb/offline-run-*/files/media/images/*.png")
-    assert sorted(re.sub(r"_\d+_[0-9a-f]+$", "", path.stem) for path in logged) == DRAWN
+    (logged,) = workdir.glob("wandb/offline-run-*")
+    images = logged.glob("files/media/images/pictures/*.png")
+    assert sorted(re.sub(r"_\d+_[0-9a-f]+$", "", path.stem) for path in images) == DRAWN
+    *_, last = (record["history"] for record in inspect(logged) if record["type"] == "history")
+    row = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"]["num"] == row.pop("step") == 2
+    assert row.items() <= last["item"].items()  # no picture has taken the place of a number
+    assert last["item"]["pictures/loss._type"] == "image-file"
 
 
 def test_tangents_are_those_of_the_hypergradient_of_the_next_outer_step(workdir, found):
@@ -71,6 +83,15 @@ def test_a_command_draws_a_run_again(workdir, capsys):
     assert sorted(capsys.readouterr().out.split()) == sorted(map(str, before))
     assert (workdir / "pictures" / "tangents.md") in before
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_run_that_had_ended_is_not_drawn_again(workdir):
+    (workdir / "pictures").rename(workdir / "drawn")
+    plain = config()
+    plain.pictures = ("schedules",)  # what is drawn may change
+    run.train(plain, workdir, progress=False)
+    assert not (workdir / "pictures").exists()
+    (workdir / "drawn").rename(workdir / "pictures")
 
 
 def test_schedules_are_exported_as_they_were_learned(workdir, found, capsys):
@@ -114,10 +135,23 @@ class Shown(Logger):
 
 def test_what_cannot_be_drawn_fails_no_run_and_says_why(workdir, found, monkeypatch, capsys):
     logger, kinds = Shown(), ["tangents", "schedules"]
-    monkeypatch.setattr(tangents, "Forward", lambda: Forward(max_directions=8))  # there are 9
-    run._show(kinds, workdir, found.trainer, found.state, found.splits, [logger])
+    trainer = dataclasses.replace(found.trainer, engine=Forward(max_directions=8))  # there are 9
+    run._show(kinds, workdir, trainer, found.state, found.splits, [logger])
     assert "The tangents are not drawn: `Forward()` pushes one" in capsys.readouterr().out
-    assert sorted(logger.names) == [name for name in DRAWN if name != "tangents"]
+    names = [f"pictures/{name}" for name in DRAWN if name != "tangents"]
+    assert sorted(logger.names) == names
+
+    monkeypatch.setitem(pictures.KINDS, "schedules", lambda *_: 1 / 0)
+    run._show(["schedules"], workdir, trainer, found.state, found.splits, [logger])
+    assert "The schedules are not drawn: division by zero" in capsys.readouterr().out
+
+
+def test_tangents_of_outer_steps_in_segments_wait_for_the_command(workdir, found, capsys):
+    trainer = dataclasses.replace(found.trainer, engine=Forward(), segment=5)
+    run._show(["tangents"], workdir, trainer, found.state, found.splits, [])
+    assert f"uncut: `metalearn draw --workdir={workdir}`" in capsys.readouterr().out
+    uncut = tangents.norms(trainer, found.state, found.splits.train)
+    assert len(uncut["momentum/0"]) == HORIZON
 
 
 def test_without_matplotlib_a_run_ends_as_ever(workdir, found, monkeypatch, capsys):
@@ -164,8 +198,10 @@ def test_windows_are_drawn_in_their_order_and_evaluations_are_left_out(tmp_path)
 
 
 @pytest.mark.parametrize("windows", [12, 10])  # 12 were logged
-def test_infinite_values_means_and_windows_of_another_config_are_drawn(tmp_path, windows):
+def test_infinite_values_means_and_what_another_config_logged_are_drawn(tmp_path, windows):
     write_run(tmp_path, inner_tangent_norm=float("inf"))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 0.2, "momentum/0": 0.4}\n')
     learner = fds(momentum=1, learning_rate=2, weight_decay=windows)
     paths = schedules.draw(schedules.read(tmp_path), learner, tmp_path)
     names = ["loss", "momentum", "learning_rate", "weight_decay"]

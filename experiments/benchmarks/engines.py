@@ -35,7 +35,7 @@ from metalearn import Algorithm, Episode, MetaGradient, MixedFlow, Reverse, reve
 from metalearn.algorithms import MAML, LearningRates, LossWeights, TokenWeights
 from metalearn.cost import Cost, cost
 from metalearn.datasets.text import Windows
-from metalearn.experiments.benchmarks import pictures
+from metalearn.experiments.benchmarks import lines
 from metalearn.models import Functions
 from metalearn.models.transformer import Architecture
 from metalearn.outer_costs import REFUSALS
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         writer.writerows(rows)
     for axis in AXES:
         if len(given[axis]) > 1:
-            pictures.against(rows, axis, out, AXES)
+            lines.against(rows, axis, out, AXES)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ In theory, with T inner steps, |theta| parameters and |state| = 2 |theta|, as SG
     Forward()              (1 + N) |state|, flat in T           grows with N
     Reverse("segments")    sqrt(T) (|activations| + 2 |state|)  flat in N
     Reverse("nested")      2 sqrt(T) |state|                    flat in N, and more
-    MixedFlow("segments")  sqrt(T) (|theta| + 2 |state|)        flat in N, and less
+    MixedFlow("segments")  sqrt(T) (|theta| + 2 |state|)        flat in N
     MixedFlow("nested")    T |theta| + 2 sqrt(T) |state|        flat in N, and less
 
 Memory is the temporaries of the compiled program and FLOPs are its matrix products, loop trip

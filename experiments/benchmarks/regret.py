@@ -4,7 +4,7 @@
 
 Regret is the test loss of what a tuner would have answered with at that cost, less the lowest
 of its box; the mean over seeds of those that had spent as much. Logarithmic axes; what diverged
-is drawn at the top. With --wandb, a mode of `WandbLogger`, a W&B run shows the pictures.
+is drawn at the top. With --wandb, a W&B run shows the pictures.
 """
 
 from __future__ import annotations
@@ -78,10 +78,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw, print what was written, and log it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=pathlib.Path, help="that `benchmarks.tuners` wrote")
-    parser.add_argument("--wandb", default="disabled", metavar="MODE")
+    parser.add_argument("--wandb", choices=("auto", "online", "offline"), help="log them, too")
     given = parser.parse_args(argv)
     drawn = draw(given.folder)
     print("\n".join(map(str, drawn)))
+    if given.wandb is None:
+        return
     logger = WandbLogger(mode=given.wandb, name="regret", directory=given.folder)
     logger.start(0, {}, {})
     logger.show({path.stem: path for path in drawn})

@@ -7,8 +7,9 @@ NAME.png       a hyperparameter of several windows: its schedule over the inner 
 tangents.png   |d theta_t / d lambda| against the inner step t, a line for each window; the
                largest and the last of each are in tangents.md
 
-`metalearn train` draws what `config.pictures` names when a run ends, and logs it to W&B;
-`metalearn draw --workdir=runs/fds` draws all, whenever there is a checkpoint.
+`metalearn train` draws what `config.pictures` names when a run ends, and logs it to W&B, but for
+the tangents of outer steps in segments; `metalearn draw --workdir=runs/fds` draws all, whenever
+there is a checkpoint.
 """
 
 from __future__ import annotations
@@ -58,22 +59,22 @@ def check(kinds: Sequence[str], algorithm: Any) -> None:
 
 
 def draw(
-    kinds: Sequence[str], workdir: pathlib.Path, trainer: Trainer, state: TrainState, tasks: Tasks
+    kind: str, workdir: pathlib.Path, trainer: Trainer, state: TrainState, tasks: Tasks
 ) -> list[pathlib.Path]:
-    """Draw these pictures of a run; return the files.
+    """Draw pictures of a run; return the files.
 
     Args:
-      kinds: of KINDS. "tangents" takes one hypergradient by forward mode.
+      kind: of KINDS. "tangents" takes one hypergradient by forward mode, in one program.
       workdir: of the run: its metrics.jsonl is read.
       trainer: of the run.
       state: where it stands.
       tasks: that it trains on.
 
     Raises:
-      ValueError: where `check` refuses the kinds, nothing was logged, or there is no matplotlib.
+      ValueError: where `check` refuses the kind, nothing was logged, or there is no matplotlib.
     """
-    check(kinds, trainer.algorithm)
-    if kinds and importlib.util.find_spec("matplotlib") is None:
+    check([kind], trainer.algorithm)
+    if importlib.util.find_spec("matplotlib") is None:
         raise ValueError('pictures need matplotlib: pip install "metalearn[plots]".')
     (workdir / FOLDER).mkdir(exist_ok=True)
-    return [path for kind in kinds for path in KINDS[kind](workdir, trainer, state, tasks)]
+    return KINDS[kind](workdir, trainer, state, tasks)

@@ -6,6 +6,7 @@ Hyperparameters of more windows than are logged one by one show as their mean.
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,9 +44,14 @@ def learned(rows: Sequence[Mapping[str, Any]], algorithm: FDS) -> dict[str, np.n
         if name in algorithm.hyperparameters:
             found.setdefault(name, []).append(window)
     return {
-        name: np.asarray([[row[f"{name}/{w}"] for w in _in_order(windows)] for row in rows])
+        name: np.asarray([[_value(row, f"{name}/{w}") for w in _in_order(windows)] for row in rows])
         for name, windows in found.items()
     }
+
+
+def _value(row: Mapping[str, Any], name: str) -> float:
+    """Return a logged value; NaN where another config of the run did not log it."""
+    return row.get(name, math.nan)
 
 
 def _in_order(windows: Sequence[str]) -> list[str]:
@@ -86,7 +92,7 @@ def _losses(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> pathlib.Pa
     kept = {name: label for name, label in shown.items() if name in rows[0]}
     figure, places = _figure(len(kept))
     for place, (name, label) in zip(places, kept.items(), strict=True):
-        _line(place, [row["step"] for row in rows], [row[name] for row in rows], label)
+        _line(place, [row["step"] for row in rows], [_value(row, name) for row in rows], label)
     figure.savefig(path, dpi=120)
     return path
 

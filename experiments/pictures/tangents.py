@@ -27,7 +27,9 @@ def norms(trainer: Trainer, state: TrainState, tasks: Tasks) -> dict[str, np.nda
         for window, begin in enumerate(algorithm.edges(name)[:-1])
         for _ in range(state.eta[name][window].size)
     ]
-    forward = dataclasses.replace(trainer, engine=Forward(), segment=None)
+    engine = trainer.engine if isinstance(trainer.engine, Forward) else Forward()
+    exact = dataclasses.replace(engine, directions=None, inexact_decay=1.0)
+    forward = dataclasses.replace(trainer, engine=exact, segment=None)
     seen = forward.look(state.eta, tasks, forward.task_keys(state)[0]).inner.tangent_norm
     in_order = sorted(names, key=lambda pair: pair[0])  # as they come into play; stable
     return {

@@ -46,7 +46,8 @@ class Remat:
     segment: int | None = None  # SEGMENTED: steps between kept states; None: sqrt(T)
     budget: int | None = None  # "nested": bytes for kept states, instead of a segment
     peel: bool = False  # take the first step apart, where theta_0 does not depend on eta
-    policy: Callable[..., bool] | None = None  # of `jax.checkpoint`: what else is kept
+    # "step" and "nested": of `jax.checkpoint`, what is kept beside states.
+    policy: Callable[..., bool] | None = None
 
     def __post_init__(self) -> None:
         pick(REMAT, self.mode, "remat")
@@ -134,7 +135,9 @@ def _scan(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inne
     if remat.mode == "none":
         return jax.lax.scan(body, state, batches)
     length = remat.segment or square_root(horizon(batches))
-    if remat.mode == "segments":
+    if remat.mode == "segments" and length >= horizon(batches):
+        return jax.lax.scan(body, state, batches)
+    if remat.mode == "segments":  # no policy: to keep gradients of all segments would be T g
         return nested_scan(body, state, batches, [length], None)
     step = jax.checkpoint(body, policy=remat.policy, prevent_cse=False)
     if remat.mode == "step":

@@ -10,7 +10,8 @@ keeps all its intermediates for it. But second derivatives commute:
 one `jvp` of a gradient, which needs no memory beyond a forward-mode sweep of an
 ordinary backward pass. Everything else in the step (an optax update, say) is mostly
 elementwise and differentiated as usual. The inner gradients themselves are kept by name
-through the checkpoint of each step, so that the way back never computes them again.
+through the checkpoint of each step, so that the way back never computes them again; but for
+remat="segments" or a `budget`, where that would be the most of what is kept.
 
 As general as reverse mode, within the limits of JAX's custom derivative rules: the
 meta-gradient cannot itself be differentiated; what `grad` differentiates with respect to is

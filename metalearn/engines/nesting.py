@@ -26,7 +26,7 @@ def nested_scan(
 ) -> tuple[Any, Inner]:
     """Scan over segments of lengths[0] steps, each a scan over segments of lengths[1], ...
 
-    Every segment is checkpointed, with `policy`; `step` is as it comes.
+    Every whole segment is checkpointed, with `policy`; `step` is as it comes.
     """
     if not lengths:
         return jax.lax.scan(step, state, batches)

@@ -12,9 +12,8 @@ activations of one step:
 | "segments" | sqrt(T) (A + 2 |theta|)  | one more forward loop    |
 | "nested"   | 2 sqrt(T) |theta| + A    | two more forward loops   |
 
-For a small network and many steps "segments" is the fastest, "none" included: what it keeps at a
-time is little enough to stay close to the processor. With a `budget`, "nested" goes as deep as it
-must and no deeper: L levels keep L T^(1/L) states and take L more forward loops.
+With a `budget`, "nested" goes as deep as it must and no deeper: L levels keep L T^(1/L)
+states and take L more forward loops.
 
 References: Maclaurin et al. 2015 (arXiv:1502.03492); Franceschi et al. 2017
 (arXiv:1703.01785) for reverse against forward; Chen et al. 2016 (arXiv:1604.06174).
