@@ -78,12 +78,15 @@ def draw(
     cuts = ends(algorithm, values)
     paths = [_losses(rows, out / "loss.png")]
     for name, each in values.items():
+        # As it was learned; elsewhere by what was logged.
+        scale = "log" if algorithm.hyperparameters[name].space == "log" else _scale(each)
+        label = {"ylabel": name, "yscale": scale}
         path = out / f"{name}.png"
         paths.append(path)
         if each.shape[1] == 1:
-            _single(name, steps, each[:, 0], path)
+            _single(steps, each[:, 0], path, label)
         else:
-            _windows(name, steps, each, cuts[name], path)
+            _windows(steps, each, cuts[name], path, label)
     return paths
 
 
@@ -92,19 +95,28 @@ def _losses(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> pathlib.Pa
     kept = {name: label for name, label in shown.items() if name in rows[0]}
     figure, places = _figure(len(kept))
     for place, (name, label) in zip(places, kept.items(), strict=True):
-        _line(place, [row["step"] for row in rows], [_value(row, name) for row in rows], label)
+        values = [_value(row, name) for row in rows]
+        _line(place, [row["step"] for row in rows], values)
+        place.set(ylabel=label, yscale=_scale(values))
     figure.savefig(path, dpi=120)
     return path
 
 
-def _single(name: str, steps: Sequence[int], values: np.ndarray, path: pathlib.Path) -> None:
+def _single(
+    steps: Sequence[int], values: np.ndarray, path: pathlib.Path, label: Mapping[str, str]
+) -> None:
     figure, (place,) = _figure(1)
-    _line(place, steps, values, name)
+    _line(place, steps, values)
+    place.set(**label)
     figure.savefig(path, dpi=120)
 
 
 def _windows(
-    name: str, steps: Sequence[int], values: np.ndarray, cut: np.ndarray, path: pathlib.Path
+    steps: Sequence[int],
+    values: np.ndarray,
+    cut: np.ndarray,
+    path: pathlib.Path,
+    label: Mapping[str, str],
 ) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -115,17 +127,17 @@ def _windows(
     for colour, each in zip(colours.to_rgba(np.asarray(steps)), values, strict=True):
         left.stairs(each, cut, baseline=None, color=colour, linewidth=1.5)
     figure.colorbar(colours, ax=left, label="outer step")
-    left.set(xlabel="share of the inner run", ylabel=name, yscale=_scale(values))
+    left.set(xlabel="share of the inner run", **label)
     for window in range(values.shape[1]):
-        _line(right, steps, values[:, window], name, label=f"window {window}")
-    right.set_yscale(_scale(values))
+        _line(right, steps, values[:, window], label=f"window {window}")
+    right.set(**label)
     right.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 
-def _line(place: Any, steps: Sequence[int], values: Any, name: str, **options: Any) -> None:
+def _line(place: Any, steps: Sequence[int], values: Any, **options: Any) -> None:
     place.plot(steps, values, marker="o", markersize=3, **options)
-    place.set(xlabel="outer step", ylabel=name, yscale=_scale(values))
+    place.set(xlabel="outer step")
 
 
 def _scale(values: Any) -> str:
