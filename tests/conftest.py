@@ -1,6 +1,7 @@
-"""What holds for every test: shapes are strict, and caches are the session's own."""
+"""What holds for every test: shapes are strict, caches the session's own, W&B is left ended."""
 
 import os
+import sys
 
 import jax
 import pytest
@@ -15,6 +16,17 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METALEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ended_wandb():
+    """End W&B's background process after a module, and with it the variable that names it.
+
+    A test that sets the environment back would otherwise bring back the name of one that is gone.
+    """
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
 
 
 @pytest.fixture(autouse=True)
