@@ -38,7 +38,7 @@ SETTINGS = quick(
     lambda name, library, engine: (
         (engine == "MixedFlow" and (library == "linen" or name not in LARGE))
         or (engine == "Forward" and library == "linen" and name not in LARGE[:-1])
-        or (library == "linen" and name in QUICK)
+        or (library == "linen" and name in QUICK and not engine.endswith("segments"))
     ),
 )
 
