@@ -132,10 +132,9 @@ def _once(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inne
 
 
 def _scan(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inner]:
-    if remat.mode == "none":
-        return jax.lax.scan(body, state, batches)
-    length = remat.segment or square_root(horizon(batches))
-    if remat.mode == "segments" and length >= horizon(batches):
+    steps = horizon(batches)
+    length = remat.segment or square_root(steps)
+    if remat.mode == "none" or (remat.mode == "segments" and length >= steps):
         return jax.lax.scan(body, state, batches)
     if remat.mode == "segments":  # no policy: to keep gradients of all segments would be T g
         return nested_scan(body, state, batches, [length], None)
@@ -146,7 +145,7 @@ def _scan(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inne
         return nested_scan(step, state, batches, [length], remat.policy)
     # What the policy keeps beside a state (inner gradients) counts as much as one.
     held = state_bytes(state) * (1 if remat.policy is None else 2)
-    lengths = within(horizon(batches), held, remat.budget)
+    lengths = within(steps, held, remat.budget)
     return nested_scan(step, state, batches, lengths, None)
 
 
