@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from metalearn.algorithms.hyperparameter import Hyperparameter
-from metalearn.checks import above, at_least
+from metalearn.checks import above
 
 
 class SignSteps(NamedTuple):
@@ -177,7 +177,8 @@ def fds_rule(
       ValueError: for a range without an end, of which there is no share.
     """
     above("fds_rule", 0, share=share, grow=grow)
-    at_least("fds_rule", 0, tolerance=tolerance)
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"`fds_rule(tolerance={tolerance})`: it is 0 or more.")
     if steps is not None and tolerance is None:
         raise ValueError(
             f"`fds_rule(steps={steps}, tolerance=None)`: the last of these steps goes back to what "

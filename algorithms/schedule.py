@@ -20,7 +20,10 @@ from metalearn.algorithms.windows import stretched, window_of
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Piecewise constant: an `optax.Schedule`. After the horizon the last value holds."""
+    """Piecewise constant: an `optax.Schedule`. After the horizon the last value holds.
+
+    Several go into one optimizer by name: `optax.inject_hyperparams(sgd)(**schedules)`.
+    """
 
     edges: tuple[int, ...]  # [N + 1]: where each window begins; the horizon
     values: tuple[float, ...] | tuple[tuple[float, ...], ...]  # one for each window
@@ -71,7 +74,7 @@ def save_schedules(path: str | os.PathLike[str], schedules: Mapping[str, Schedul
 
 
 def load_schedules(path: str | os.PathLike[str]) -> dict[str, Schedule]:
-    """Read what `save_schedules` or `metalearn export` wrote.
+    """Read what `save_schedules` or `metalearn export` wrote, {name: schedule}.
 
     Raises:
       ValueError: if these are no schedules.

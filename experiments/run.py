@@ -10,6 +10,7 @@ workdir/wandb/         the W&B run, unless disabled
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -119,10 +120,11 @@ def restore(workdir: pathlib.Path, best: bool = False) -> Restored:
             f"`metalearn train --config=NAME --workdir={workdir}`."
         )
     opened = Checkpoints(_checkpoints(workdir))
-    record = opened.record()
+    record, inside = opened.record(), opened.within_at()
     opened.close()
     if record is None:
-        raise ValueError(f"The run in {workdir} has no checkpoint yet. Train it further.")
+        where = f": it is {inside[1]} inner steps into its first outer step" if inside else ""
+        raise ValueError(f"The run in {workdir} has no checkpoint yet{where}. Train it further.")
     splits = build.splits(record["config"]["dataset"])
     layout = devices.for_evaluation(record["config"])
     trainer = build.trainer(record["config"], splits, layout)
@@ -173,8 +175,9 @@ def export(workdir: pathlib.Path, out: pathlib.Path | None = None, best: bool = 
 def draw(workdir: pathlib.Path) -> None:
     """Draw all pictures of a run at its newest checkpoint; print where each kind of them is."""
     _, trainer, splits, state, _ = restore(workdir)
+    uncut = dataclasses.replace(trainer, segment=None)
     for kind in pictures.KINDS:
-        paths = pictures.draw(kind, workdir, trainer, state, splits.train)
+        paths = pictures.draw(kind, workdir, uncut, state, splits.train)
         print("\n".join(map(str, paths)), flush=True)
 
 
@@ -203,14 +206,12 @@ def _show(
 ) -> None:
     """Draw a run that has ended, and show it to the loggers. That fails no run."""
     for kind in kinds:
-        if kind == "tangents" and trainer.segment is not None:
-            say(f"Tangents take an outer step uncut: `metalearn draw --workdir={workdir}`.")
-            continue
         try:
             drawn = pictures.draw(kind, workdir, trainer, state, splits.train)
             shown = {
                 f"{pictures.FOLDER}/{path.stem}": path for path in drawn if path.suffix == ".png"
             }
+            say(f"Pictures in {workdir / pictures.FOLDER}: {', '.join(p.name for p in drawn)}.")
             for logger in loggers:
                 logger.show(shown)
         except Exception as error:  # of a device out of memory, matplotlib, W&B: all the same here

@@ -7,21 +7,22 @@ not set, and passes.
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Iterable
 from typing import Any
 
 
-def at_least(what: str, least: float, **values: float | None) -> None:
-    """Raise ValueError for the first value that is below `least`.
+def at_least(what: str, least: int, **values: Any) -> None:
+    """Raise ValueError for the first value that is no integer, or below `least`.
 
-    >>> at_least("MAML", 1, inner_steps=1, eval_steps=0)
+    >>> at_least("FDS", 1, batch=32, horizon=1e4)
     Traceback (most recent call last):
-    ValueError: `MAML(eval_steps=0)`: it is 1 or more.
+    ValueError: `FDS(horizon=10000.0)`: it is an integer, 1 or more.
     """
     for name, value in values.items():
-        if value is not None and not value >= least:
-            raise ValueError(f"`{what}({name}={value})`: it is {least} or more.")
+        if value is not None and not (isinstance(value, numbers.Integral) and int(value) >= least):
+            raise ValueError(f"`{what}({name}={value})`: it is an integer, {least} or more.")
 
 
 def above(what: str, bound: float, **values: float | None) -> None:

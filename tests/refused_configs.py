@@ -90,7 +90,7 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
     ("maml_digits", {"algorithm.adapt": "("}, r"`MAML\(adapt='\('\)`: it is no regular expression"),
     ("maml_digits", {"optimizer.clip": -1.0}, r"`optimizer\(clip=-1.0\)`: it is a number above 0"),
     ("maml_digits", {"truncation.shortest": 3}, "truncation.shortest=3 is of truncated runs, but"),
-    ("maml_digits", {"model.filters": 0}, r"`ConvNet\(filters=0\)`: it is 1 or more"),
+    ("maml_digits", {"model.filters": 0}, r"`ConvNet\(filters=0\)`: it is an integer, 1 or more"),
     ("maml_digits", {"model.library": "haiku", "model.blocks": -1}, r"`ConvNet\(blocks=-1\)`"),
     ("maml_digits", {"model.library": "nnx", "model.filters": -1}, r"`ConvNet\(filters=-1\)`"),
     (
@@ -108,7 +108,7 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
         {"model.hidden": (1.5,), "model.library": "haiku"},
         r"`MLP\(hidden=\(1.5,\)\)`",
     ),
-    ("maml_sinusoid", {"dataset.shots": 0}, r"`Sinusoid\(shots=0\)`: it is 1 or more"),
+    ("maml_sinusoid", {"dataset.shots": 0}, r"`Sinusoid\(shots=0\)`: it is an integer, 1 or more"),
     ("maml_sinusoid", {"algorithm.objective": "cross_entropy"}, "`cross_entropy` takes logits"),
     (
         "maml_digits",
@@ -116,12 +116,20 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
         "`squared_error` takes outputs and targe",
     ),
     ("maml_sinusoid", {"wandb.project": "a/b"}, "W&B takes no project called 'a/b'"),
-    ("fds_digits", {"dataset.noise_seed": -1}, r"`with_label_noise\(seed=-1\)`: it is 0 or more"),
+    (
+        "fds_digits",
+        {"dataset.noise_seed": -1},
+        r"`with_label_noise\(seed=-1\)`: it is an integer, 0 or more",
+    ),
     ("fds_digits", {"dataset.tfds": "x_y"}, r"TFDS has no dataset called 'x_y' \("),
     ("fds_digits", {"dataset.tfds": ""}, r"TFDS has no dataset called '' \("),
-    ("fds_digits", {"algorithm.batch": 0}, r"`FDS\(batch=0\)`: it is 1 or more"),
+    ("fds_digits", {"algorithm.batch": 0}, r"`FDS\(batch=0\)`: it is an integer, 1 or more"),
     ("fds_digits", {"optimizer.share": -1.0}, r"`fds_rule\(share=-1.0\)`: it is a number above 0"),
-    ("learned_optimizer_digits", {"dataset.most": 0}, r"`dataset\(most=0\)`: it is 1 or more"),
+    (
+        "learned_optimizer_digits",
+        {"dataset.most": 0},
+        r"`dataset\(most=0\)`: it is an integer, 1 or more",
+    ),
     (
         "learned_optimizer_digits",
         {"algorithm.rule.network": "gru"},
@@ -140,7 +148,7 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
     (
         "learned_optimizer_digits",
         {"algorithm.batch": 0},
-        r"`Supervised\(batch=0\)`: it is 1 or more",
+        r"`Supervised\(batch=0\)`: it is an integer, 1 or more",
     ),
     (
         "learned_optimizer_shakespeare",

@@ -488,6 +488,11 @@ def test_an_unknown_rematerialisation_is_refused_with_those_there_are(engine, kn
         engine(remat="all")
 
 
+def test_segments_of_a_part_of_a_step_are_refused():
+    with pytest.raises(ValueError, match=r"^`Reverse\(segment=2.5\)`: it is an integer, 1 or more"):
+        Reverse("segments", segment=2.5)
+
+
 every_engine = pytest.mark.parametrize("engine", [Reverse(), Forward(), MixedFlow()], ids=repr)
 
 

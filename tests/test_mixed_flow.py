@@ -300,13 +300,13 @@ def test_an_unroll_that_cannot_be_undone_is_refused(x64):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"micro_batches": 0}, "micro_batches=0, but one is the least"),
+        ({"micro_batches": 0}, "micro_batches=0.*an integer, 1 or more"),
         ({"store": "disk"}, "No store is called 'disk'. There are: device, host, inexact"),
         ({"store": "host", "remat": "nested"}, "is for what remat='step' keeps, not for 'nested'"),
         ({"remat": "inexact"}, "There are: inexact_reconstruct, nested, none, segments, step"),
-        ({"remat": "nested", "segment": 0}, "cannot be 0 with remat='nested'"),
+        ({"remat": "nested", "segment": 0}, r"`MixedFlow\(segment=0\)`: it is an integer, 1 or"),
+        ({"remat": "segments", "segment": 2.5}, r"segment=2.5\)`: it is an integer, 1 or more"),
         ({"remat": "step", "segment": 3}, "cannot be 3 with remat='step'"),
-        ({"remat": "inexact_reconstruct", "segment": 0}, "Anchors lie at least one step apart"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -73,7 +74,9 @@ def test_tangents_are_those_of_the_hypergradient_of_the_next_outer_step(workdir,
     largest = max(line[-1] for line in lines.values())
     np.testing.assert_allclose(largest, metrics["inner_tangent_norm"], rtol=1e-5)
     table = (workdir / "pictures" / "tangents.md").read_text()
-    assert table.splitlines() == tangents.table(lines)
+    assert table.startswith("Outer step 3:\n\n| tangent of |")
+    assert table.splitlines() == tangents.table(lines, 3)
+    assert tangents.figure(lines, 3).get_suptitle() == "outer step 3"
 
 
 def test_a_command_draws_a_run_again(workdir, capsys):
@@ -138,7 +141,9 @@ def test_what_cannot_be_drawn_fails_no_run_and_says_why(workdir, found, monkeypa
     logger, kinds = Shown(), ["tangents", "schedules"]
     trainer = dataclasses.replace(found.trainer, engine=Forward(max_directions=4))  # there are 5
     run._show(kinds, workdir, trainer, found.state, found.splits, [logger])
-    assert "The tangents are not drawn: `Forward()` pushes one" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "The tangents are not drawn: `Forward()` pushes one" in said
+    assert f"Pictures in {workdir / 'pictures'}: loss.png, learning_rate.png, " in said
     names = [f"pictures/{name}" for name in DRAWN if name != "tangents"]
     assert sorted(logger.names) == names
 
@@ -147,12 +152,17 @@ def test_what_cannot_be_drawn_fails_no_run_and_says_why(workdir, found, monkeypa
     assert "The schedules are not drawn: division by zero" in capsys.readouterr().out
 
 
-def test_tangents_of_outer_steps_in_segments_wait_for_the_command(workdir, found, capsys):
-    trainer = dataclasses.replace(found.trainer, engine=Forward(), segment=5)
-    run._show(["tangents"], workdir, trainer, found.state, found.splits, [])
-    assert f"uncut: `metalearn draw --workdir={workdir}`" in capsys.readouterr().out
-    uncut = tangents.norms(trainer, found.state, found.splits.train)
-    assert len(uncut["momentum/0"]) == HORIZON
+def test_tangents_of_outer_steps_in_segments_wait_for_the_command(
+    workdir, found, monkeypatch, capsys
+):
+    cut = dataclasses.replace(found.trainer, engine=Forward(), segment=5)
+    run._show(["tangents"], workdir, cut, found.state, found.splits, [])
+    assert f"in one program of one process: `metalearn draw --workdir={workdir}`" in (
+        capsys.readouterr().out
+    )
+    monkeypatch.setattr(run, "restore", lambda workdir: found._replace(trainer=cut))
+    run.draw(workdir)
+    assert str(workdir / "pictures" / "tangents.png") in capsys.readouterr().out
 
 
 def test_without_matplotlib_a_run_ends_as_ever(workdir, found, monkeypatch, capsys):
@@ -187,7 +197,7 @@ def write_run(workdir, **extra):
 
 def test_windows_are_drawn_in_their_order_and_evaluations_are_left_out(tmp_path):
     rows = write_run(tmp_path)
-    values = schedules.learned(schedules.read(tmp_path), LEARNER)
+    values = schedules.tried(schedules.read(tmp_path), LEARNER)
     assert {name: x.shape for name, x in values.items()} == {
         "momentum": (3, 1),
         "learning_rate": (3, 1),
@@ -204,10 +214,34 @@ def test_infinite_values_means_and_what_another_config_logged_are_drawn(tmp_path
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": 0.2, "momentum/0": 0.4}\n')
     learner = fds(momentum=1, learning_rate=2, weight_decay=windows)
-    paths = schedules.draw(schedules.read(tmp_path), learner, tmp_path)
-    names = ["loss", "momentum", "learning_rate", "weight_decay"]
-    assert paths == [tmp_path / f"{name}.png" for name in names]
-    assert all(path.read_bytes().startswith(PNG) for path in paths)
+    learned = learner.schedules(learner.init(jax.random.key(0)))
+    figures = schedules.figures(schedules.read(tmp_path), learner, learned)
+    assert list(figures) == ["loss", "momentum", "learning_rate", "weight_decay"]
+    for figure in figures.values():
+        figure.savefig(tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").read_bytes().startswith(PNG)
+
+
+def test_the_learned_schedule_is_drawn_over_those_that_were_tried(tmp_path):
+    write_run(tmp_path)
+    rows, learned = schedules.read(tmp_path), LEARNER.schedules(LEARNER.init(jax.random.key(0)))
+    changed = dataclasses.replace(learned["weight_decay"], values=tuple(range(1, 13)))
+    figure = schedules.figures(rows, LEARNER, learned | {"weight_decay": changed})["weight_decay"]
+    *tried, last = figure.axes[0].patches
+    logged = [[row[f"weight_decay/{w}"] for w in range(12)] for row in rows[:3]]
+    np.testing.assert_array_equal([line.get_data().values for line in tried], logged)
+    assert last.get_label() == "learned"
+    np.testing.assert_array_equal(last.get_data().values, changed.values)
+    np.testing.assert_allclose(last.get_data().edges, np.asarray(changed.edges) / 20)
+
+
+def test_of_a_schedule_logged_as_its_mean_the_learned_one_is_drawn(tmp_path):
+    write_run(tmp_path)
+    learned = LEARNER.schedules(LEARNER.init(jax.random.key(0)))
+    figure = schedules.figures(schedules.read(tmp_path), LEARNER, learned)["learning_rate"]
+    (line,) = figure.axes[0].patches
+    assert line.get_label() == "learned"
+    np.testing.assert_allclose(line.get_data().edges, [0, 0.2, 1])
 
 
 def test_windows_lie_where_the_algorithm_has_them():

@@ -14,6 +14,7 @@ from metalearn import Algorithm, Episode, Faults, Forward, MixedFlow, Tasks, Tra
 from metalearn.algorithms import windows
 from metalearn.checkpoint import ChangedConfigError, Checkpoints
 from metalearn.cost import cost
+from metalearn.experiments import run
 from metalearn.faults import NonFiniteError
 from metalearn.outer_loop import Interrupted
 from metalearn.progress import Bars, bars
@@ -189,6 +190,12 @@ def test_a_run_that_is_stopped_inside_outer_steps_ends_with_the_same_bits(tmp_pa
     )
 
 
+def test_a_run_stopped_inside_its_first_outer_step_has_no_eta_to_evaluate_yet(tmp_path):
+    stopped(trainer(), tmp_path / "checkpoints", 2)
+    with pytest.raises(ValueError, match="no checkpoint yet: it is 16 inner steps into its first"):
+        run.restore(tmp_path)
+
+
 def count_taken(made, directory, **options):
     """The programs that a run takes from where it goes on."""
     asked = []
@@ -308,6 +315,7 @@ def test_a_bar_of_inner_steps_is_set_and_begun_anew(capfd):
     ("options", "message"),
     [
         ({"segment": 0}, r"segment=0"),
+        ({"segment": 2.5}, r"^`Trainer\(segment=2.5\)`: it is an integer, 1 or more\.$"),
         ({"engine": MixedFlow()}, r"`Forward\(\)`, not `MixedFlow`"),
         ({"truncation": Truncation(10)}, "Choose one"),
     ],

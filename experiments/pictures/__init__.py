@@ -2,10 +2,10 @@
 
 loss.png       the outer loss, and the largest tangent where `engine=forward` pushed any
 NAME.png       a hyperparameter of several windows: its schedule over the inner run, one line per
-               outer step, dark to bright; beside it, each window's value by outer step. One of a
-               single window: its value by outer step
-tangents.png   |d theta_t / d lambda| against the inner step t, a line for each window; the
-               largest and the last of each are in tangents.md
+               outer step, dark to bright, and the one learned, dashed; beside it, each window's
+               value by outer step. One of a single window: its value by outer step
+tangents.png   |d theta_t / d lambda| in the next outer step, against the inner step t, a line for
+               each window; the largest and the last of each are in tangents.md
 
 `metalearn train` draws what `config.pictures` names when a run ends, and logs it to W&B, but for
 the tangents of outer steps in segments; `metalearn draw --workdir=runs/fds` draws all, whenever
@@ -31,17 +31,33 @@ FOLDER = "pictures"
 Drawing = Callable[[pathlib.Path, Trainer, TrainState, Tasks], list[pathlib.Path]]
 
 
-def _schedules(workdir: pathlib.Path, trainer: Trainer, *_: Any) -> list[pathlib.Path]:
+def _schedules(
+    workdir: pathlib.Path, trainer: Trainer, state: TrainState, *_: Any
+) -> list[pathlib.Path]:
     assert isinstance(trainer.algorithm, FDS)
-    return schedules.draw(schedules.read(workdir), trainer.algorithm, workdir / FOLDER)
+    learned = trainer.algorithm.schedules(state.eta)
+    figures = schedules.figures(schedules.read(workdir), trainer.algorithm, learned)
+    return [_saved(workdir, name, figure) for name, figure in figures.items()]
 
 
 def _tangents(
     workdir: pathlib.Path, trainer: Trainer, state: TrainState, tasks: Tasks
 ) -> list[pathlib.Path]:
-    if jax.process_count() > 1:
-        raise ValueError("one process draws them: `metalearn draw --workdir=...`, by itself.")
-    return tangents.draw(tangents.norms(trainer, state, tasks), workdir / FOLDER)
+    if jax.process_count() > 1 or trainer.segment is not None:
+        raise ValueError(
+            "they take an outer step in one program of one process: `metalearn draw "
+            f"--workdir={workdir}`, by itself."
+        )
+    lines, step = tangents.norms(trainer, state, tasks), int(state.step) + 1
+    table = workdir / FOLDER / "tangents.md"
+    table.write_text("\n".join(tangents.table(lines, step)) + "\n")
+    return [_saved(workdir, "tangents", tangents.figure(lines, step)), table]
+
+
+def _saved(workdir: pathlib.Path, name: str, figure: Any) -> pathlib.Path:
+    path = workdir / FOLDER / f"{name}.png"
+    figure.savefig(path, dpi=120)
+    return path
 
 
 KINDS: dict[str, Drawing] = {"schedules": _schedules, "tangents": _tangents}
@@ -71,7 +87,8 @@ def draw(
       tasks: that it trains on.
 
     Raises:
-      ValueError: where `check` refuses the kind, nothing was logged, or there is no matplotlib.
+      ValueError: where `check` refuses the kind, nothing was logged, there is no matplotlib, or
+        "tangents" would take an outer step in segments, or by several processes.
     """
     check([kind], trainer.algorithm)
     if importlib.util.find_spec("matplotlib") is None:

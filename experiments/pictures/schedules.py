@@ -1,6 +1,7 @@
-"""The schedules that a run of FDS went through, and its outer loss, outer step by outer step.
+"""The schedules that a run of FDS tried and learned, and its outer loss, outer step by outer step.
 
-Hyperparameters of more windows than are logged one by one show as their mean.
+An outer step logs what it tried; the rule may have gone back from it, so what was learned is a line
+of its own. Hyperparameters of more windows than are logged one by one were logged as their mean.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from metalearn.algorithms import FDS
+from metalearn.algorithms import FDS, Schedule
 
 TANGENT = "inner_tangent_norm"
 ORDERS = 30.0  # a positive quantity that spans more than this factor is drawn on a log scale
+LEARNED = {"baseline": None, "color": "black", "linewidth": 2.5, "linestyle": "--", "zorder": 3}
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -36,7 +38,7 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def learned(rows: Sequence[Mapping[str, Any]], algorithm: FDS) -> dict[str, np.ndarray]:
+def tried(rows: Sequence[Mapping[str, Any]], algorithm: FDS) -> dict[str, np.ndarray]:
     """Return the hyperparameters' values by outer step, {name: [outer steps, windows]}."""
     found: dict[str, list[str]] = {}
     for key in rows[0]:
@@ -70,27 +72,35 @@ def ends(algorithm: FDS, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     }
 
 
-def draw(
-    rows: Sequence[Mapping[str, Any]], algorithm: FDS, out: pathlib.Path
-) -> list[pathlib.Path]:
-    """Draw the rows that `read` returns into a folder; return the files."""
-    steps, values = [row["step"] for row in rows], learned(rows, algorithm)
-    cuts = ends(algorithm, values)
-    paths = [_losses(rows, out / "loss.png")]
+def figures(
+    rows: Sequence[Mapping[str, Any]], algorithm: FDS, learned: Mapping[str, Schedule]
+) -> dict[str, Any]:
+    """Draw the rows that `read` returns: {"loss", or name of a hyperparameter: figure}.
+
+    Args:
+      rows: of the outer steps.
+      algorithm: of the run.
+      learned: `algorithm.schedules(eta)` where the run stands, as `metalearn export` writes them.
+    """
+    steps, values = [row["step"] for row in rows], tried(rows, algorithm)
+    cuts, found = ends(algorithm, values), {"loss": _losses(rows)}
     for name, each in values.items():
         # As it was learned; elsewhere by what was logged.
         scale = "log" if algorithm.hyperparameters[name].space == "log" else _scale(each)
-        label = {"ylabel": name, "yscale": scale}
-        path = out / f"{name}.png"
-        paths.append(path)
-        if each.shape[1] == 1:
-            _single(steps, each[:, 0], path, label)
-        else:
-            _windows(steps, each, cuts[name], path, label)
-    return paths
+        windows = max(each.shape[1], len(learned[name].values))
+        figure, places = _figure(2 if windows > 1 else 1)
+        if windows > 1:
+            if each.shape[1] > 1:
+                _over_the_run(steps, each, cuts[name], figure, places[0])
+            _learned(learned[name], places[0])
+        _by_outer_step(steps, each, places[-1])
+        for place in places:
+            place.set(ylabel=name, yscale=scale)
+        found[name] = figure
+    return found
 
 
-def _losses(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> pathlib.Path:
+def _losses(rows: Sequence[Mapping[str, Any]]) -> Any:
     shown = {"loss": "outer loss", TANGENT: "largest tangent's norm at the end"}
     kept = {name: label for name, label in shown.items() if name in rows[0]}
     figure, places = _figure(len(kept))
@@ -98,46 +108,48 @@ def _losses(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> pathlib.Pa
         values = [_value(row, name) for row in rows]
         _line(place, [row["step"] for row in rows], values)
         place.set(ylabel=label, yscale=_scale(values))
-    figure.savefig(path, dpi=120)
-    return path
+    return figure
 
 
-def _single(
-    steps: Sequence[int], values: np.ndarray, path: pathlib.Path, label: Mapping[str, str]
+def _over_the_run(
+    steps: Sequence[int], values: np.ndarray, cut: np.ndarray, figure: Any, place: Any
 ) -> None:
-    figure, (place,) = _figure(1)
-    _line(place, steps, values)
-    place.set(**label)
-    figure.savefig(path, dpi=120)
-
-
-def _windows(
-    steps: Sequence[int],
-    values: np.ndarray,
-    cut: np.ndarray,
-    path: pathlib.Path,
-    label: Mapping[str, str],
-) -> None:
+    """Draw what each outer step tried, over the inner run."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
 
-    figure, (left, right) = _figure(2)
     colours = ScalarMappable(Normalize(min(steps), max(steps)), colormaps["viridis"])
     for colour, each in zip(colours.to_rgba(np.asarray(steps)), values, strict=True):
-        left.stairs(each, cut, baseline=None, color=colour, linewidth=1.5)
-    figure.colorbar(colours, ax=left, label="outer step")
-    left.set(xlabel="share of the inner run", **label)
-    for window in range(values.shape[1]):
-        _line(right, steps, values[:, window], label=f"window {window}")
-    right.set(**label)
-    right.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+        place.stairs(each, cut, baseline=None, color=colour, linewidth=1.5)
+    figure.colorbar(colours, ax=place, label="outer step", ticks=MaxNLocator(integer=True))
+
+
+def _learned(schedule: Schedule, place: Any) -> None:
+    """Draw what was learned, over the inner run; of values by class, their mean."""
+    values = np.asarray(schedule.values).reshape(len(schedule.values), -1).mean(1)
+    place.stairs(values, np.asarray(schedule.edges) / schedule.horizon, label="learned", **LEARNED)
+    place.set(xlabel="share of the inner run")
+    place.legend(fontsize="small")
+
+
+def _by_outer_step(steps: Sequence[int], values: np.ndarray, place: Any) -> None:
+    """Draw a line for each window, later ones thinner: equal values hide no line."""
+    windows = values.shape[1]
+    for window in range(windows):
+        width = 1 + 3 * (1 - (window + 1) / windows)
+        _line(place, steps, values[:, window], linewidth=width, label=f"{window}")
+    if windows > 1:
+        place.legend(title="window", fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def _line(place: Any, steps: Sequence[int], values: Any, **options: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     place.plot(steps, values, marker="o", markersize=3, **options)
     place.set(xlabel="outer step")
+    place.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _scale(values: Any) -> str:

@@ -7,7 +7,6 @@ those of eta, so that the tangent of a learning rate in log space is of a relati
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ def norms(trainer: Trainer, state: TrainState, tasks: Tasks) -> dict[str, np.nda
     ]
     engine = trainer.engine if isinstance(trainer.engine, Forward) else Forward()
     exact = dataclasses.replace(engine, directions=None, inexact_decay=1.0)
-    forward = dataclasses.replace(trainer, engine=exact, segment=None)
+    forward = dataclasses.replace(trainer, engine=exact)
     seen = forward.look(state.eta, tasks, forward.task_keys(state)[0]).inner.tangent_norm
     in_order = sorted(names, key=lambda pair: pair[0])  # as they come into play; stable
     return {
@@ -37,13 +36,14 @@ def norms(trainer: Trainer, state: TrainState, tasks: Tasks) -> dict[str, np.nda
     }
 
 
-def draw(lines: dict[str, np.ndarray], out: pathlib.Path) -> list[pathlib.Path]:
-    """Draw a panel for each hyperparameter, a line for each window; write the table beside it."""
+def figure(lines: dict[str, np.ndarray], step: int) -> Any:
+    """Draw a panel for each hyperparameter, a line for each window, of an outer step."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(line.rpartition("/")[0] for line in sorted(lines)))
-    figure = Figure(figsize=(4.5 * len(names), 4), layout="constrained")
-    places = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    found = Figure(figsize=(4.5 * len(names), 4), layout="constrained")
+    found.suptitle(f"outer step {step}")
+    places = found.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for place, name in zip(places, names, strict=True):
         for line, values in sorted(lines.items()):
             if line.rpartition("/")[0] == name:
@@ -52,14 +52,13 @@ def draw(lines: dict[str, np.ndarray], out: pathlib.Path) -> list[pathlib.Path]:
         place.set(xlabel="inner step", yscale="log", title=name)
         place.legend(title="window", fontsize="small")
     places[0].set_ylabel("norm of the tangent")
-    figure.savefig(out / "tangents.png", dpi=120)
-    (out / "tangents.md").write_text("\n".join(table(lines)) + "\n")
-    return [out / "tangents.png", out / "tangents.md"]
+    return found
 
 
-def table(lines: dict[str, Any]) -> list[str]:
+def table(lines: dict[str, Any], step: int) -> list[str]:
     """Return a Markdown table: the largest norm of each line, where it is, and the last."""
-    rows = ["| tangent of | largest norm | at inner step | last norm |", "|---" * 4 + "|"]
+    rows = [f"Outer step {step}:", ""]
+    rows += ["| tangent of | largest norm | at inner step | last norm |", "|---" * 4 + "|"]
     for name, values in sorted(lines.items()):
         at = int(np.argmax(np.where(np.isnan(values), np.inf, values)))
         rows.append(f"| {name} | {values[at]:.3g} | {at + 1} | {values[-1]:.3g} |")

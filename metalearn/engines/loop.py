@@ -51,7 +51,7 @@ class Remat:
 
     def __post_init__(self) -> None:
         pick(REMAT, self.mode, "remat")
-        if self.segment is not None and (self.segment < 1 or self.mode not in SEGMENTED):
+        if self.segment is not None and self.mode not in SEGMENTED:
             raise ValueError(
                 f"`segment` is the number of inner steps between kept states of remat='nested' or "
                 f"'segments', and cannot be {self.segment} with remat={self.mode!r}."

@@ -33,6 +33,7 @@ from typing import Any
 
 import jax
 
+from metalearn.checks import at_least
 from metalearn.engines import commuted, micro_batches
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.kept import Anchors, in_bfloat16, on_host
@@ -98,10 +99,7 @@ class MixedFlow(MetaGradient):
             raise ValueError(
                 f"store={self.store!r} is for what remat='step' keeps, not for {self.remat!r}."
             )
-        if self.micro_batches < 1:
-            raise ValueError(f"micro_batches={self.micro_batches}, but one is the least.")
-        if self.remat == RECONSTRUCT and self.segment is not None and self.segment < 1:
-            raise ValueError(f"Anchors lie at least one step apart, not segment={self.segment}.")
+        at_least("MixedFlow", 1, micro_batches=self.micro_batches, segment=self.segment)
         if self.remat == RECONSTRUCT and self.budget is not None:
             raise ValueError("`budget` is for remat='nested'; anchors take a `segment`.")
         if self.remat != RECONSTRUCT:

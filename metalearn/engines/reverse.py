@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 
+from metalearn.checks import at_least
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.loop import Remat, backpropagate
 from metalearn.unroll import Unroll
@@ -49,6 +50,7 @@ class Reverse(MetaGradient):
     peel: bool = False
 
     def __post_init__(self) -> None:
+        at_least("Reverse", 1, segment=self.segment)
         self._remat()
 
     def value_and_grad(
