@@ -27,10 +27,10 @@ train: $(VENV)/.train
 	$(VENV)/bin/metalearn train --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-all: lint
-	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check
