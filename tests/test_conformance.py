@@ -27,7 +27,7 @@ from tests.selection import quick
 
 pytestmark = pytest.mark.usefixtures("x64")
 PAIRS = [(name, library) for name in ALGORITHMS for library in LIBRARIES]
-QUICK = ("MAML-adam", "ANIL", "LearningRates", "running")
+QUICK = ("MAML-adam", "ANIL", "running")
 REVERSE = Reverse()
 LARGE = ("LearnedOptimizer", "example-weights", "token-weights", "LearningRates-ConvNet", "FDS")
 EXACT_PAIRS = quick(

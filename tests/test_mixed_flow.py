@@ -109,7 +109,7 @@ EXACT = {
 }
 
 
-QUICK = ("default-weights", "parts-nested-rates", "host-parts-weights")
+QUICK = ("default-weights", "parts-rates", "host-parts-weights")
 SETTINGS = quick(
     [(engine, name) for engine in EXACT for name in ("rates", "weights")],
     lambda engine, name: f"{engine}-{name}" in QUICK,

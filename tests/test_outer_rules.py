@@ -136,6 +136,12 @@ def test_a_narrow_range_moves_all_the_same():
     assert float(path[-1]["b1"][0]) == pytest.approx(0.881)
 
 
+@pytest.mark.parametrize("tolerance", [-0.1, float("nan")])
+def test_a_tolerance_below_zero_is_refused(tolerance):
+    with pytest.raises(ValueError, match=rf"^`fds_rule\(tolerance={tolerance}\)`: it is 0 or more"):
+        fds_rule({"b1": Hyperparameter(0.8, 0.99, start=0.9)}, tolerance=tolerance)
+
+
 def test_a_range_without_an_end_has_no_share():
     with pytest.raises(ValueError, match="that of 'rate' goes from 0.0 to inf"):
         fds_rule({"rate": Hyperparameter(0.0, float("inf"), 0.1)})
