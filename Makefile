@@ -15,6 +15,8 @@ MADE := $(wildcard $(VENV)/.python-*)
 PYTHON ?= $(if $(MADE),$(VENV)/bin/python,python3)
 VERSION := $(or $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null),missing)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# A file's tests stay with one worker: what a module prepares is prepared once.
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all lint format lock clean
@@ -27,10 +29,10 @@ train: $(VENV)/.train
 	$(VENV)/bin/metalearn train --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check

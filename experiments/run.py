@@ -120,7 +120,8 @@ def restore(workdir: pathlib.Path, best: bool = False) -> Restored:
             f"`metalearn train --config=NAME --workdir={workdir}`."
         )
     opened = Checkpoints(_checkpoints(workdir))
-    record, inside = opened.record(), opened.within_at()
+    record = opened.record()
+    inside = opened.within_at() if record is None else None
     opened.close()
     if record is None:
         where = f": it is {inside[1]} inner steps into its first outer step" if inside else ""

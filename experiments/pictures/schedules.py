@@ -89,9 +89,9 @@ def figures(
         scale = "log" if algorithm.hyperparameters[name].space == "log" else _scale(each)
         windows = max(each.shape[1], len(learned[name].values))
         figure, places = _figure(2 if windows > 1 else 1)
+        if each.shape[1] > 1:
+            _over_the_run(steps, each, cuts[name], figure, places[0])
         if windows > 1:
-            if each.shape[1] > 1:
-                _over_the_run(steps, each, cuts[name], figure, places[0])
             _learned(learned[name], places[0])
         _by_outer_step(steps, each, places[-1])
         for place in places:
