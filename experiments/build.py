@@ -98,7 +98,7 @@ class Splits(NamedTuple):
     """Tasks to train on, to choose by, and to report; and what a model sees of them."""
 
     train: Tasks
-    validation: Tasks
+    validation: Tasks | None  # disjoint from those to train on; None: there are none
     test: Tasks
     inputs: jax.ShapeDtypeStruct  # one batch of inputs, [1, ...]
     outputs: int  # of the network: ways, or the dimension of a regression
@@ -330,7 +330,7 @@ def _optimizer_runs(options: dict[str, Any]) -> Splits:
 
 
 def _runs(made: training_runs.Runs) -> Splits:
-    return Splits(made.train, made.train, made.test, made.inputs, made.outputs)
+    return Splits(*made)
 
 
 DATASETS = {

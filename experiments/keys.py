@@ -24,6 +24,7 @@ class Keys(NamedTuple):
 _FEW_SHOT = ("ways", "shots", "queries", "eval_queries")
 _TEXT = ("tfds", "feature", "held_out", "corruption", "length", "steps", "eval_steps", "batch")
 _COUNTS = ("queries", "eval_queries", "probes", "eval_probes")
+_RUNS = ("tfds", "data_dir", "validation")
 _ADAPTING = ("inner_steps", "eval_steps", "learned_rates", "first_order", "adapt", "batch_norm")
 _FDS = ("optimizer", "objective", "augment", "hyperparameters", "horizon", "batch")
 
@@ -31,9 +32,9 @@ DATASETS = {
     "digits": Keys(_FEW_SHOT, ("rotations",)),
     "omniglot": Keys(_FEW_SHOT, ("partition", "rotations", "data_dir")),
     "sinusoid": Keys(("shots", "queries", "eval_queries")),
-    "text": Keys((*_TEXT, *_COUNTS), ("pieces",)),
-    "training_run": Keys(("tfds", "data_dir", "label_noise", "noise_seed", "validation")),
-    "optimizer_runs": Keys(("tfds", "data_dir", "most", "validation")),
+    "text": Keys((*_TEXT, *_COUNTS), ("pieces", "fresh")),
+    "training_run": Keys((*_RUNS, "label_noise", "noise_seed"), ("held_out",)),
+    "optimizer_runs": Keys((*_RUNS, "most"), ("held_out",)),
 }
 ALGORITHMS = {
     "fds": Keys(_FDS, ("eval_horizon",)),

@@ -32,9 +32,11 @@ def texts(config: Mapping[str, Any]) -> dict[str, Text]:
 
     The inner loop always reads the training split, but for its last `held_out` share: that
     is what the outer loss of training reads. Validation and test read their own split, and
-    train for `eval_steps`.
+    train for `eval_steps`. Where what is learned is how to train (`fresh`), they train on their
+    own split too, but for its last `held_out` share, which the outer loss reads.
     """
     options = dict(config)
+    fresh = options.pop("fresh", False)
     name, feature = options.pop("tfds"), options.pop("feature")
     held_out, eval_steps = options.pop("held_out"), options.pop("eval_steps")
     if not 0 < held_out < 1:
@@ -45,12 +47,15 @@ def texts(config: Mapping[str, Any]) -> dict[str, Text]:
     options["corruption"] = corruption(options.pop("corruption"))
     queries = {"queries": options.pop("eval_queries"), "probes": options.pop("eval_probes")}
     read = {split: read_text(name, split, feature=feature) for split in SPLITS}
-    kept = round(len(read["train"]) * (1 - held_out))
-    inner, read["train"] = read["train"][:kept], read["train"][kept:]
-    train = Text.create(inner, read["train"], **options)
+    cuts = {split: round(len(text) * (1 - held_out)) for split, text in read.items()}
+    inner, judge = read["train"][: cuts["train"]], read["train"][cuts["train"] :]
+    made = {"train": Text.create(inner, judge, **options)}
     options |= {**queries, "steps": eval_steps}
-    made = {split: Text.create(inner, read[split], **options) for split in SPLITS[1:]}
-    return {"train": train, **made}
+    for split in SPLITS[1:]:
+        text, cut = read[split], cuts[split]
+        parts = (text[:cut], text[cut:]) if fresh else (inner, text)
+        made[split] = Text.create(*parts, **options)
+    return made
 
 
 SPLITS = ("train", "validation", "test")

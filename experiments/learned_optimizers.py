@@ -27,7 +27,7 @@ from metalearn.algorithms import (
 )
 from metalearn.checks import at_least
 from metalearn.datasets import Images, TrainingRuns, read_images
-from metalearn.experiments.training_runs import Runs, hyperparameter
+from metalearn.experiments.training_runs import Runs, hyperparameter, kept
 from metalearn.model import Model
 from metalearn.names import pick
 
@@ -96,16 +96,22 @@ PROBLEMS = {
 def read(config: Mapping[str, Any]) -> Runs:
     """Read a dataset of images: runs on the training split, and on images never seen in those.
 
-    What is learned is how to train, so test runs train too: on the test split, from fresh
-    initialisations.
+    What is learned is how to train, so validation and test runs train too, from fresh
+    initialisations: on the last `held_out` of the training split, and on the test split.
     """
     at_least("dataset", 1, most=config["most"])
 
-    def runs(split: str) -> TrainingRuns:
-        images = read_images(config["tfds"], split, data_dir=config["data_dir"])
-        images = Images(images.inputs[: config["most"]], images.labels[: config["most"]])
+    def runs(inputs: Any, labels: Any) -> TrainingRuns:
+        images = Images(inputs[: config["most"]], labels[: config["most"]])
         return TrainingRuns.create(*images, validation=config["validation"])
 
-    train, test = runs("train"), runs("test")
+    images, test = (
+        read_images(config["tfds"], split, data_dir=config["data_dir"])
+        for split in ("train", "test")
+    )
+    seen = kept(len(images.labels), config.get("held_out", 0.0))
+    train = runs(images.inputs[:seen], images.labels[:seen])
+    unseen = images.inputs[seen:], images.labels[seen:]
+    validation = runs(*unseen) if len(unseen[1]) else None
     image = jax.ShapeDtypeStruct((1, *train.inputs.shape[1:]), jnp.float32)
-    return Runs(train, test, image, int(train.targets.max()) + 1)
+    return Runs(train, validation, runs(*test), image, int(images.labels.max()) + 1)

@@ -60,6 +60,11 @@ def _train(
     if left := devices.idle(plain, layout):
         say(left)
     splits = build.splits(plain["dataset"])
+    if plain["eval_every"] and splits.validation is None:
+        raise ValueError(
+            f"eval_every={plain['eval_every']} evaluates on tasks that are not trained on, and "
+            "dataset.held_out=0 leaves none. Set it, to a share such as 0.1, or set eval_every=0."
+        )
     trainer = build.trainer(plain, splits, layout)
     pictures.check(plain.get("pictures") or (), trainer.algorithm)
     checkpoints = _open(workdir, plain, allow_change)

@@ -39,9 +39,10 @@ AUGMENTATIONS = {"none": None, "jitter": jitter}
 
 
 class Runs(NamedTuple):
-    """Training runs on fresh splits, and the run that is reported."""
+    """Training runs on fresh splits, those to choose a checkpoint by, and the run to report."""
 
     train: Tasks
+    validation: Tasks | None  # None where nothing is held out
     test: Tasks
     inputs: jax.ShapeDtypeStruct  # one batch, [1, ...]
     outputs: int
@@ -67,13 +68,46 @@ def hyperparameter(config: Mapping[str, Any]) -> Hyperparameter:
 
 
 def read(config: Mapping[str, Any]) -> Runs:
-    """Read a dataset of images, whole, as training runs."""
+    """Read a dataset of images as training runs.
+
+    Hyperparameters are learned on runs that never see the last `held_out` of the training split,
+    neither to train on nor to judge by. A validation run is the final run in small: it trains on
+    all that they see, and is judged by what is held out. The final one trains on the whole
+    training split and is judged by the test split.
+    """
     train, test = (
         read_images(config["tfds"], split, data_dir=config["data_dir"])
         for split in ("train", "test")
     )
     noisy = with_label_noise(train, config["label_noise"], config["noise_seed"]).labels
-    runs = TrainingRuns.create(*train, validation=config["validation"], training_targets=noisy)
+    seen = kept(len(noisy), config.get("held_out", 0.0))
+    told = {"validation": config["validation"], "training_targets": noisy[:seen]}
+    runs = TrainingRuns.create(train.inputs[:seen], train.labels[:seen], **told)
+    validation = None
+    if seen < len(noisy):
+        unseen = train.inputs[seen:], train.labels[seen:]
+        validation = HeldOut.create(train.inputs[:seen], noisy[:seen], *unseen)
     final = HeldOut.create(train.inputs, noisy, *test)
     image = jax.ShapeDtypeStruct((1, *train.inputs.shape[1:]), jnp.float32)
-    return Runs(runs, final, image, int(train.labels.max()) + 1)
+    return Runs(runs, validation, final, image, int(train.labels.max()) + 1)
+
+
+def kept(examples: int, held_out: float) -> int:
+    """Return how many of the training examples are left where a share of them is held out.
+
+    Raises:
+      ValueError: for a share that leaves none on a side; 0 holds nothing out.
+    """
+    if not 0 <= held_out < 1:
+        raise ValueError(
+            f"dataset.held_out={held_out} is the share of the training split that evaluations on "
+            "the way are judged by, from 0 (none of it, and no evaluations) to below 1. Take one "
+            "such as 0.1."
+        )
+    count = round(held_out * examples)
+    if (held_out and not count) or count == examples:
+        raise ValueError(
+            f"dataset.held_out={held_out} of {examples} training examples is {count} of them, "
+            "which leaves none on one side. Take a share such as 0.1, or 0 to hold nothing out."
+        )
+    return examples - count

@@ -249,7 +249,10 @@ def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name):
 
 
 def test_training_runs_tell_the_inner_loop_wrong_labels_and_judge_by_right_ones():
-    config = build.to_json(small("fds_digits", **{"dataset.validation": 20}))["dataset"]
+    config = build.to_json(
+        small("fds_digits", **{"dataset.validation": 20, "dataset.held_out": 0.0})
+    )
+    config = config["dataset"]
     data = build.splits(config)
     assert data.inputs.shape == (1, 8, 8, 1) and data.outputs == 10
     support, query = data.train.sample(jax.random.key(0))

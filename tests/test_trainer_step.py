@@ -8,11 +8,13 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from scipy.stats import t as student
 
 from metalearn import Forward, MixedFlow, Reverse, Trainer, Truncation
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
 from metalearn.engines.loop import rollout
+from metalearn.evaluation import _interval, half_width
 from metalearn.model import Model
 from tests.cases import MODELS, TASKS, Float64
 
@@ -113,9 +115,21 @@ def test_evaluation_is_the_mean_over_tasks_with_its_95_percent_interval():
     losses = np.asarray(jax.jit(jax.vmap(loss_of))(jax.random.split(jax.random.key(9), 12)))
     assert result.tasks == 12
     np.testing.assert_allclose(result.mean, losses.mean(), rtol=1e-12)
-    interval = 1.96 * np.std(losses, ddof=1) / np.sqrt(12)
+    interval = student.ppf(0.975, 11) * np.std(losses, ddof=1) / np.sqrt(12)
     np.testing.assert_allclose(result.ci95, interval, rtol=1e-10)
     assert str(result) == f"{losses.mean():.4f} +- {interval:.4f}"
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (3, 4.3027), (10, 2.2622), (1000, 1.9623)])
+def test_the_interval_of_a_mean_is_by_students_t(n, t):
+    values = np.random.default_rng(n).normal(size=n)
+    expected = t * np.std(values, ddof=1) / np.sqrt(n)
+    np.testing.assert_allclose(_interval(values).ci95, expected, rtol=1e-4)
+    np.testing.assert_allclose(half_width(np.stack([values] * 2, 1)), [expected] * 2, rtol=1e-4)
+
+
+def test_a_single_value_says_nothing_of_its_spread():
+    assert np.isnan(half_width([3.0])) and np.isnan(half_width(np.ones((1, 2)))).all()
 
 
 def test_evaluation_is_decided_by_its_key():

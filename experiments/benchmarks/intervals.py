@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-from scipy.stats import t as student
-
-
-def half_width(values: Any) -> Any:
-    """Return the half-width of the 95% interval of the mean over the leading axis [n, ...]."""
-    runs = len(values)
-    return student.ppf(0.975, runs - 1) * np.std(values, 0, ddof=1) / np.sqrt(runs)
+from metalearn.evaluation import half_width
 
 
 def interval(values: Sequence[float], digits: int = 3) -> str:

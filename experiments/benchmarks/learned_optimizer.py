@@ -33,8 +33,9 @@ import optax
 from metalearn import Algorithm, Tasks
 from metalearn.algorithms import Hyperparameter, LearnedOptimizer, TunedRule
 from metalearn.engines.loop import rollout
+from metalearn.evaluation import half_width
 from metalearn.experiments import build, run
-from metalearn.experiments.benchmarks.intervals import half_width, interval
+from metalearn.experiments.benchmarks.intervals import interval
 from metalearn.loggers import WandbLogger
 
 RATES = tuple(np.geomspace(1e-4, 10, 21).tolist())  # four to an order of magnitude

@@ -39,6 +39,7 @@ import numpy as np
 
 from metalearn import MixedFlow, Tasks, Unroll
 from metalearn.algorithms import FDS, Hyperparameter, sgd
+from metalearn.evaluation import half_width
 from metalearn.experiments import training_runs
 from metalearn.models import Linen, linen_networks
 
@@ -203,7 +204,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def draw(exact: np.ndarray, near: np.ndarray, rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Draw errors by window size, and each step's mean, two standard errors wide. By matplotlib."""
+    """Draw errors by window size, and each step's mean with its 95% interval. By matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -216,9 +217,9 @@ def draw(exact: np.ndarray, near: np.ndarray, rows: Sequence[Row], path: pathlib
     left.set(xlabel="W, steps in a window", ylabel="MSE_W / MSE_1", xscale="log", yscale="log")
     left.legend()
     for place, name, values in ((middle, "exact", exact), (right, GREEDY, near)):
-        mean, error = values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
+        mean, width = values.mean(0), half_width(values)
         place.plot(mean)
-        place.fill_between(range(len(mean)), mean - 2 * error, mean + 2 * error, alpha=0.3)
+        place.fill_between(range(len(mean)), mean - width, mean + width, alpha=0.3)
         place.set(xlabel="step", ylabel=f"mean {name} hypergradient")
     figure.savefig(path, dpi=120)
 

@@ -106,7 +106,9 @@ def learned_optimizer() -> ml_collections.ConfigDict:
     config.dataset = ml_collections.ConfigDict()
     config.dataset.name = "optimizer_runs"
     config.dataset.data_dir = placeholder(str)
-    config.dataset.most = placeholder(int)  # images of a split; None: all
+    config.dataset.most = placeholder(int)  # images to train on, of a set of runs; None: all
+    # Of the training split: `eval_every` and `checkpoint_best` see runs on these images alone.
+    config.dataset.held_out = 0.2
 
     config.optimizer.clip = 1.0
     config.eval_every = 0
@@ -122,7 +124,9 @@ def shakespeare() -> ml_collections.ConfigDict:
     dataset.length = 64  # S
     dataset.batch = 8
     dataset.pieces = 1
-    dataset.held_out = 0.1  # of the training split, for the outer loss or validation
+    dataset.held_out = 0.1  # of a text that is trained on, for the outer loss
+    # Validation and test runs train on their own split too. False: on the text of training.
+    dataset.fresh = False
     dataset.probes = 0
     dataset.eval_probes = 0
     dataset.corruption = {
@@ -149,6 +153,9 @@ def fds() -> ml_collections.ConfigDict:
     config.dataset = ml_collections.ConfigDict()
     config.dataset.name = "training_run"
     config.dataset.data_dir = placeholder(str)
+    # Of the training split: `eval_every` and `checkpoint_best` are judged by these examples, which
+    # no run that is learned from sees. The final run trains on them too.
+    config.dataset.held_out = 0.1
     config.dataset.label_noise = 0.0
     config.dataset.noise_seed = 0
 

@@ -2,7 +2,8 @@
 
 Reproduces   the method of Micaelli & Storkey 2021 (arXiv:2007.07869) on real images at a size for
              a CPU: seven windows of the learning rate, of momentum and of weight decay, 5% of the
-             training images a fresh validation split for each outer step.
+             training images a fresh validation split for each outer step, and 5% never seen in
+             any of them: evaluations on the way are judged by those.
 Command      metalearn train --config=fds_fashion_mnist --workdir=runs/fds_fashion
              The dataset: tfds build fashion_mnist --file_format=array_record
 Takes        13 minutes on one CPU core with other work beside it (39 s a hypergradient on a free
@@ -32,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = {"name": "le_net", "library": "linen", "convolution": "auto"}
 
     config.dataset.tfds = "fashion_mnist"
+    config.dataset.held_out = 0.05
     config.dataset.validation = 0.05
 
     config.health = False  # a look at a meta-gradient takes as long as an outer step

@@ -3,7 +3,8 @@
 Reproduces   the per-parameter MLP of Metz et al. 2022 (arXiv:2203.11860) on top of a learned
              Adam, as in Harrison et al. 2022 (arXiv:2209.11208): an MLP of 32 hidden units on
              scikit-learn's digits for T=200 steps, its mean training loss as the outer loss.
-             Meta-training never sees the images that the test runs train on.
+             Meta-training never sees the images that the test runs train on, nor the fifth of the
+             training split on which the runs of evaluations on the way do.
 Command      metalearn train --config=learned_optimizer_digits --workdir=runs/learned_optimizer
              python -m metalearn.experiments.benchmarks.learned_optimizer runs/learned_optimizer
 Takes        4 to 6 minutes on 2 CPU cores, a minute or two of it compilation

@@ -1,7 +1,8 @@
 """A learned optimizer for a small transformer, trained in truncations.
 
 Reproduces   the optimizer of learned_optimizer_digits on text: a byte-level transformer of 2 layers
-             and width 32 on tiny Shakespeare for T=100 steps. Test runs read the test split.
+             and width 32 on tiny Shakespeare for T=100 steps. Validation and test runs train on
+             text of their own split, and are judged by its last tenth.
 Command      metalearn train --config=learned_optimizer_shakespeare --workdir=runs/lo_shakespeare
              metalearn plan --config=learned_optimizer_shakespeare: memory and FLOPs by engine
              The dataset: tfds build tiny_shakespeare --file_format=array_record
@@ -29,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.update({"width": 32, "layers": 2, "heads": 2})
 
     config.dataset = _common.shakespeare()
+    config.dataset.fresh = True
     config.dataset.steps = 100
     config.dataset.eval_steps = 100
     config.dataset.queries = 16
