@@ -37,7 +37,7 @@ from metalearn.algorithms.hyperparameter_places import check_required, place
 from metalearn.algorithms.objectives import cross_entropy
 from metalearn.algorithms.schedule import Schedule
 from metalearn.algorithms.windows import edges, spread, stretched, window_of
-from metalearn.checks import at_least
+from metalearn.checks import at_least, counts
 from metalearn.leaves import in_dtypes_of
 from metalearn.model import Model
 from metalearn.optimizers import differentiable_at_zero
@@ -86,7 +86,8 @@ class FDS(Algorithm):
                 "`optax.adamw`, not an optimizer. What stays fixed: "
                 "`functools.partial(optax.adamw, learning_rate=1e-3)`."
             )
-        at_least("FDS", 1, horizon=self.horizon, batch=self.batch)
+        counts("FDS", 1, horizon=self.horizon, batch=self.batch)
+        at_least("FDS", 1, eval_horizon=self.eval_horizon)
         places = self._places()
         for name, chosen in self.hyperparameters.items():
             found = edges(chosen.windows, self.horizon)
@@ -160,11 +161,22 @@ class FDS(Algorithm):
         return self.stretched(self.eval_horizon or self.horizon)
 
     def stretched(self, horizon: int) -> FDS:
-        """Return the same over a run of another length, to which every eta of it applies."""
-        moved = {
-            name: dataclasses.replace(h, windows=stretched(self._windows(name), horizon))
-            for name, h in self.hyperparameters.items()
-        }
+        """Return the same over a run of another length, to which every eta of it applies.
+
+        Raises:
+          ValueError: for a run that is too short for each of the windows to hold a step.
+        """
+        counts("FDS.stretched", 1, horizon=horizon)
+        moved = {}
+        for name, chosen in self.hyperparameters.items():
+            windows = stretched(self._windows(name), horizon)
+            if len({*windows}) < len(windows):
+                raise ValueError(
+                    f"The {len(windows) - 1} windows of {name!r} do not fit a run of {horizon} "
+                    "steps: one of them would hold no step, and an eta has a value for it. Take a "
+                    "longer run; or, for plain training, `schedules(eta)[name].stretched(steps)`."
+                )
+            moved[name] = dataclasses.replace(chosen, windows=windows)
         return dataclasses.replace(self, hyperparameters=moved, horizon=horizon)
 
     def unshared(self) -> FDS:
@@ -200,9 +212,8 @@ class FDS(Algorithm):
         found = {}
         for name, chosen in self.hyperparameters.items():
             self._check_windows(name, eta)
-            values = np.asarray(chosen.value(eta[name])).tolist()
-            values = [tuple(v) if isinstance(v, list) else v for v in values]
-            found[name] = Schedule(self._windows(name), tuple(values))
+            values = np.asarray(chosen.value(eta[name]))
+            found[name] = Schedule.of(self._windows(name), values)
         return found
 
     def _check_windows(self, name: str, eta: Any) -> None:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn.algorithms.windows import Windows
+from metalearn.algorithms.windows import Windows, check_windows
 from metalearn.names import pick
 
 SPACES = {
@@ -43,6 +43,7 @@ class Hyperparameter:
 
     def __post_init__(self) -> None:
         pick(SPACES, self.space, "space")
+        check_windows(self.windows)
         starts = np.atleast_1d(np.asarray(self.start, float))
         if not self.low < self.high:
             raise ValueError(f"A range has low < high, not low={self.low}, high={self.high}.")

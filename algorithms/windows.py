@@ -9,6 +9,7 @@ window is longer than what the hyperparameter should vary over.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn.checks import counts, is_integer
+
 Windows = int | tuple[int, ...]  # so many equal ones, or their edges: from 0 to the horizon
+LONGEST = 2**31 - 1  # inner steps
 
 
 def edges(windows: Windows, horizon: int) -> np.ndarray:
@@ -27,27 +31,67 @@ def edges(windows: Windows, horizon: int) -> np.ndarray:
     Raises:
       ValueError: if the windows do not cover the horizon, or one of them is empty.
     """
-    if not isinstance(windows, tuple):
+    counts("edges", 1, horizon=horizon)
+    if is_integer(windows):
         if not 1 <= windows <= horizon:
             raise ValueError(
                 f"windows={windows}, but a horizon of {horizon} inner steps has at least one "
                 f"window and at most {horizon}, one a step."
             )
         return -(-np.arange(windows + 1) * horizon // windows)
+    check_windows(windows)
     given = np.asarray(windows)
-    if len(given) < 2 or given[0] != 0 or given[-1] != horizon:
+    if given[-1] != horizon:
         raise ValueError(
-            f"The edges of windows go from 0 to the horizon, but these go through {windows} and "
-            f"the horizon is {horizon}: they do not cover it. Write windows=(0, ..., {horizon})."
+            f"The edges of windows go from 0 to the horizon, but these go through {windows!s:.80} "
+            f"and the horizon is {horizon}: they do not cover it. Write windows=(0, ..., "
+            f"{horizon})."
         )
-    if (np.diff(given) < 1).any():
-        raise ValueError(f"Edges of windows rise, each window holding a step; not {windows}.")
     return given
 
 
+def check_windows(windows: Any) -> None:
+    """Raise ValueError unless these are windows of some horizon: a number of them, or edges.
+
+    How many there may be is said where the horizon is known, by `edges`.
+    """
+    if is_integer(windows):
+        return
+    if not isinstance(windows, tuple):
+        raise ValueError(
+            f"windows={windows!s:.80} is neither a number of windows nor a tuple of their edges, "
+            "such as windows=7 or windows=(0, 50, 100)."
+        )
+    shown = f"{windows!s:.80}"
+    for edge in windows:
+        if not is_integer(edge):
+            raise ValueError(
+                f"Edges of windows are inner steps, integers, not {edge!r:.80} in {shown}. Write "
+                "windows=(0, ..., horizon)."
+            )
+    if len(windows) < 2 or windows[0] != 0:
+        raise ValueError(
+            f"The edges of windows go from 0 to the horizon, but these go through {shown}: they "
+            "do not cover it. Write windows=(0, ..., horizon)."
+        )
+    if any(after <= before for before, after in itertools.pairwise(windows)):
+        raise ValueError(f"Edges of windows rise, each window holding a step; not {shown}.")
+    if windows[-1] > LONGEST:
+        raise ValueError(
+            f"Inner steps are counted in 32 bits, up to {LONGEST}, but edges of windows go to "
+            f"{windows[-1]}. Take a shorter run."
+        )
+
+
 def stretched(found: Sequence[int], to: int) -> tuple[int, ...]:
-    """Return the edges of the same windows of a run of `to` steps."""
-    return tuple(int(edge) for edge in np.asarray(found) * to // found[-1])
+    """Return the edges of the same windows of a run of `to` steps, [N + 1].
+
+    Step t of that run is in the window of step floor(t T / to) of the run of T steps. In a
+    shorter run a window may hold no step: it then ends where it begins.
+    """
+    counts("stretched", 1, horizon=to)
+    horizon = int(found[-1])
+    return tuple(-(-int(edge) * int(to) // horizon) for edge in found)
 
 
 def window_of(step: jax.Array, found: np.ndarray) -> jax.Array:

@@ -14,12 +14,12 @@ This module is a config file of ml-collections itself, with the path of the JSON
 from __future__ import annotations
 
 import importlib
-import json
 import pathlib
 from typing import Any
 
 import ml_collections
 
+from metalearn import strict_json
 from metalearn.experiments import values
 from metalearn.experiments.arguments import packaged
 from metalearn.names import nearest, pick
@@ -45,21 +45,13 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"There is no config file {path}.")
     try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
+        found = strict_json.read(path, "this file")
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON of a config: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(
             f'{path} holds {type(found).__name__}, but a config is an object: {{"config": "NAME"}}.'
         )
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is set twice.")
     return found
 
 

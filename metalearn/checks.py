@@ -1,7 +1,7 @@
 """Checks that many constructors make of their numbers, each refusal in the same words.
 
 `what` is what got the value, as its user writes it: "MAML", "Text". None is a value that is
-not set, and passes.
+not set, and passes, but where a count is needed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,19 @@ def at_least(what: str, least: int, **values: Any) -> None:
     Traceback (most recent call last):
     ValueError: `FDS(horizon=10000.0)`: it is an integer, 1 or more.
     """
+    counts(what, least, **{name: value for name, value in values.items() if value is not None})
+
+
+def counts(what: str, least: int, **values: Any) -> None:
+    """Do the same for values that have to be set. A boolean is no integer here."""
     for name, value in values.items():
-        if value is not None and not (isinstance(value, numbers.Integral) and int(value) >= least):
-            raise ValueError(f"`{what}({name}={value})`: it is an integer, {least} or more.")
+        if not (is_integer(value) and int(value) >= least):
+            raise ValueError(f"`{what}({name}={value!s:.80})`: it is an integer, {least} or more.")
+
+
+def is_integer(value: Any) -> bool:
+    """Say whether a value is an integer, of Python's or of NumPy's; a boolean is not one."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def above(what: str, bound: float, **values: float | None) -> None:
