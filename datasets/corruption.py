@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metalearn.checks import is_integer
 from metalearn.names import pick
 
 
@@ -57,7 +58,7 @@ class Corruption:
             raise ValueError(f"`Corruption` needs at least one of the kinds {', '.join(KINDS)}.")
         for kind in self.kinds:
             pick(KINDS, kind, "kind of corruption")
-        if not 0 <= self.seed < 2**32:
+        if not is_integer(self.seed) or not 0 <= self.seed < 2**32:
             raise ValueError(
                 f"`Corruption` got seed={self.seed}, but NumPy's generator takes one of 32 bits, "
                 "from 0 to 4294967295."

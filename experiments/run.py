@@ -23,6 +23,7 @@ from metalearn.algorithms import FDS, LearnedOptimizer, save_optimizer, save_sch
 from metalearn.checkpoint import Checkpoints
 from metalearn.evaluation import Estimate
 from metalearn.experiments import auto, build, devices, pictures
+from metalearn.experiments.seeds import key_of
 from metalearn.experiments.workdir import held
 from metalearn.faults import Faults
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
@@ -75,7 +76,7 @@ def _train(
         loggers: list[Logger] = [ConsoleLogger()] if is_first() else []  # nothing new to log
     else:
         loggers = _loggers(plain, workdir)
-    key = jax.random.key(plain["seed"])
+    key = key_of(plain["seed"])
     try:
         if plain["health"] and checkpoints.latest() is None:
             check(trainer, splits.train, key)
@@ -198,7 +199,7 @@ def test(
     trainer: Trainer, state: TrainState, splits: build.Splits, seed: int, tasks: int
 ) -> dict[str, Estimate]:
     """Evaluate on test tasks; the same seed draws the same ones."""
-    key = jax.random.fold_in(jax.random.key(seed), TEST)
+    key = jax.random.fold_in(key_of(seed), TEST)
     return trainer.evaluate(state.eta, splits.test, key, tasks)
 
 

@@ -30,7 +30,8 @@ PARSERS: dict[type, Any] = {  # as ml-collections reads them
 }
 LARGEST = 2**31 - 1
 WIDE = ("seed", "engine_options.budget")  # a seed has 64 bits, and a budget is in bytes
-LEAST = {  # of what a run uses late: better refused before hours of training than after
+LEAST = {  # mostly of what a run uses late: better refused before hours of training than after
+    "seed": 0,  # see `metalearn.experiments.seeds`
     "steps": 0,
     "log_every": 0,
     "eval_every": 0,

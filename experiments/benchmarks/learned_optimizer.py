@@ -36,6 +36,7 @@ from metalearn.engines.loop import rollout
 from metalearn.evaluation import half_width
 from metalearn.experiments import build, run
 from metalearn.experiments.benchmarks.intervals import interval
+from metalearn.experiments.seeds import key_of
 from metalearn.loggers import WandbLogger
 
 RATES = tuple(np.geomspace(1e-4, 10, 21).tolist())  # four to an order of magnitude
@@ -80,7 +81,7 @@ def compare(
     learner = build.algorithm(config["algorithm"], build.model(config["model"], splits))
     assert isinstance(learner, LearnedOptimizer)
     learner = dataclasses.replace(learner, cap=None)
-    keys = jax.random.split(jax.random.key(config["seed"] + run.TEST), runs)
+    keys = jax.random.split(key_of(config["seed"] + run.TEST), runs)
     found = [_curve(setting, "learned", learner, eta, splits.test, keys)]
     for name, made in HAND_DESIGNED.items():
         hand = dataclasses.replace(learner, rule=made)

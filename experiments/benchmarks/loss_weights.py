@@ -40,6 +40,7 @@ from metalearn.engines.loop import rollout
 from metalearn.experiments import build
 from metalearn.experiments.benchmarks.intervals import interval
 from metalearn.experiments.configs import loss_weights_shakespeare
+from metalearn.experiments.seeds import key_of
 from metalearn.loggers import ConsoleLogger
 
 SCORES = {
@@ -94,9 +95,9 @@ def measure(config: Any, seed: int, arms: Arms, trainer: Trainer, tasks: Text) -
     """Meta-learn weights with a seed, then train with them and without."""
     began = time.perf_counter()
     how = {"loggers": [ConsoleLogger()], "log_every": config["log_every"], "progress": False}
-    state = trainer.fit(tasks, config["steps"], key=jax.random.key(seed), **how)
+    state = trainer.fit(tasks, config["steps"], key=key_of(seed), **how)
     learned = time.perf_counter()
-    row = arms.rows(state.eta, jax.random.fold_in(jax.random.key(seed), 1))
+    row = arms.rows(state.eta, jax.random.fold_in(key_of(seed), 1))
     ended = time.perf_counter()
     return {"seed": seed, **row, "meta_seconds": learned - began, "arm_seconds": ended - learned}
 

@@ -41,6 +41,7 @@ from metalearn import MixedFlow, Tasks, Unroll
 from metalearn.algorithms import FDS, Hyperparameter, sgd
 from metalearn.evaluation import half_width
 from metalearn.experiments import training_runs
+from metalearn.experiments.seeds import key_of
 from metalearn.models import Linen, linen_networks
 
 NAME = "learning_rate"
@@ -99,7 +100,7 @@ def measure(given: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         one = functools.partial(hypergradients, algorithm, tasks)
         return jax.lax.map(one, keys, batch_size=given["chunk"])
 
-    keys = jax.random.split(jax.random.key(given["seed"]), given["seeds"])
+    keys = jax.random.split(key_of(given["seed"]), given["seeds"])
     exact, near = (np.asarray(found, np.float64) for found in all_of(tasks, keys))
     finite = np.isfinite(exact + near).all(1)
     if not finite.all():

@@ -38,6 +38,7 @@ import numpy as np
 from metalearn.algorithms import FDS, Hyperparameter, sgd, weighted_cross_entropy
 from metalearn.datasets import HeldOut, Images, TrainingRuns, read_images, with_label_noise
 from metalearn.experiments.benchmarks.intervals import interval
+from metalearn.experiments.seeds import key_of
 from metalearn.experiments.tuners.black_box import BOHB, BayesianOptimization, Hyperband
 from metalearn.experiments.tuners.fds import Hypergradients
 from metalearn.experiments.tuners.fixed import Cosine, LearningRateFree
@@ -128,7 +129,7 @@ def _fds(box: str, horizon: int) -> FDS:
 def along(name: str, box: str, seed: int, unit: float, horizon: int = 1000) -> list[Row]:
     """Run a tuner and test what it had found at a few points of its way."""
     tuner, budget = TUNERS[name]
-    tuned, key = problem(box, seed, horizon), jax.random.key(seed)
+    tuned, key = problem(box, seed, horizon), key_of(seed)
     begun, found = time.perf_counter(), []
     for point in tuner.tune(tuned, budget * unit, jax.random.fold_in(key, 0)):
         jax.block_until_ready(point.eta)
