@@ -29,6 +29,7 @@ from metalearn import __version__
 from metalearn.algorithms.rule_json import decode, encode
 from metalearn.algorithms.update_rule import UpdateRule
 from metalearn.leaves import paths
+from metalearn.strict_json import parse
 from metalearn.train_state import TrainState
 
 FORMAT = "metalearn update rule"
@@ -75,7 +76,10 @@ def load_optimizer(
       ValueError: if it is of another kind, damaged, or holds what this version does not know.
     """
     rule, eta = load_rule(path, known)
-    return rule.optimizer(eta)
+    try:
+        return rule.optimizer(eta)
+    except Exception as error:  # of optax: arguments that its optimizer does not take
+        raise ValueError(f"The rule in {path} makes no optimizer: {error}") from error
 
 
 def load_rule(
@@ -83,12 +87,23 @@ def load_rule(
 ) -> tuple[UpdateRule, Any]:
     """Return (rule, eta) of a file, to train it further. See `load_optimizer`."""
     metadata, weights = _read(Path(path))
-    rule = decode(json.loads(metadata["rule"]), (known,) if isinstance(known, type) else known)
-    expected = _expected(rule)
+    rule = _rule(path, metadata["rule"], (known,) if isinstance(known, type) else known)
+    try:
+        expected = _expected(rule)
+    except Exception as error:  # of JAX or a class: a file may hold any size and name
+        raise ValueError(f"{path} holds a rule that has no weights: {error}") from error
     _check(weights, expected, f"{path}", "It was not written by `save_optimizer`.")
     found = [weights[name] for name in expected]
     leaves = [jnp.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype)) for x in found]
     return rule, jax.tree.unflatten(jax.tree.structure(_shapes(rule)), leaves)
+
+
+def _rule(path: str | os.PathLike[str], text: str, known: Iterable[type]) -> UpdateRule:
+    """Return the rule that the metadata of a file holds."""
+    rule = decode(parse(text, f"The rule in {path}", nonfinite=True), known)
+    if not isinstance(rule, UpdateRule):
+        raise ValueError(f"{path} holds no update rule, but {rule!r:.80}.")
+    return rule
 
 
 def digest(metadata: Mapping[str, str], weights: Mapping[str, np.ndarray]) -> str:
@@ -120,6 +135,11 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         raise ValueError(
             f"{path} is not a safetensors file, or is damaged or cut short ({error}). Copy it "
             "again, or save it again with `save_optimizer`."
+        ) from error
+    except (AttributeError, TypeError) as error:  # of safetensors, for a type of 8 bits, say
+        raise ValueError(
+            f"{path} has arrays of a type that NumPy has not ({error}), and weights are saved as "
+            f"{', '.join(DTYPES)}. It was not written by `save_optimizer`."
         ) from error
     if digest(metadata, weights) != metadata["sha256"]:
         raise ValueError(

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn.algorithms.windows import Windows, check_windows
+from metalearn.checks import is_integer
 from metalearn.names import pick
 
 SPACES = {
@@ -44,6 +45,11 @@ class Hyperparameter:
     def __post_init__(self) -> None:
         pick(SPACES, self.space, "space")
         check_windows(self.windows)
+        if not isinstance(self.shape, tuple) or not all(map(is_integer, self.shape)):
+            raise ValueError(
+                "The shape of a hyperparameter is a tuple of sizes, such as (classes,), not "
+                f"{self.shape!r:.80}."
+            )
         starts = np.atleast_1d(np.asarray(self.start, float))
         if not self.low < self.high:
             raise ValueError(f"A range has low < high, not low={self.low}, high={self.high}.")

@@ -30,6 +30,7 @@ import optax
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.problem import Problem
 from metalearn.algorithms.update_rule import UpdateRule
+from metalearn.checks import is_integer
 from metalearn.names import pick
 from metalearn.unroll import Episode, Unroll
 
@@ -77,7 +78,7 @@ class LearnedOptimizer(Algorithm):
                 "Of an optax optimizer: "
                 "`TunedRule(optax.adam, {'learning_rate': Hyperparameter(...)})`."
             )
-        if self.horizon < 1:
+        if not is_integer(self.horizon) or self.horizon < 1:
             raise ValueError(f"An inner run takes at least one step, not horizon={self.horizon}.")
 
     def init(self, key: jax.Array) -> Any:

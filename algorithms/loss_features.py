@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from metalearn.checks import is_integer
 from metalearn.names import pick
 
 
@@ -42,7 +43,7 @@ def features(names: Sequence[str], seen: Seen, sources: int = 0) -> jax.Array:
 
 def width(names: Sequence[str], sources: int = 0) -> int:
     """Return how wide the named features are together."""
-    if not names or sources < 0:
+    if not names or not is_integer(sources) or sources < 0:
         raise ValueError(
             f"A weight looks at one feature at least, of a number of sources; not features={names} "
             f"and sources={sources}. There are: {', '.join(FEATURES)}."

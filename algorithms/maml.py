@@ -27,7 +27,7 @@ import optax
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.batch_norm import batch_norm_policy
-from metalearn.checks import pattern
+from metalearn.checks import is_integer, pattern
 from metalearn.leaves import split_by_path
 from metalearn.model import Model
 from metalearn.unroll import Episode, Unroll
@@ -61,13 +61,14 @@ class MAML(Algorithm):
     # update, so give that a rate of one: `optax.sgd(1.0)`.
     learned_rates: float | None = None
     first_order: bool = False
-    adapt: str = ""  # regular expression: the parameter paths that adapt; "": all
+    # The parameter paths that adapt: a regular expression, see `metalearn.checks.unusable`; "": all
+    adapt: str = ""
     batch_norm: str = "transductive"  # see `metalearn.batch_norm`
 
     def __post_init__(self) -> None:
         batch_norm_policy(self.batch_norm)
         pattern("MAML", adapt=self.adapt)
-        if min(self.inner_steps, self.evaluation_steps) < 1:
+        if not all(is_integer(n) and n >= 1 for n in (self.inner_steps, self.evaluation_steps)):
             raise ValueError(
                 f"MAML adapts in at least one inner step, but inner_steps={self.inner_steps} "
                 f"and eval_steps={self.eval_steps}."

@@ -80,6 +80,14 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "optax.yogi": optax.yogi,
 }
 
+PARTS: dict[str, dict[str, Any]] = {  # what stands for more than a value, and what is in it
+    "class": {"class": str, "fields": dict},
+    "mapping": {"mapping": dict},
+    "optimizer": {"optimizer": str},
+    "partial": {"partial": dict, "args": list, "keywords": dict},
+}
+DEEPEST = 32  # parts inside each other
+
 
 def encode(part: Any) -> Any:
     """Return a rule, or a part of one, as what `json` writes.
@@ -118,27 +126,50 @@ def decode(found: Any, known: Iterable[type] = ()) -> Any:
       known: dataclasses beside those of this library.
 
     Raises:
-      ValueError: for a class or an optimizer that is neither in the tables nor known.
+      ValueError: for a class or an optimizer that is neither in the tables nor known, and for
+        anything that is no part of a rule, or of which none can be made.
     """
-    return _decode(found, {**_by_name(known), **CLASSES})
+    return _decode(found, {**_by_name(known), **CLASSES}, DEEPEST)
 
 
-def _decode(found: Any, classes: Mapping[str, type]) -> Any:
+def _decode(found: Any, classes: Mapping[str, type], deepest: int) -> Any:
+    if not deepest:
+        raise ValueError(f"No update rule has parts inside each other {DEEPEST} deep.")
+
+    def inside(part: Any) -> Any:
+        return _decode(part, classes, deepest - 1)
+
     if isinstance(found, list):
-        return tuple(_decode(x, classes) for x in found)
+        return tuple(inside(x) for x in found)
     if not isinstance(found, dict):
         return found
-    if "class" in found:
-        return _decode_dataclass(found, classes)
-    if "mapping" in found:
-        return {name: _decode(x, classes) for name, x in found["mapping"].items()}
-    if "optimizer" in found:
+    kind = next((kind for kind in PARTS if kind in found), None)
+    if kind is None or found.keys() != PARTS[kind].keys():
+        raise ValueError(f"This is no part of an update rule: {str(found)[:80]}")
+    for key, takes in PARTS[kind].items():
+        if not isinstance(found[key], takes):
+            raise ValueError(f"{key!r} of a part of an update rule is not {found[key]!r:.80}.")
+    if kind == "class":
+        fields = found["fields"]
+        cls = _class(found["class"], fields, classes)
+        return _made(found["class"], cls, (), {name: inside(x) for name, x in fields.items()})
+    if kind == "mapping":
+        return {name: inside(x) for name, x in found["mapping"].items()}
+    if kind == "optimizer":
         return pick(OPTIMIZERS, found["optimizer"], "optimizer that can be loaded")
-    if "partial" in found:
-        keywords = {name: _decode(x, classes) for name, x in found["keywords"].items()}
-        args = _decode(found["args"], classes)
-        return functools.partial(_decode(found["partial"], classes), *args, **keywords)
-    raise ValueError(f"This is no part of an update rule: {str(found)[:80]}")
+    make, args = inside(found["partial"]), inside(found["args"])
+    if not callable(make):
+        raise ValueError(f"Only an optimizer has arguments, not {make!r:.80}.")
+    keywords = {name: inside(x) for name, x in found["keywords"].items()}
+    return _made("optimizer with arguments", functools.partial, (make, *args), keywords)
+
+
+def _made(what: str, make: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+    """Call what makes a part; ValueError, with the reason, for values that it cannot be made of."""
+    try:
+        return make(*args, **keywords)
+    except Exception as error:  # of a class or of NumPy: a file may hold anything
+        raise ValueError(f"No {what} can be made of what the file holds: {error}") from error
 
 
 def _encode_dataclass(part: Any) -> dict[str, Any]:
@@ -153,8 +184,8 @@ def _encode_dataclass(part: Any) -> dict[str, Any]:
     return {"class": name, "fields": {field: encode(vars(part)[field]) for field in fields}}
 
 
-def _decode_dataclass(found: Any, classes: Mapping[str, type]) -> Any:
-    name, fields = found["class"], found["fields"]
+def _class(name: str, fields: Mapping[str, Any], classes: Mapping[str, type]) -> Any:
+    """Return the class of a name, once its fields are those that the file has."""
     if name not in classes:
         raise ValueError(
             f"The file holds a {name!r}, which is no class of metalearn's.{nearest(name, classes)} "
@@ -167,7 +198,7 @@ def _decode_dataclass(found: Any, classes: Mapping[str, type]) -> Any:
             f"The file's {name} has the fields {', '.join(fields)}, and the one here "
             f"{', '.join(taken)}. Load it with the version it was saved by."
         )
-    return cls(**{field: _decode(x, classes) for field, x in fields.items()})
+    return cls
 
 
 def _required(fields: Iterable[dataclasses.Field[Any]]) -> set[str]:

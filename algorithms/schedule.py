@@ -124,7 +124,7 @@ def _shape(value: Any, deepest: int = DEEPEST) -> tuple[int, ...]:
         if len(inner) != 1:
             raise ValueError(f"A value of a schedule is an array of numbers, not {value!r:.80}.")
         return (len(value), *inner.pop())
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not _is_finite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not _is_finite(value):
         raise ValueError(f"A value of a schedule is a finite number, not {value!r:.80}.")
     return ()
 

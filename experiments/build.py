@@ -6,7 +6,6 @@ that is in no table is refused with the names that are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from metalearn import (
     Trainer,
     Truncation,
     reversible,
+    strict_json,
 )
 from metalearn.algorithms import (
     FDS,
@@ -349,6 +349,13 @@ def _plain(value: Any) -> Any:
 
 def to_json(config: Any) -> dict[str, Any]:
     """Return an ml-collections config as plain JSON values (tuples become lists)."""
-    plain = json.loads(config.to_json())
+    try:
+        plain = strict_json.parse(config.to_json(), "The config", nonfinite=True)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(
+            "A run keeps its config as JSON, and this one holds what JSON does not: "
+            f"{str(error).partition('. Instead')[0]}. Write numbers, texts, true, false and tuples "
+            "of those."
+        ) from error
     values.check(plain)
     return plain

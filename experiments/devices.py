@@ -19,9 +19,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from metalearn import Layout, make_mesh
+from metalearn.checks import at_least, counts
 from metalearn.mesh import AXES, MODEL, TANGENTS, TASKS, counted, remaining
 from metalearn.partition import check_rules
-from metalearn.shares import most_devices
+from metalearn.shares import check_tasks, most_devices
 
 DEFAULTS: dict[str, Any] = {TASKS: None, MODEL: 1, TANGENTS: 1, "rules": ()}
 
@@ -34,6 +35,9 @@ def layout(config: Mapping[str, Any]) -> Layout | None:
     """
     config = {**config, **config.get("auto", {})}  # with the chunks that were chosen
     mesh = {**DEFAULTS, **config.get("mesh", {})}
+    check_tasks(config["tasks_per_step"], config["chunk"])
+    at_least("mesh", 1, **{axis: mesh[axis] for axis in AXES})
+    counts("mesh", 1, **{MODEL: mesh[MODEL], TANGENTS: mesh[TANGENTS]})
     _check(mesh, config)
     rules = tuple(map(_rule, mesh["rules"]))
     check_rules(rules, dict.fromkeys(AXES, 1))
@@ -78,7 +82,14 @@ def _rule(rule: Any) -> tuple[str, P]:
             f"A rule of mesh.rules is a pattern and an axis or None for each axis of an array, "
             f"such as ('kernel$', None, 'model'), not {rule!r}."
         )
-    return words[0], P(*words[1:])
+    axes = words[1:]
+    for axis in axes:
+        if axis is not None and (not isinstance(axis, str) or axes.count(axis) > 1):
+            raise ValueError(
+                f"In the rule {rule!r:.80} of mesh.rules each axis of an array has an axis of the "
+                f"mesh of its own, or None, not {axis!r:.80}."
+            )
+    return words[0], P(*axes)
 
 
 def _check(mesh: Mapping[str, Any], config: Mapping[str, Any]) -> None:

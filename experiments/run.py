@@ -67,6 +67,7 @@ def _train(
             "dataset.held_out=0 leaves none. Set it, to a share such as 0.1, or set eval_every=0."
         )
     trainer = build.trainer(plain, splits, layout)
+    trainer.check_memory(splits.train, _evaluated(plain, splits))
     pictures.check(plain.get("pictures") or (), trainer.algorithm)
     checkpoints = _open(workdir, plain, allow_change)
     checkpoints.check_config()
@@ -106,6 +107,12 @@ def _train(
     if is_first():
         _write(workdir / "test.json", found)
     return found
+
+
+def _evaluated(plain: dict[str, Any], splits: build.Splits) -> list[Tasks]:
+    """Return the tasks that a run evaluates on."""
+    on_the_way = [splits.validation] if plain["eval_every"] and splits.validation else []
+    return [*on_the_way, splits.test]
 
 
 class Restored(NamedTuple):

@@ -15,6 +15,8 @@ from typing import Any
 from absl import flags
 from ml_collections.config_flags import tuple_parser
 
+from metalearn.sizes import MOST_TASKS
+
 KINDS: dict[type, str] = {
     int: "an integer, such as 3",
     float: "a number, such as 0.1",
@@ -41,6 +43,9 @@ LEAST = {  # mostly of what a run uses late: better refused before hours of trai
     "eval_tasks": 1,
     "test_tasks": 1,
 }
+
+
+MOST = dict.fromkeys(("tasks_per_step", "eval_tasks", "test_tasks"), MOST_TASKS)
 
 
 def check_text(key: str, text: str, kind: type) -> None:
@@ -96,12 +101,14 @@ def check(config: Mapping[str, Any]) -> None:
                 f"config.{key} is {value}, but a run keeps its config as JSON, which has finite "
                 "numbers alone. Write a large one, or leave unset what can be."
             )
+        if isinstance(value, bool) and (key in LEAST or key in MOST):
+            raise _refused(key, value, int)
         if isinstance(value, int) and value < LEAST.get(key, value):
             raise ValueError(f"config.{key} is {value}, but it is {LEAST[key]} or more.")
-        most = 2**63 - 1 if key in WIDE else LARGEST
+        most = 2**63 - 1 if key in WIDE else MOST.get(key, LARGEST)
         if isinstance(value, int) and abs(value) > most:
             raise ValueError(
-                f"config.{key} is {value}, but integers go up to {most}. Take a smaller one."
+                f"config.{key} is {value!s:.80}, but integers go up to {most}. Take a smaller one."
             )
 
 

@@ -25,7 +25,7 @@ import jax
 from metalearn import run_record
 from metalearn.checkpoint_inside import Inside
 from metalearn.checkpoint_store import DiskError, Store, UnreadableError
-from metalearn.checks import at_least
+from metalearn.checks import at_least, is_integer
 from metalearn.processes import say
 from metalearn.run_record import ChangedConfigError, Record
 from metalearn.train_state import TrainState
@@ -64,7 +64,7 @@ class Checkpoints:
             segments; 0: none, but where the run is asked to stop.
         """
         at_least("Checkpoints", 0, every=every, within=within)
-        if keep < 1:
+        if not is_integer(keep) or keep < 1:
             raise ValueError(f"A run keeps at least its newest checkpoint, not {keep} of them.")
         self.directory = pathlib.Path(directory).absolute()
         self.config = json.loads(json.dumps(dict(config or {})))

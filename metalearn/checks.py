@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 import numbers
 import re
+import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
+
+LONGEST_PATTERN = 300
+MOST_REPEATS = 3
 
 
 def at_least(what: str, least: int, **values: Any) -> None:
@@ -30,7 +34,19 @@ def counts(what: str, least: int, **values: Any) -> None:
             raise ValueError(f"`{what}({name}={value!s:.80})`: it is an integer, {least} or more.")
 
 
-def is_integer(value: Any) -> bool:
+def at_most(what: str, most: int, **values: Any) -> None:
+    """Raise ValueError for the first value above `most`, which has to be small enough to try.
+
+    >>> at_most("ConvNet", 1000, blocks=10**9)
+    Traceback (most recent call last):
+    ValueError: `ConvNet(blocks=1000000000)`: it is 1000 at most.
+    """
+    for name, value in values.items():
+        if value is not None and value > most:
+            raise ValueError(f"`{what}({name}={value})`: it is {most} at most.")
+
+
+def is_integer(value: Any) -> TypeGuard[int]:
     """Say whether a value is an integer, of Python's or of NumPy's; a boolean is not one."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
@@ -59,11 +75,39 @@ def widths(what: str, **values: Iterable[Any]) -> None:
 
 
 def pattern(what: str, **values: str) -> None:
-    """Raise ValueError unless each value is a regular expression."""
+    """Raise ValueError unless each value is a regular expression that paths are searched for.
+
+    See `unusable`.
+    """
     for name, value in values.items():
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(
-                f"`{what}({name}={value!r})`: it is no regular expression: {error}."
-            ) from error
+        if reason := unusable(value):
+            raise ValueError(f"`{what}({name}={value!r:.80})`: {reason}")
+
+
+def unusable(pattern: Any) -> str:
+    """Say why a text is no pattern for the paths of parameters, or return "".
+
+    It is a regular expression, as in "head" or "kernel$|bias$". One may come from a config of
+    somebody else's, and a short one, "(a+)+$", can take longer than the universe to fail. So a
+    pattern has at most three repeats and groups, and no group is repeated: that takes at most a
+    fourth power of the length of a path, fractions of a second.
+
+    >>> unusable("head"), unusable("(a+)+$")[:38]
+    ('', 'it repeats a group, which can take lon')
+    """
+    if not isinstance(pattern, str):
+        return f"it is a text, a regular expression, not {type(pattern).__name__}."
+    if len(pattern) > LONGEST_PATTERN:
+        return f"it has {len(pattern):,} characters, and {LONGEST_PATTERN} at most."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what may mean something else one day
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"it is no regular expression: {error}."
+    way_out = 'Write parts of paths, such as "head" or "body/.*/kernel$|head".'
+    if re.search(r"\)[*+?{]", pattern):
+        return f"it repeats a group, which can take longer than the run. {way_out}"
+    if sum(map(pattern.count, "*+?{(")) > MOST_REPEATS:
+        return f"it has more than {MOST_REPEATS} repeats and groups, which can take long. {way_out}"
+    return ""

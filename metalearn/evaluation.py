@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn.algorithm import Algorithm
-from metalearn.checks import at_least
+from metalearn.checks import at_most, counts
 from metalearn.engines.check import check_eta
 from metalearn.engines.loop import rollout
+from metalearn.sizes import MOST_TASKS
 from metalearn.tasks import Tasks
 
 OURS = {"meta_grad_norm", "meta_update_norm", "tasks_reset", "tasks_left_out", "step_skipped"}
@@ -64,7 +65,8 @@ def estimate(
     chunk: int,
 ) -> dict[str, Estimate]:
     """Run `metrics_of` (keys [chunk] -> metrics [chunk]) over `tasks` keys."""
-    at_least("evaluate", 1, tasks=tasks)
+    counts("evaluate", 1, tasks=tasks)
+    at_most("evaluate", MOST_TASKS, tasks=tasks)
     keys = jax.random.split(key, tasks)
     padded = -(-tasks // chunk) * chunk  # one shape, one compilation; the surplus is dropped
     keys = keys[jnp.arange(padded) % tasks]

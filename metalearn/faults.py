@@ -18,6 +18,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from metalearn.checks import is_integer
 from metalearn.names import pick
 
 NONFINITE = ("stop", "skip", "back_off", "pass")
@@ -62,7 +63,7 @@ class Faults:
                 f"`Faults(shrink={self.shrink})` makes outer updates smaller: between 0 and 1."
             )
         for name, value in (("most", self.most), ("patience", self.patience)):
-            if value < 1:
+            if not is_integer(value) or value < 1:
                 raise ValueError(f"`Faults({name}={value})` is a number of times: at least 1.")
         if not self.ratio > 1:
             raise ValueError(

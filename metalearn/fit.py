@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from metalearn.checks import at_least
+from metalearn.checks import at_least, at_most, counts
 from metalearn.faults import Faults
+from metalearn.sizes import MOST_TASKS
 from metalearn.tasks import Tasks
 
 
@@ -29,5 +30,7 @@ class Fit:
 
     def __post_init__(self) -> None:
         never = {"eval_every": self.eval_every, "check_every": self.check_every}
-        at_least("Fit", 0, steps=self.steps, log_every=self.log_every, **never)
-        at_least("Fit", 1, eval_tasks=self.eval_tasks)
+        counts("Fit", 0, steps=self.steps, log_every=self.log_every)
+        at_least("Fit", 0, **never)
+        counts("Fit", 1, eval_tasks=self.eval_tasks)
+        at_most("Fit", MOST_TASKS, eval_tasks=self.eval_tasks)

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from metalearn.checks import is_integer
+
 TASKS, MODEL, TANGENTS = AXES = ("tasks", "model", "tangents")
 
 
@@ -38,6 +40,10 @@ def make_mesh(
       ValueError: if that is more devices than there are, or processes give different numbers.
     """
     devices = jax.devices() if devices is None else list(devices)
+    for axis, size in zip(AXES, (tasks, model, tangents), strict=True):
+        if not is_integer(size) and not (axis == TASKS and size is None):
+            raise ValueError(f"An axis of a mesh has a number of devices, not {axis}={size!s:.80}.")
+    tasks = None if tasks is None else int(tasks)
     if tasks is None:
         tasks = remaining(len(devices), model, tangents)
     sizes = dict(zip(AXES, (tasks, model, tangents), strict=True))
@@ -62,7 +68,7 @@ def _check(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> None:
     low = [f"{axis}={size}" for axis, size in sizes.items() if size < 1]
     if low:
         raise ValueError(f"An axis of a mesh has at least one device, not {', '.join(low)}.")
-    asked, there = math.prod(sizes.values()), len(devices)
+    asked, there = math.prod(map(int, sizes.values())), len(devices)
     if asked > there:
         raise ValueError(
             f"A mesh of {shown(sizes)} takes {counted(asked)}, but there "

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
+from metalearn.checks import unusable
 from metalearn.leaves import paths
 from metalearn.mesh import TASKS, shown
 
@@ -27,12 +28,10 @@ Alike = dict[tuple[int, ...], P]
 def check_rules(rules: Rules, sizes: Sizes) -> None:
     """Raise ValueError for a rule that names an axis which it cannot cut along."""
     for pattern, spec in rules:
-        try:
-            re.compile(pattern)
-        except re.error as error:
+        if reason := unusable(pattern):
             raise ValueError(
-                f"The rule {pattern!r}: {spec} is no regular expression of a path: {error}."
-            ) from error
+                f"The rule {pattern!r:.80}: {spec} is no regular expression of a path: {reason}"
+            )
         for axis in axes(spec):
             if axis == TASKS:
                 raise ValueError(

@@ -2,7 +2,46 @@
 
 from __future__ import annotations
 
+import math
+
+from metalearn.checks import is_integer
 from metalearn.mesh import counted
+from metalearn.sizes import MOST_TASKS
+
+SHOWN = 16  # of the numbers that fit
+
+
+def check_tasks(tasks_per_step: int, chunk: int | None) -> None:
+    """Raise ValueError for what is no number of tasks, or of those that are unrolled at once."""
+    for name, value in (("tasks_per_step", tasks_per_step), ("chunk", chunk)):
+        if not is_integer(value) and not (name == "chunk" and value is None):
+            raise ValueError(f"{name}={value!s:.80}: it is a number of tasks, an integer.")
+    if tasks_per_step < 1:
+        raise ValueError(f"An outer step takes at least one task, not {tasks_per_step}.")
+    if tasks_per_step > MOST_TASKS:
+        raise ValueError(
+            f"An outer step takes {MOST_TASKS:,} tasks at most, not {tasks_per_step:,}: take "
+            "fewer, and more outer steps."
+        )
+    if chunk is not None and (chunk < 1 or tasks_per_step % chunk):
+        raise ValueError(
+            f"tasks_per_step={tasks_per_step} does not divide into chunks of {chunk}. Chunks "
+            f"that fit: {divisors(tasks_per_step)}."
+        )
+
+
+def divisors(number: int) -> str:
+    """Return the numbers that divide one, as a text; where they are many, those at the ends.
+
+    >>> divisors(12), divisors(10**6)[:32]
+    ('1, 2, 3, 4, 6, 12', '1, 2, 4, 5, 8, 10, 16, 20, ..., ')
+    """
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    found = [*low, *(number // n for n in reversed(low) if n * n != number)]
+    if len(found) <= SHOWN:
+        return ", ".join(map(str, found))
+    half = SHOWN // 2
+    return f"{', '.join(map(str, found[:half]))}, ..., {', '.join(map(str, found[-half:]))}"
 
 
 def check_shares(tasks_per_step: int, devices: int, chunk: int | None) -> None:
@@ -16,10 +55,9 @@ def check_shares(tasks_per_step: int, devices: int, chunk: int | None) -> None:
             f"tasks. The nearest {fitting}."
         )
     if not _in_chunks(share, chunk):
-        fitting = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
         raise ValueError(
             f"tasks_per_step={tasks_per_step} on {counted(devices)} is {share} tasks on each, "
-            f"which do not divide into chunks of {chunk}. Chunks that fit: {fitting}."
+            f"which do not divide into chunks of {chunk}. Chunks that fit: {divisors(share)}."
         )
 
 

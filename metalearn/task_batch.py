@@ -12,7 +12,7 @@ import jax
 from metalearn.algorithm import Algorithm
 from metalearn.chunks import mean_and_each
 from metalearn.sharding import Layout
-from metalearn.shares import at_once
+from metalearn.shares import at_once, check_tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +25,7 @@ class TaskBatch:
 
     def check(self) -> None:
         """Raise ValueError where the tasks do not divide into devices and chunks."""
-        if self.size < 1:
-            raise ValueError(f"An outer step takes at least one task, not {self.size}.")
-        if self.chunk is not None and (self.chunk < 1 or self.size % self.chunk):
-            fitting = [n for n in range(1, self.size + 1) if self.size % n == 0]
-            raise ValueError(
-                f"tasks_per_step={self.size} does not divide into chunks of {self.chunk}. Chunks "
-                f"that fit: {', '.join(map(str, fitting))}."
-            )
+        check_tasks(self.size, self.chunk)
         if self.layout is not None:
             self.layout.check(self.size, self.chunk)
 

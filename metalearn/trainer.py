@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metalearn import sizes
 from metalearn.algorithm import Algorithm
-from metalearn.checks import at_least
+from metalearn.checks import at_least, counts
 from metalearn.engines import MetaGradient, MixedFlow
 from metalearn.engines.check import check_eta
 from metalearn.engines.engine import Streaming
@@ -107,6 +108,7 @@ class Trainer:
 
         Inner runs that go on from step to step are a part of it, so `truncation` needs `tasks`.
         """
+        self._check_learned()
         if self.layout is None:
             return self._init(key, tasks)
         where = self._shardings(jax.eval_shape(self._init, key, tasks))
@@ -275,11 +277,30 @@ class Trainer:
         `options` are those of `metalearn.fit.Fit`: `held_out`, `eval_every`, `eval_tasks`,
         `log_every`, `check_every`, `faults`, `asked_to_stop`, `progress`.
         """
-        tasks, held_out = self.place((tasks, options.pop("held_out", None)))
+        held_out = options.pop("held_out", None)
+        self.check_memory(tasks, () if held_out is None else (held_out,))
+        tasks, held_out = self.place((tasks, held_out))
         fit = Fit(steps, held_out=held_out, **options)
         skips = fit.faults.nonfinite == "skip"
         trainer = dataclasses.replace(self, skip_nonfinite=True) if skips else self
         return run(fit, trainer, self.init(key, tasks), tasks, loggers, checkpoints)
+
+    def check_memory(self, tasks: Tasks, evaluated: Sequence[Tasks] = ()) -> None:
+        """Raise ValueError where an outer step on tasks, or an evaluation, cannot fit a device.
+
+        What is counted is a lower bound (`metalearn.sizes`), and nothing is allocated for it.
+        """
+        self._check_learned()
+        cut = None if self.truncation is None else self.truncation.steps
+        steps, at_once = cut or self.segment, self.batch.at_once
+        sizes.check_tasks(self.algorithm, tasks, at_once, steps)
+        for each in evaluated:
+            runs = self.algorithm.evaluation()
+            sizes.check_tasks(runs, each, at_once, None, "An evaluation")
+
+    def _check_learned(self) -> None:
+        devices = 1 if self.layout is None else self.layout.mesh.size
+        sizes.check_learned(self.algorithm, self.optimizer, devices)
 
     def place(self, tasks: Any) -> Any:
         """Return tasks with their arrays on every device of the layout, if they were not there."""
@@ -292,6 +313,7 @@ class Trainer:
 
         The same key draws the same tasks. No meta-gradient is taken.
         """
+        counts("evaluate", 1, tasks=count)
         tasks, devices = self.place(tasks), self.batch.devices
         chunk = devices * min(-(-count // devices), self.batch.at_once)
         return estimate(lambda keys: self._evaluate(eta, tasks, keys), key, count, chunk)

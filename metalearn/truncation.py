@@ -28,11 +28,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from metalearn.checks import at_least, is_integer
 from metalearn.engines import Aux
 from metalearn.engines.check import horizon
 from metalearn.inner_runs import Posed
 from metalearn.isolation import all_finite
 from metalearn.leaves import select
+from metalearn.shares import divisors
 from metalearn.unroll import going_on
 
 
@@ -56,8 +58,9 @@ class Truncation:
     staggered: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        if not is_integer(self.steps) or self.steps < 1:
             raise ValueError(f"A truncation takes at least one inner step, not {self.steps}.")
+        at_least("Truncation", 1, shortest=self.shortest)
         if self.shortest is not None and self.shortest < self.steps:
             raise ValueError(
                 f"No horizon is shorter than a truncation: shortest={self.shortest}, steps="
@@ -72,10 +75,9 @@ class Truncation:
                 f"{horizon}. Take at most {horizon} steps, or a longer inner loop."
             )
         if horizon % self.steps:
-            fitting = [n for n in range(1, horizon + 1) if horizon % n == 0]
             raise ValueError(
                 f"A horizon of {horizon} inner steps does not divide into truncations of "
-                f"{self.steps}. Lengths that fit: {', '.join(map(str, fitting))}."
+                f"{self.steps}. Lengths that fit: {divisors(horizon)}."
             )
         if self.shortest is not None and self.shortest > horizon:
             raise ValueError(

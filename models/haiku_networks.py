@@ -8,11 +8,11 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from metalearn.checks import at_least, widths
+from metalearn.checks import at_least, at_most, widths
 from metalearn.models.convolution import max_pool
 from metalearn.models.haiku_layers import Conv, Norm, seeded
 from metalearn.models.haiku_residual import WideResNet
-from metalearn.models.layouts import LENET, LENET_HIDDEN, lenet_pixels
+from metalearn.models.layouts import DEEPEST, LENET, LENET_HIDDEN, lenet_pixels
 from metalearn.models.transformer import Architecture
 
 __all__ = ["MLP", "ConvNet", "LeNet", "Transformer", "WideResNet"]
@@ -56,6 +56,7 @@ class ConvNet(hk.Module):
     ):
         super().__init__(name)
         at_least("ConvNet", 1, filters=filters, blocks=blocks)
+        at_most("ConvNet", DEEPEST, blocks=blocks)
         self.outputs, self.filters, self.blocks = outputs, filters, blocks
         self.pool, self.momentum, self.convolution = pool, momentum, convolution
 

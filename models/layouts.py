@@ -28,6 +28,9 @@ from typing import NamedTuple
 
 import jax
 
+from metalearn.checks import at_most, counts, is_integer
+
+DEEPEST = 1000  # blocks, each of which is traced
 LENET = ((6, "SAME"), (16, "VALID"))  # features and padding of its 5x5 convolutions
 LENET_HIDDEN = (120, 84)
 
@@ -62,6 +65,9 @@ def wide_blocks(depth: int, width: int) -> list[Block]:
 
 
 def _per_group(depth: int) -> int:
+    if not is_integer(depth):
+        counts("WideResNet", 10, depth=depth)
+    at_most("WideResNet", 6 * DEEPEST, depth=depth)
     per_group, rest = divmod(depth - 4, 6)
     if rest or per_group < 1:
         near = [6 * n + 4 for n in (per_group, per_group + 1) if n >= 1] or [10]

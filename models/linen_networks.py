@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from metalearn.checks import at_least, widths
+from metalearn.checks import at_least, at_most, widths
 from metalearn.models.convolution import flax_convolution, max_pool
-from metalearn.models.layouts import LENET, LENET_HIDDEN, lenet_pixels
+from metalearn.models.layouts import DEEPEST, LENET, LENET_HIDDEN, lenet_pixels
 from metalearn.models.linen_residual import WideResNet
 from metalearn.models.transformer import Architecture
 
@@ -54,6 +54,7 @@ class ConvNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
         """Apply, with batch statistics where `train`, running ones where not."""
         at_least("ConvNet", 1, filters=self.filters, blocks=self.blocks)
+        at_most("ConvNet", DEEPEST, blocks=self.blocks)
         stride = 1 if self.pool else 2
         for i in range(self.blocks):
             x = nn.Conv(

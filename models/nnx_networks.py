@@ -11,7 +11,7 @@ from flax import nnx
 
 from metalearn import checks
 from metalearn.models.convolution import flax_convolution, max_pool
-from metalearn.models.layouts import LENET, LENET_HIDDEN, lenet_pixels
+from metalearn.models.layouts import DEEPEST, LENET, LENET_HIDDEN, lenet_pixels
 from metalearn.models.nnx_layers import Norm
 from metalearn.models.nnx_residual import WideResNet
 from metalearn.models.transformer import Architecture
@@ -64,6 +64,7 @@ class ConvNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         checks.at_least("ConvNet", 1, filters=filters, blocks=blocks)
+        checks.at_most("ConvNet", DEEPEST, blocks=blocks)
         stride = 1 if pool else 2
         sides, channels = list(image[:2]), image[2]
         convs, norms = [], []

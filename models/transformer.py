@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from metalearn.checks import is_integer
 from metalearn.models.attention import causal_attention, rotate
 from metalearn.names import pick
 
@@ -72,7 +73,7 @@ class Architecture:
         pick(NORMS, self.norm, "norm")
         pick(REMAT, self.remat, "remat")
         for name in ("vocabulary", "width", "layers", "heads"):
-            if getattr(self, name) < 1:
+            if not is_integer(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(
                     f"`Architecture({name}={getattr(self, name)})` must be at least 1."
                 )

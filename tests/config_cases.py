@@ -22,7 +22,7 @@ import ml_collections
 import metalearn
 from metalearn.checkpoint import Checkpoints
 from metalearn.evaluation import task_metrics
-from metalearn.experiments import build, language, learned_optimizers, training_runs
+from metalearn.experiments import build, devices, language, learned_optimizers, training_runs
 from metalearn.experiments.main import REPORTED
 from metalearn.experiments.run import RHYTHM
 from metalearn.faults import DIVERGED, NONFINITE, Faults
@@ -31,15 +31,17 @@ from metalearn.loggers import WandbLogger
 from tests.test_build import SMALL
 
 ROOT = pathlib.Path(metalearn.__file__).parent.parent
+BILLION = 10**9
 OURS = [ROOT / part for part in ("metalearn", "algorithms", "models", "datasets", "experiments")]
 
-# Small enough that a case takes a second or two. Sizes go up to a few tens, and then on from
-# 2^31, where no count can be: in between it is the memory of the machine that decides.
-INTEGERS = (-(10**12), -1, 0, 1, 2, 3, 7, 12, 10**12)
+# Small enough that a case takes a second or two. Sizes go up to a few tens, then there is one of
+# a billion, with which a case is never stepped, and one that no count can be.
+INTEGERS = (-(10**12), -1, 0, 1, 2, 3, 7, 12, BILLION, 10**12)
 FLOATS = (-1.0, 0.0, 1e-30, 0.3, 1.0, 1e30, float("nan"), float("inf"), -float("inf"))
 TUPLES: tuple[tuple[Any, ...], ...] = (
     *((), (0,), (-1,), (1,), (3, 2), (1.5,), (True,), (None,), ("x_y",), ("",)),
     *(("loss",), ("source", "spread"), ("replaced",), ("repeated", "x_y"), ((1, 2),)),
+    *((BILLION,), (("kernel", "model"),), (("(a+)+$", "model"),), (("kernel", ("model",)),)),
 )
 NONSENSE = ("", "x_y", "(", "none")
 NAMES = {  # by the last part of a field
@@ -50,7 +52,7 @@ NAMES = {  # by the last part of a field
     "remat": ("none", "step", "segments", "nested", "inexact_reconstruct", "block", "dots"),
     "store": ("device", "host", "inexact_bfloat16"),
     "batch_norm": ("transductive", "running", "frozen"),
-    "adapt": ("head", ".*"),
+    "adapt": ("head", ".*", "(a+)+$", "a*" * 30 + "b"),
     "mode": ("auto", "online", "offline", "disabled"),
     "project": ("a/b", "p" * 200),
     "nonfinite": NONFINITE,
@@ -162,7 +164,10 @@ def construct(case: Case, workdir: pathlib.Path) -> tuple[Any, build.Splits, dic
     """Make all that a run is made of, and compile nothing."""
     config = plain(case)
     splits = _splits(json.dumps(config["dataset"]))
+    layout = devices.layout(config)
+    assert layout is None
     trainer = build.trainer(config, splits)
+    trainer.check_memory(splits.train, [tasks for tasks in splits[1:3] if tasks is not None])
     rhythm = {key: config[key] for key in RHYTHM}
     Fit(config["steps"], faults=Faults(**config["faults"]), **rhythm)
     kept = (config[f"checkpoint_{key}"] for key in ("every", "keep", "best"))
@@ -205,6 +210,7 @@ def _run(case: Case, workdir: pathlib.Path, takes_a_step: bool | None) -> str:
     if takes_a_step is None:
         drawn = zlib.crc32(str(case).encode()) % ONE_IN == 0
         takes_a_step = drawn and case.config in QUICK
+    takes_a_step = takes_a_step and BILLION not in dict(case.fields).values()
     if takes_a_step:
         state = trainer.init(key, splits.train)
         jax.block_until_ready(trainer.step(state, splits.train))

@@ -1,6 +1,7 @@
 """Exported optimizers: one file, the same updates to the bit, and an error for every damage."""
 
 import ast
+import collections
 import dataclasses
 import functools
 import inspect
@@ -11,11 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -351,3 +354,183 @@ def test_a_class_of_ones_own_may_be_given_alone(tmp_path):
     rule = HypergradientRule()
     save_optimizer(tmp_path / "a", rule, rule.init(jax.random.key(0)))
     load_optimizer(tmp_path / "a", known=HypergradientRule)
+
+
+# What anybody may have written: a ValueError, or an optimizer.
+
+
+RULE_TEXT = json.dumps(encode(RULE))
+
+
+def with_rule(path, value):
+    """Make a file hold another rule, its digest right."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    rewrite(path, metadata=lambda m: {**m, "rule": text})
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("3", "holds no update rule, but 3"),
+        ("null", "holds no update rule, but None"),
+        ('"PerParameter"', "holds no update rule, but 'PerParameter'"),
+        ("[]", r"holds no update rule, but \(\)"),
+        ("[1, [2]]", r"holds no update rule, but \(1, \(2,\)\)"),
+        ('{"optimizer": "optax.adam"}', "holds no update rule, but <function adam"),
+        ("{}", "This is no part of an update rule: {}"),
+        ("", "The rule in .*learned.safetensors is not JSON: "),
+        ("{", "The rule in .* is not JSON: "),
+        ('{"class": "TunedRule"}', "This is no part of an update rule: {'class': 'TunedRule'}"),
+        ('{"class": 3, "fields": {}}', "'class' of a part of an update rule is not 3"),
+        ('{"class": "TunedRule", "fields": []}', r"'fields' of a part of an update .* is not \[\]"),
+        ('{"class": "TunedRule", "fields": {}, "x": 1}', "This is no part of an update rule"),
+        ('{"class": "TunedRule", "class": "Momenta", "fields": {}}', "'class' is set twice"),
+        ('{"class": "Momenta", "fields": {"decays": 3}}', "No Momenta can be made of what the"),
+        ('{"mapping": 3}', "'mapping' of a part of an update rule is not 3"),
+        ('{"mapping": {"a": 1}}', "holds no update rule, but {'a': 1}"),
+        ('{"optimizer": {}}', "'optimizer' of a part of an update rule is not {}"),
+        ('{"partial": {"mapping": {}}, "args": [], "keywords": {}}', "Only an optimizer has arg"),
+        ('{"partial": {"optimizer": "optax.adam"}}', "This is no part of an update rule"),
+        ("[" * 100_000, "more than 64 deep"),
+        ("[" * 500 + "]" * 500, "more than 64 deep"),
+        ("[" * 40 + "]" * 40, "parts inside each other 32 deep"),
+        ('{"mapping": {"a": ' * 40 + "1" + "}}" * 40, "more than 64 deep|32 deep"),
+        (RULE_TEXT.replace("[2]", "[0]"), r"made of what the file holds: `PointwiseMLP\(hidden"),
+        (RULE_TEXT.replace("[2]", f"[{10**400}]"), r"has shape \(2,\), and that of the rule"),
+        (
+            RULE_TEXT.replace("[2]", "[1000000000]"),
+            r"has shape \(2,\), and that of the rule has \(10+,\)",
+        ),
+        (RULE_TEXT.replace('"log"', '"lag"'), "No Hyperparameter can be made .* called 'lag'"),
+        (RULE_TEXT.replace("0.0001", '"a"'), "No Hyperparameter can be made of what the file"),
+        (RULE_TEXT.replace("0.0001", "NaN"), "No Hyperparameter can be made of what the file"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_a_file_whose_rule_is_none_is_refused_in_a_sentence(saved, rule, message):
+    with_rule(saved, rule)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_optimizer(saved)
+    assert len(str(caught.value)) < 600
+
+
+FUZZ: dict = {
+    "database": None,
+    "deadline": None,
+    "suppress_health_check": list(hypothesis.HealthCheck),
+}
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.sampled_from([10**9, 10**30, -(10**400), 0.5, 1e300, float("nan"), float("inf")]),
+    st.sampled_from(["", "optax.adam", "PerParameter", "TunedRule", "mapping", "learning_rate"]),
+)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["class", "fields", "mapping", "args", "a"]), inner),
+        st.fixed_dictionaries({"class": st.sampled_from([*CLASSES]), "fields": st.just({})}),
+        st.fixed_dictionaries({"optimizer": st.sampled_from([*OPTIMIZERS])}),
+    ),
+    max_leaves=6,
+)
+
+
+def places(value, path=()):
+    """The paths of all that is inside a JSON value, itself among them."""
+    yield path
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(each, (*path, key))
+
+
+@st.composite
+def mutated(draw, value):
+    """A JSON value with some of its parts replaced, left out, moved or wrapped."""
+    value = json.loads(json.dumps(value))
+    for _ in range(draw(st.integers(1, 3))):
+        *parents, last = draw(st.sampled_from([p for p in places(value) if p] or [("",)]))
+        inside = value
+        for key in parents:
+            inside = inside[key]
+        if not isinstance(inside, dict | list) or last == "":
+            return draw(ANYTHING)
+        how = draw(st.sampled_from(["replace", "leave out", "wrap", "add", "move"]))
+        if how == "leave out":
+            del inside[last]
+        elif how == "wrap":
+            inside[last] = draw(st.sampled_from([[inside[last]], {"mapping": inside[last]}]))
+        elif how == "add" and isinstance(inside, dict):
+            inside[draw(st.sampled_from(["x", "make", "hidden", "class"]))] = draw(ANYTHING)
+        elif how == "move":
+            inside[last] = json.loads(json.dumps(value))
+        else:
+            inside[last] = draw(ANYTHING)
+    return value
+
+
+def only_our_errors(load):
+    try:
+        load()
+    except (ValueError, OSError) as error:
+        assert str(error)
+        return "refused"
+    return "loaded"
+
+
+def test_a_mutated_rule_is_loaded_or_refused_with_a_value_error(tmp_path):
+    assert fuzzed_rules(tmp_path, 150)["refused"] > 50
+
+
+@pytest.mark.slow
+def test_many_mutated_rules_are_loaded_or_refused_with_a_value_error(tmp_path):
+    assert fuzzed_rules(tmp_path, 2000)["refused"] > 500
+
+
+def fuzzed_rules(folder, examples):
+    path, outcomes = folder / "a.safetensors", collections.Counter()
+    rules = [RULE, *(RULES[name] for name in sorted(RULES))]
+    bases = [json.loads(json.dumps(encode(rule))) for rule in rules]
+
+    @hypothesis.seed(0)
+    @hypothesis.settings(max_examples=examples, derandomize=True, **FUZZ)
+    @hypothesis.given(st.data())
+    def run(data):
+        which = data.draw(st.integers(0, len(rules) - 1))
+        changed = data.draw(mutated(bases[which]))
+        save_optimizer(path, rules[which], generic(rules[which]))
+        with_rule(path, changed)
+        outcomes[only_our_errors(lambda: load_optimizer(path))] += 1
+
+    run()
+    return outcomes
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int64", "bool", "complex64"])
+def test_weights_of_other_types_are_refused(saved, dtype):
+    arrays, metadata = contents(saved)
+    name = NAMES[0]
+    arrays[name] = np.zeros(arrays[name].shape, jnp.dtype(dtype))
+    try:
+        save_file(arrays, saved, {**metadata, "sha256": digest(metadata, arrays)})
+    except Exception:
+        pytest.skip("safetensors does not write it")
+    assert only_our_errors(lambda: load_optimizer(saved)) == "refused"
+    refused(saved, f"{dtype}|is not a safetensors file")
+
+
+def test_metadata_of_any_kind_is_refused_with_a_value_error(saved):
+    whole = saved.read_bytes()
+    for key in ("format", "schema", "metalearn", "rule", "sha256"):
+        for text in (None, "", "0", "\x00", "[" * 9999, "é" * 9):
+            saved.write_bytes(whole)
+            arrays, metadata = contents(saved)
+            changed = {name: x for name, x in metadata.items() if name != key}
+            changed |= {} if text is None else {key: text}
+            if key != "sha256":
+                changed["sha256"] = digest(changed, arrays)
+            save_file(arrays, saved, changed)
+            outcome = only_our_errors(lambda: load_optimizer(saved))
+            assert outcome == "refused" or key == "metalearn"

@@ -13,10 +13,11 @@ import jax
 import pytest
 from hypothesis import strategies as st
 
-from metalearn.experiments import arguments
+from metalearn.experiments import arguments, json_config
 from tests import config_cases
 from tests.config_cases import Case
 from tests.refused_configs import KEPT
+from tests.selection import quick
 from tests.test_build import skip_without
 
 NAMES = sorted(arguments.packaged(), reverse=True)  # what comes first is tried most: MAML is quick
@@ -62,6 +63,33 @@ def test_many_changed_configs_run_or_are_refused_in_our_words(tmp_path):
     assert outcomes.total() >= 500
     accepted = outcomes["stepped"] + outcomes["traced"]
     assert outcomes["stepped"] >= 10 and accepted >= 80 and outcomes["refused"] >= 100
+
+
+@pytest.mark.parametrize("name", quick(arguments.packaged(), lambda name: name == "maml_sinusoid"))
+def test_every_integer_of_a_config_is_a_count_that_fits_or_is_refused(name, tmp_path):
+    skip_without(BASES[name].dataset.name, BASES[name].dataset.get("tfds"))
+    seen = set()
+    for key, _ in config_cases.fields(BASES[name]):
+        others = config_cases.choices(BASES[name], key)
+        for value in {0, -1, config_cases.BILLION} & {x for x in others if type(x) is int}:
+            case = Case(name, ((key, value),))
+            seen.add((value, config_cases.run(case, tmp_path / key / str(value), False)))
+    assert {value for value, became in seen if became != "traced"} == {0, -1, config_cases.BILLION}
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_a_value_of_another_type_is_refused_by_its_key(name, tmp_path):
+    """As JSON has it: a boolean, a fraction and a text for each integer."""
+    base = BASES[name]
+    for key in [key for key, value in config_cases.fields(base) if type(value) is int]:
+        for value in (True, 2.5, "3", None, [3], {"a": 3}):
+            *parents, last = key.split(".")
+            given = {last: value}
+            for parent in reversed(parents):
+                given = {parent: given}
+            message = f"^config.{key} takes an integer, such as 3, not "
+            with pytest.raises(ValueError, match=message):
+                json_config.update(base.copy_and_resolve_references(), given)
 
 
 def fuzz(examples, workdir, names):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from metalearn.experiments import arguments, build, json_config, values
+from metalearn.experiments import arguments, build, devices, json_config, values
 from tests import test_cli
 from tests.test_cli import SINUSOID, call
 
@@ -78,12 +78,47 @@ def test_a_list_stands_for_a_tuple(write):
         ('{"config": "maml_digits", "seed": 1, "seed": 2}', "'seed' is set twice."),
         ("[" * 100_000, "is not JSON of a config: "),
         ("\x00\xff", "is not JSON of a config: "),
+        ('{"config": "maml_digits", "mesh": {"rules": ' + "[" * 500 + "]" * 500 + "}}", "64 deep"),
+        ('{"config": "maml_digits", "model": ' + '{"a": ' * 500 + "1" + "}" * 501, "64 deep"),
+        ('{"config": "maml_digits", "seed": NaN}', "NaN is no JSON, which has finite numbers alo"),
+        ('{"config": "maml_digits", "optimizer": {"clip": -Infinity}}', "-Infinity is no JSON"),
+        ('{"config": "maml_digits", "optimizer": {"clip": 1e999}}', "config.optimizer.clip is inf"),
+        ('{"config": "maml_digits", "seed": ' + "9" * 5000 + "}", "is not JSON of a config: "),
+        ({"config": "maml_digits", "seed": 10**400}, "config.seed is 1000"),
+        ('{"config": "maml_digits", "model": {"filters": 1, "filters": 2}}', "'filters' is set tw"),
+        ('"' + "a" * 2**24 + '"', "is longer than 16,777,216 bytes"),
+        ({"config": "maml_digits", "mesh": {"rules": [["(a+)+$", "model"]]}}, "repeats a group"),
+        ({"config": "maml_digits", "mesh": {"rules": [["kernel", ["model"]]]}}, "an axis of the"),
+        ({"config": "maml_digits", "mesh": {"rules": [["kernel", 5]]}}, "an axis of the mesh of"),
+        ({"config": "maml_digits", "mesh": {"rules": [["a", "model", "model"]]}}, "of its own, or"),
+        ({"config": "maml_digits", "mesh": {"rules": {"a": 1}}}, "config.mesh.rules takes a tuple"),
+        ({"config": "maml_digits", "algorithm": {"adapt": "(a+)+$"}}, "repeats a group, which can"),
     ],
     ids=str,
 )
 def test_a_json_config_that_cannot_be_is_refused(write, given, expected):
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        json_config.get_config(write(given))
+    with pytest.raises(ValueError, match=re.escape(expected)) as caught:
+        plain = build.to_json(json_config.get_config(write(given)))
+        devices.layout(plain)
+        build.algorithm(plain["algorithm"], None)
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_json_config_may_begin_with_a_byte_order_mark_and_is_utf_8(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"config": "maml_digits", "seed": 3}')
+    assert json_config.get_config(str(path)).seed == 3
+    path.write_bytes('{"config": "maml_digits", "seed": 3}'.encode("utf-16"))
+    with pytest.raises(ValueError, match="is not JSON of a config: .*'utf-8' codec can't decode"):
+        json_config.get_config(str(path))
+
+
+def test_a_file_of_a_hundred_megabytes_is_not_read(tmp_path):
+    path = tmp_path / "mine.json"
+    with path.open("wb") as file:
+        file.truncate(100 * 2**20)
+    with pytest.raises(ValueError, match="is longer than 16,777,216 bytes"):
+        json_config.get_config(str(path))
 
 
 def test_a_json_config_that_is_not_there_is_refused(refused, tmp_path):
@@ -145,6 +180,19 @@ def test_a_config_file_without_a_config_is_refused(refused, tmp_path, source, ex
         ),
         ("--config.model.hidden=abc", "`MLP(hidden=('abc',))`: a width is an integer, 1 or more"),
         ("--config.steps=-1", "config.steps is -1, but it is 0 or more."),
+        ("--config.tasks_per_step=0", "An outer step takes at least one task, not 0."),
+        ("--config.tasks_per_step=-1", "An outer step takes at least one task, not -1."),
+        ("--config.tasks_per_step=1000000000", "config.tasks_per_step is 1000000000, but integer"),
+        ("--config.chunk=0", "tasks_per_step=2 does not divide into chunks of 0. Chunks that fit"),
+        ("--config.chunk=-1", "tasks_per_step=2 does not divide into chunks of -1."),
+        ("--config.chunk=1000000000", "tasks_per_step=2 does not divide into chunks of 10000000"),
+        ("--config.mesh.model=0", "`mesh(model=0)`: it is an integer, 1 or more."),
+        ("--config.mesh.tangents=-1", "`mesh(tangents=-1)`: it is an integer, 1 or more."),
+        ("--config.mesh.tasks=0", "`mesh(tasks=0)`: it is an integer, 1 or more."),
+        ("--config.mesh.tasks=1000000000", "A mesh of tasks=1000000000 x model=1 x tangents=1 ta"),
+        ("--config.eval_tasks=1000000000", "config.eval_tasks is 1000000000, but integers go up "),
+        ("--config.test_tasks=1000000000", "config.test_tasks is 1000000000, but integers go up "),
+        ("--config.algorithm.adapt=(a+)+$", "`MAML(adapt='(a+)+$')`: it repeats a group, which"),
         ("--config.test_tasks=0", "config.test_tasks is 0, but it is 1 or more."),
         ("--config.tasks_per_step=1000000000000", "config.tasks_per_step is 1000000000000, but i"),
         (

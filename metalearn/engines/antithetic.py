@@ -25,6 +25,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
+from metalearn.checks import at_most, is_integer
 from metalearn.engines.check import check_eta
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.loop import rollout
@@ -32,6 +33,7 @@ from metalearn.engines.recorder import Inner
 from metalearn.unroll import Unroll
 
 Result = TypeVar("Result")
+MOST_PAIRS = 1_000_000
 
 
 class Particles(NamedTuple):
@@ -58,11 +60,12 @@ class Antithetic(MetaGradient):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if self.pairs < 1:
+        if not is_integer(self.pairs) or self.pairs < 1:
             raise ValueError(
                 f"`{name}(pairs={self.pairs})`: the loss is looked at in pairs of points, eta + "
                 "eps and eta - eps. Take at least one."
             )
+        at_most(name, MOST_PAIRS, pairs=self.pairs)
         if not 0 < self.sigma < float("inf"):
             raise ValueError(
                 f"`{name}(sigma={self.sigma})` is the standard deviation of perturbations of eta, "

@@ -32,6 +32,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn.checks import at_most, counts, is_integer
 from metalearn.engines.check import check_eta, horizon, outer_loss
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.loop import step_body
@@ -40,6 +41,8 @@ from metalearn.engines.recorder import Inner, joined
 from metalearn.engines.tangents import norms, padded, pushed
 from metalearn.leaves import split
 from metalearn.unroll import Unroll
+
+MOST_DIRECTIONS = 1_000_000
 
 
 class Stream(NamedTuple):
@@ -67,8 +70,10 @@ class Forward(MetaGradient):
 
     def __post_init__(self) -> None:
         for name, value in (("directions", self.directions), ("chunk", self.chunk)):
-            if value is not None and value < 1:
+            if value is not None and not (is_integer(value) and value >= 1):
                 raise ValueError(f"`Forward({name}={value})` must be at least 1, or None.")
+        at_most("Forward", MOST_DIRECTIONS, directions=self.directions)
+        counts("Forward", 0, max_directions=self.max_directions)
         if self.chunk is not None and self.sharding is not None:
             raise ValueError(
                 "`Forward(chunk=..., sharding=...)`: tangents are pushed a few at a time, or "

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+from metalearn.checks import at_least
 from metalearn.engines.check import check_eta, horizon, outer_loss
 from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
@@ -56,6 +57,7 @@ class Remat:
                 f"`segment` is the number of inner steps between kept states of remat='nested' or "
                 f"'segments', and cannot be {self.segment} with remat={self.mode!r}."
             )
+        at_least("remat", 0, budget=self.budget)
         if self.budget is not None and (self.mode != "nested" or self.segment is not None):
             raise ValueError(
                 "`budget` chooses the segments of remat='nested' by the bytes that kept states may "
