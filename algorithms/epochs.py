@@ -7,6 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+MOST = 2**31 - 1
+
+
+def check_reads(what: str, steps: int, batch: int) -> None:
+    """Raise ValueError for a run that reads more examples than 32 bits can count."""
+    if steps * batch > MOST:
+        raise ValueError(
+            f"`{what}` reads {steps:,} x {batch:,} examples in a run, which are counted in 32 "
+            f"bits, up to {MOST:,}. Take fewer inner steps, or smaller batches."
+        )
+
 
 def epochs(rows: jax.Array, steps: jax.Array, batch: int, key: jax.Array) -> jax.Array:
     """Return the rows [t, batch] of steps [t], numbers one after the other, from any on.

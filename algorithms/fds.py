@@ -31,7 +31,7 @@ import numpy as np
 import optax
 
 from metalearn.algorithm import Algorithm
-from metalearn.algorithms.epochs import epochs, read
+from metalearn.algorithms.epochs import check_reads, epochs, read
 from metalearn.algorithms.hyperparameter import Hyperparameter
 from metalearn.algorithms.hyperparameter_places import check_required, place
 from metalearn.algorithms.objectives import cross_entropy
@@ -88,6 +88,7 @@ class FDS(Algorithm):
             )
         counts("FDS", 1, horizon=self.horizon, batch=self.batch)
         at_least("FDS", 1, eval_horizon=self.eval_horizon)
+        check_reads("FDS", self.horizon, self.batch)
         places = self._places()
         for name, chosen in self.hyperparameters.items():
             found = edges(chosen.windows, self.horizon)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metalearn.algorithms.epochs import epochs, read
+from metalearn.algorithms.epochs import check_reads, epochs, read
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.checks import at_least
 from metalearn.engines.check import horizon as length
@@ -96,7 +96,7 @@ class Supervised(Problem):
 
     def check(self, support: Any, horizon: int) -> None:
         """Raise ValueError unless the support is a dataset and the rows of it to read."""
-        del horizon
+        check_reads("Supervised", horizon, self.batch)
         if len(support) != 3 or jnp.ndim(support[2]) != 1:
             raise ValueError(
                 "`Supervised` reads rows of a whole dataset, (inputs, targets, rows [n]), as "

@@ -223,6 +223,17 @@ def test_what_is_there_once_or_taken_in_parts_is_not_counted_for_every_task():
     Trainer(maml(wide(10**4)), tasks_per_step=10**4, chunk=1).check_memory(Sinusoid())
 
 
+def test_a_run_reads_no_more_examples_than_32_bits_count():
+    FDS(MODEL, RATE, 2**30, 1)
+    with pytest.raises(ValueError, match=r"`FDS` reads 1,000,000,000 x 64 examples in a run"):
+        FDS(MODEL, RATE, 10**9, 64)
+    support = np.ones((9, 5)), np.zeros(9), np.arange(9)
+    problem = Supervised(MODEL, squared_error, 8)
+    problem.check(support, 10**8)
+    with pytest.raises(ValueError, match=r"`Supervised` reads 268,435,456 x 8 examples in a run"):
+        problem.check(support, 2**28)
+
+
 def test_tasks_that_cannot_be_drawn_are_left_to_the_outer_step_to_refuse():
     class Broken(Sinusoid):
         def sample(self, key):

@@ -9,7 +9,8 @@ Command      metalearn train --config=learned_optimizer_digits --workdir=runs/le
              python -m metalearn.experiments.benchmarks.learned_optimizer runs/learned_optimizer
 Takes        4 to 6 minutes on 2 CPU cores, a minute or two of it compilation
 Expect       0.085 mean training loss on test runs (0.085 +- 0.004 over 5 seeds), where Adam has
-             0.128 and SGD with momentum 0.173, each at its best of 21 learning rates
+             0.128 and SGD with momentum 0.173, each at its best of 21 learning rates. Measured
+             with --config.dataset.held_out=0
 """
 
 import ml_collections
