@@ -12,7 +12,6 @@ not malice: anyone can write a file whose digest is right.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ import optax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from metalearn import __version__
+from metalearn import __version__, strict_json
 from metalearn.algorithms.rule_json import decode, encode
 from metalearn.algorithms.update_rule import UpdateRule
 from metalearn.leaves import paths
@@ -51,7 +50,7 @@ def save_optimizer(path: str | os.PathLike[str], rule: UpdateRule, eta: Any) -> 
         raise TypeError("`save_optimizer` takes eta, not the whole train state: `state.eta`.")
     weights = _named(jax.device_get(eta))
     _check(weights, _expected(rule), "eta", "Save an eta with the rule that it was trained with.")
-    text = json.dumps(encode(rule))
+    text = strict_json.dumps(encode(rule))
     metadata = {"format": FORMAT, "schema": SCHEMA, "metalearn": __version__, "rule": text}
     metadata["sha256"] = digest(metadata, weights)
     path = Path(path)
@@ -83,7 +82,9 @@ def load_rule(
 ) -> tuple[UpdateRule, Any]:
     """Return (rule, eta) of a file, to train it further. See `load_optimizer`."""
     metadata, weights = _read(Path(path))
-    rule = decode(json.loads(metadata["rule"]), (known,) if isinstance(known, type) else known)
+    rule = decode(
+        strict_json.loads(metadata["rule"]), (known,) if isinstance(known, type) else known
+    )
     expected = _expected(rule)
     _check(weights, expected, f"{path}", "It was not written by `save_optimizer`.")
     found = [weights[name] for name in expected]
@@ -94,7 +95,7 @@ def load_rule(
 def digest(metadata: Mapping[str, str], weights: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 of the metadata, but for itself, and of arrays by name: hexadecimal."""
     said = {key: text for key, text in metadata.items() if key != "sha256"}
-    found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    found = hashlib.sha256(strict_json.dumps(said, sort_keys=True).encode())
     for name in sorted(weights):
         array = weights[name]
         found.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())

@@ -6,7 +6,6 @@ optax.sgd(learned["learning_rate"].stretched(50_000))
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn import strict_json
 from metalearn.algorithms.windows import stretched, window_of
 
 
@@ -51,7 +51,7 @@ class Schedule:
 
     def to_json(self) -> str:
         """Return the schedule as JSON: {"edges": [...], "values": [...]}."""
-        return json.dumps(dataclasses.asdict(self))
+        return strict_json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
@@ -60,7 +60,7 @@ class Schedule:
         Raises:
           ValueError: if that is not a schedule.
         """
-        found = json.loads(text)
+        found = strict_json.loads(text)
         if not isinstance(found, dict) or found.keys() != {"edges", "values"}:
             raise ValueError(f"A schedule has edges and values, and this JSON has not: {text[:80]}")
         values = tuple(tuple(v) if isinstance(v, list) else v for v in found["values"])
@@ -70,7 +70,7 @@ class Schedule:
 def save_schedules(path: str | os.PathLike[str], schedules: Mapping[str, Schedule]) -> None:
     """Write schedules by name, such as `FDS.schedules(eta)`, as one JSON file."""
     found = {name: dataclasses.asdict(schedule) for name, schedule in schedules.items()}
-    pathlib.Path(path).write_text(json.dumps(found, indent=1) + "\n")
+    pathlib.Path(path).write_text(strict_json.dumps(found, indent=1) + "\n")
 
 
 def load_schedules(path: str | os.PathLike[str]) -> dict[str, Schedule]:
@@ -79,7 +79,7 @@ def load_schedules(path: str | os.PathLike[str]) -> dict[str, Schedule]:
     Raises:
       ValueError: if these are no schedules.
     """
-    found = json.loads(pathlib.Path(path).read_text())
+    found = strict_json.loads(pathlib.Path(path).read_text())
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no schedules: it is {found!r:.80}.")
-    return {name: Schedule.from_json(json.dumps(each)) for name, each in found.items()}
+    return {name: Schedule.from_json(strict_json.dumps(each)) for name, each in found.items()}
