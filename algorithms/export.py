@@ -12,7 +12,6 @@ not malice: anyone can write a file whose digest is right.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,11 +24,11 @@ import optax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from metalearn import __version__
+from metalearn import __version__, strict_json
 from metalearn.algorithms.rule_json import decode, encode
 from metalearn.algorithms.update_rule import UpdateRule
 from metalearn.leaves import paths
-from metalearn.strict_json import parse
+from metalearn.strict_json import parse, restored
 from metalearn.train_state import TrainState
 
 FORMAT = "metalearn update rule"
@@ -52,7 +51,7 @@ def save_optimizer(path: str | os.PathLike[str], rule: UpdateRule, eta: Any) -> 
         raise TypeError("`save_optimizer` takes eta, not the whole train state: `state.eta`.")
     weights = _named(jax.device_get(eta))
     _check(weights, _expected(rule), "eta", "Save an eta with the rule that it was trained with.")
-    text = json.dumps(encode(rule))
+    text = strict_json.dumps(encode(rule))
     metadata = {"format": FORMAT, "schema": SCHEMA, "metalearn": __version__, "rule": text}
     metadata["sha256"] = digest(metadata, weights)
     path = Path(path)
@@ -100,7 +99,7 @@ def load_rule(
 
 def _rule(path: str | os.PathLike[str], text: str, known: Iterable[type]) -> UpdateRule:
     """Return the rule that the metadata of a file holds."""
-    rule = decode(parse(text, f"The rule in {path}", nonfinite=True), known)
+    rule = decode(restored(parse(text, f"The rule in {path}", nonfinite=True)), known)
     if not isinstance(rule, UpdateRule):
         raise ValueError(f"{path} holds no update rule, but {rule!r:.80}.")
     return rule
@@ -109,7 +108,7 @@ def _rule(path: str | os.PathLike[str], text: str, known: Iterable[type]) -> Upd
 def digest(metadata: Mapping[str, str], weights: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 of the metadata, but for itself, and of arrays by name: hexadecimal."""
     said = {key: text for key, text in metadata.items() if key != "sha256"}
-    found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    found = hashlib.sha256(strict_json.dumps(said, sort_keys=True).encode())
     for name in sorted(weights):
         array = weights[name]
         found.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())

@@ -6,7 +6,6 @@ optax.sgd(learned["learning_rate"].stretched(50_000))
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import numbers
 import os
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn.algorithms.windows import check_windows, stretched, window_of
-from metalearn.strict_json import parse, read
+from metalearn.strict_json import dumps, parse, read
 
 Value = float | tuple[Any, ...]  # a number, or one for each class and the like, [...]
 DEEPEST = 8  # axes of a value
@@ -83,7 +82,7 @@ class Schedule:
 
     def to_json(self) -> str:
         """Return the schedule as JSON: {"edges": [...], "values": [...]}."""
-        return json.dumps(dataclasses.asdict(self), default=_plain)
+        return dumps(dataclasses.asdict(self), default=_plain)
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
@@ -98,7 +97,7 @@ class Schedule:
 def _schedule(found: Any) -> Schedule:
     if not isinstance(found, dict) or found.keys() != {"edges", "values"}:
         raise ValueError(
-            f"A schedule has edges and values, and this JSON has not: {json.dumps(found):.80}"
+            f"A schedule has edges and values, and this JSON has not: {dumps(found):.80}"
         )
     for field, value in found.items():
         if not isinstance(value, list):
@@ -140,7 +139,7 @@ def _is_finite(value: Any) -> bool:
 def save_schedules(path: str | os.PathLike[str], schedules: Mapping[str, Schedule]) -> None:
     """Write schedules by name, such as `FDS.schedules(eta)`, as one JSON file."""
     found = {name: dataclasses.asdict(schedule) for name, schedule in schedules.items()}
-    pathlib.Path(path).write_text(json.dumps(found, indent=1, default=_plain) + "\n")
+    pathlib.Path(path).write_text(dumps(found, indent=1, default=_plain) + "\n")
 
 
 def load_schedules(path: str | os.PathLike[str]) -> dict[str, Schedule]:

@@ -25,11 +25,11 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import io
-import json
 from typing import Any
 
 import numpy as np
 
+from metalearn import strict_json
 from metalearn.datasets.cache import cached
 from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
 from metalearn.datasets.reading import check_prepared, examples, source
@@ -78,7 +78,7 @@ def characters(split: str, partition: str) -> np.ndarray:
 
 def _vinyals() -> dict[str, Any]:
     lists = importlib.resources.files("metalearn.datasets") / "omniglot_vinyals.json"
-    return json.loads(lists.read_text())
+    return strict_json.loads(lists.read_text())
 
 
 def _maml() -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _images(data_dir: str | None) -> np.ndarray:
 def _cache_name(builder: Any) -> str:
     """All that the cached array depends on: the version, what is on disk, and the size."""
     stored = {k: (s.shard_lengths, s.num_bytes) for k, s in sorted(builder.info.splits.items())}
-    digest = hashlib.sha256(json.dumps(stored, default=int).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(strict_json.dumps(stored, default=int).encode()).hexdigest()[:12]
     return f"omniglot-{builder.version}-{digest}-lanczos-{SIZE}x{SIZE}"
 
 

@@ -20,7 +20,8 @@ Several processes, on one machine or many: the same command in each, with --coor
 and is executed; or of a JSON file, {"config": "maml_omniglot", "seed": 1}, which names a packaged
 config and sets keys of it, executes nothing, and is the form for a config that is not your own.
 The same command with the same workdir resumes; a finished run says so and only evaluates.
-SIGTERM or ctrl-C saves first and exits with status 75; a second one does not wait.
+SIGTERM or ctrl-C saves first and exits with status 75; a second one does not wait. A full disk does
+not end a run: what could not be written is named, the score is printed, and the status is 0.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any, NamedTuple
 
+from metalearn import strict_json
 from metalearn.device_memory import show_bytes
 from metalearn.experiments import auto, build, plan_table
 from metalearn.outer_costs import Candidate, Costs, Row
@@ -29,7 +29,7 @@ def show(config: Any, budget: int | None, as_json: bool, key: str | None = None)
     most = None if key is None or value is None else largest(plain, key, value, found)
     if as_json:
         values = plan_table.to_json(found, trainer)
-        print(json.dumps({**values, "largest": most and most._asdict()}, indent=2))
+        print(strict_json.dumps({**values, "largest": most and most._asdict()}, indent=2))
         found.choose()
         return
     print("\n".join(plan_table.table(found, trainer)))

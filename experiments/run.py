@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from metalearn import Tasks, Trainer, health
+from metalearn import Tasks, Trainer, disk, health, strict_json
 from metalearn.algorithms import FDS, LearnedOptimizer, save_optimizer, save_schedules
 from metalearn.checkpoint import Checkpoints
 from metalearn.evaluation import Estimate
@@ -95,7 +94,8 @@ def _train(
                 **{name: plain[name] for name in RHYTHM},
             )
     finally:
-        checkpoints.close()
+        with disk.forgiven(f"The last checkpoint in {workdir}"):
+            checkpoints.close()
     found: dict[str, Estimate] = {}
     try:
         found = test(trainer, state, splits, plain["seed"], plain["test_tasks"])
@@ -103,9 +103,11 @@ def _train(
             _show(plain.get("pictures") or (), workdir, trainer, state, splits, loggers)
     finally:
         for logger in loggers:
-            logger.finish(found)
+            with disk.forgiven(f"What {type(logger).__name__} had left"):
+                logger.finish(found)
     if is_first():
-        _write(workdir / "test.json", found)
+        with disk.forgiven(f"{workdir / 'test.json'}"):
+            _write(workdir / "test.json", found)
     return found
 
 
@@ -139,18 +141,18 @@ def restore(workdir: pathlib.Path, best: bool = False) -> Restored:
     if record is None:
         where = f": it is {inside[1]} inner steps into its first outer step" if inside else ""
         raise ValueError(f"The run in {workdir} has no checkpoint yet{where}. Train it further.")
+    if not {"dataset", "algorithm"} <= record["config"].keys():
+        raise ValueError(
+            f"The run in {workdir} was not trained by `metalearn train`: its checkpoints have no "
+            "config of one. Read its state in Python, with `Checkpoints(...).read(shapes)`."
+        )
     splits = build.splits(record["config"]["dataset"])
     layout = devices.for_evaluation(record["config"])
     trainer = build.trainer(record["config"], splits, layout)
     checkpoints = _open(workdir, record["config"])  # now: a run may be training beside us
-    shapes = trainer.shapes(splits.train)
-    if best:
-        record = checkpoints.record(checkpoints.best_step()) or record
-        state, loggers = checkpoints.restore_state(shapes, record["step"]), record["loggers"]
-    else:
-        state, loggers = checkpoints.restore(shapes)
+    state, now = checkpoints.read(trainer.shapes(splits.train), best)
     checkpoints.close()
-    return Restored(record["config"], trainer, splits, state, loggers)
+    return Restored(record["config"], trainer, splits, state, now["loggers"])
 
 
 def evaluate(workdir: pathlib.Path, tasks: int, best: bool = False) -> dict[str, Estimate]:
@@ -173,11 +175,13 @@ def export(workdir: pathlib.Path, out: pathlib.Path | None = None, best: bool = 
     learner, eta, step = found.trainer.algorithm, found.state.eta, int(found.state.step)
     if isinstance(learner, LearnedOptimizer):
         out = out or workdir / "optimizer.safetensors"
-        save_optimizer(out, learner.rule, eta)
+        with _named(out):
+            save_optimizer(out, learner.rule, eta)
         print(f"{out}: the optimizer of outer step {step}.")
     elif isinstance(learner, FDS):
         out = out or workdir / "schedules.json"
-        save_schedules(out, learner.schedules(eta))
+        with _named(out):
+            save_schedules(out, learner.schedules(eta))
         print(f"{out}: the schedules of outer step {step}: {', '.join(sorted(eta))}.")
     else:
         raise ValueError(
@@ -191,7 +195,8 @@ def draw(workdir: pathlib.Path) -> None:
     _, trainer, splits, state, _ = restore(workdir)
     uncut = dataclasses.replace(trainer, segment=None)
     for kind in pictures.KINDS:
-        paths = pictures.draw(kind, workdir, uncut, state, splits.train)
+        with _named(workdir / pictures.FOLDER):
+            paths = pictures.draw(kind, workdir, uncut, state, splits.train)
         print("\n".join(map(str, paths)), flush=True)
 
 
@@ -255,6 +260,19 @@ def _checkpoints(workdir: pathlib.Path) -> pathlib.Path:
     return workdir / "checkpoints"
 
 
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
+    """Name what a failing disk has refused: Python's own error does not."""
+    try:
+        yield
+    except OSError as error:
+        if not disk.at_fault(error):
+            raise
+        raise OSError(
+            f"{path} could not be written ({first_line(error)}). Make room, or write elsewhere."
+        ) from error
+
+
 def _write(path: pathlib.Path, found: dict[str, Estimate]) -> None:
     rows = {name: value._asdict() for name, value in found.items()}
-    path.write_text(json.dumps(rows, indent=2) + "\n")
+    disk.write(path, strict_json.dumps(rows, indent=2) + "\n")

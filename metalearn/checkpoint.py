@@ -14,7 +14,7 @@ gone, does not end the run: the save is left out, and said so.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -22,15 +22,15 @@ from typing import Any
 
 import jax
 
-from metalearn import run_record
+from metalearn import disk, run_record, strict_json
 from metalearn.checkpoint_inside import Inside
-from metalearn.checkpoint_store import DiskError, Store, UnreadableError
+from metalearn.checkpoint_store import DiskError, Store, UnreadableError, nodes
 from metalearn.checks import at_least, is_integer
 from metalearn.processes import say
-from metalearn.run_record import ChangedConfigError, Record
+from metalearn.run_record import ChangedConfigError, OtherArraysError, Record
 from metalearn.train_state import TrainState
 
-__all__ = ["ChangedConfigError", "Checkpoints", "DamagedError"]
+__all__ = ["ChangedConfigError", "Checkpoints", "DamagedError", "OtherArraysError"]
 
 
 class DamagedError(ValueError):
@@ -67,12 +67,14 @@ class Checkpoints:
         if not is_integer(keep) or keep < 1:
             raise ValueError(f"A run keeps at least its newest checkpoint, not {keep} of them.")
         self.directory = pathlib.Path(directory).absolute()
-        self.config = json.loads(json.dumps(dict(config or {})))
+        self.config = strict_json.loads(strict_json.dumps(dict(config or {})))
         self.every, self.best, self.allow_change = every, best or None, allow_change
         self.within = within
-        self._store = Store(self.directory, keep, _best(best) if best else None)
+        judged = _best(best) if best else None
+        self._store = Store(self.directory, keep, judged, run_record.trouble)
         self._inside = Inside(self.directory / "within")
         self._told: set[int] = set()  # damaged steps that were spoken of
+        self._writes = False
 
     def save(
         self,
@@ -96,6 +98,7 @@ class Checkpoints:
         self._save(lambda: self._inside.save(state, record))
 
     def _save(self, begin: Callable[[], None]) -> None:
+        self._writes = True
         self.wait()
         self._drop_outdated()
         try:
@@ -126,12 +129,7 @@ class Checkpoints:
           DamagedError: where there are some, and all are damaged.
         """
         newest, damaged = self._store.newest(), self._store.damaged
-        for step in sorted(damaged.keys() - self._told):
-            say(
-                f"The checkpoint of outer step {step} in {self.directory} is damaged "
-                f"({damaged[step]}): falling back to the one before."
-            )
-        self._told = set(damaged)
+        self._tell("falling back to the one before")
         if damaged and newest is None:
             found = "; ".join(f"{step}: {why}" for step, why in sorted(damaged.items()))
             raise DamagedError(
@@ -140,9 +138,20 @@ class Checkpoints:
             )
         return newest
 
+    def _tell(self, way_out: str) -> None:
+        """Speak of the damaged checkpoints, once of each."""
+        damaged = self._store.damaged
+        for step in sorted(damaged.keys() - self._told):
+            say(
+                f"The checkpoint of outer step {step} in {self.directory} is damaged "
+                f"({damaged[step]}): {way_out}."
+            )
+        self._told = set(damaged)
+
     def best_step(self) -> int:
         """Return the outer step of the best checkpoint; ValueError where none was evaluated."""
         step = self._store.best() if self.best else None
+        self._tell("going on without it")
         if step is None:
             raise ValueError(
                 f"The run in {self.directory} has no best checkpoint: its config sets no "
@@ -159,7 +168,7 @@ class Checkpoints:
             except UnreadableError as error:
                 if step is not None:
                     raise
-                self._store.damaged[at] = str(error)
+                self._store.set_aside(at, error)
                 continue
             run_record.check_schema(found, self.directory)
             return found
@@ -176,19 +185,73 @@ class Checkpoints:
             saved there does not count.
 
         Raises:
-          ChangedConfigError: if the checkpoint was written under another config.
+          ChangedConfigError: if the checkpoint was written under another config; as an
+            OtherArraysError where its arrays are not those of `state`, whatever is allowed.
           DamagedError: if no checkpoint can be read.
         """
         self.wait()
         if within is not None and (inside := self._restore_within(within)) is not None:
             return inside
-        while (record := self.record()) is not None:
-            self._check_config(record)
+        found = self._newest(state, self._check_config)
+        return (state, {}) if found is None else (found[0], found[1]["loggers"])
+
+    def read(self, state: TrainState, best: bool = False) -> tuple[TrainState, Record]:
+        """Return (state, its record) of the newest checkpoint, or the best, whatever its config.
+
+        A run may go on beside us: where it removes what we are reading, the next is read.
+
+        Args:
+          state: a state of the same structure and shapes, or its shapes alone.
+          best: that of `best_step`.
+
+        Raises:
+          ValueError: if there is none.
+          OtherArraysError: if it is of a state of another structure.
+          DamagedError: if no checkpoint can be read.
+        """
+        while best:
+            step = self.best_step()
             try:
-                return self._state(record, state), record["loggers"]
+                record = self.record(step)
+                assert record is not None
+                return self._state(record, state), record
             except UnreadableError as error:
-                self._store.damaged[record["step"]] = str(error)
-        return state, {}
+                self._store.set_aside(step, error)
+        found = self._newest(state)
+        if found is None:
+            raise ValueError(f"There is no checkpoint in {self.directory}.")
+        return found
+
+    def _newest(
+        self, state: TrainState, check: Callable[[Record], None] = lambda record: None
+    ) -> tuple[TrainState, Record] | None:
+        """Return (state, its record) of the newest checkpoint that can be read; None: none is.
+
+        One alone that is of another state than those before it is damaged.
+        """
+        while (record := self.record()) is not None:
+            check(record)
+            try:
+                return self._state(record, state), record
+            except UnreadableError as error:
+                self._store.set_aside(record["step"], error)
+            except OtherArraysError:
+                if not self._fits_before(record["step"], state):
+                    raise
+                self._store.set_aside(record["step"], "it holds other arrays than those before it")
+        return None
+
+    def _fits_before(self, step: int, state: TrainState) -> bool:
+        """Say whether a checkpoint before this one is of a state like this."""
+        shapes = jax.tree.map(_wanted, state)
+        for before in self._store.steps():
+            if before < step and self._store.is_whole(before):
+                with contextlib.suppress(UnreadableError, OtherArraysError):
+                    record = self._store.read_record(before)
+                    run_record.check_arrays(record, shapes, self.directory)
+                    self._check_nodes(record, shapes, self._store, before)
+                    return True
+        return False
 
     def _restore_within(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Return what was saved inside an outer step, where that is the newest and can go on."""
@@ -198,12 +261,18 @@ class Checkpoints:
             run_record.check_schema(record, self.directory)
             try:
                 if run_record.same_config(record, self.config):
-                    return self._state(record, shapes, self._inside.read_state), record["loggers"]
+                    state = self._state(record, shapes, *self._inside.newest())
+                    if int(state.step) != record["step"]:
+                        raise UnreadableError(
+                            f"its record is of outer step {record['step']}, its arrays of "
+                            f"{int(state.step)}"
+                        )
+                    return state, record["loggers"]
                 why = "is of another config"
             except UnreadableError as error:
                 self._inside.set_aside(error)
                 return self._restore_within(shapes)
-            except run_record.OtherArraysError as error:
+            except OtherArraysError as error:
                 why = f"is of other arrays ({error})"
             say(f"What was saved inside outer step {record['step'] + 1} {why}: it begins anew.")
         elif self._inside.damage:
@@ -231,20 +300,37 @@ class Checkpoints:
 
     def restore_state(self, state: TrainState, step: int | None = None) -> TrainState:
         """Return the state of a checkpoint, by default the newest, whatever its config."""
+        if step is None:
+            return self.read(state)[0]
         record = self.record(step)
-        if record is None:
-            raise ValueError(f"There is no checkpoint in {self.directory}.")
+        assert record is not None
         return self._state(record, state)
 
     def _state(
-        self, record: Record, state: TrainState, read: Callable[[Any], Any] | None = None
+        self,
+        record: Record,
+        state: TrainState,
+        store: Store | None = None,
+        number: int | None = None,
     ) -> TrainState:
-        """Return the state that a record is of; fields that its schema lacks have defaults."""
+        """Return the state that a record is of; fields that its schema lacks have defaults.
+
+        `store` and `number` say where it is; by default with the whole outer steps.
+        """
         shapes = jax.tree.map(_wanted, state)
         run_record.check_arrays(record, shapes, self.directory)
-        wanted = {name: shapes.__dict__[name] for name in run_record.FIELDS[record["schema"]]}
-        found = self._store.read_state(record["step"], wanted) if read is None else read(wanted)
-        return TrainState(**found)
+        store = store or self._store
+        number = record["step"] if number is None else number
+        try:
+            return TrainState(**store.read_state(number, _fields(record, shapes)))
+        except UnreadableError:
+            self._check_nodes(record, shapes, store, number)
+            raise
+
+    def _check_nodes(self, record: Record, shapes: TrainState, store: Store, number: int) -> None:
+        """Raise OtherArraysError where the tree that is stored is not that of a state."""
+        stored, wanted = store.read_nodes(number), nodes(_fields(record, shapes))
+        run_record.check_nodes(record, stored, wanted, self.directory)
 
     def wait(self) -> None:
         """Wait for the last save to be whole; say so where the disk refused it."""
@@ -257,7 +343,9 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the last save to be whole, and close."""
         self.wait()
-        self._drop_outdated()
+        if self._writes:  # else a run may be training beside us
+            with disk.forgiven(f"What is outdated in {self.directory}"):
+                self._drop_outdated()
         self._store.close()
         self._inside.close()
 
@@ -271,6 +359,11 @@ class Checkpoints:
             f"A checkpoint could not be written to {self.directory} ({error}): {left}. Training "
             "goes on; make room before the next."
         )
+
+
+def _fields(record: Record, state: TrainState) -> dict[str, Any]:
+    """Return the fields of a state that a checkpoint of this schema holds."""
+    return {name: state.__dict__[name] for name in run_record.FIELDS[record["schema"]]}
 
 
 def _wanted(leaf: Any) -> jax.ShapeDtypeStruct:

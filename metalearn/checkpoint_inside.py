@@ -10,7 +10,7 @@ import pathlib
 from typing import Any
 
 from metalearn.checkpoint_store import Store, UnreadableError
-from metalearn.run_record import Record
+from metalearn.run_record import Record, trouble_within
 
 
 class Inside:
@@ -21,7 +21,7 @@ class Inside:
         self._store = self._open() if directory.is_dir() else None
 
     def _open(self) -> Store:
-        return Store(self._directory, keep=2, best=None)
+        return Store(self._directory, keep=2, best=None, trouble=trouble_within)
 
     def save(self, state: Any, record: Record) -> None:
         """Begin to save, once the save before has ended (`wait`). DiskError: the disk refused."""
@@ -39,8 +39,8 @@ class Inside:
 
     def set_aside(self, error: Exception) -> None:
         """Pass over the newest save, one that `record` returned, for it cannot be read."""
-        store, newest = self._newest()
-        store.damaged[newest] = str(error)
+        store, newest = self.newest()
+        store.set_aside(newest, error)
 
     @property
     def damage(self) -> str:
@@ -48,12 +48,8 @@ class Inside:
         damaged = self._store.damaged if self._store else {}
         return "; ".join(damaged.values())
 
-    def read_state(self, shapes: Any) -> Any:
-        """Return the arrays of the newest save, as a tree like `shapes`."""
-        store, newest = self._newest()
-        return store.read_state(newest, shapes)
-
-    def _newest(self) -> tuple[Store, int]:
+    def newest(self) -> tuple[Store, int]:
+        """Return (where the newest save is, its number), of what `record` returned."""
         newest = self._store.newest() if self._store else None
         assert self._store is not None and newest is not None
         return self._store, newest

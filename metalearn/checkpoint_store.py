@@ -1,21 +1,25 @@
 """Where checkpoints are: Orbax, and what it needs around it for disks that fail.
 
 A save begins now and ends beside the training. When its files are whole, their digests are
-written (`metalearn.digests`). A step whose files are not what was written counts as damaged:
-it is not offered any more, and moved out of the way when a new save may need its place.
+written (`metalearn.digests`). A step whose files are not what was written, or whose record is
+not one of its number, counts as damaged: it is not offered any more, and moved out of the way
+when a new save may need its place.
+
+A run may train beside a process that reads: what was listed is gone when it is read, and newer
+ones are there. So whatever cannot be read is looked for again before it counts.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import datetime
 import math
+import os
 import pathlib
-import re
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,16 +27,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from metalearn import digests
+from metalearn import digests, disk, strict_json
 from metalearn.messages import first_line
 
-# What says that a disk is at fault: as an error of Python's, or as text from tensorstore,
-# which writes the arrays.
-DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES}
-DISK_TEXT = re.compile(
-    r"No space left|File too large|quota exceeded|Read-only file system|Input/output error",
-    re.IGNORECASE,
-)
+LISTINGS = 20  # how often a directory is listed anew before what is gone counts as damage
+
+# Says what is wrong with the record of a step; None: nothing.
+Trouble = Callable[[Any, int], str | None]
 
 
 class DiskError(OSError):
@@ -46,9 +47,16 @@ class UnreadableError(ValueError):
 class Store:
     """The checkpoints in one directory, by outer step."""
 
-    def __init__(self, directory: pathlib.Path, keep: int, best: tuple[str, str] | None):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        keep: int,
+        best: tuple[str, str] | None,
+        trouble: Trouble,
+    ):
         """Open or make a directory; `best`: ("max" or "min", the metric's name)."""
         self.directory = directory
+        self._trouble = trouble
         self.damaged: dict[int, str] = {}  # step -> what is wrong
         self._best = best
         self._options = _options(keep, best)
@@ -56,33 +64,76 @@ class Store:
         self._whole: set[int] = set()  # steps that were looked at
         self._writing: threading.Thread | None = None
         self._failed = False  # a save of ours
+        self._listings = 0  # anew, since a step was read
 
     def _open(self) -> ocp.CheckpointManager:
         names = ("state", "record")
-        return ocp.CheckpointManager(self.directory, options=self._options, item_names=names)
+        return _Manager(self.directory, options=self._options, item_names=names)
 
     def newest(self) -> int | None:
-        """Return the newest step whose files are whole; None where there is none."""
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        return next((step for step in steps if self._is_whole(step)), None)
+        """Return the newest step that is whole; None where there is none."""
+        while True:
+            for step in self.steps():
+                if self.is_whole(step):
+                    return step
+                if self._lists_others():
+                    break
+            else:
+                return None
+
+    def steps(self) -> list[int]:
+        """Return all steps, whole or not, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def _lists_others(self) -> bool:
+        """List the directory anew; say whether a run beside us has written other steps there.
+
+        Where none is left at all it has not, and what is wrong with those before stands.
+        """
+        if self._listings == LISTINGS or self._manager.is_saving_in_progress():
+            return False
+        before = set(self._manager.all_steps())
+        self._manager.reload()
+        now = set(self._manager.all_steps())
+        if not now - before:
+            return False
+        self._listings += 1
+        for step in before - now:
+            self.damaged.pop(step, None)
+            self._whole.discard(step)
+        return True
+
+    def set_aside(self, step: int, why: object) -> None:
+        """Pass over a step, which turned out to be damaged; unless a run beside us removed it."""
+        self._note(step, why)
+        self._whole.discard(step)
+        self._lists_others()
 
     def last(self) -> int | None:
         """Return the newest step, whole or not; None where there is none."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Return the step with the best metric; None where none has one."""
-        step = self._manager.best_step()
-        return step if step is not None and self._is_whole(step) else None
+        """Return the whole step with the best metric, the newest of equals; None: none has one."""
+        while not all([self.is_whole(step) for step in self.steps()]):
+            if not self._lists_others():
+                break
+        mode, name = self._best or ("max", "")
+        whole = [step for step in self.steps() if self.is_whole(step)]
+        judged = {step: (self._manager.metrics(step) or {}).get(name) for step in whole}
+        sign = 1 if mode == "max" else -1
+        found = [(sign * value, step) for step, value in judged.items() if value is not None]
+        return max(found)[1] if found else None
 
     def save(self, step: int, state: Any, record: Any, metrics: Mapping[str, float]) -> None:
         """Begin to save, once the save before has ended (`wait`). DiskError: the disk refused."""
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+            state=ocp.args.StandardSave(state),
+            record=ocp.args.JsonSave(strict_json.plain(record)),
         )
-        self._set_damaged_aside()
-        self._sweep()
         with _Disk(self):
+            self._make_way(step)
+            self._sweep()
             begun = self._manager.save(step, args=items, metrics=self._judged(metrics))
         if not begun:
             raise ValueError(
@@ -100,14 +151,30 @@ class Store:
         return {name: metrics[name]} if math.isfinite(metrics.get(name, math.nan)) else None
 
     def read_record(self, step: int) -> Any:
-        """Return the JSON record of a step."""
+        """Return the JSON record of a step; UnreadableError where it is not one."""
         items = ocp.args.Composite(record=ocp.args.JsonRestore())
-        return self._read(step, items).record
+        try:
+            found = strict_json.restored(self._read(step, items).record)
+        except RecursionError as error:
+            raise UnreadableError("its record is nested too deeply") from error
+        if wrong := self._trouble(found, step):
+            raise UnreadableError(wrong)
+        return found
 
     def read_state(self, step: int, shapes: Any) -> Any:
         """Return the arrays of a step, as a tree like `shapes`."""
         items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-        return self._read(step, items).state
+        found = self._read(step, items).state
+        self._listings = 0
+        return found
+
+    def read_nodes(self, step: int) -> dict[str, str]:
+        """Return what `nodes` says of the state of a step, without reading its arrays."""
+        try:
+            place = self._manager.directory / str(step) / "state"
+            return nodes(ocp.StandardCheckpointHandler().metadata(place).tree)
+        except Exception as error:  # as below
+            raise UnreadableError(first_line(error)) from error
 
     def _read(self, step: int, items: Any) -> Any:
         try:
@@ -160,25 +227,47 @@ class Store:
         if (self.directory / str(step)).is_dir():
             digests.write(self.directory / str(step))
 
-    def _is_whole(self, step: int) -> bool:
+    def is_whole(self, step: int) -> bool:
+        """Say whether a step's files and record are as they were written."""
         if step in self.damaged:
             return False
         if step not in self._whole:
-            wrong = digests.trouble(self.directory / str(step))
-            if wrong is not None:
-                self.damaged[step] = wrong
+            if (wrong := self._wrong(step)) is not None:
+                self._note(step, wrong)
                 return False
             self._whole.add(step)
         return True
 
-    def _set_damaged_aside(self) -> None:
-        """Move damaged checkpoints where no save will meet them."""
-        if not self.damaged:
+    def _wrong(self, step: int) -> str | None:
+        place = self.directory / str(step)
+        if wrong := digests.trouble(place):
+            return wrong
+        if (place / "metrics").exists() and self._manager.metrics(step) is None:
+            return "its metrics cannot be read"
+        try:
+            self.read_record(step)
+        except UnreadableError as error:
+            return str(error)
+        return None
+
+    def _note(self, step: int, why: object) -> None:
+        there = (self.directory / str(step)).is_dir()
+        self.damaged[step] = str(why) if there else "it is gone"
+
+    def _make_way(self, step: int) -> None:
+        """Move what is damaged, or in the place of a step, where no save will meet it."""
+        listed = set(self._manager.all_steps())
+        aside = {*self.damaged, *({step} - listed)}
+        aside = {each for each in aside if os.path.lexists(self.directory / str(each))}
+        linked = {each for each in listed - aside if (self.directory / str(each)).is_symlink()}
+        if not (self.damaged or aside or linked):
             return
-        for step in self.damaged:
-            place = self.directory / str(step)
-            if jax.process_index() == 0 and place.exists():
-                place.rename(self.directory / f"damaged-{step}-{time.time_ns()}")
+        if jax.process_index() == 0:
+            for each in aside:
+                place = self.directory / str(each)
+                place.rename(self.directory / f"damaged-{each}-{time.time_ns()}")
+            for each in linked:
+                _copy_in_place(self.directory / str(each))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
@@ -197,16 +286,83 @@ class _Disk:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if jax.process_count() > 1:  # the others may have seen nothing: let it end the run
             return
-        of_disk = isinstance(error, OSError) and error.errno in DISK
-        if error is not None and (of_disk or DISK_TEXT.search(str(error))):
+        if error is not None and disk.at_fault(error):
             self.store.reopen()
             raise DiskError(first_line(error)) from error
+
+
+class _Manager(ocp.CheckpointManager):
+    """Opens whatever is in its directory: what is damaged there is found when it is read."""
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """Return what a step is judged by; None where that cannot be read."""
+        try:
+            found = super().metrics(step)
+        except (ValueError, OSError, RecursionError):
+            return None
+        if not isinstance(found, dict):
+            return None
+        finite = all(type(x) in (int, float) and abs(x) < math.inf for x in found.values())
+        return found if finite else None
+
+
+class _Names:
+    """The names of steps, as Orbax has them, but for when they were saved: nobody asks.
+
+    Orbax reads that from a file of each step, which may be damaged, or gone by then.
+    """
+
+    def __init__(self) -> None:
+        self._names = ocp.path.step.standard_name_format()
+
+    def build_name(self, step: int) -> str:
+        return self._names.build_name(step)
+
+    def find_step(self, base_path: Any, step: int) -> Any:
+        return self._names.find_step(base_path, step)
+
+    def find_all(self, base_path: Any) -> Iterator[Any]:
+        for found in self._names.find_all(base_path):
+            if found.path.name == str(found.step):  # no digits but 0 to 9
+                yield _Undated(found.step, found.path)
+
+
+class _Undated(ocp.path.step.Metadata):
+    @property
+    def commit_timestamp(self) -> datetime.datetime:
+        return datetime.datetime.fromtimestamp(0, datetime.UTC)
+
+
+def nodes(state: Any) -> dict[str, str]:
+    """Return the type and shape of each array as Orbax stores it, and each empty node, by path."""
+    flat = ocp.tree.to_flat_dict(state, keep_empty_nodes=True, sep="/")
+    return {path: _stored(leaf) for path, leaf in flat.items()}
+
+
+def _stored(leaf: Any) -> str:
+    if not hasattr(leaf, "dtype"):
+        return "(nothing)"
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _copy_in_place(place: pathlib.Path) -> None:
+    """Put a copy of what a link points to in its place, which Orbax may then remove."""
+    aside = place.with_name(f"linked-{place.name}-{time.time_ns()}")
+    try:
+        shutil.copytree(place, aside)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    place.unlink()
+    aside.rename(place)
 
 
 def _options(keep: int, best: tuple[str, str] | None) -> ocp.CheckpointManagerOptions:
     latest = policies.LatestN(keep)
     if best is None:
-        return ocp.CheckpointManagerOptions(preservation_policy=latest)
+        return ocp.CheckpointManagerOptions(preservation_policy=latest, step_name_format=_Names())
     mode, name = best
 
     def metric(metrics: Any) -> float:
@@ -219,4 +375,5 @@ def _options(keep: int, best: tuple[str, str] | None) -> ocp.CheckpointManagerOp
         preservation_policy=policies.AnyPreservationPolicy([latest, kept]),
         best_fn=metric,
         best_mode=mode,
+        step_name_format=_Names(),
     )

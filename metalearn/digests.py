@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import pathlib
+
+from metalearn import disk, strict_json
 
 NAME = "digests.json"
 
@@ -23,9 +24,7 @@ def write(directory: pathlib.Path) -> None:
     """
     with contextlib.suppress(OSError):
         found = {str(path.relative_to(directory)): _digest(path) for path in _files(directory)}
-        aside = directory.with_name(f"{directory.name}.digests")
-        aside.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-        aside.replace(directory / NAME)
+        disk.write(directory / NAME, strict_json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 def trouble(directory: pathlib.Path) -> str | None:
@@ -34,7 +33,7 @@ def trouble(directory: pathlib.Path) -> str | None:
     if not listed.exists():
         return None
     try:
-        expected = json.loads(listed.read_text())
+        expected = strict_json.loads(listed.read_bytes())
         for name, digest in expected.items():
             if not (directory / name).is_file():
                 return f"{name} is missing"
@@ -46,7 +45,7 @@ def trouble(directory: pathlib.Path) -> str | None:
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != NAME)
+    return sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.startswith(NAME))
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from metalearn import disk
 from metalearn.fit import Fit
 from metalearn.loggers import Logger
 from metalearn.outer_loop import Interrupted, OuterLoop, Steps
@@ -58,15 +59,18 @@ def run(
     config = checkpoints.config if checkpoints else {}
     try:
         for logger in loggers:
-            logger.start(first, config, record.get(type(logger).__name__, {}))
+            kept = record.get(type(logger).__name__)
+            logger.start(first, config, kept if isinstance(kept, dict) else {})
         shown = fit.progress and is_first()
         with bars(fit.steps, first, trainer.tasks_per_step, parts[-1].steps, shown) as shows:
             return OuterLoop(fit, trainer, tasks, loggers, checkpoints, shows).run(state)
     except Interrupted:
         for logger in loggers:
-            logger.finish()
+            with disk.forgiven(f"What {type(logger).__name__} had left"):
+                logger.finish()
         raise
     except BaseException:
         for logger in loggers:
-            logger.abandon()
+            with disk.forgiven(f"What {type(logger).__name__} had left"):
+                logger.abandon()
         raise

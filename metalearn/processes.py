@@ -10,7 +10,6 @@ What is printed, logged and written besides is the first one's.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,8 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
+from metalearn import disk, strict_json
 from metalearn.messages import first_line
 
 # What jax reads of SLURM; `srun` sets them all for each process it starts.
@@ -136,14 +135,14 @@ def is_first() -> bool:
 def say(text: str) -> None:
     """Print a line above a progress bar, in the first process alone."""
     if is_first():
-        tqdm.write(text)
+        disk.tell(text)
 
 
 def agreed(value: Any) -> Any:
     """Return the first process's value (JSON) in all of them."""
     if jax.process_count() == 1:
         return value
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    text = np.frombuffer(strict_json.dumps(value).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     padded = np.resize(text, length)  # that of the others is not read
-    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))
+    return strict_json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))

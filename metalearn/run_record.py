@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 import metalearn
+from metalearn import strict_json
 from metalearn.leaves import paths
 
 # The fields of a train state by schema. Those that came later have defaults.
@@ -34,7 +35,7 @@ class ChangedConfigError(ValueError):
     """A run is resumed with another config than it was started with."""
 
 
-class OtherArraysError(ValueError):
+class OtherArraysError(ChangedConfigError):
     """A checkpoint holds other arrays than the run that would go on from it."""
 
 
@@ -50,6 +51,56 @@ def record(
         "versions": versions(),
         "loggers": dict(loggers),
     }
+
+
+def trouble(found: Any, step: int) -> str | None:
+    """Return what is wrong with the record of a whole outer step, by the number of its directory.
+
+    A record of a newer schema is only asked what `check_schema` says of it.
+    """
+    wrong = _trouble(found)
+    if wrong is None and _is_known(found) and found["step"] != step:
+        return f"its record is of outer step {found['step']}"
+    return wrong
+
+
+def trouble_within(found: Any, number: int) -> str | None:
+    """Return what is wrong with the record of a save inside an outer step."""
+    del number  # as they come
+    wrong = _trouble(found)
+    if wrong is None and _is_known(found):
+        return _wrong_type(found, "inner_step", int, 1)
+    return wrong
+
+
+def _trouble(found: Any) -> str | None:
+    if not isinstance(found, dict):
+        return f"its record is no object but {type(found).__name__}"
+    wrong = _wrong_type(found, "schema", int, 1) or _wrong_type(found, "versions", dict)
+    if wrong is None and not isinstance(found["versions"].get("metalearn"), str):
+        wrong = "its record lacks the version of metalearn"
+    if wrong is not None or not _is_known(found):
+        return wrong
+    return (
+        _wrong_type(found, "step", int, 0)
+        or _wrong_type(found, "config", dict)
+        or _wrong_type(found, "loggers", dict)
+        or (_wrong_type(found, "arrays", dict) if "arrays" in found else None)  # a later field
+    )
+
+
+def _is_known(found: Record) -> bool:
+    return found["schema"] in FIELDS
+
+
+def _wrong_type(found: Record, name: str, kind: type, least: int = 0) -> str | None:
+    if name not in found:
+        return f"its record lacks `{name}`"
+    value = found[name]
+    fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not fits or (kind is int and value < least):
+        return f"the `{name}` of its record is {value!r:.40}"
+    return None
 
 
 def check_schema(found: Record, where: str | os.PathLike[str]) -> None:
@@ -80,7 +131,7 @@ def same_config(found: Record, config: Any) -> bool:
 
 
 def _changes(found: Record, config: Any) -> list[str]:
-    old, new = _of_run(found["config"]), _of_run(config)
+    old, new = (strict_json.plain(_of_run(each)) for each in (found["config"], config))
     # Keys that came with a later version: at a value that is nothing they change nothing.
     return difference(old, {key: value for key, value in new.items() if key in old or value})
 
@@ -94,13 +145,27 @@ def check_arrays(found: Record, state: Any, where: str | os.PathLike[str]) -> No
     """Raise OtherArraysError where a checkpoint is of a state with other arrays than this one."""
     if "arrays" not in found:  # an older schema
         return
-    changes = difference(found["arrays"], arrays(state), "")
+    check_nodes(found, found["arrays"], arrays(state), where)
+
+
+def check_nodes(
+    found: Record, old: dict[str, str], new: dict[str, str], where: str | os.PathLike[str]
+) -> None:
+    """Raise OtherArraysError where a checkpoint is of another tree than this run's state.
+
+    Two trees may have the same arrays and not the same nodes: those of `optax.adam` and
+    `optax.adamw` differ by one that is empty. `old` and `new`: `checkpoint_store.nodes`.
+    """
+    changes = difference(old, new, "")
     if changes:
         raise OtherArraysError(
             f"The checkpoint of outer step {found['step']} in {where} holds other arrays than "
-            "this run has, which no change of config can mend:\n"
+            "this run has: it is of another configuration, such as another optimizer, model or "
+            "number of tasks:\n"
             + "\n".join(f"  {line[1:]}" for line in changes[:5])
-            + ("\n  ..." if len(changes) > 5 else "")
+            + (f"\n  ... and {len(changes) - 5} more" if len(changes) > 5 else "")
+            + "\nGive the run the configuration it had, or train the new one in another workdir. "
+            "--allow-config-change cannot mend this: what the new one needs is not there."
         )
 
 

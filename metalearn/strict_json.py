@@ -1,18 +1,67 @@
-"""Reading JSON that somebody else wrote: what it holds, or one sentence about what is wrong.
+"""JSON that every reader takes, and JSON that somebody else wrote.
 
-`json.loads` answers text that is no JSON with the place alone, thousands of brackets with a
-RecursionError, and takes NaN, keys that are set twice, and files of any size. A file that came
-with a result, or by mail, is read by `parse`: whatever it is, a ValueError says so.
+RFC 8259 has no NaN and no infinities, so `dumps` writes them as text:
+
+    nan, inf, -inf  <->  "NaN", "Infinity", "-Infinity"
+
+Text that reads so by itself gets a backslash before it, and `loads` removes it: what comes back is
+what was written. `loads` also reads the bare NaN that Python's own `json` writes.
+
+A file that came with a result, or by mail, is read by `parse`. `json.loads` answers text that is
+not JSON with the place alone, thousands of brackets with a RecursionError, and takes NaN, keys
+that are set twice, and files of any size; `parse` raises a ValueError that says what is wrong.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
+NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 LONGEST = 16 * 2**20  # bytes, or characters of text; what is read here is a few thousand
 DEEPEST = 64  # lists and objects inside each other
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """Return a value as strict JSON; `options` as those of `json.dumps`."""
+    return json.dumps(plain(value), allow_nan=False, **options)
+
+
+def loads(text: str | bytes) -> Any:
+    """Return what `dumps` wrote, or any other JSON.
+
+    Raises:
+      ValueError: if that is no JSON, no UTF-8, or is nested too deeply.
+    """
+    try:
+        return restored(json.loads(text.decode() if isinstance(text, bytes) else text))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def plain(value: Any) -> Any:
+    """Return a tree of JSON with text for each float that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str) and value.lstrip("\\") in NONFINITE:
+        return f"\\{value}"
+    return _each(plain, value)
+
+
+def restored(value: Any) -> Any:
+    """Return a tree with the floats that `plain` made text of."""
+    if isinstance(value, str) and value.lstrip("\\") in NONFINITE:
+        return value[1:] if value.startswith("\\") else NONFINITE[value]
+    return _each(restored, value)
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: change(each) for key, each in value.items()}
+    return [change(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def read(path: pathlib.Path, what: str) -> Any:

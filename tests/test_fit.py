@@ -1,7 +1,6 @@
 """The loop around the step: what is logged when, and what happens to a loss that breaks."""
 
 import dataclasses
-import json
 import math
 import re
 
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import Algorithm, Reverse, Trainer, Unroll
+from metalearn import Algorithm, Reverse, Trainer, Unroll, strict_json
 from metalearn.algorithms import MAML, squared_error
 from metalearn.checkpoint import Checkpoints
 from metalearn.datasets import Sinusoid
@@ -140,7 +139,7 @@ def test_an_outer_loss_that_is_not_finite_stops_training_and_keeps_what_was_logg
     with pytest.raises(NonFiniteError, match=f"^`loss` became {broken} at outer step 4, so"):
         fit(trainer, 8, heard, rows, log_every=3, checkpoints=checkpoints)
     checkpoints.close()
-    logged = [json.loads(line) for line in rows.path.read_text().splitlines()]
+    logged = [strict_json.loads(line) for line in rows.path.read_text().splitlines()]
     assert [row["step"] for row in logged] == [3, 4]
     assert not math.isfinite(logged[-1]["loss"]) and math.isfinite(logged[-1]["meta_grad_norm"])
     assert heard.tables == [None]

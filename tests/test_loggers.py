@@ -46,6 +46,57 @@ def test_jsonl_logger_drops_what_came_after_the_resumed_step_and_a_torn_line(tmp
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+BAD = {
+    "NULs after a power loss": b"\0" * 400,
+    "half a line": b'{"step": 2, "lo',
+    "invalid UTF-8": b'{"step": 2, "l\xff": 1.0}',
+    "no step": b'{"loss": 1.0}',
+    "a step that is text": b'{"step": "2", "loss": 1.0}',
+    "a step that is true": b'{"step": true, "loss": 1.0}',
+    "no step but null": b'{"step": null}',
+    "a list": b"[2, 1.0]",
+    "nothing": b"",
+    "two lines in one": b'{"step": 2, "loss": 1.0}{"step": 3, "loss": 1.0}',
+    "nested without end": b"[" * 100_000,
+    "NULs before a line": b'\0\0\0{"step": 2, "loss": 1.0}',
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_jsonl_logger_sets_a_bad_line_aside_names_it_and_goes_on(bad, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    first, second = b'{"step": 1, "loss": 3.0}\n', b'{"step": 2,  "loss": 2.0}\n'
+    path.write_bytes(first + bad + b"\n" + second + b'{"step": 3, "loss": 1.0}\n')
+    logger = JsonlLogger(path)
+    logger.start(2, {}, {})
+    said = capsys.readouterr().out
+    assert said.startswith(f"{path}: line 2 cannot be read (")
+    assert said.endswith("): moved to metrics.jsonl.bad. The run goes on.\n")
+    assert path.read_bytes() == first + second
+    assert path.with_name("metrics.jsonl.bad").read_bytes() == bad + b"\n"
+    logger.log(3, {"loss": 0.5})
+    again = JsonlLogger(path)
+    again.back_to(3)
+    assert path.read_bytes() == first + second + b'{"step": 3, "loss": 0.5}\n'
+    assert capsys.readouterr().out == ""
+
+
+def test_many_bad_lines_are_counted_and_kept_with_those_of_before(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    for _ in range(2):
+        path.write_bytes(b"\0\n" * 8 + b'{"step": 1}\n')
+        JsonlLogger(path).start(1, {}, {})
+        assert f"{path}: lines 1, 2, 3, 4, 5 and 3 more cannot be" in capsys.readouterr().out
+    assert path.read_bytes() == b'{"step": 1}\n'
+    assert path.with_name("metrics.jsonl.bad").read_bytes() == b"\0\n" * 16
+
+
+@pytest.mark.parametrize("record", [{"waiting": 5}, {"waiting": [None, "no"]}, {"waiting": {}}])
+def test_jsonl_logger_drops_what_a_damaged_record_says_was_waiting(record, tmp_path):
+    JsonlLogger(tmp_path / "metrics.jsonl").start(2, {}, record)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def test_jsonl_logger_begins_anew_where_nothing_was_checkpointed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n')
@@ -276,6 +327,43 @@ def test_auto_mode_is_offline_for_somebody_not_logged_in_and_asks_nothing(nobody
     assert (done.stdout, done.stderr) == ("", "")
     (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert any(record["type"] == "history" for record in inspect(run))
+
+
+WITHOUT = """
+import sys
+
+class NoWandb:
+    def find_spec(self, name, path=None, target=None):
+        assert name.partition(".")[0] != "wandb", "W&B is imported"
+
+sys.meta_path.insert(0, NoWandb())
+from metalearn.experiments import main  # all that the commands need
+from metalearn.loggers import WandbLogger
+
+for logger in (WandbLogger(mode="disabled", directory=sys.argv[1]), WandbLogger()):
+    logger.start(1, {"seed": 0}, {"wandb_id": "before", "wandb_step": 1})
+    logger.log(2, {"loss": 1.0})
+    logger.show({"curve": "curve.png"})
+    logger.back_to(1)
+    assert logger.record() == {"wandb_id": "before", "wandb_step": 1}
+    logger.finish({})
+    logger.abandon()
+for mode in ("auto", "online", "offline"):
+    WandbLogger(mode=mode)
+try:
+    WandbLogger(mode="onlin")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_run_without_wandb_does_not_import_it_and_keeps_its_id_for_later(nobody, tmp_path):
+    """Nor do the other commands, or what says that a mode is none."""
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path / "run")]
+    environment = os.environ | {"WANDB_MODE": "disabled", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("W&B's mode is 'onlin'.") and not (tmp_path / "run").exists()
 
 
 def test_auto_mode_does_what_the_environment_says(wandb, tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ one after the other; nothing is overlapped with it. Every device takes one task:
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import pathlib
@@ -32,7 +31,7 @@ import jax
 import numpy as np
 import optax
 
-from metalearn import Layout, MixedFlow, Trainer, make_mesh, processes
+from metalearn import Layout, MixedFlow, Trainer, make_mesh, processes, strict_json
 from metalearn.algorithms import MAML
 from metalearn.cost import cost
 from metalearn.cost.collectives import collectives
@@ -104,7 +103,7 @@ def run(tasks_per_step: int, count: int, devices: int) -> dict[str, Any]:
         ]
         if any(process.wait() for process in started):
             raise RuntimeError("A process of the benchmark failed; its error is above.")
-        return json.loads(out.read_text())
+        return strict_json.loads(out.read_text())
 
 
 def part(coordinator: str, count: int, process: int, tasks: int, out: pathlib.Path) -> None:
@@ -113,7 +112,7 @@ def part(coordinator: str, count: int, process: int, tasks: int, out: pathlib.Pa
         processes.start(coordinator, count, process)
     found = measured(tasks, spread=len(jax.devices()) > 1)
     if processes.is_first():
-        out.write_text(json.dumps(found))
+        out.write_text(strict_json.dumps(found))
 
 
 def compared(tasks: int) -> str:

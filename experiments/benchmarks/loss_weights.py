@@ -23,7 +23,6 @@ be continued. Intervals are 95%, Student's t over seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn import Trainer
+from metalearn import Trainer, strict_json
 from metalearn.algorithms import DomainWeights, LossWeights
 from metalearn.algorithms.separation import auc
 from metalearn.datasets import Text
@@ -131,8 +130,8 @@ def main() -> None:
         path = arguments.workdir / f"benchmark_seed_{seed}.json"
         if not path.exists():
             row = measure(config, seed, arms, trainer, splits.train)
-            path.write_text(json.dumps(row) + "\n")
-        rows.append(json.loads(path.read_text()))
+            path.write_text(strict_json.dumps(row) + "\n")
+        rows.append(strict_json.loads(path.read_text()))
         print(rows[-1], flush=True)
     print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}\n\n{table(rows)}")
 

@@ -237,7 +237,7 @@ def check(variants: list[str], tasks: int, queries: int) -> None:
         reference = gradient if reference is None else reference
         error = ((gradient - reference).norm() / reference.norm()).item()
         line = {"variant": variant, "loss": loss, "relative_gradient_error": error}
-        print(json.dumps(line), flush=True)
+        print(json.dumps(line, allow_nan=False), flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -264,7 +264,7 @@ def main() -> None:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
-        print(json.dumps(line), flush=True)
+        print(json.dumps(line, allow_nan=False), flush=True)
 
 
 if __name__ == "__main__":

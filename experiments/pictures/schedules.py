@@ -6,7 +6,6 @@ of its own. Hyperparameters of more windows than are logged one by one were logg
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from metalearn.algorithms import FDS, Schedule
+from metalearn.loggers import read_lines, unreadable
+from metalearn.processes import say
 
 TANGENT = "inner_tangent_norm"
 ORDERS = 30.0  # a positive quantity that spans more than this factor is drawn on a log scale
@@ -28,8 +29,10 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
       ValueError: if nothing was logged there.
     """
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    lines = read_lines(path)
+    if bad := [line for line in lines if line.row is None]:
+        say(f"{unreadable(path, bad)}: drawn without.")
+    rows = [line.row for line in lines if line.row and "loss" in line.row]
     if not rows:
         raise ValueError(
             f"There are no outer steps in {path}. Train a run there first: `metalearn train "
