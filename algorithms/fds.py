@@ -42,6 +42,7 @@ from metalearn.leaves import in_dtypes_of
 from metalearn.model import Model
 from metalearn.optimizers import differentiable_at_zero
 from metalearn.unroll import Episode, Unroll
+from metalearn.updates import evaluate, evaluation_params, start, update
 
 SHOWN = 16  # windows of a hyperparameter up to which each is a metric of its own
 
@@ -116,7 +117,8 @@ class FDS(Algorithm):
 
         def init(eta: Any) -> Run:
             params, statistics = self.model.init(model_key)
-            return Run(params, self._optimizer(self.values(eta, 0)).init(params), statistics)
+            optimizer = self._optimizer(self.values(eta, 0))
+            return Run(params, start(optimizer, params), statistics)
 
         def step(eta: Any, state: Run, batch: Any, grad: Any) -> Run:
             now, rows = batch
@@ -131,16 +133,17 @@ class FDS(Algorithm):
                 outputs, statistics = self._apply(params, state, inputs, True, noise)
                 return self.objective(outputs, targets, **values)[0], statistics
 
-            grads, statistics = grad(loss, has_aux=True)(state.params, values["objective"])
+            found = evaluate(grad, loss, state.params, values["objective"])
             optimizer = differentiable_at_zero(self._optimizer(values))
-            updates, slots = optimizer.update(grads, state.optimizer, state.params)
+            updates, slots = update(optimizer, found, state.optimizer, state.params)
             # A learned hyperparameter may be of another dtype than the slots it goes into.
             slots = in_dtypes_of(state.optimizer, slots)
-            return Run(optax.apply_updates(state.params, updates), slots, statistics)
+            return Run(optax.apply_updates(state.params, updates), slots, found.aux)
 
         def loss(eta: Any, state: Run) -> tuple[jax.Array, dict[str, jax.Array]]:
             inputs, targets = read(episode.query, episode.query[2])
-            outputs, _ = self._apply(state.params, state, inputs, False, None)
+            params = evaluation_params(state.optimizer, state.params)
+            outputs, _ = self._apply(params, state, inputs, False, None)
             value, metrics = self.objective(outputs, targets)
             return value, {**metrics, **self._shown(eta)}
 

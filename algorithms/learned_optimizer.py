@@ -33,6 +33,7 @@ from metalearn.algorithms.update_rule import UpdateRule
 from metalearn.checks import is_integer
 from metalearn.names import pick
 from metalearn.unroll import Episode, Unroll
+from metalearn.updates import evaluate, evaluation_params, start, update
 
 JUDGES = {
     "training": "the mean of the training losses of all steps",
@@ -90,7 +91,7 @@ class LearnedOptimizer(Algorithm):
 
         def init(eta: Any) -> Optimization:
             params, statistics = self.problem.init(key)
-            slots = self.rule.optimizer(eta).init(params)
+            slots = start(self.rule.optimizer(eta), params)
             zero = jnp.zeros((), jnp.result_type(float))
             return Optimization(params, slots, statistics, zero, jnp.zeros((), jnp.int32), zero)
 
@@ -98,12 +99,12 @@ class LearnedOptimizer(Algorithm):
             data, noise = batch
 
             def loss(params: Any) -> tuple[jax.Array, Any]:
-                found = self.problem.loss(params, state.statistics, episode.support, data, noise)
-                return found.loss, (found.measure, found.statistics)
+                said = self.problem.loss(params, state.statistics, episode.support, data, noise)
+                return said.loss, (said.measure, said.statistics)
 
-            grads, (measure, statistics) = grad(loss, has_aux=True)(state.params)
-            optimizer = self.rule.optimizer(eta)
-            updates, slots = optimizer.update(grads, state.slots, state.params)
+            found = evaluate(grad, loss, state.params)
+            measure, statistics = found.aux
+            updates, slots = update(self.rule.optimizer(eta), found, state.slots, state.params)
             params = optax.apply_updates(state.params, updates)
             capped = measure if self.cap is None else jnp.minimum(measure, self.cap)
             counted = self.problem.combined(capped).astype(state.total.dtype)
@@ -112,7 +113,8 @@ class LearnedOptimizer(Algorithm):
 
         def loss(eta: Any, state: Optimization) -> tuple[jax.Array, dict[str, jax.Array]]:
             del eta
-            value, metrics = self.problem.validate(state.params, state.statistics, episode.query)
+            params = evaluation_params(state.slots, state.params)
+            value, metrics = self.problem.validate(params, state.statistics, episode.query)
             mean = state.total / state.steps
             shown = {"training_loss_last": state.last, "validation_loss": value, **metrics}
             return (mean if self.judge == "training" else value), shown

@@ -27,6 +27,7 @@ from metalearn.example_mean import ExampleMean
 from metalearn.model import Model
 from metalearn.reversible import Reversible
 from metalearn.unroll import Episode, Unroll
+from metalearn.updates import Evaluated, evaluate, evaluation_params, start, update
 
 
 class Training(NamedTuple):
@@ -75,18 +76,19 @@ class LearningRates(Algorithm):
         def init(eta: Any) -> Training:
             del eta
             params, statistics = self.model.init(key)
-            return Training(params, self.optimizer.init(params), statistics)
+            return Training(params, start(self.optimizer, params), statistics)
 
         def step(eta: Any, state: Training, batch: Any, grad: Any) -> Training:
             data, key = batch
-            grads, statistics = self._gradient(state, data, key, grad)
-            updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+            found, statistics = self._evaluated(state, data, key, grad)
+            updates, optimizer = update(self.optimizer, found, state.optimizer, state.params)
             updates = jax.tree.map(lambda rate, u: jnp.exp(rate) * u, eta, updates)
             return Training(optax.apply_updates(state.params, updates), optimizer, statistics)
 
         def loss(eta: Any, state: Training) -> tuple[jax.Array, dict[str, jax.Array]]:
             del eta
-            value, (_, metrics) = self._loss(state, state.params, episode.query, False, key)
+            params = evaluation_params(state.optimizer, state.params)
+            value, (_, metrics) = self._loss(state, params, episode.query, False, key)
             return value, metrics
 
         undoes = isinstance(self.optimizer, Reversible) and not self._statistics(key)
@@ -104,21 +106,24 @@ class LearningRates(Algorithm):
         taken = jax.tree.map(lambda rate, u: jnp.exp(rate) * u, eta, taken)
         params = jax.tree.map(jnp.subtract, state.params, taken)
         data, key = batch
-        grads, statistics = self._gradient(state._replace(params=params), data, key, grad)
-        return Training(params, self.optimizer.before(state.optimizer, grads), statistics)
+        found, statistics = self._evaluated(state._replace(params=params), data, key, grad)
+        return Training(params, self.optimizer.before(state.optimizer, found.grads), statistics)
 
     def _statistics(self, key: jax.Array) -> list[Any]:
         return jax.tree.leaves(jax.eval_shape(self.model.init, key)[1])
 
-    def _gradient(self, state: Training, batch: Any, key: jax.Array, grad: Any) -> tuple[Any, Any]:
-        """Return (grad L, the model's next statistics)."""
+    def _evaluated(
+        self, state: Training, batch: Any, key: jax.Array, grad: Any
+    ) -> tuple[Evaluated, Any]:
+        """Return (grad L with L, the model's next statistics)."""
         if not self.mean_over_examples:
 
             def batch_loss(params: Any) -> Any:
                 value, (statistics, _) = self._loss(state, params, batch, True, key)
                 return value, statistics
 
-            return grad(batch_loss, has_aux=True)(state.params)
+            found = evaluate(grad, batch_loss, state.params)
+            return found, found.aux
 
         def example_loss(params: Any, example: Any) -> jax.Array:
             example, key = example
@@ -126,7 +131,8 @@ class LearningRates(Algorithm):
             return self._loss(state, params, alone, True, key)[0]
 
         examples = batch, jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
-        return grad(ExampleMean(example_loss))(state.params, examples), state.statistics
+        mean = ExampleMean(example_loss)
+        return evaluate(grad, mean, state.params, examples), state.statistics
 
     def _loss(
         self, state: Training, params: Any, data: Any, train: bool, key: jax.Array

@@ -43,6 +43,7 @@ from metalearn.algorithms.weighting_checks import (
 from metalearn.example_mean import ExampleMean
 from metalearn.model import Model
 from metalearn.unroll import Episode, Unroll
+from metalearn.updates import Evaluated, evaluate, evaluation_params, start, update
 
 
 class Learner(NamedTuple):
@@ -87,12 +88,12 @@ class LossWeights(Algorithm):
 
         def init(eta: Any) -> Learner:
             del eta
-            return Learner(params, self.optimizer.init(params), statistics)
+            return Learner(params, start(self.optimizer, params), statistics)
 
         def step(eta: Any, state: Learner, batch: Any, grad: Any) -> Learner:
             batch, key = batch
-            grads, statistics = self._gradient(eta, state, batch, key, grad)
-            updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+            found, statistics = self._evaluated(eta, state, batch, key, grad)
+            updates, optimizer = update(self.optimizer, found, state.optimizer, state.params)
             return Learner(optax.apply_updates(state.params, updates), optimizer, statistics)
 
         def loss(eta: Any, state: Learner) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -113,12 +114,13 @@ class LossWeights(Algorithm):
 
     def losses(self, state: Learner, batch: Any) -> jax.Array:
         """Return the plain losses of a batch by a trained model: [batch, S]."""
-        return self._losses(state, batch, False, None)[0]
+        params = evaluation_params(state.optimizer, state.params)
+        return self._losses(state._replace(params=params), batch, False, None)[0]
 
-    def _gradient(
+    def _evaluated(
         self, eta: Any, state: Learner, batch: Any, key: jax.Array, grad: Any
-    ) -> tuple[Any, Any]:
-        """Return the inner gradient and the model's next statistics."""
+    ) -> tuple[Evaluated, Any]:
+        """Return the inner gradient with its loss, and the model's next statistics."""
 
         def weighted(params: Any, seen: Any, batch: Any, eta: Any, key: jax.Array) -> Any:
             losses, statistics = self._losses(state._replace(params=params), batch, True, key)
@@ -133,12 +135,12 @@ class LossWeights(Algorithm):
             return weighted(params, seen, batch, eta, key)[0]
 
         if self.normalize is not None or jax.tree.leaves(state.statistics):
-            whole = grad(weighted, has_aux=True)
-            return whole(state.params, state.params, batch, eta, key)
+            found = evaluate(grad, weighted, state.params, state.params, batch, eta, key)
+            return found, found.aux
         # No example depends on another, so an engine may take a few at a time.
         examples = batch, jax.random.split(key, batch.targets.shape[0])
-        grads = grad(ExampleMean(of_one))(state.params, examples, state.params, eta)
-        return grads, state.statistics
+        mean = ExampleMean(of_one)
+        return evaluate(grad, mean, state.params, examples, state.params, eta), state.statistics
 
     def _losses(
         self, state: Learner, batch: Any, train: bool, key: jax.Array | None

@@ -13,6 +13,10 @@ Finn, Abbeel and Levine 2017 (arXiv:1703.03400). Three relatives are options, an
   (`first_order`); about a third of the work, and no Hessian products.
 - ANIL, Raghu et al. 2020 (arXiv:1909.09157): only the head adapts, the body is reused
   (`adapt="head"`); the inner loop carries and differentiates the head alone.
+
+The inner optimizer sees the model's own tree, so its labels and masks go by path
+(`optax.multi_transform`, `optax.masked`, `optax.adamw(mask=)`); what does not adapt is an
+`optax.MaskedNode` there, as `optax.masked` has it. What else it may ask for: `metalearn.updates`.
 """
 
 from __future__ import annotations
@@ -31,13 +35,14 @@ from metalearn.checks import is_integer, pattern
 from metalearn.leaves import split_by_path
 from metalearn.model import Model
 from metalearn.unroll import Episode, Unroll
+from metalearn.updates import evaluate, evaluation_params, start, update
 
 
 class Eta(NamedTuple):
     """What MAML learns."""
 
     params: Any  # the initialisation, theta_0
-    rates: Any  # Meta-SGD: one rate per adapted parameter, like them; else None
+    rates: Any  # Meta-SGD: one rate per adapted parameter, a list of arrays like them; else None
 
 
 class Adapting(NamedTuple):
@@ -94,27 +99,39 @@ class MAML(Algorithm):
         def init(eta: Eta) -> Adapting:
             adapted, _, _ = split_by_path(eta.params, self.adapt)
             _, statistics = self.model.init(key)
-            return Adapting(adapted, self.optimizer.init(adapted), statistics)
+            return Adapting(adapted, start(self.optimizer, self._seen(eta, adapted)), statistics)
 
         def step(eta: Eta, state: Adapting, key: jax.Array, grad: Any) -> Adapting:
-            def support_loss(params: Any) -> Any:
-                moved = state._replace(params=params)
+            theta = self._seen(eta, state.params)
+
+            def support_loss(theta: Any) -> Any:
+                moved = state._replace(params=jax.tree.leaves(theta))
                 return self._loss(eta, moved, episode.support, policy.train_on_support, key)
 
-            grads, (statistics, _) = grad(support_loss, has_aux=True)(state.params)
+            found = evaluate(grad, support_loss, theta)
+            statistics, _ = found.aux
             if self.first_order:
-                grads = jax.lax.stop_gradient(grads)
-            updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+                constant = jax.lax.stop_gradient((found.grads, found.value))
+                found = found._replace(grads=constant[0], value=constant[1])
+            updates, optimizer = update(self.optimizer, found, state.optimizer, theta)
+            changes = jax.tree.leaves(updates)
             if eta.rates is not None:
-                updates = jax.tree.map(jnp.multiply, eta.rates, updates)
+                changes = jax.tree.map(jnp.multiply, eta.rates, changes)
             kept = statistics if policy.carry_statistics else state.statistics
-            return Adapting(optax.apply_updates(state.params, updates), optimizer, kept)
+            return Adapting(optax.apply_updates(state.params, changes), optimizer, kept)
 
         def loss(eta: Eta, state: Adapting) -> tuple[jax.Array, dict[str, jax.Array]]:
+            judged = evaluation_params(state.optimizer, self._seen(eta, state.params))
+            state = state._replace(params=jax.tree.leaves(judged))
             value, (_, metrics) = self._loss(eta, state, episode.query, policy.train_on_query, key)
             return value, metrics
 
         return Unroll(init, step, loss)
+
+    def _seen(self, eta: Eta, adapted: list[jax.Array]) -> Any:
+        """Return adapted leaves as the optimizer sees them: in the model's tree, others masked."""
+        _, fixed, join = split_by_path(eta.params, self.adapt)
+        return join(adapted, [optax.MaskedNode()] * len(fixed))
 
     def _loss(
         self, eta: Eta, state: Adapting, data: Any, train: bool, key: jax.Array

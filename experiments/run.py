@@ -172,7 +172,8 @@ def export(workdir: pathlib.Path, out: pathlib.Path | None = None, best: bool = 
     one for `load_schedules` (schedules.json).
     """
     found = restore(workdir, best)
-    learner, eta, step = found.trainer.algorithm, found.state.eta, int(found.state.step)
+    learner, step = found.trainer.algorithm, int(found.state.step)
+    eta = found.trainer.learned(found.state)
     if isinstance(learner, LearnedOptimizer):
         out = out or workdir / "optimizer.safetensors"
         with _named(out):
@@ -212,7 +213,7 @@ def test(
 ) -> dict[str, Estimate]:
     """Evaluate on test tasks; the same seed draws the same ones."""
     key = jax.random.fold_in(key_of(seed), TEST)
-    return trainer.evaluate(state.eta, splits.test, key, tasks)
+    return trainer.evaluate(trainer.learned(state), splits.test, key, tasks)
 
 
 def _show(

@@ -39,6 +39,7 @@ from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 from metalearn.truncated_runs import TruncatedRuns
 from metalearn.truncation import Truncation
+from metalearn.updates import evaluation_params, start_outer, update_outer
 
 if TYPE_CHECKING:
     from metalearn.checkpoint import Checkpoints
@@ -124,7 +125,7 @@ class Trainer:
         eta = jax.jit(self.algorithm.init)(init_key)
         check_eta(eta)
         eta = strong(eta)
-        optimizer = strong(self.optimizer.init(eta))
+        optimizer = strong(start_outer(self.optimizer, eta))
         state = TrainState(jnp.zeros((), jnp.int32), eta, optimizer, run_key)
         inner = self.runs.begin(eta, tasks, self.task_keys(state))
         return dataclasses.replace(state, inner=strong(inner))
@@ -215,8 +216,9 @@ class Trainer:
         self, state: TrainState, grads: Any, metrics: dict[str, Any], inner: Any
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Apply the outer optimizer to the meta-gradient of an outer step."""
-        outer = optax.with_extra_args_support(self.optimizer)  # `value` for those that look at it
-        updates, optimizer = outer.update(grads, state.optimizer, state.eta, value=metrics["loss"])
+        updates, optimizer = update_outer(
+            self.optimizer, grads, state.optimizer, state.eta, metrics["loss"]
+        )
         updates = jax.tree.map(lambda u: u * state.pace.astype(u.dtype), updates)
         eta = optax.apply_updates(state.eta, updates)
         metrics["meta_grad_norm"] = optax.tree.norm(grads)
@@ -305,6 +307,14 @@ class Trainer:
     def place(self, tasks: Any) -> Any:
         """Return tasks with their arrays on every device of the layout, if they were not there."""
         return tasks if self.layout is None else self.layout.replicate(tasks)
+
+    def learned(self, state: TrainState) -> Any:
+        """Return the eta of a state to evaluate and to keep: where its optimizer is judged.
+
+        That is `state.eta` but for an outer optimizer that trains at one point and is judged at
+        another, such as `optax.contrib.schedule_free`; see `metalearn.updates`.
+        """
+        return evaluation_params(state.optimizer, state.eta)
 
     def evaluate(
         self, eta: Any, tasks: Tasks, key: jax.Array, count: int = 1000

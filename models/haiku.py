@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import haiku as hk
@@ -12,28 +12,63 @@ import jax
 import jax.numpy as jnp
 
 from metalearn.model import Model
-from metalearn.models.mode import Mode, no_flag
+from metalearn.models.mode import Mode, usual_flags
 
 
 @dataclasses.dataclass(frozen=True)
 class Haiku(Model):
-    """A Haiku forward function, as one would pass it to `hk.transform_with_state`."""
+    """A Haiku forward function, as one would pass it to `hk.transform_with_state`.
+
+    It is told that it is training by arguments of its own, those of `mode`. None passes those with
+    the usual names (`metalearn.models.mode.WORDS`). A function that takes none of them is the same
+    in training and out of it: `apply` refuses an `hk.BatchNorm` in it that goes on training with
+    train=False, and cannot see an `hk.dropout`. With a `mode` it looks for neither.
+    """
 
     forward: Callable[..., Any]
     inputs: Any  # jax.ShapeDtypeStruct, or a pytree of them: one batch, to initialise with
-    mode: Mode = no_flag  # how the function is told that it is training
+    mode: Mode | None = None  # what the function takes when training; None: by the usual names
 
     @functools.cached_property
     def _transformed(self) -> hk.TransformedWithState:
         return hk.transform_with_state(self.forward)
 
+    @functools.cached_property
+    def _watched(self) -> hk.TransformedWithState:
+        """The same, but for a batch normalisation that trains: it is refused."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with hk.intercept_methods(_refuse_training):
+                return self.forward(*args, **kwargs)
+
+        return hk.transform_with_state(forward)
+
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return (params, state)."""
         inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.inputs)
-        return self._transformed.init(key, inputs, **self.mode(True))
+        return self._transformed.init(key, inputs, **self._flags(True))
 
     def apply(
         self, params: Any, state: Any, inputs: Any, *, train: bool, key: jax.Array | None = None
     ) -> tuple[Any, Any]:
         """Return (outputs, new state)."""
-        return self._transformed.apply(params, state, key, inputs, **self.mode(train))
+        flags = self._flags(train)
+        if train or self.mode is not None:
+            return self._transformed.apply(params, state, key, inputs, **flags)
+        return self._watched.apply(params, state, key, inputs, **flags)
+
+    def _flags(self, train: bool) -> Mapping[str, Any]:
+        return usual_flags(self.forward, train) if self.mode is None else self.mode(train)
+
+
+def _refuse_training(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    if isinstance(context.module, hk.BatchNorm) and context.method_name == "__call__":
+        training = args[1] if len(args) > 1 else kwargs.get("is_training")
+        if training is True:
+            raise ValueError(
+                f"The model is applied with train=False, but its BatchNorm "
+                f"{context.module.module_name} has is_training=True. Give the forward function an "
+                "argument `is_training` and hand it on; or say that this is meant: "
+                "`Haiku(..., mode=no_flag)`."
+            )
+    return next_fun(*args, **kwargs)

@@ -35,7 +35,7 @@ def _schedules(
     workdir: pathlib.Path, trainer: Trainer, state: TrainState, *_: Any
 ) -> list[pathlib.Path]:
     assert isinstance(trainer.algorithm, FDS)
-    learned = trainer.algorithm.schedules(state.eta)
+    learned = trainer.algorithm.schedules(trainer.learned(state))
     figures = schedules.figures(schedules.read(workdir), trainer.algorithm, learned)
     return [_saved(workdir, name, figure) for name, figure in figures.items()]
 

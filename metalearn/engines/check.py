@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -47,3 +49,19 @@ def horizon(batches: Any) -> int:
             f"shapes are {found}. An inner loop that reads no data takes `jnp.arange(T)`."
         )
     return int(lengths.pop())  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def going_backwards() -> Iterator[None]:
+    """Raise ValueError with the way out where JAX finds a loop that it cannot go back through."""
+    try:
+        yield
+    except ValueError as error:
+        if "Reverse-mode differentiation does not work for lax.while_loop" not in str(error):
+            raise
+        raise ValueError(
+            "An inner loop holds a `jax.lax.while_loop`, and JAX has no backward pass through one. "
+            "The usual cause is a line search of the inner optimizer, such as that of "
+            "`optax.lbfgs`. Use `Forward()`, which goes through it, an estimator such as `ES()`, "
+            "or an optimizer without it: `optax.lbfgs(0.1, linesearch=None)`."
+        ) from error

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from metalearn.checks import at_least
-from metalearn.engines.check import check_eta, horizon, outer_loss
+from metalearn.engines.check import check_eta, going_backwards, horizon, outer_loss
 from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
 from metalearn.engines.nesting import nested_scan, square_root, within
@@ -90,7 +90,8 @@ def backpropagate(
     def objective(eta: Any) -> tuple[jax.Array, Aux]:
         return rollout(unroll, eta, batches, value_and_grad, remat)
 
-    return jax.value_and_grad(objective, has_aux=True)(eta)
+    with going_backwards():
+        return jax.value_and_grad(objective, has_aux=True)(eta)
 
 
 def rollout(

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn.engines.check import check_eta, horizon, outer_loss
+from metalearn.engines.check import check_eta, going_backwards, horizon, outer_loss
 from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
 from metalearn.engines.kept import Kept
@@ -38,6 +38,13 @@ def sweep(
 ) -> tuple[tuple[jax.Array, Aux], Any]:
     """Return ((loss (), aux), meta-gradient like eta)."""
     check_eta(eta)
+    with going_backwards():
+        return _swept(unroll, eta, batches, value_and_grad, kept, peel)
+
+
+def _swept(
+    unroll: Unroll, eta: Any, batches: Any, value_and_grad: ValueAndGrad, kept: Kept, peel: bool
+) -> tuple[tuple[jax.Array, Aux], Any]:
     alone = horizon(batches) == 1
     step = OneStep(unroll, eta, value_and_grad)
     first, rest = jax.tree.map(lambda x: x[0], batches), jax.tree.map(lambda x: x[1:], batches)
