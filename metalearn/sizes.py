@@ -25,6 +25,8 @@ from metalearn.tasks import Tasks
 
 MOST_TASKS = 10_000_000  # of an outer step, or an evaluation: each has a key, and a share of a day
 
+ANYWHERE = 2**30  # bytes that are tried whatever a device says it has
+
 
 def nbytes(shapes: Any) -> int:
     """Return the bytes of the arrays, or shapes of arrays, of a pytree."""
@@ -38,7 +40,7 @@ def check_learned(
     eta = jax.eval_shape(jax.jit(algorithm.init), jax.eval_shape(lambda: jax.random.key(0)))
     needed = nbytes(eta) + nbytes(jax.eval_shape(optimizer.init, eta))
     most = device_memory() * devices
-    if needed > most:
+    if needed > max(most, ANYWHERE):
         leaves = jax.tree.leaves(eta)
         count = sum(math.prod(leaf.shape) for leaf in leaves)
         raise ValueError(
@@ -65,7 +67,7 @@ def check_tasks(
     except Exception:  # what cannot be traced is refused by the outer step, which says why
         return
     most, needed = device_memory(), at_once * sum(parts.values())
-    if needed > most:
+    if needed > max(most, ANYWHERE):
         largest = max(parts, key=lambda name: parts[name])
         raise ValueError(
             f"{what or 'An outer step'} takes {show_bytes(needed)} at least, but there are "

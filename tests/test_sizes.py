@@ -234,6 +234,13 @@ def test_a_run_reads_no_more_examples_than_32_bits_count():
         problem.check(support, 2**28)
 
 
+def test_what_takes_less_than_a_gibibyte_is_tried_on_any_device(monkeypatch):
+    monkeypatch.setattr(sizes, "device_memory", lambda: 1)
+    Trainer(maml()).check_memory(Sinusoid(), [Sinusoid()])
+    with pytest.raises(ValueError, match="but there are 1 B"):
+        Trainer(maml(), tasks_per_step=10**7).check_memory(Sinusoid())
+
+
 def test_tasks_that_cannot_be_drawn_are_left_to_the_outer_step_to_refuse():
     class Broken(Sinusoid):
         def sample(self, key):
