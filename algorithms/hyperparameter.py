@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn.algorithms.windows import Windows
+from metalearn.fields import check_fields
 from metalearn.names import pick
 
 SPACES = {
@@ -42,6 +43,7 @@ class Hyperparameter:
     shape: tuple[int, ...] = ()  # of one value, such as (classes,)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         pick(SPACES, self.space, "space")
         starts = np.atleast_1d(np.asarray(self.start, float))
         if not self.low < self.high:

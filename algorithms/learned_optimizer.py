@@ -30,6 +30,7 @@ import optax
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.problem import Problem
 from metalearn.algorithms.update_rule import UpdateRule
+from metalearn.fields import check_fields
 from metalearn.names import pick
 from metalearn.unroll import Episode, Unroll
 
@@ -70,6 +71,7 @@ class LearnedOptimizer(Algorithm):
     cap: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "rule")
         pick(JUDGES, self.judge, "judge")
         if not isinstance(self.rule, UpdateRule):
             raise TypeError(

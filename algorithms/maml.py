@@ -28,6 +28,7 @@ from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.batch_norm import batch_norm_policy
 from metalearn.checks import pattern
+from metalearn.fields import check_fields
 from metalearn.leaves import split_by_path
 from metalearn.model import Model
 from metalearn.unroll import Episode, Unroll
@@ -65,6 +66,7 @@ class MAML(Algorithm):
     batch_norm: str = "transductive"  # see `metalearn.batch_norm`
 
     def __post_init__(self) -> None:
+        check_fields(self)
         batch_norm_policy(self.batch_norm)
         pattern("MAML", adapt=self.adapt)
         if min(self.inner_steps, self.evaluation_steps) < 1:

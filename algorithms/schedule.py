@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn.algorithms.windows import stretched, window_of
+from metalearn.fields import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Schedule:
     values: tuple[float, ...] | tuple[tuple[float, ...], ...]  # one for each window
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if len(self.edges) != len(self.values) + 1:
             raise ValueError(
                 f"A schedule has one edge more than values, not {len(self.edges)} edges and "

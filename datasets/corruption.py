@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metalearn.fields import check_fields
 from metalearn.names import pick
 
 
@@ -47,6 +48,7 @@ class Corruption:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.share < 1 or not 0 < self.probability <= 1:
             raise ValueError(
                 f"`Corruption` got share={self.share} and probability={self.probability}, but a "

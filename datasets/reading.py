@@ -81,8 +81,10 @@ def described(name: str, root: pathlib.Path, make: Callable[[], Any]) -> Any:
     from tensorflow_datasets.core import naming
 
     # TypeError and those after it: of descriptions that are JSON, but of something else.
-    reading = ValueError, AssertionError, ImportError, RuntimeError, OSError, json_format.Error
-    reading += TypeError, LookupError, AttributeError
+    reading: tuple[type[Exception], ...] = (
+        *(ValueError, AssertionError, ImportError, RuntimeError, OSError, json_format.Error),
+        *(TypeError, LookupError, AttributeError),
+    )
     try:
         parsed, options = naming.parse_builder_name_kwargs(name)
     except reading as error:

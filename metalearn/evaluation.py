@@ -14,7 +14,7 @@ from metalearn.algorithm import Algorithm
 from metalearn.checks import at_least
 from metalearn.engines.check import check_eta
 from metalearn.engines.loop import rollout
-from metalearn.tasks import Tasks
+from metalearn.tasks import Tasks, draw
 
 OURS = {"meta_grad_norm", "meta_update_norm", "tasks_reset", "tasks_left_out", "step_skipped"}
 
@@ -39,7 +39,7 @@ def task_metrics(
     """
     check_eta(eta)
     sample_key, unroll_key, batch_key = jax.random.split(key, 3)
-    episode = tasks.sample(sample_key)
+    episode = draw(tasks, sample_key)
     unroll = algorithm.unroll(episode, unroll_key)
     batches = jax.tree.map(lambda x: x[:steps], algorithm.batches(episode, batch_key))
     loss, aux = rollout(unroll, eta, batches)

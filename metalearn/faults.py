@@ -18,6 +18,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from metalearn.fields import check_fields
 from metalearn.names import pick
 
 NONFINITE = ("stop", "skip", "back_off", "pass")
@@ -55,6 +56,7 @@ class Faults:
     patience: int = 3
 
     def __post_init__(self) -> None:
+        check_fields(self)
         pick(dict.fromkeys(NONFINITE), self.nonfinite, "way with steps that are not finite")
         pick(dict.fromkeys(DIVERGED), self.diverged, "way with inner runs that diverge")
         if not 0 < self.shrink < 1:

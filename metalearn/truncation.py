@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from metalearn.engines import Aux
 from metalearn.engines.check import horizon
+from metalearn.fields import check_fields
 from metalearn.inner_runs import Posed
 from metalearn.isolation import all_finite
 from metalearn.leaves import select
@@ -56,6 +57,7 @@ class Truncation:
     staggered: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.steps < 1:
             raise ValueError(f"A truncation takes at least one inner step, not {self.steps}.")
         if self.shortest is not None and self.shortest < self.steps:

@@ -9,7 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from metalearn.fields import check_fields
 from metalearn.model import Model
+from metalearn.models.given import check_inputs, not_wrapped
 from metalearn.models.mode import Mode, no_flag
 
 
@@ -21,6 +23,12 @@ class Linen(Model):
     inputs: Any  # jax.ShapeDtypeStruct, or a pytree of them: one batch, to initialise with
     mode: Mode = no_flag  # how the module is told that it is training
     rngs: tuple[str, ...] = ("dropout",)  # the random streams that `apply` feeds from its key
+
+    def __post_init__(self) -> None:
+        check_fields(self, "module")
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(not_wrapped("Linen(module=)", self.module, "linen"))
+        check_inputs("Linen", self.inputs)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return (params, state)."""
