@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metalearn.pixels import are_pixels
+
 MOST = 2**31 - 1
 
 
@@ -37,6 +39,11 @@ def epochs(rows: jax.Array, steps: jax.Array, batch: int, key: jax.Array) -> jax
 
 
 def read(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (inputs, targets) of these rows; inputs of uint8 are read as 0..1."""
+    """Return (inputs, targets) of these rows; images of uint8 are read as 0..1.
+
+    Raises:
+      ValueError: of uint8 that are no images. See `metalearn.pixels`.
+    """
     inputs, targets = data[0][rows], data[1][rows]
-    return (inputs / 255.0 if inputs.dtype == jnp.uint8 else inputs), targets
+    pixels = are_pixels("An inner step", inputs.dtype, inputs.shape[1:])
+    return (inputs / 255.0 if pixels else inputs), targets

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from metalearn import __version__, strict_json
+from metalearn.algorithms.rule_bounds import check_bounds
 from metalearn.algorithms.rule_json import decode, encode
 from metalearn.algorithms.update_rule import UpdateRule
 from metalearn.leaves import paths
@@ -86,6 +87,7 @@ def load_rule(
 ) -> tuple[UpdateRule, Any]:
     """Return (rule, eta) of a file, to train it further. See `load_optimizer`."""
     metadata, weights = _read(Path(path))
+    check_bounds(f"{path}", metadata["rule"], weights)  # before anything is built of it
     rule = _rule(path, metadata["rule"], (known,) if isinstance(known, type) else known)
     try:
         expected = _expected(rule)
@@ -154,13 +156,20 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     }:
         raise ValueError(
             f"{path} is a safetensors file, but not of an optimizer: `save_optimizer` did not "
-            f"write it. Its metadata: {', '.join(sorted(metadata)) or 'none'}."
+            f"write it. Its metadata: {_listed(sorted(metadata)) or 'none'}."
         )
     if metadata["schema"] != SCHEMA:
         raise ValueError(
             f"{path} has schema {metadata['schema']}, and this metalearn ({__version__}) reads "
             f"schema {SCHEMA}. Load it with metalearn {metadata['metalearn']}, which wrote it."
         )
+
+
+def _listed(names: Sequence[str], most: int = 8, longest: int = 80) -> str:
+    """Return names for a message, which no file makes long."""
+    shown = [name if len(name) <= longest else f"{name[:longest]}..." for name in names[:most]]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(shown)}{more}"
 
 
 def _shapes(rule: UpdateRule) -> Any:
@@ -178,7 +187,7 @@ def _named(eta: Any) -> dict[str, np.ndarray]:
 def _by_path(tree: Any) -> dict[str, Any]:
     names = [name or "eta" for name in paths(tree)]
     if len({*names}) < len(names):
-        raise ValueError(f"Two weights have one path: {', '.join(names)}. Rename one.")
+        raise ValueError(f"Two weights have one path: {_listed(names)}. Rename one.")
     return dict(zip(names, jax.tree.leaves(tree), strict=True))
 
 
@@ -191,10 +200,10 @@ def _check(
     """Raise ValueError unless the arrays have the names and shapes of the rule's eta."""
     if missing := [name for name in expected if name not in found]:
         raise ValueError(
-            f"Weights of the rule are missing from {what}: {', '.join(missing)}. {way_out}"
+            f"Weights of the rule are missing from {what}: {_listed(missing)}. {way_out}"
         )
     if extra := [name for name in found if name not in expected]:
-        raise ValueError(f"Weights in {what} are none of the rule's: {', '.join(extra)}. {way_out}")
+        raise ValueError(f"Weights in {what} are none of the rule's: {_listed(extra)}. {way_out}")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise ValueError(

@@ -20,6 +20,7 @@ import numpy as np
 
 from metalearn.algorithms.float_leaves import check_decays, precision
 from metalearn.algorithms.parameter_features import LEAST, Feature, Tensor, over, running_means
+from metalearn.fields import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class FactoredMoments(Feature):
     decays: tuple[float, ...] = (0.9, 0.99, 0.999)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_decays(self.decays)
 
     def size(self, directions: int) -> int:

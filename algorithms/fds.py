@@ -38,8 +38,9 @@ from metalearn.algorithms.objectives import cross_entropy
 from metalearn.algorithms.schedule import Schedule
 from metalearn.algorithms.windows import edges, spread, stretched, window_of
 from metalearn.checks import at_least, counts
+from metalearn.fields import check_fields
 from metalearn.leaves import in_dtypes_of
-from metalearn.model import Model
+from metalearn.model import Model, no_model
 from metalearn.optimizers import differentiable_at_zero
 from metalearn.unroll import Episode, Unroll
 from metalearn.updates import evaluate, evaluation_params, start, update
@@ -63,7 +64,7 @@ class FDS(Algorithm):
     passed for. Arguments that stay as they are: `functools.partial(optax.adamw, eps=1e-6)`.
 
     Support and query: (inputs [n, ...], targets [n], rows [m]), the data and those rows of it
-    that belong to the split. Inputs of uint8 are read as 0..1.
+    that belong to the split. Images of uint8 are read as 0..1; nothing else is rescaled.
     """
 
     model: Model
@@ -79,6 +80,7 @@ class FDS(Algorithm):
     eval_horizon: int | None = None  # the schedule is stretched over so many; None: `horizon`
 
     def __post_init__(self) -> None:
+        check_fields(self, "horizon", "batch", "optimizer", absent=("model",))
         if not self.hyperparameters:
             raise ValueError("FDS learns hyperparameters, so it needs at least one of them.")
         if not callable(self.optimizer):
@@ -113,6 +115,8 @@ class FDS(Algorithm):
 
     def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
         """Return the training of a fresh model, drawn with `key`."""
+        if self.model is None:  # as of an FDS that is there for its schedules alone
+            raise TypeError(no_model("FDS(model=None)", None))
         model_key, augment_key, noise_key = jax.random.split(key, 3)
 
         def init(eta: Any) -> Run:

@@ -25,6 +25,7 @@ import optax
 
 from metalearn.algorithms.float_leaves import check_params, precision
 from metalearn.algorithms.update_rule import UpdateRule
+from metalearn.fields import check_fields
 from metalearn.names import pick
 
 LEAST = 1e-16  # added to a squared norm: cosines fade where a norm is below 1e-8
@@ -62,6 +63,7 @@ class HypergradientRule(UpdateRule):
     rates: str = "per tensor"  # or "global": one for all
 
     def __post_init__(self) -> None:
+        check_fields(self)
         pick(RATES, self.rates, "kind of rates")
         if not (self.rate > 0 and self.hyper_rate > 0):
             raise ValueError(

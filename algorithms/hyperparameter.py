@@ -22,6 +22,7 @@ import numpy as np
 
 from metalearn.algorithms.windows import Windows, check_windows
 from metalearn.checks import is_integer
+from metalearn.fields import check_fields
 from metalearn.names import pick
 
 SPACES = {
@@ -43,6 +44,7 @@ class Hyperparameter:
     shape: tuple[int, ...] = ()  # of one value, such as (classes,)
 
     def __post_init__(self) -> None:
+        check_fields(self, "windows", "shape")
         pick(SPACES, self.space, "space")
         check_windows(self.windows)
         if not isinstance(self.shape, tuple) or not all(map(is_integer, self.shape)):

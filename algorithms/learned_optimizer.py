@@ -31,6 +31,7 @@ from metalearn.algorithm import Algorithm
 from metalearn.algorithms.problem import Problem
 from metalearn.algorithms.update_rule import UpdateRule
 from metalearn.checks import is_integer
+from metalearn.fields import check_fields
 from metalearn.names import pick
 from metalearn.unroll import Episode, Unroll
 from metalearn.updates import evaluate, evaluation_params, start, update
@@ -72,6 +73,7 @@ class LearnedOptimizer(Algorithm):
     cap: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "rule", "horizon")
         pick(JUDGES, self.judge, "judge")
         if not isinstance(self.rule, UpdateRule):
             raise TypeError(

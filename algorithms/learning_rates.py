@@ -24,6 +24,7 @@ import optax
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.example_mean import ExampleMean
+from metalearn.fields import check_fields
 from metalearn.model import Model
 from metalearn.reversible import Reversible
 from metalearn.unroll import Episode, Unroll
@@ -57,6 +58,7 @@ class LearningRates(Algorithm):
     mean_over_examples: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.mean_over_examples and self._statistics(jax.random.key(0)):
             raise ValueError(
                 "mean_over_examples=True, but the model has a mutable state, which ties the "

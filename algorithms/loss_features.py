@@ -17,7 +17,7 @@ Meta-Weight-Net (Shu et al. 2019, arXiv:1902.07379) is the loss of the example.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,15 @@ def features(names: Sequence[str], seen: Seen, sources: int = 0) -> jax.Array:
     columns = [pick(FEATURES, name, "feature")(seen, sources) for name in names]
     wide = [jnp.broadcast_to(column, (batch, length, column.shape[-1])) for column in columns]
     return jnp.concatenate(wide, -1)
+
+
+def check_names(what: str, names: Any) -> None:
+    """Raise TypeError unless these are several names: a text is one, and would be its letters."""
+    if not isinstance(names, tuple | list):
+        raise TypeError(
+            f"`{what}(features={names!r})`: they are a tuple of names, such as "
+            f"features=({next(iter(FEATURES))!r},)."
+        )
 
 
 def width(names: Sequence[str], sources: int = 0) -> int:

@@ -32,6 +32,7 @@ import optax
 
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.loss_features import Seen
+from metalearn.algorithms.objectives import check_labels
 from metalearn.algorithms.separation import auc
 from metalearn.algorithms.weighting import Weighting, bounded
 from metalearn.algorithms.weighting_checks import (
@@ -41,6 +42,7 @@ from metalearn.algorithms.weighting_checks import (
     check_weighting,
 )
 from metalearn.example_mean import ExampleMean
+from metalearn.fields import check_fields
 from metalearn.model import Model
 from metalearn.unroll import Episode, Unroll
 from metalearn.updates import Evaluated, evaluate, evaluation_params, start, update
@@ -73,6 +75,7 @@ class LossWeights(Algorithm):
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_squash(self.squash)
         check_weighting(self.weighting)
         if self.normalize is not None:
@@ -149,7 +152,10 @@ class LossWeights(Algorithm):
         outputs, statistics = self.model.apply(
             state.params, state.statistics, batch.inputs, train=train, key=key
         )
-        losses = self.loss_fn(outputs, batch.targets)
+        targets = batch.targets
+        if self.loss_fn is optax.softmax_cross_entropy_with_integer_labels:
+            targets = check_labels("LossWeights", outputs, targets)
+        losses = self.loss_fn(outputs, targets)
         return losses.reshape(losses.shape[0], -1), statistics
 
     def _held_out(

@@ -32,6 +32,7 @@ from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.batch_norm import batch_norm_policy
 from metalearn.checks import is_integer, pattern
+from metalearn.fields import check_fields
 from metalearn.leaves import split_by_path
 from metalearn.model import Model
 from metalearn.unroll import Episode, Unroll
@@ -71,6 +72,7 @@ class MAML(Algorithm):
     batch_norm: str = "transductive"  # see `metalearn.batch_norm`
 
     def __post_init__(self) -> None:
+        check_fields(self, "inner_steps", "eval_steps")
         batch_norm_policy(self.batch_norm)
         pattern("MAML", adapt=self.adapt)
         if not all(is_integer(n) and n >= 1 for n in (self.inner_steps, self.evaluation_steps)):

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metalearn.labels import compare
+
 Objective = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Classify: logits [n, classes], labels [n] int -> mean loss (), accuracy in 0..1."""
-    check_labels("cross_entropy", logits, labels)
+    labels = check_labels("cross_entropy", logits, labels)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
 
@@ -43,7 +45,7 @@ def weighted_cross_entropy(
       label_smoothing: (), in 0..1: the share of each target spread over all classes.
       class_weights: [classes], of the losses by their label; None: all one.
     """
-    check_labels("weighted_cross_entropy", logits, labels)
+    labels = check_labels("weighted_cross_entropy", logits, labels)
     log_p = jax.nn.log_softmax(logits)
     right = jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
     share = jnp.asarray(label_smoothing)
@@ -53,12 +55,26 @@ def weighted_cross_entropy(
     return losses.mean(), {"accuracy": (logits.argmax(-1) == labels).mean()}
 
 
-def check_labels(what: str, logits: jax.Array, labels: jax.Array) -> None:
-    """Raise ValueError unless labels are integers, one for each row of logits."""
-    if jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == logits.shape[:-1]:
-        return
-    raise ValueError(
-        f"`{what}` takes logits [..., classes] and one integer label for each, but the logits are "
-        f"{list(logits.shape)} and the labels {labels.dtype}{list(labels.shape)}. A regression "
-        "takes `squared_error`."
-    )
+def check_labels(what: str, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the labels, those below zero made as wrong as those beyond the outputs.
+
+    The loss of a label that is beyond the outputs is NaN; of -1 it would be that of the last
+    class. What is known of the labels of a run is compared with the outputs (`metalearn.labels`).
+
+    Raises:
+      ValueError: unless labels are integers, one for each row of logits, and none is known to be
+        beyond the outputs.
+    """
+    if not (jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == logits.shape[:-1]):
+        one_hot = labels.shape == logits.shape
+        raise ValueError(
+            f"`{what}` takes logits [..., classes] and one integer label for each, but the logits "
+            f"are {list(logits.shape)} and the labels {labels.dtype}{list(labels.shape)}. "
+            + ("Labels that are one-hot: `labels.argmax(-1)`. " if one_hot else "")
+            + "A regression takes `squared_error`."
+        )
+    compare(what, logits.shape[-1])
+    if jnp.issubdtype(labels.dtype, jnp.unsignedinteger):
+        return labels
+    beyond = jnp.iinfo(labels.dtype).max
+    return jnp.where(labels < 0, jnp.asarray(beyond, labels.dtype), labels)

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn.algorithms.float_leaves import check_decays, precision
+from metalearn.fields import check_fields
 
 LEAST = 1e-16  # added below a root: as small as Adam's 1e-8 beside one
 
@@ -82,6 +83,7 @@ class Momenta(Feature):
     is_direction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_decays(self.decays)
 
     def size(self, directions: int) -> int:
@@ -102,6 +104,7 @@ class SecondMoments(Feature):
     decays: tuple[float, ...] = (0.999,)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_decays(self.decays)
 
     def size(self, directions: int) -> int:
@@ -134,6 +137,9 @@ class StepFeatures(Feature):
 
     scales: tuple[float, ...] = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
     is_normalized: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def size(self, directions: int) -> int:
         return len(self.scales)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,6 +54,12 @@ class PointwiseMLP(Network):
     hidden: tuple[int, ...] = (32, 32)
 
     def __post_init__(self) -> None:
+        given: Any = self.hidden
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise TypeError(
+                f"`PointwiseMLP(hidden={self.hidden!r})`: it is a tuple of widths, such as "
+                "hidden=(32, 32)."
+            )
         widths("PointwiseMLP", hidden=self.hidden)
 
     def init(self, key: jax.Array, features: int) -> list[dict[str, jax.Array]]:

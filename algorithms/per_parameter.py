@@ -45,6 +45,7 @@ from metalearn.algorithms.parameter_features import (
 )
 from metalearn.algorithms.parameter_networks import Network, PointwiseMLP
 from metalearn.algorithms.update_rule import UpdateRule
+from metalearn.fields import check_fields
 
 USUAL = (
     Gradient(),
@@ -90,6 +91,7 @@ class PerParameter(UpdateRule):
     factors: tuple[Feature, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self, "features", "network", "base")
         parts = [*self.features, *self.factors] if isinstance(self.features, tuple) else [None]
         if not all(isinstance(part, Feature) for part in parts):
             raise TypeError(

@@ -24,6 +24,7 @@ from metalearn.algorithms.epochs import check_reads, epochs, read
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.checks import at_least
 from metalearn.engines.check import horizon as length
+from metalearn.fields import check_fields
 from metalearn.model import Model
 
 
@@ -83,6 +84,7 @@ class Supervised(Problem):
     batch: int = 64
 
     def __post_init__(self) -> None:
+        check_fields(self, "batch")
         if self.batch is None:
             raise ValueError(
                 "`Supervised(batch=None)`: the tasks hold a whole dataset, of which a step reads "
@@ -131,6 +133,9 @@ class Streamed(Problem):
     model: Model
     objective: Objective = cross_entropy
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return the model's parameters and state."""
         return self.model.init(key)
@@ -171,6 +176,9 @@ class Quadratic(Problem):
 
     dimension: int
     noise: float = 0.0  # standard deviation of the minimum that a step sees
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return theta_0 [d]."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from metalearn.algorithms.float_leaves import check_decays, precision
 from metalearn.algorithms.parameter_features import Feature, Tensor, running_means
+from metalearn.fields import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class ParameterScale(Feature):
     least: float = 1e-3
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.least > 0:
             raise ValueError(
                 f"A tensor of zeros would never move with least={self.least}. Take a positive one."
@@ -40,6 +42,7 @@ class ReciprocalRoot(Feature):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_decays((self.decay,))
 
     def size(self, directions: int) -> int:

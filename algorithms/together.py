@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn.algorithms.problem import Problem, StepLoss
+from metalearn.fields import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Together(Problem):
     weights: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.parts:
             raise ValueError("`Together` takes at least one problem: {name: problem}.")
         if self.weights is not None and self.weights.keys() != self.parts.keys():

@@ -23,6 +23,7 @@ from metalearn.algorithms.float_leaves import check_params
 from metalearn.algorithms.hyperparameter import Hyperparameter
 from metalearn.algorithms.hyperparameter_places import check_required, place
 from metalearn.algorithms.update_rule import UpdateRule
+from metalearn.fields import check_fields
 from metalearn.leaves import in_dtypes_of
 from metalearn.optimizers import differentiable_at_zero
 
@@ -40,6 +41,7 @@ class TunedRule(UpdateRule):
     hyperparameters: Mapping[str, Hyperparameter] = dataclasses.field(hash=False)
 
     def __post_init__(self) -> None:
+        check_fields(self, "make")
         if not self.hyperparameters:
             raise ValueError("TunedRule learns hyperparameters, so it needs at least one of them.")
         if not callable(self.make):

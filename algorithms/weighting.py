@@ -29,8 +29,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn.algorithms.loss_features import Seen, features, width
+from metalearn.algorithms.loss_features import Seen, check_names, features, width
 from metalearn.checks import at_least, widths
+from metalearn.fields import check_fields
 
 
 class Weighting(abc.ABC):
@@ -55,6 +56,7 @@ class DomainWeights(Weighting):
     domains: int
 
     def __post_init__(self) -> None:
+        check_fields(self, "domains")
         at_least("DomainWeights", 1, domains=self.domains)
 
     def init(self, key: jax.Array) -> jax.Array:
@@ -77,6 +79,8 @@ class TokenWeights(Weighting):
     sources: int = 0  # how many there are, for the feature "source"
 
     def __post_init__(self) -> None:
+        check_fields(self, "features")
+        check_names(type(self).__name__, self.features)
         width(self.features, self.sources)
         widths(type(self).__name__, hidden=self.hidden)
 
@@ -98,6 +102,8 @@ class ExampleWeights(Weighting):
     sources: int = 0  # how many there are, for the feature "source"
 
     def __post_init__(self) -> None:
+        check_fields(self, "features")
+        check_names(type(self).__name__, self.features)
         width(self.features, self.sources)
         widths(type(self).__name__, hidden=self.hidden)
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metalearn.checks import is_integer
+from metalearn.fields import check_fields
 from metalearn.names import pick
 
 
@@ -48,6 +49,7 @@ class Corruption:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, "seed")
         if not 0 < self.share < 1 or not 0 < self.probability <= 1:
             raise ValueError(
                 f"`Corruption` got share={self.share} and probability={self.probability}, but a "

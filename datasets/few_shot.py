@@ -6,8 +6,9 @@ are the slots 0 .. ways-1, and which class sits in which slot is drawn anew for 
 task, so a label means nothing outside its episode: that is what makes the learner
 learn to learn (Vinyals et al. 2016, arXiv:1606.04080).
 
-The examples live on the device as uint8 and are gathered, then converted, in the jit
-that trains on them: no host work, no transfer per step. What is drawn depends on the
+The examples live on the device as they are stored and are gathered, then converted, in the
+jit that trains on them: no host work, no transfer per step. Images of uint8 become 0..1 there;
+examples of any other type are used as they are. What is drawn depends on the
 key alone. A batch of tasks is a `vmap` over keys, and costs about as much as writing
 its pixels in float32 (`python -m metalearn.experiments.benchmarks.sampler`).
 """
@@ -15,12 +16,18 @@ its pixels in float32 (`python -m metalearn.experiments.benchmarks.sampler`).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from metalearn.checks import integers
+from metalearn.datasets.arrays import one_array
 from metalearn.datasets.class_index import ClassIndex
 from metalearn.datasets.distinct import distinct
+from metalearn.fields import check_fields
+from metalearn.pixels import are_pixels
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
 
@@ -34,29 +41,41 @@ class FewShot(Tasks):
     (a jit that closes over it would bake the whole dataset into the program).
     """
 
-    examples: jax.Array = dataclasses.field(repr=False)  # [classes, examples, ...] uint8
+    examples: jax.Array = dataclasses.field(repr=False)  # [classes, examples, ...]
     counts: jax.Array = dataclasses.field(repr=False)  # [classes] int32: real examples
     ways: int = dataclasses.field(metadata={"static": True})
     shots: int = dataclasses.field(metadata={"static": True})
     queries: int = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def create(cls, index: ClassIndex, *, ways: int, shots: int, queries: int) -> FewShot:
         """Put an index on the device, after checking that it can serve such tasks.
 
         Args:
-          index: the examples by class.
+          index: the examples by class. Images of uint8 are read as 0..1, nothing else is
+            rescaled: floats and integers (features, tokens) are used as they are.
           ways: classes in a task.
           shots: support examples per class.
           queries: query examples per class.
 
         Raises:
           ValueError: if the index has fewer than `ways` classes, or a class has fewer
-            than `shots + queries` examples.
+            than `shots + queries` examples; if a size is no integer; or of uint8 that are no
+            images, which may be pixels or tokens.
+          TypeError: if there is no index of arrays.
         """
+        index = _arrays(index)
         _check(index, ways, shots, queries)
+        are_pixels("`FewShot`", index.examples.dtype, index.examples.shape[2:])
         examples, counts = jnp.asarray(index.examples), jnp.asarray(index.counts)
-        return cls(examples, counts, ways, shots, queries)
+        return cls(examples, counts, int(ways), int(shots), int(queries))
+
+    def label_range(self) -> tuple[int, int]:
+        """Return (0, ways - 1)."""
+        return 0, self.ways - 1
 
     def indices(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Draw one task as indices: classes [ways], examples [ways, shots + queries], int32."""
@@ -70,9 +89,10 @@ class FewShot(Tasks):
         """Draw one task, grouped by class: label 0 first, label ways-1 last.
 
         Returns:
-          `support` = (inputs [ways * shots, ...] float32 in 0..1, labels [ways * shots]
-          int32 in 0 .. ways-1), and `query` likewise with `queries` per class. Classes
-          are distinct, and so are all examples of a class in the episode.
+          `support` = (inputs [ways * shots, ...], labels [ways * shots] int32 in
+          0 .. ways-1), and `query` likewise with `queries` per class. Inputs of uint8 images
+          are float32 in 0..1, others as they are in the index. Classes are distinct, and so
+          are all examples of a class in the episode.
         """
         classes, picks = self.indices(key)
         rows = classes[:, None] * self.examples.shape[1] + picks
@@ -88,14 +108,43 @@ class FewShot(Tasks):
     def _gather(self, rows: jax.Array) -> jax.Array:
         classes, per_class, *shape = self.examples.shape
         table = self.examples.reshape(classes * per_class, -1)
+        if not are_pixels("`FewShot`", table.dtype, tuple(shape)):
+            return table[rows].reshape(-1, *shape)
         return table[rows].astype(jnp.float32).reshape(-1, *shape) / 255
 
     def _labels(self, per_class: int) -> jax.Array:
         return jnp.repeat(jnp.arange(self.ways, dtype=jnp.int32), per_class)
 
 
+def _arrays(index: Any) -> ClassIndex:
+    """Return an index of arrays; TypeError and ValueError where it is none."""
+    if not isinstance(index, ClassIndex):
+        raise TypeError(
+            f"`FewShot.create` takes a `ClassIndex`, examples by class, not a "
+            f"{type(index).__name__}. Of images with their labels: `from_labels(images, labels)`."
+        )
+    examples = one_array("ClassIndex", "examples", index.examples, "[classes, examples, ...]")
+    counts = np.asarray(one_array("ClassIndex", "counts", index.counts, "[classes]"))
+    right = examples.ndim >= 2 and counts.shape == examples.shape[:1] and counts.size
+    if not (right and counts.dtype.kind in "iu" and 0 <= counts.min()):
+        raise ValueError(
+            f"`ClassIndex` got examples {list(examples.shape)} and counts {counts.dtype}"
+            f"{list(counts.shape)}, but counts say how many examples each class has: integers "
+            "[classes] beside examples [classes, examples, ...]. Of examples with their labels "
+            "`from_labels` makes an index."
+        )
+    if counts.max() > examples.shape[1]:
+        raise ValueError(
+            f"`ClassIndex` says that class {int(counts.argmax())} has {counts.max()} examples, but "
+            f"its examples {list(examples.shape)} hold {examples.shape[1]} of a class. Count those "
+            "that are there."
+        )
+    return ClassIndex(examples, counts)  # type: ignore[arg-type]
+
+
 def _check(index: ClassIndex, ways: int, shots: int, queries: int) -> None:
     """Raise unless every task of this shape can be drawn from every choice of classes."""
+    integers("FewShot", ways=ways, shots=shots, queries=queries)
     if min(ways, shots, queries) < 1:
         raise ValueError(
             f"`FewShot` got ways={ways}, shots={shots}, queries={queries}, but a task has at least "

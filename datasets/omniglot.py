@@ -32,7 +32,7 @@ import numpy as np
 from metalearn import strict_json
 from metalearn.datasets.cache import cached
 from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
-from metalearn.datasets.reading import check_prepared, examples, source
+from metalearn.datasets.reading import builder_of, check_prepared, examples, source
 from metalearn.names import pick
 
 SIZE = 28  # pixels a side
@@ -61,6 +61,7 @@ def omniglot(
 
     Raises:
       DatasetNotPreparedError: if TFDS's omniglot is not there; it says how to get it.
+      DamagedDatasetError: if a file of it is missing, cannot be read, or names foreign code.
       ValueError: if there is no such split or partition, or the data is incomplete.
     """
     labels = characters(split, partition)
@@ -89,11 +90,10 @@ def _maml() -> dict[str, Any]:
 
 def _images(data_dir: str | None) -> np.ndarray:
     """All characters in the order of TFDS's labels: [1623, 20, 28, 28, 1] uint8."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder("omniglot", data_dir=data_dir)
+    builder = builder_of("omniglot", data_dir)
     check_prepared(builder)
-    return cached(_cache_name(builder), lambda: _read(builder))
+    shape = (CHARACTERS, DRAWINGS, SIZE, SIZE, 1)
+    return cached(_cache_name(builder), lambda: _read(builder), np.uint8, shape)
 
 
 def _cache_name(builder: Any) -> str:

@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from metalearn.fields import check_fields
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
 
@@ -27,6 +28,7 @@ class Quadratics(Tasks):
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         low, high = self.curvature
         if self.dimension < 1 or not 0 < low <= high:
             raise ValueError(

@@ -5,17 +5,28 @@ it. In the array_record file format, reading is random access by index and needs
 TensorFlow. A dataset that is not there is refused at once, with the command that
 prepares it: TFDS itself would look for a network for minutes first. One of which a file
 is missing, cut short or overwritten is refused by the name of the file.
+
+A dataset's folder names the Python class of each of its features, and TFDS would import the
+module of one that it does not know. A dataset that names any but TFDS's own is refused before
+TFDS opens it, so that reading one runs no code that came with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 # What `python -m metalearn.datasets.prepare` prepares, without TensorFlow.
 PREPARED_HERE = ("omniglot",)
+
+# The files of a dataset that TFDS builds features from, and the keys of the classes of these.
+DESCRIPTIONS = ("features.json", "dataset_info.json")
+CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+FOLDERS = ("", "*/", "*/*/")  # of a dataset: NAME/[CONFIG/]VERSION
 
 
 class DatasetNotPreparedError(FileNotFoundError):
@@ -40,7 +51,8 @@ def open_source(
 
     Raises:
       DatasetNotPreparedError: if the dataset is not there; it says how to get it.
-      DamagedDatasetError: if a file of it is missing; and when a record cannot be read.
+      DamagedDatasetError: if a file of it is missing, or names a class that is not TFDS's; and
+        when a record cannot be read.
       ValueError: if TFDS knows no such dataset or split.
     """
     builder = builder_of(name, data_dir)
@@ -53,30 +65,107 @@ def builder_of(name: str, data_dir: str | None = None) -> Any:
 
     Raises:
       ValueError: where TFDS knows no dataset of that name.
-      DamagedDatasetError: where there is one, but its description cannot be read.
+      DamagedDatasetError: where there is one, but its description cannot be read, or names a
+        class that is not TFDS's.
     """
     import tensorflow_datasets as tfds
 
     root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    return described(name, root, lambda: tfds.builder(name, data_dir=data_dir))
+    # The directory is passed on, so that TFDS looks where the classes were checked alone.
+    return described(name, root, lambda: tfds.builder(name, data_dir=str(root)))
 
 
 def described(name: str, root: pathlib.Path, make: Callable[[], Any]) -> Any:
     """Return the builder that `make` returns. See `builder_of`."""
     from google.protobuf import json_format
+    from tensorflow_datasets.core import naming
 
-    reading = ValueError, AssertionError, ImportError, RuntimeError, OSError, json_format.Error
+    # TypeError and those after it: of descriptions that are JSON, but of something else.
+    reading: tuple[type[Exception], ...] = (
+        *(ValueError, AssertionError, ImportError, RuntimeError, OSError, json_format.Error),
+        *(TypeError, LookupError, AttributeError),
+    )
+    try:
+        parsed, options = naming.parse_builder_name_kwargs(name)
+    except reading as error:
+        raise _unknown(name, str(error).partition("\n")[0]) from error
+    if parsed.namespace:
+        raise _unknown(name, "a name with a namespace is of datasets that are not on this disk")
+    if options.get("config") in (".", ".."):
+        raise _unknown(name, "no config has such a name")
+    _check_classes(name, root, parsed.name)
     try:
         return make()
     except reading as error:
         why = str(error).partition("\n")[0]
-        if name.isidentifier() and (root / name).is_dir():
-            raise _damaged(name, root / name, root, "its description", why) from error
-        raise ValueError(
-            f"TFDS has no dataset called {name!r} ({why}). They are listed at "
-            "https://www.tensorflow.org/datasets/catalog, and those of your own are found where "
-            "they are prepared: pass data_dir= or set TFDS_DATA_DIR."
-        ) from error
+        if (root / parsed.name).is_dir():
+            raise _damaged(name, root / parsed.name, root, "its description", why) from error
+        raise _unknown(name, why) from error
+
+
+def _unknown(name: str, why: str) -> ValueError:
+    return ValueError(
+        f"TFDS has no dataset called {name!r} ({why}). They are listed at "
+        "https://www.tensorflow.org/datasets/catalog, and those of your own are found where "
+        "they are prepared: pass data_dir= or set TFDS_DATA_DIR."
+    )
+
+
+def _check_classes(name: str, root: pathlib.Path, folder: str) -> None:
+    """Raise DamagedDatasetError where a dataset names a class that TFDS would import.
+
+    All configs and versions are looked at, since which of them is opened is TFDS's to say.
+    """
+    for pattern in (part + file for part in FOLDERS for file in DESCRIPTIONS):
+        for path in sorted((root / folder).glob(pattern)):
+            try:
+                text = path.read_text("utf-8", errors="replace")
+                foreign = next((c for c in _classes(text) if not _of_tfds(c)), None)
+            except RecursionError as error:
+                raise _damaged(name, path.parent, root, path.name, "nested too deeply") from error
+            except (ValueError, OSError):
+                continue  # no JSON: TFDS makes nothing of it either, and says so
+            if foreign is not None:
+                raise DamagedDatasetError(
+                    f"The dataset {name!r} in {path.parent} names the class {foreign[:200]!r} in "
+                    f"{path.name}, and to read it TFDS would import that module, and so run it. "
+                    "metalearn runs no code that a dataset names: the features of one are classes "
+                    "of `tensorflow_datasets.` alone. Delete that directory if you do not know "
+                    "where it comes from. Data of your own: prepare them with features of TFDS, or "
+                    "read them with TFDS yourself and make arrays of them."
+                )
+
+
+def _classes(text: str) -> Iterator[str]:
+    """Yield the names of classes in a description, also in JSON within its texts."""
+    pairs = json.JSONDecoder(object_pairs_hook=_Pairs)  # keys that come twice are seen twice
+    waiting: list[Any] = [pairs.decode(text)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, _Pairs):
+            yield from (v for k, v in value if k in CLASS_KEYS and isinstance(v, str) and "." in v)
+            waiting += [v for _, v in value]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+            try:
+                waiting.append(pairs.decode(value))
+            except ValueError:
+                continue  # a text that is no JSON
+
+
+class _Pairs(list):  # type: ignore[type-arg]
+    """The items of a JSON object."""
+
+
+def _of_tfds(name: str) -> bool:
+    """Say whether a class is one of a module of TFDS, which is looked for but not imported."""
+    import tensorflow_datasets as tfds
+
+    if not re.fullmatch(r"tensorflow_datasets(\.[A-Za-z_][A-Za-z0-9_]*){2,}", name):
+        return False
+    module = pathlib.Path(tfds.__file__).parent.joinpath(*name.split(".")[1:-1])
+    return module.with_suffix(".py").is_file() or (module / "__init__.py").is_file()
 
 
 @dataclasses.dataclass(frozen=True)

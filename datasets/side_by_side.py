@@ -19,6 +19,11 @@ class SideBySide(Tasks):
     parts: Mapping[str, Tasks]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parts, Mapping):
+            raise TypeError(
+                f"`SideBySide(parts={self.parts!r})`: it is a dictionary of distributions over "
+                f"tasks by name, not a {type(self.parts).__name__}."
+            )
         if not self.parts:
             raise ValueError("`SideBySide` takes at least one distribution: {name: tasks}.")
 

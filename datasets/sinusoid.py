@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn.checks import at_least
+from metalearn.fields import check_fields
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
 
@@ -37,6 +38,7 @@ class Sinusoid(Tasks):
     inputs: tuple[float, float] = _static((-5.0, 5.0))  # radians
 
     def __post_init__(self) -> None:
+        check_fields(self, "shots", "queries")
         at_least("Sinusoid", 1, shots=self.shots, queries=self.queries)
 
     def sample(self, key: jax.Array) -> Episode:

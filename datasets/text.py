@@ -19,8 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn.checks import integers
+from metalearn.datasets.arrays import least_and_largest
 from metalearn.datasets.corruption import Corruption, Pieces, cut
 from metalearn.datasets.tokens import BYTES, Tokenizer
+from metalearn.fields import check_fields
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
 
@@ -55,6 +58,9 @@ class Text(Tasks):
     queries: int = _static()
     probes: int = _static()
     vocabulary: int = _static()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def create(
@@ -109,6 +115,11 @@ class Text(Tasks):
         """Return how many sources there are."""
         return self.held_out.source.shape[0]
 
+    def label_range(self) -> tuple[int, int] | None:
+        """Return the least and the largest token that there is."""
+        texts = self.train, self.held_out, self.spoiled
+        return least_and_largest(*(text.tokens for text in texts if text is not None))
+
     def clean(self) -> Text:
         """Return the same tasks with the corrupted pieces of the training text left out."""
         kept = np.flatnonzero(~np.asarray(self.train.corrupted))
@@ -144,6 +155,8 @@ def _check_sizes(
     pieces: int,
     corruption: Corruption | None,
 ) -> None:
+    sizes = {"length": length, "steps": steps, "batch": batch, "queries": queries}
+    integers("Text", **sizes, probes=probes, pieces=pieces)
     if min(length, steps, batch, queries, pieces) < 1 or probes < 0:
         raise ValueError(
             f"`Text` got length={length}, steps={steps}, batch={batch}, queries={queries}, "

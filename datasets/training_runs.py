@@ -25,6 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn.datasets.arrays import least_and_largest, one_array
+from metalearn.fields import check_fields
+from metalearn.pixels import are_pixels
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
 
@@ -37,10 +40,13 @@ class TrainingRuns(Tasks):
     A pytree: the data are its leaves, so pass it to jit as an argument.
     """
 
-    inputs: jax.Array = dataclasses.field(repr=False)  # [n, ...], uint8 or float32
+    inputs: jax.Array = dataclasses.field(repr=False)  # [n, ...]
     targets: jax.Array = dataclasses.field(repr=False)  # [n], of the outer loss
     training_targets: jax.Array = dataclasses.field(repr=False)  # [n], of the inner loop
     validation: int = dataclasses.field(metadata={"static": True})  # examples of the outer loss
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def create(
@@ -49,7 +55,8 @@ class TrainingRuns(Tasks):
         """Put a dataset on the device, after checking that it can be split.
 
         Args:
-          inputs: [n, ...], uint8 or float32, kept as they are.
+          inputs: [n, ...], kept as they are. An inner step reads images of uint8 as 0..1, and
+            any other type as it is: tokens are int32.
           targets: [n], as the loss takes them.
           validation: how many examples a run does not train on, as a number (an int) or
             a share of all (a float), rounded.
@@ -57,14 +64,20 @@ class TrainingRuns(Tasks):
             noisy labels; None: the same.
 
         Raises:
-          ValueError: if lengths differ, or no example is left on one side of the split.
+          ValueError: if lengths differ, or no example is left on one side of the split; or of
+            uint8 that are no images, which may be pixels or tokens.
+          TypeError: if inputs or targets are no arrays, or `validation` no number.
         """
-        _check_data("TrainingRuns", inputs, targets)
+        inputs, targets = _checked("TrainingRuns", inputs, targets)
         count = _count(validation, len(inputs))
-        targets = jnp.asarray(targets)
-        told = targets if training_targets is None else jnp.asarray(training_targets)
-        _check_data("TrainingRuns", inputs, told)
-        return cls(jnp.asarray(inputs), targets, told, count)
+        targets = told = jnp.asarray(targets)
+        if training_targets is not None:
+            _, told = _checked("TrainingRuns", inputs, training_targets, "training_targets")
+        return cls(jnp.asarray(inputs), targets, jnp.asarray(told), count)
+
+    def label_range(self) -> tuple[int, int] | None:
+        """Return the least and the largest target; None of a regression."""
+        return least_and_largest(self.targets, self.training_targets)
 
     def sample(self, key: jax.Array) -> Episode:
         """Draw one split of the rows.
@@ -89,7 +102,7 @@ class HeldOut(Tasks):
     A pytree: the data are its leaves, so pass it to jit as an argument.
     """
 
-    inputs: jax.Array = dataclasses.field(repr=False)  # [n, ...], uint8 or float32
+    inputs: jax.Array = dataclasses.field(repr=False)  # [n, ...]
     targets: jax.Array = dataclasses.field(repr=False)  # [n]
     test_inputs: jax.Array = dataclasses.field(repr=False)  # [m, ...]
     test_targets: jax.Array = dataclasses.field(repr=False)  # [m]
@@ -100,11 +113,15 @@ class HeldOut(Tasks):
     ) -> HeldOut:
         """Put both sets on the device: inputs [n, ...] and [m, ...], targets [n] and [m].
 
+        Inputs are kept and read as those of `TrainingRuns`.
+
         Raises:
-          ValueError: if lengths differ, a set is empty, or their inputs are not alike.
+          ValueError: if lengths differ, a set is empty, or their inputs are not alike; or of
+            uint8 that are no images.
+          TypeError: if inputs or targets are no arrays.
         """
-        _check_data("HeldOut", train_inputs, train_targets)
-        _check_data("HeldOut", test_inputs, test_targets)
+        train_inputs, train_targets = _checked("HeldOut", train_inputs, train_targets)
+        test_inputs, test_targets = _checked("HeldOut", test_inputs, test_targets)
         ours, theirs = (_kind(inputs) for inputs in (train_inputs, test_inputs))
         if ours != theirs:
             raise ValueError(
@@ -113,6 +130,10 @@ class HeldOut(Tasks):
             )
         sets = (train_inputs, train_targets, test_inputs, test_targets)
         return cls(*(jnp.asarray(x) for x in sets))
+
+    def label_range(self) -> tuple[int, int] | None:
+        """Return the least and the largest target of both sets; None of a regression."""
+        return least_and_largest(self.targets, self.test_targets)
 
     def sample(self, key: jax.Array) -> Episode:
         """Return the one task there is, whatever the key.
@@ -126,8 +147,14 @@ class HeldOut(Tasks):
         return Episode(*((x, y, jnp.arange(y.shape[0], dtype=jnp.int32)) for x, y in pairs))
 
 
-def _count(validation: int | float, n: int) -> int:
+def _count(validation: Any, n: int) -> int:
     """Return how many of n examples are for validation, which leaves some on both sides."""
+    is_number = isinstance(validation, numbers.Real)
+    if not is_number:
+        raise TypeError(
+            f"`TrainingRuns` got validation={validation!r}, but it is a number of examples, such "
+            "as 1000, or a share of all, such as 0.1."
+        )
     whole = isinstance(validation, numbers.Integral)
     if not whole and not 0 < validation < 1:
         raise ValueError(
@@ -144,13 +171,18 @@ def _count(validation: int | float, n: int) -> int:
     return count
 
 
-def _check_data(what: str, inputs: Any, targets: Any) -> None:
-    counts = [np.shape(x)[0] if np.ndim(x) else 0 for x in (inputs, targets)]
+def _checked(what: str, inputs: Any, targets: Any, name: str = "targets") -> tuple[Any, Any]:
+    """Return inputs and targets as arrays of one length, with something in them."""
+    inputs = one_array(what, "inputs", inputs, "[n, ...]")
+    targets = one_array(what, name, targets, "[n]")
+    counts = [x.shape[0] if x.ndim else 0 for x in (inputs, targets)]
     if counts[0] != counts[1] or not counts[0]:
         raise ValueError(
             f"`{what}` got {counts[0]} inputs and {counts[1]} targets, but every example is one of "
             f"each, and there is at least one. Pass inputs [n, ...] and targets [n]."
         )
+    are_pixels(f"`{what}`", inputs.dtype, inputs.shape[1:])
+    return inputs, targets
 
 
 def _kind(inputs: Any) -> str:

@@ -51,6 +51,18 @@ def is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def integers(what: str, **values: Any) -> None:
+    """Raise ValueError for the first value that is no integer, None included.
+
+    >>> integers("FewShot", ways=5, shots=1.0)
+    Traceback (most recent call last):
+    ValueError: `FewShot(shots=1.0)`: it is an integer, such as 1.
+    """
+    for name, value in values.items():
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f"`{what}({name}={value!r})`: it is an integer, such as 1.")
+
+
 def above(what: str, bound: float, **values: float | None) -> None:
     """Raise ValueError for the first value that is not a finite number above `bound`."""
     for name, value in values.items():

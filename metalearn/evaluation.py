@@ -15,7 +15,7 @@ from metalearn.checks import at_most, counts
 from metalearn.engines.check import check_eta
 from metalearn.engines.loop import rollout
 from metalearn.sizes import MOST_TASKS
-from metalearn.tasks import Tasks
+from metalearn.tasks import Tasks, draw
 
 OURS = {"meta_grad_norm", "meta_update_norm", "tasks_reset", "tasks_left_out", "step_skipped"}
 
@@ -40,7 +40,7 @@ def task_metrics(
     """
     check_eta(eta)
     sample_key, unroll_key, batch_key = jax.random.split(key, 3)
-    episode = tasks.sample(sample_key)
+    episode = draw(tasks, sample_key)
     unroll = algorithm.unroll(episode, unroll_key)
     batches = jax.tree.map(lambda x: x[:steps], algorithm.batches(episode, batch_key))
     loss, aux = rollout(unroll, eta, batches)

@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping
 
 from metalearn.checks import is_integer
+from metalearn.fields import check_fields
 from metalearn.names import pick
 
 NONFINITE = ("stop", "skip", "back_off", "pass")
@@ -56,6 +57,7 @@ class Faults:
     patience: int = 3
 
     def __post_init__(self) -> None:
+        check_fields(self, "most", "patience")
         pick(dict.fromkeys(NONFINITE), self.nonfinite, "way with steps that are not finite")
         pick(dict.fromkeys(DIVERGED), self.diverged, "way with inner runs that diverge")
         if not 0 < self.shrink < 1:

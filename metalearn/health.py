@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn.labels import Seen, beyond, known
 from metalearn.probe import Look
-from metalearn.tasks import Tasks
+from metalearn.tasks import Tasks, check_tasks, draw
 from metalearn.train_state import TrainState
 
 STEPS = 5  # inner steps of a check: enough for every optimizer of optax to show itself
@@ -90,14 +91,27 @@ class Looks(Protocol):
 
     @property
     def look(self) -> Callable[..., Look]: ...
+    @property
+    def labels_seen(self) -> Seen: ...
     def task_keys(self, state: TrainState) -> jax.Array: ...
 
 
 def check(trainer: Looks, state: TrainState, tasks: Tasks) -> Report:
-    """Look at the first task of the outer step that comes after `state`."""
+    """Look at the first task of the outer step that comes after `state`.
+
+    Raises:
+      TypeError: if `tasks` are no distribution over tasks.
+      ValueError: if their labels are known, and beyond the outputs of the network.
+    """
+    check_tasks("health.check(tasks=)", tasks)
+    with known(tasks, trainer.labels_seen):
+        return _check(trainer, state, tasks)
+
+
+def _check(trainer: Looks, state: TrainState, tasks: Tasks) -> Report:
     key, names = trainer.task_keys(state)[0], _names(state.eta)
     seen = trainer.look(state.eta, tasks, key, zeros=False, steps=STEPS)
-    trouble = _trouble(seen, names)
+    trouble = _trouble(seen, names, _labels(trainer, tasks, key, seen))
     if trouble and not _outer_finite(seen):
         return Report(errors=(f"On the first task {trouble}",))
     found = [f"On the first task {trouble}"] if trouble else []
@@ -120,7 +134,8 @@ def diagnose(trainer: Looks, state: TrainState, tasks: Tasks) -> str:
     """
     names, keys = _names(state.eta), trainer.task_keys(state)
     for i, key in enumerate(keys):
-        trouble = _trouble(trainer.look(state.eta, tasks, key), names)
+        seen = trainer.look(state.eta, tasks, key)
+        trouble = _trouble(seen, names, _labels(trainer, tasks, key, seen))
         if trouble:
             return f"In its task {i + 1} of {len(keys)} {trouble}"
     return (
@@ -129,8 +144,21 @@ def diagnose(trainer: Looks, state: TrainState, tasks: Tasks) -> str:
     )
 
 
-def _trouble(seen: Look, names: Sequence[str]) -> str:
-    """Say what is not finite on a task, and what to do; "" where everything is."""
+def _labels(trainer: Looks, tasks: Tasks, key: jax.Array, seen: Look) -> str:
+    """Say which labels of a task are beyond the outputs of the network; "" where all is finite."""
+    losses = np.asarray(seen.inner.losses)
+    if np.isfinite(losses).all() and jnp.isfinite(seen.loss):
+        return ""
+    return beyond(draw(tasks, jax.random.split(key, 4)[0]), trainer.labels_seen)  # as `pose` does
+
+
+def _trouble(seen: Look, names: Sequence[str], labels: str) -> str:
+    """Say what is not finite on a task, and what to do; "" where everything is.
+
+    `labels`: what is wrong with the labels, if it is that.
+    """
+    if labels:
+        return f"the loss is not finite, of labels that the network has no output for. {labels}"
     losses, finite = np.asarray(seen.inner.losses), np.asarray(seen.inner.finite)
     bad = ~(np.isfinite(losses) & finite)
     if bad.any():

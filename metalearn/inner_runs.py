@@ -20,7 +20,7 @@ from metalearn.engines import Aux, MetaGradient
 from metalearn.inner_metrics import step_metrics
 from metalearn.isolation import all_finite, mean_of_finite, or_zero
 from metalearn.task_batch import TaskBatch
-from metalearn.tasks import Tasks
+from metalearn.tasks import Tasks, draw
 from metalearn.unroll import Unroll
 
 Result = tuple[tuple[jax.Array, Aux], Any]  # ((loss (), aux), meta-gradient)
@@ -40,7 +40,7 @@ def pose(
 ) -> Posed:
     """Return the task that `key` draws, ready to be unrolled."""
     sample_key, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
-    episode = tasks.sample(sample_key)
+    episode = draw(tasks, sample_key)
     unroll = algorithm.unroll(episode, unroll_key)
     whole = functools.partial(algorithm.batches, episode, batch_key)
     part = functools.partial(algorithm.batches_at, episode, batch_key)

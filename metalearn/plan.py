@@ -26,7 +26,7 @@ from metalearn.cost import Cost
 from metalearn.device_memory import device_memory, show_bytes
 from metalearn.engines import Forward, MixedFlow, Reverse
 from metalearn.outer_costs import Candidate, Costs, Row, sets_horizon
-from metalearn.tasks import Tasks
+from metalearn.tasks import Tasks, check_tasks
 from metalearn.trainer import Trainer
 
 EQUAL = 1.01  # FLOPs within this factor count as equal
@@ -134,6 +134,7 @@ def plan(
       all_chunks: look at one task at a time too, even where all at once fit. Otherwise
         fewer tasks at once are tried where nothing fits.
     """
+    check_tasks("plan(tasks=)", tasks)
     candidates = CANDIDATES if candidates is None else candidates
     trainer = dataclasses.replace(trainer, segment=None)  # its memory is that of the uncut loop
     costs = Costs(trainer, jax.eval_shape(lambda tree: tree, tasks))

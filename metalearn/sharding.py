@@ -36,6 +36,7 @@ from metalearn import partition
 from metalearn.algorithm import Algorithm
 from metalearn.all_reduce import mean_of_all
 from metalearn.chunks import mean_and_each
+from metalearn.fields import check_fields
 from metalearn.leaves import paths
 from metalearn.mesh import TASKS, compiled, here
 from metalearn.shares import at_once, check_shares
@@ -55,6 +56,15 @@ class Layout:
     rules: partition.Rules = ()
 
     def __post_init__(self) -> None:
+        check_fields(self, "rules")
+        given: Any = self.rules
+        for rule in given if isinstance(given, tuple | list) else [given]:
+            kinds = isinstance(rule, tuple) and [*map(type, rule)]
+            if kinds != [str, P]:
+                raise TypeError(
+                    f"`Layout(rules={given!r})`: they are pairs of a regular expression and a "
+                    'PartitionSpec, such as `(("kernel$", P(None, "model")),)`.'
+                )
         if TASKS not in self.mesh.axis_names:
             raise ValueError(
                 f"A layout needs a mesh with an axis {TASKS!r}, but this one has "

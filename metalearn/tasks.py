@@ -3,14 +3,22 @@
 A task distribution is a pytree (its arrays sit on the device, its numbers are
 static), so it goes through `jit` as an argument, and a run's data is decided by
 (seed, step) alone: resuming needs no position in any stream.
+
+What is no such distribution (a list, a generator, a loader, a class that JAX does not know) is
+refused where it is given, before anything is compiled: `check_tasks`.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
+from metalearn.messages import first_line
 from metalearn.unroll import Episode
 
 
@@ -24,3 +32,157 @@ class Tasks(abc.ABC):
     @abc.abstractmethod
     def sample(self, key: jax.Array) -> Episode:
         """Draw one task. Pure, and traced inside jit; vmap over keys for a batch."""
+
+    def label_range(self) -> tuple[int, int] | None:
+        """Return the least and the largest label of all episodes, read on the host.
+
+        None, by default: it is not known, or there are none. What is known is compared with the
+        outputs of the network before training.
+        """
+        return None
+
+
+OWN = (
+    "A distribution of your own is a class with a method `sample(key) -> Episode`: a "
+    "`@dataclasses.dataclass(frozen=True)` under `@jax.tree_util.register_dataclass`, its data "
+    "arrays, and what is no array a `dataclasses.field(metadata={'static': True})`"
+)
+DATA = (
+    "Arrays of data become a distribution with `FewShot`, `TrainingRuns` or `Text` of "
+    "`metalearn.datasets`"
+)
+
+
+def check_tasks(where: str, tasks: Any) -> None:
+    """Raise TypeError unless these are tasks that jit takes as an argument.
+
+    Args:
+      where: what takes them, as its user writes it: "Trainer.fit(tasks=)".
+      tasks: what was given; its arrays may be shapes.
+    """
+    found, why, way_out = _other(tasks)
+    if not found and not callable(_sample(tasks)):
+        found, why, way_out = f"a {type(tasks).__name__}", "it has no `sample`", f"{DATA}. {OWN}"
+    if found:
+        raise TypeError(
+            f"`{where}` takes a distribution over tasks, whose `sample(key)` draws an episode "
+            f"inside jit, but got {found}: {why}. {way_out}."
+        )
+    name = type(tasks).__name__
+    leaves = jax.tree_util.tree_leaves_with_path(tasks)
+    if any(leaf is tasks for _, leaf in leaves):
+        kind = "dataclass" if dataclasses.is_dataclass(tasks) else "class"
+        raise TypeError(
+            f"`{where}` got a `{name}`, a {kind} that JAX does not know as a pytree, so that jit "
+            f"cannot take it as an argument. {OWN}. Any other class is registered with "
+            "`jax.tree_util.register_pytree_node`."
+        )
+    whole = []  # Python's integers among the leaves
+    for path, leaf in leaves:
+        field = jax.tree_util.keystr(path)
+        if not _is_number(leaf):
+            raise TypeError(
+                f"`{where}` got a `{name}` whose `{field}` is a {type(leaf).__name__}, which is no "
+                "array and no number, so that jit cannot take it as an argument. Make that field "
+                "static: `dataclasses.field(metadata={'static': True})`; or its data an array."
+            )
+        whole += [field] if isinstance(leaf, int) else []
+    if whole:
+        _check_numbers(where, tasks, whole)
+
+
+def draw(tasks: Tasks, key: jax.Array) -> Episode:
+    """Return `tasks.sample(key)`; TypeError unless it is an episode."""
+    episode = tasks.sample(key)
+    try:
+        _ = episode.support, episode.query
+    except AttributeError:
+        raise TypeError(
+            f"`{type(tasks).__name__}.sample` returned a {type(episode).__name__}, but it returns "
+            "an episode: `metalearn.Episode(support, query)`, what the inner loop learns from and "
+            "what its result is judged on."
+        ) from None
+    return episode
+
+
+def _other(tasks: Any) -> tuple[str, str, str]:
+    """Return (what it is, why that cannot be, the way out) of a usual mistake; "" where none."""
+    kind = type(tasks).__name__
+    stream = "jit cannot draw from it, and a run that is resumed could not either"
+    if tasks is None:
+        return "nothing", "there is nothing to draw from", f"{DATA}. {OWN}"
+    if isinstance(tasks, type):
+        return (
+            f"the class `{tasks.__name__}`",
+            "it has no data yet",
+            f"Make an instance: `{tasks.__name__}(...)`, or `.create(...)` where there is one",
+        )
+    if isinstance(tasks, Episode):
+        return (
+            "one episode",
+            "a distribution draws many",
+            f"{OWN}; one whose `sample` returns this episode is enough",
+        )
+    if callable(_sample(tasks)):
+        return "", "", ""
+    if _is_loader(tasks):
+        return (
+            f"a loader, `{kind}`",
+            f"it hands out batches on the host, and {stream}",
+            f"Read its dataset once, into arrays. {DATA}",
+        )
+    if isinstance(tasks, Iterator):
+        return f"a {kind}", f"it is an iterator, and {stream}", f"{OWN}. {DATA}"
+    if isinstance(tasks, Mapping):
+        return (
+            f"a {kind} with the keys {', '.join(map(repr, tasks))}",
+            "nothing says how to draw from it",
+            f"Distributions side by side are `metalearn.datasets.SideBySide`. {DATA}",
+        )
+    if isinstance(tasks, list | set | frozenset) or type(tasks) is tuple:
+        return (
+            f"a {kind} of {len(tasks)}",
+            "nothing says how to draw from it",
+            f"Stack the episodes into arrays and draw one by its number. {OWN}. {DATA}",
+        )
+    if isinstance(tasks, np.ndarray | jax.Array):
+        return f"an array {list(tasks.shape)}", "nothing says how to draw from it", DATA
+    if callable(tasks):
+        return f"a function, `{kind}`", "jit takes what holds arrays", f"Make it a method. {OWN}"
+    return "", "", ""
+
+
+def _sample(tasks: Any) -> Any:
+    """Return the `sample` of an object, a class aside; None where it has none."""
+    return getattr(tasks, "sample", None)
+
+
+def _is_loader(tasks: Any) -> bool:
+    """Say whether something is like a loader of PyTorch or tf.data, neither of them imported."""
+    names = {*dir(tasks)}
+    return {"__iter__", "batch_size"} <= names or {"element_spec", "batch"} <= names
+
+
+def _is_number(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind not in "OSUMm"
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | bool | int | float | complex):
+        return True
+    try:
+        jax.numpy.result_type(leaf)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(leaf, str)
+
+
+def _check_numbers(where: str, tasks: Any, fields: Sequence[str]) -> None:
+    """Raise TypeError where `sample` needs numbers that jit has made arrays of."""
+    try:
+        jax.eval_shape(lambda tasks: tasks.sample(jax.random.key(0)), tasks)
+    except TypeError as error:  # JAX's, of tracers where a number was needed, are TypeErrors
+        raise TypeError(
+            f"`{where}` got a `{type(tasks).__name__}` whose `sample` cannot be traced "
+            f"({first_line(error)}). In jit its {', '.join(fields)} are arrays without a known "
+            "value, and cannot say a shape or a number of rounds. Make such fields static: "
+            "`dataclasses.field(metadata={'static': True})`."
+        ) from error

@@ -24,10 +24,12 @@ from metalearn.engines.check import check_eta
 from metalearn.engines.engine import Streaming
 from metalearn.evaluation import Estimate, estimate, task_metrics
 from metalearn.faults import WATCHED
+from metalearn.fields import check_fields
 from metalearn.fit import Fit
 from metalearn.fitting import run
 from metalearn.inner_metrics import step_metrics
 from metalearn.inner_runs import InnerRuns
+from metalearn.labels import Seen, known
 from metalearn.leaves import select, strong
 from metalearn.loggers import Logger
 from metalearn.outer_loop import Part
@@ -35,7 +37,7 @@ from metalearn.probe import Look, look_at
 from metalearn.segmented_runs import Segment, SegmentedRuns, spread, steps_taken
 from metalearn.sharding import Layout, abstract
 from metalearn.task_batch import TaskBatch
-from metalearn.tasks import Tasks
+from metalearn.tasks import Tasks, check_tasks
 from metalearn.train_state import TrainState
 from metalearn.truncated_runs import TruncatedRuns
 from metalearn.truncation import Truncation
@@ -63,6 +65,7 @@ class Trainer:
     segment: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "engine", "truncation", "segment")
         if not isinstance(self.engine, MetaGradient):
             raise TypeError(
                 f"`Trainer(engine=)` takes an engine, such as `MixedFlow()`, not {self.engine!r}. "
@@ -109,6 +112,8 @@ class Trainer:
 
         Inner runs that go on from step to step are a part of it, so `truncation` needs `tasks`.
         """
+        if tasks is not None:
+            check_tasks("Trainer.init(tasks=)", tasks)
         self._check_learned()
         if self.layout is None:
             return self._init(key, tasks)
@@ -248,9 +253,16 @@ class Trainer:
         self, eta: Any, tasks: Tasks, key: jax.Array
     ) -> tuple[Any, dict[str, jax.Array]]:
         """Return (meta-gradient like eta, metrics) of the one task that `key` draws."""
+        check_tasks("Trainer.task_gradient(tasks=)", tasks)
         algorithm = self.batch.laid_out(self.algorithm)
-        (loss, aux), grads = self.runs.solve(algorithm, eta, tasks, key)
+        with known(tasks, self.labels_seen):
+            (loss, aux), grads = self.runs.solve(algorithm, eta, tasks, key)
         return grads, step_metrics(loss, aux)
+
+    @functools.cached_property
+    def labels_seen(self) -> Seen:
+        """The outputs of the network, as the losses have met them (`metalearn.labels`)."""
+        return set()
 
     @functools.cached_property
     def look(self) -> Callable[..., Look]:
@@ -280,12 +292,16 @@ class Trainer:
         `log_every`, `check_every`, `faults`, `asked_to_stop`, `progress`.
         """
         held_out = options.pop("held_out", None)
+        check_tasks("Trainer.fit(tasks=)", tasks)
+        if held_out is not None:
+            check_tasks("Trainer.fit(held_out=)", held_out)
         self.check_memory(tasks, () if held_out is None else (held_out,))
         tasks, held_out = self.place((tasks, held_out))
         fit = Fit(steps, held_out=held_out, **options)
         skips = fit.faults.nonfinite == "skip"
         trainer = dataclasses.replace(self, skip_nonfinite=True) if skips else self
-        return run(fit, trainer, self.init(key, tasks), tasks, loggers, checkpoints)
+        with known(tasks, trainer.labels_seen):
+            return run(fit, trainer, self.init(key, tasks), tasks, loggers, checkpoints)
 
     def check_memory(self, tasks: Tasks, evaluated: Sequence[Tasks] = ()) -> None:
         """Raise ValueError where an outer step on tasks, or an evaluation, cannot fit a device.
@@ -324,9 +340,11 @@ class Trainer:
         The same key draws the same tasks. No meta-gradient is taken.
         """
         counts("evaluate", 1, tasks=count)
+        check_tasks("Trainer.evaluate(tasks=)", tasks)
         tasks, devices = self.place(tasks), self.batch.devices
         chunk = devices * min(-(-count // devices), self.batch.at_once)
-        return estimate(lambda keys: self._evaluate(eta, tasks, keys), key, count, chunk)
+        with known(tasks, self.labels_seen):
+            return estimate(lambda keys: self._evaluate(eta, tasks, keys), key, count, chunk)
 
     @functools.cached_property
     def _evaluate(self) -> Callable[..., dict[str, jax.Array]]:

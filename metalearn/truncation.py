@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from metalearn.checks import at_least, is_integer
 from metalearn.engines import Aux
 from metalearn.engines.check import horizon
+from metalearn.fields import check_fields
 from metalearn.inner_runs import Posed
 from metalearn.isolation import all_finite
 from metalearn.leaves import select
@@ -58,6 +59,7 @@ class Truncation:
     staggered: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, "steps", "shortest")
         if not is_integer(self.steps) or self.steps < 1:
             raise ValueError(f"A truncation takes at least one inner step, not {self.steps}.")
         at_least("Truncation", 1, shortest=self.shortest)

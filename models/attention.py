@@ -22,6 +22,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from metalearn.fields import check_fields
+
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Average the values at positions up to each query's own: [batch, S, heads, head_dim]."""
@@ -39,6 +41,7 @@ class BlockedAttention:
     block: int = 128
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.block < 1:
             raise ValueError(f"`BlockedAttention(block={self.block})` must be at least 1.")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from metalearn.fields import check_fields
 from metalearn.model import Model
 
 
@@ -17,6 +18,9 @@ class Functions(Model):
 
     init_fn: Callable[[jax.Array], Any]  # key -> params
     apply_fn: Callable[[Any, Any], Any]  # params, inputs -> outputs
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return (params, ())."""

@@ -11,7 +11,9 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from metalearn.model import Model
+from metalearn.fields import check_fields
+from metalearn.model import Model, library_of
+from metalearn.models.given import check_inputs, not_wrapped
 from metalearn.models.mode import Mode, usual_flags
 
 
@@ -28,6 +30,13 @@ class Haiku(Model):
     forward: Callable[..., Any]
     inputs: Any  # jax.ShapeDtypeStruct, or a pytree of them: one batch, to initialise with
     mode: Mode | None = None  # what the function takes when training; None: by the usual names
+
+    def __post_init__(self) -> None:
+        check_fields(self, "forward")
+        transformed = isinstance(self.forward, hk.Transformed | hk.TransformedWithState)
+        if transformed or not callable(self.forward) or library_of(self.forward):
+            raise TypeError(not_wrapped("Haiku(forward=)", self.forward, "haiku"))
+        check_inputs("Haiku", self.inputs)
 
     @functools.cached_property
     def _transformed(self) -> hk.TransformedWithState:

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from metalearn.engines.dependence import depends
+from metalearn.fields import check_fields
 from metalearn.model import Model
+from metalearn.models.given import check_inputs, not_wrapped
 from metalearn.models.mode import WORDS, Mode, usual_flags
 
 PASSING = ("intermediates", "perturbations")  # flax's own names for what a call adds
@@ -36,6 +38,12 @@ class Linen(Model):
     inputs: Any  # jax.ShapeDtypeStruct, or a pytree of them: one batch, to initialise with
     mode: Mode | None = None  # what the call takes when training; None: by the usual names
     rngs: tuple[str, ...] = ("dropout",)  # the random streams that `apply` feeds from its key
+
+    def __post_init__(self) -> None:
+        check_fields(self, "module")
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(not_wrapped("Linen(module=)", self.module, "linen"))
+        check_inputs("Linen", self.inputs)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return (params, state)."""

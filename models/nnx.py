@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from metalearn.model import Model
+from metalearn.fields import check_fields
+from metalearn.model import Model, library_of
+from metalearn.models.given import not_wrapped
 from metalearn.models.mode import WORDS, Mode, usual_flags
 
 # What flax takes for state, and no call may add to; a `sow` may be of any other kind.
@@ -35,6 +38,25 @@ class NNX(Model):
 
     build: Callable[[nnx.Rngs], nnx.Module]
     mode: Mode | None = None  # what the call takes when training; None: by the usual names
+
+    def __post_init__(self) -> None:
+        check_fields(self, "build")
+        is_module = isinstance(self.build, type) and issubclass(self.build, nnx.Module)
+        if not callable(self.build) or (library_of(self.build) and not is_module):
+            raise TypeError(not_wrapped("NNX(build=)", self.build, "nnx"))
+        try:
+            if is_module:  # whose own signature is that of any class of the library
+                inspect.signature(self.build.__init__).bind(None, None)  # type: ignore[misc]
+            else:
+                inspect.signature(self.build).bind(None)
+        except TypeError as error:
+            name = getattr(self.build, "__name__", type(self.build).__name__)
+            raise TypeError(
+                f"`NNX(build=)` is called with one argument, the random streams, which `{name}` "
+                f"does not take ({error}). Write `NNX(lambda rngs: {name}(..., rngs=rngs))`."
+            ) from error
+        except ValueError:
+            pass  # of a function without a signature
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return (params, state)."""

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn.checks import is_integer
+from metalearn.fields import check_fields
 from metalearn.models.attention import causal_attention, rotate
 from metalearn.names import pick
 
@@ -70,6 +71,7 @@ class Architecture:
     dtype: Any = None  # to compute in; None: that of the parameters
 
     def __post_init__(self) -> None:
+        check_fields(self)
         pick(NORMS, self.norm, "norm")
         pick(REMAT, self.remat, "remat")
         for name in ("vocabulary", "width", "layers", "heads"):

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hypothesis
@@ -248,6 +249,72 @@ def test_parts_that_cannot_be_read_back_are_not_saved(path):
 
 
 # What is refused when it is loaded.
+
+
+def network(hidden, name="PointwiseMLP"):
+    """A rule with a network, as in a file."""
+    made = encode(RULE)
+    made["fields"]["network"] = {"class": name, "fields": {"hidden": hidden}}
+    return made
+
+
+def nested(levels):
+    made = encode(RULE)
+    for _ in range(levels):
+        made = {"class": "PerParameter", "fields": {"base": made}}
+    return made
+
+
+LARGE = {
+    "layers": (network([2] * 20_000), "holds 5 arrays, .* whose networks have 20001 layers"),
+    "layers of two networks": (
+        {"class": "PerParameter", "fields": {**network([2] * 20)["fields"], "base": network([2])}},
+        "holds 5 arrays, .* whose networks have 23 layers, each with a matrix and a bias",
+    ),
+    "a width": (
+        network([10**9]),
+        "arrays of 4 numbers at most, .* network that is 1000000000 wide",
+    ),
+    "the width of a GRU": (network(10**9, "PointwiseGRU"), "a network that is 1000000000 wide"),
+    "a width beyond floats": (network([10**400]), "a network that is 10{400} wide"),
+    "rules in rules": (nested(40), "a rule of parts in parts, more than 64 deep, as no rule is"),
+    "lists in lists": ("[" * 10**5 + "]" * 10**5, "a rule of parts in parts, more than 64 deep"),
+    "a class's name": ({"class": "x" * 10**6, "fields": {}}, "a name of 1000000 characters"),
+    "a field's name": ({"class": "TunedRule", "fields": {"x" * 10**6: 1}}, "a name of 1000000"),
+}
+
+
+@pytest.mark.parametrize(("rule", "message"), LARGE.values(), ids=LARGE)
+def test_a_rule_larger_than_its_weights_is_refused_before_it_is_built(saved, rule, message):
+    text = rule if isinstance(rule, str) else json.dumps(rule)
+    rewrite(saved, metadata=lambda m: {**m, "rule": text})
+    began = time.perf_counter()
+    refused(saved, f"{message}.*It was not written by `save_optimizer`")
+    assert time.perf_counter() - began < 1
+
+
+def test_empty_arrays_with_a_long_axis_do_not_vouch_for_a_wide_network(saved):
+    rewrite(saved, weights=lambda w: {name: np.zeros((0, 10**9), "f4") for name in w})
+    rewrite(saved, metadata=lambda m: {**m, "rule": json.dumps(network([10**9]))})
+    refused(saved, "holds arrays of 0 numbers at most, .* network that is 1000000000 wide")
+
+
+def test_many_names_of_weights_and_long_ones_make_no_long_message(saved):
+    rewrite(saved, lambda w: {**w, **{f"{i}{'x' * 9999}": np.zeros(1) for i in range(99)}})
+    with pytest.raises(ValueError, match="are none of the rule's: .* and 91 more. It was") as said:
+        load_optimizer(saved)
+    assert len(str(said.value)) < 1500
+
+
+def test_deep_and_wide_rules_are_loaded_with_their_weights(path):
+    rate = Hyperparameter(1e-5, 1.0, 0.1, space="log")
+    rule = TunedRule(
+        functools.partial(functools.partial(sgd, momentum=0.5)), {"learning_rate": rate}
+    )
+    for layers in (0, 3, 50):
+        rule = PerParameter((Gradient(),), PointwiseMLP((8,) * layers), base=rule)
+    save_optimizer(path, rule, rule.init(jax.random.key(0)))
+    assert encode(load_rule(path)[0]) == encode(rule)
 
 
 def test_a_file_that_is_not_there_is_named(path):

@@ -30,6 +30,7 @@ from metalearn.engines.check import check_eta
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.loop import rollout
 from metalearn.engines.recorder import Inner
+from metalearn.fields import check_fields
 from metalearn.unroll import Unroll
 
 Result = TypeVar("Result")
@@ -59,6 +60,7 @@ class Antithetic(MetaGradient):
     sigma: float = 0.01
 
     def __post_init__(self) -> None:
+        check_fields(self)
         name = type(self).__name__
         if not is_integer(self.pairs) or self.pairs < 1:
             raise ValueError(

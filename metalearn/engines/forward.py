@@ -39,6 +39,7 @@ from metalearn.engines.loop import step_body
 from metalearn.engines.prefix import begins_flat, parts
 from metalearn.engines.recorder import Inner, joined
 from metalearn.engines.tangents import norms, padded, pushed
+from metalearn.fields import check_fields
 from metalearn.leaves import split
 from metalearn.unroll import Unroll
 
@@ -69,6 +70,7 @@ class Forward(MetaGradient):
     inexact_decay: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, value in (("directions", self.directions), ("chunk", self.chunk)):
             if value is not None and not (is_integer(value) and value >= 1):
                 raise ValueError(f"`Forward({name}={value})` must be at least 1, or None.")

@@ -42,6 +42,7 @@ from metalearn.engines.antithetic import Antithetic, mean
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.es import ES
 from metalearn.engines.mixed_flow import MixedFlow
+from metalearn.fields import check_fields
 from metalearn.unroll import Unroll
 
 
@@ -60,6 +61,7 @@ class InverseVariance(MetaGradient):
     pathwise: MetaGradient = MixedFlow()
 
     def __post_init__(self) -> None:
+        check_fields(self, "estimator")
         if not isinstance(self.estimator, Antithetic):
             raise TypeError(
                 "`InverseVariance(estimator=)` takes `ES(pairs=n)` or `PES(pairs=n)`, not "

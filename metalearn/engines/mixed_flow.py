@@ -39,6 +39,7 @@ from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.kept import Anchors, in_bfloat16, on_host
 from metalearn.engines.loop import REMAT, Remat, backpropagate
 from metalearn.engines.sweep import sweep
+from metalearn.fields import check_fields
 from metalearn.names import pick
 from metalearn.unroll import Unroll
 
@@ -93,6 +94,7 @@ class MixedFlow(MetaGradient):
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self, "micro_batches", "segment")
         pick({**REMAT, RECONSTRUCT: Anchors}, self.remat, "remat")
         pick(STORES, self.store, "store")
         if self.store != "device" and self.remat != "step":

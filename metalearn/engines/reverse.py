@@ -29,6 +29,7 @@ import jax
 from metalearn.checks import at_least
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.loop import Remat, backpropagate
+from metalearn.fields import check_fields
 from metalearn.unroll import Unroll
 
 
@@ -50,6 +51,7 @@ class Reverse(MetaGradient):
     peel: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, "segment")
         at_least("Reverse", 1, segment=self.segment)
         self._remat()
 

@@ -1,0 +1,142 @@
+"""Whether the fields of a dataclass hold what their annotations say, each refusal by name.
+
+A wrong value that is taken fails where it is used, inside a compiled step and a library, with an
+error that names neither the class nor the field. `check_fields(self)` at the head of a
+`__post_init__` refuses it where it is given:
+
+    `MAML(optimizer='adam')`: it is a GradientTransformation, not a str.
+
+Annotations are read as they are written. `Any`, arrays and what is not known pass.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import functools
+import inspect
+import numbers
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from metalearn.model import Model, no_model
+
+
+class FieldError(TypeError, ValueError):
+    """A field of the wrong type: a TypeError, and a ValueError for who reads fields from a file."""
+
+
+def check_fields(part: Any, *others: str, absent: Sequence[str] = ()) -> None:
+    """Raise FieldError for the first field of a dataclass whose value is none of its type.
+
+    Args:
+      part: an instance. Of one whose fields are arrays (`Tasks`), those that are static.
+      *others: fields that the class checks itself; not for None.
+      absent: fields that may be None, whatever their type says.
+    """
+    for name, hint in _hints(part.__class__).items():
+        value = vars(part)[name]
+        if name in (absent if value is None else others) or _fits(hint, value):
+            continue
+        what = f"{type(part).__name__}({name}={_shown(value)})"
+        if hint is Model:
+            raise FieldError(no_model(what, value))
+        raise FieldError(f"`{what}`: it is {_said(hint)}, not {_kind(value)}.")
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """Return the types of the fields that are not arrays, by name."""
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    if any(field.metadata.get("static") for field in fields):  # the others are arrays
+        fields = [field for field in fields if field.metadata.get("static")]
+    found = {}
+    for field in fields:
+        owner = next(c for c in cls.__mro__ if field.name in c.__dict__.get("__annotations__", {}))
+        scope = vars(inspect.getmodule(owner))
+        try:
+            found[field.name] = (
+                eval(field.type, dict(scope)) if isinstance(field.type, str) else field.type
+            )
+        except NameError:  # of names that are there for type checkers alone
+            continue
+    return found
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(option, value) for option in inside)
+    if origin is tuple:
+        if not isinstance(value, tuple | list):  # a list does, where it need not be hashed
+            return False
+        if inside[-1:] == (...,):
+            return all(_fits(inside[0], one) for one in value)
+        return len(inside) == len(value) and all(map(_fits, inside, value))
+    if hint is Callable or origin is collections.abc.Callable:
+        return callable(value)
+    if origin is collections.abc.Mapping:
+        return isinstance(value, Mapping) and all(_fits(inside[1], x) for x in value.values())
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        scalar = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
+        return scalar or isinstance(value, numbers.Real)
+    if hint is int:
+        return isinstance(value, numbers.Integral)
+    if hint is bool:
+        return isinstance(value, bool | np.bool_)
+    if hint is optax.GradientTransformation:  # as a tuple of two, or an object like `MultiSteps`
+        return isinstance(value, hint) or _transforms(value)
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _transforms(value: Any) -> bool:
+    both = (getattr(value, name, None) for name in ("init", "update"))
+    return not isinstance(value, type) and all(map(callable, both))
+
+
+def _said(hint: Any) -> str:
+    """Say what a type is, for a message."""
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_said(option) for option in inside)
+    if origin is tuple:
+        each = [_said(one) for one in inside if one is not ...]
+        same = inside[-1:] == (...,)
+        return f"a tuple, each {each[0]}" if same else f"a tuple ({', '.join(each)})"
+    if hint is Callable or origin is collections.abc.Callable:
+        return "a function"
+    if origin is collections.abc.Mapping:
+        return f"a dictionary of {_said(inside[1])} by name"
+    if hint is None or hint is type(None):
+        return "None"
+    known = {int: "an integer", float: "a number", bool: "True or False", str: "a text"}
+    return known.get(hint, _article(getattr(hint, "__name__", str(hint))))
+
+
+def _kind(value: Any) -> str:
+    """Say what was given, for a message."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    if isinstance(value, tuple | list) and value:
+        return f"a {name} ({', '.join(dict.fromkeys(type(x).__name__ for x in value))})"
+    return _article(name)
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[:1].lower() in "aeiou" else f"a {name}"
+
+
+def _shown(value: Any, longest: int = 60) -> str:
+    shown = " ".join(repr(value).split())
+    return shown if len(shown) <= longest else f"{shown[:longest]}..."
