@@ -80,7 +80,7 @@ class FDS(Algorithm):
     eval_horizon: int | None = None  # the schedule is stretched over so many; None: `horizon`
 
     def __post_init__(self) -> None:
-        check_fields(self, "horizon", "batch", "optimizer", absent=("model",))
+        check_fields(self, "horizon", "batch", "eval_horizon", "optimizer", absent=("model",))
         if not self.hyperparameters:
             raise ValueError("FDS learns hyperparameters, so it needs at least one of them.")
         if not callable(self.optimizer):

@@ -44,9 +44,9 @@ class Hyperparameter:
     shape: tuple[int, ...] = ()  # of one value, such as (classes,)
 
     def __post_init__(self) -> None:
+        check_windows(self.windows)
         check_fields(self, "windows", "shape")
         pick(SPACES, self.space, "space")
-        check_windows(self.windows)
         if not isinstance(self.shape, tuple) or not all(map(is_integer, self.shape)):
             raise ValueError(
                 "The shape of a hyperparameter is a tuple of sizes, such as (classes,), not "

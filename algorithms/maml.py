@@ -72,9 +72,9 @@ class MAML(Algorithm):
     batch_norm: str = "transductive"  # see `metalearn.batch_norm`
 
     def __post_init__(self) -> None:
+        pattern("MAML", adapt=self.adapt)
         check_fields(self, "inner_steps", "eval_steps")
         batch_norm_policy(self.batch_norm)
-        pattern("MAML", adapt=self.adapt)
         if not all(is_integer(n) and n >= 1 for n in (self.inner_steps, self.evaluation_steps)):
             raise ValueError(
                 f"MAML adapts in at least one inner step, but inner_steps={self.inner_steps} "

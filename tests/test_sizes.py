@@ -212,7 +212,7 @@ def test_an_evaluation_that_does_not_fit_is_refused_before_training():
 
 @pytest.mark.usefixtures("eight_gibibytes")
 def test_what_is_there_once_or_taken_in_parts_is_not_counted_for_every_task():
-    data = TrainingRuns.create(np.ones((2**20, 256), np.uint8), np.zeros(2**20), validation=9)
+    data = TrainingRuns.create(np.ones((2**20, 16, 16), np.uint8), np.zeros(2**20), validation=9)
     fds = FDS(MODEL, RATE, 10, 2)
     Trainer(fds, tasks_per_step=64).check_memory(data)  # 64 times the data would be 16 GiB
     long = FDS(MODEL, RATE, 10**9, 2)
