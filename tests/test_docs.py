@@ -95,3 +95,13 @@ def test_readme_names_configs_and_files_that_exist():
 
 def test_readme_has_no_number_left_to_fill_in():
     assert not re.findall(r"[A-Z]+_RESULT", (ROOT / "README.md").read_text())
+
+
+def test_custom_rules_are_as_the_documentation_shows_them():
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "custom_rules.md").read_text(), re.S
+    )
+    shown = {}
+    exec("\n".join(blocks), shown)
+    with pytest.raises(ValueError, match="declares the rule of `straight_through`"):
+        shown["meta_gradient"](MixedFlow(true_rules=("straight_through",)))
