@@ -140,13 +140,13 @@ def truncation(config: Mapping[str, Any]) -> Truncation | None:
 
 
 def set_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those options of an engine that are set: None is not, nor is an empty text."""
-    return {key: value for key, value in options.items() if value not in (None, "")}
+    """Return those options of an engine that are set: None is not, nor is what is empty."""
+    return {key: value for key, value in options.items() if value not in (None, "", (), [])}
 
 
 def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
     """Build an engine by its name in `ENGINES`, with the options that are set."""
-    given = set_options(options or {})
+    given = {key: _plain(value) for key, value in set_options(options or {}).items()}
     build: Any = pick(ENGINES, name, "engine")
     build = _inverse_variance if build is InverseVariance else build
     try:

@@ -12,6 +12,10 @@ finds is an error where this task itself has a NaN, since training would stop at
 step. It is a warning where only an exact zero would: a ReLU network will meet one, a tanh
 network will not, and an algorithm does not say which it has.
 
+An engine that takes Jacobians of inner gradients for symmetric (`MixedFlow`) is asked which of
+them it does not, and why: a note, since the result is exact and only the memory is more. Of the
+others the symmetry is measured on the task (`metalearn.symmetry`): a warning where it is not there.
+
 `diagnose` says the same of an outer step that has failed: which task, where, from which
 inner step on.
 """
@@ -27,8 +31,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn.engines.custom_rules import listed
 from metalearn.labels import Seen, beyond, known
 from metalearn.probe import Look
+from metalearn.symmetry import Symmetry
 from metalearn.tasks import Tasks, check_tasks, draw
 from metalearn.train_state import TrainState
 
@@ -63,17 +69,18 @@ class Report:
 
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # nothing is wrong, but good to know
 
     @property
     def healthy(self) -> bool:
-        """Say whether nothing was found."""
+        """Say whether nothing was found to be wrong."""
         return not (self.errors or self.warnings)
 
     def __str__(self) -> str:
-        if self.healthy:
-            return "Health: the meta-gradient is finite, with a zero in every inner gradient too."
-        found = [f"Error: {text}" for text in self.errors]
-        return "\n".join(found + [f"Warning: {text}" for text in self.warnings])
+        fine = "Health: the meta-gradient is finite, with a zero in every inner gradient too."
+        found = [fine] if self.healthy else [f"Error: {text}" for text in self.errors]
+        found += [f"Warning: {text}" for text in self.warnings]
+        return "\n".join(found + [f"Note: {text}" for text in self.notes])
 
     def raise_errors(self) -> None:
         """Raise HealthError if training would fail at its first step."""
@@ -93,6 +100,8 @@ class Looks(Protocol):
     def look(self) -> Callable[..., Look]: ...
     @property
     def labels_seen(self) -> Seen: ...
+    @property
+    def symmetry(self) -> Callable[..., Symmetry]: ...
     def task_keys(self, state: TrainState) -> jax.Array: ...
 
 
@@ -124,7 +133,8 @@ def _check(trainer: Looks, state: TrainState, tasks: Tasks) -> Report:
         )
     if seen.zero.any():
         found += _unreached(trainer, state.eta, tasks, key, names)
-    return Report(warnings=tuple(found))
+    symmetry = trainer.symmetry(state.eta, tasks, key)
+    return Report(warnings=(*found, *_asymmetric(symmetry)), notes=_as_they_stand(symmetry))
 
 
 def diagnose(trainer: Looks, state: TrainState, tasks: Tasks) -> str:
@@ -221,6 +231,34 @@ def _unreached(
         "it used in `init`, `step` or `loss`, and not behind a `stop_gradient`, a rounding or an "
         "argmax? What is not learned belongs on the algorithm, not in `eta`."
     ]
+
+
+def _asymmetric(seen: Symmetry) -> tuple[str, ...]:
+    """Warn where an engine takes a Jacobian for symmetric that is not, on this task."""
+    if not seen.asymmetry > seen.tolerance:
+        return ()
+    return (
+        "The Jacobian J of an inner gradient is not symmetric on the first task (u^T J v and "
+        f"v^T J u differ by {seen.asymmetry:.2g} of their size, of which rounding explains "
+        f"{seen.tolerance:.0e}), but the engine takes it for symmetric: its meta-gradient is wrong "
+        "there. A function of the inner loss has a derivative rule that is no derivative where "
+        "this task uses it, though it is one wherever it was tried, or was declared one in "
+        "`true_rules`. Use `Reverse()`, or take the name out of `true_rules`; a rule that was "
+        "believed without being declared is worth a report.",
+    )
+
+
+def _as_they_stand(seen: Symmetry) -> tuple[str, ...]:
+    """Name the functions that keep inner gradients from being commuted, and what they cost."""
+    if not seen.rules:
+        return ()
+    return (
+        "Inner gradients are differentiated as they stand, by reverse over reverse, where they "
+        "pass functions whose derivative rules do not count as derivatives: "
+        f"{listed(seen.rules)}. The meta-gradient is exact; these gradients take the memory that "
+        "they take under `Reverse('step')`. Where a rule that could not be told by trying is a "
+        "true derivative, say so by name in `MixedFlow(true_rules=...)`.",
+    )
 
 
 def _names(eta: Any) -> list[str]:

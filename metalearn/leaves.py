@@ -29,10 +29,15 @@ def is_differentiable(leaf: Any) -> bool:
 
 
 def split(
-    tree: Any, where: Callable[[Any], bool] = is_differentiable
+    tree: Any, where: Callable[[Any], bool] | Sequence[bool] = is_differentiable
 ) -> tuple[list[Any], list[Any], Join]:
-    """Return (leaves where true, other leaves, the function that joins them again)."""
-    return _split(tree, [where(leaf) for leaf in jax.tree.leaves(tree)])
+    """Return (leaves where true, other leaves, the function that joins them again).
+
+    `where` is a function of a leaf, or whether, leaf by leaf.
+    """
+    if callable(where):
+        where = [where(leaf) for leaf in jax.tree.leaves(tree)]
+    return _split(tree, where)
 
 
 def split_by_path(tree: Any, pattern: str) -> tuple[list[Any], list[Any], Join]:

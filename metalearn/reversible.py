@@ -62,7 +62,9 @@ def adam(
 
     def before(state: optax.ScaleByAdamState, grads: Any) -> optax.ScaleByAdamState:
         mu = jax.tree.map(lambda m, g: (m - (1 - b1) * g) / b1, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: _positive(v - (1 - b2) * g * g) / b2, state.nu, grads)
+        nu = jax.tree.map(
+            lambda v, g: _positive(v - (1 - b2) * (g * g.conj()).real) / b2, state.nu, grads
+        )
         return optax.ScaleByAdamState(state.count - 1, mu, nu)
 
     return Reversible(plain.init, update, taken, before)

@@ -132,8 +132,18 @@ def same_config(found: Record, config: Any) -> bool:
 
 def _changes(found: Record, config: Any) -> list[str]:
     old, new = (strict_json.plain(_of_run(each)) for each in (found["config"], config))
-    # Keys that came with a later version: at a value that is nothing they change nothing.
-    return difference(old, {key: value for key, value in new.items() if key in old or value})
+    return difference(old, _without_new(new, old))
+
+
+def _without_new(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without the keys of a later version that are not set: they change nothing."""
+    kept = {key: value for key, value in new.items() if key in old or value}
+    return {
+        key: _without_new(value, old[key])
+        if isinstance(value, dict) and isinstance(old.get(key), dict)
+        else value
+        for key, value in kept.items()
+    }
 
 
 def _of_run(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from metalearn.outer_loop import Part
 from metalearn.probe import Look, look_at
 from metalearn.segmented_runs import Segment, SegmentedRuns, spread, steps_taken
 from metalearn.sharding import Layout, abstract
+from metalearn.symmetry import Measure
 from metalearn.task_batch import TaskBatch
 from metalearn.tasks import Tasks, check_tasks
 from metalearn.train_state import TrainState
@@ -275,6 +276,11 @@ class Trainer:
 
         where = None if self.layout is None else self.layout.replicated
         return jax.jit(look, static_argnames="steps", out_shardings=where)
+
+    @functools.cached_property
+    def symmetry(self) -> Measure:
+        """Measure one task, for `metalearn.health`: (eta, tasks, key) -> Symmetry."""
+        return Measure(self.algorithm, self.engine)
 
     def fit(
         self,

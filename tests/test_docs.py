@@ -103,3 +103,13 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page):
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 2
     exec(compile("\n".join(blocks), page, "exec"), {})  # noqa: S102
+
+
+def test_custom_rules_are_as_the_documentation_shows_them():
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "custom_rules.md").read_text(), re.S
+    )
+    shown = {}
+    exec("\n".join(blocks), shown)
+    with pytest.raises(ValueError, match="declares the rule of `straight_through`"):
+        shown["meta_gradient"](MixedFlow(true_rules=("straight_through",)))

@@ -19,6 +19,7 @@ def maml() -> ml_collections.ConfigDict:
         "peel": placeholder(bool),
         "micro_batches": placeholder(int),
         "store": placeholder(str),
+        "true_rules": placeholder(tuple),  # names; see docs/custom_rules.md
         "directions": placeholder(int),
         "chunk": placeholder(int),
         "max_directions": placeholder(int),

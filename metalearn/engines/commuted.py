@@ -11,25 +11,34 @@ along (u, 1) in (theta, s): d Phi' = u^T H + l L' + a^T aux'.
 And the inner loss may close over anything, eta among it. JAX would drop or refuse a
 derivative through a closure of a custom rule, so the loss is traced once and what it
 closes over becomes an argument.
+
+All this takes the Jacobian of g for symmetric: g has to be the gradient of L as JAX
+differentiates it. A function in L with a derivative rule of its own that is none (a
+straight-through estimator, a clipped gradient) breaks that, and one that may be none might.
+`custom_rules` says which. Where what is differentiated passes such a function, g is traced
+with its rules in it and differentiated as it stands, by reverse over reverse; where only
+other inputs do (labels that a rule gives no cotangent, say), only their part of u^T dg is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
 
-from metalearn.engines.pushforward import pushforward
+from metalearn.engines import custom_rules
+from metalearn.engines.pushforward import differentiated, pushforward
 from metalearn.leaves import is_array, is_differentiable, split
 
 INNER_GRADIENT = "metalearn_inner_gradient"
 
 Leaves = Sequence[Any]
-Loss = Callable[[Leaves, Leaves, Leaves], tuple[jax.Array, Any]]  # theta, others, rest
+Loss = Callable[[Leaves, Leaves], tuple[jax.Array, Any]]  # theta, inputs -> value, aux
 
 
 def value_and_grad(
@@ -37,77 +46,174 @@ def value_and_grad(
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
     given: Any = None,
+    *,
+    true_rules: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """Stand in for `jax.value_and_grad`; the derivative of its gradient runs forward.
 
     With `given`, its result is known from before and only its derivative is computed.
+    `true_rules`: see `MixedFlow`.
     """
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
-        chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-        thetas = [args[i] for i in chosen]
-        theta, treedef = jax.tree.flatten(thetas)
-        theta = [real(leaf) for leaf in theta]
-
-        def loss_fn(theta: Leaves, dynamic: Leaves) -> Any:
-            positional, named = join(dynamic, static)
-            positional = list(positional)
-            for i, value in zip(chosen, jax.tree.unflatten(treedef, theta), strict=True):
-                positional[i] = value
-            result = fun(*positional, **named)
-            return result if has_aux else (result, ())
-
-        held = list(args)
-        for i in chosen:
-            held[i] = None  # theta travels apart from the other arguments
-        dynamic, static, join = split((held, kwargs), is_array)
-        loss, consts, _ = hoist(loss_fn, theta, dynamic)
-        others, rest, join_inputs = split([list(dynamic), consts])
-
-        def hoisted(theta: Leaves, others: Leaves, rest: Leaves) -> Any:
-            return loss(theta, *join_inputs(others, rest))
-
+        call = Call(fun, argnums, has_aux, args, kwargs)
+        gradient, consts, _ = inner_gradient(call.loss, call.theta, call.inputs, true_rules)
+        floats, rest, _ = split([*call.inputs, *consts])
         known = None if given is None else primal(given, has_aux)
-        (value, aux), grads = _commuted(hoisted)(theta, others, rest, known)
-        grads = jax.tree.unflatten(treedef, named(grads))
+        (value, aux), grads = _commuted(gradient)(call.theta, floats, rest, known)
+        grads = jax.tree.unflatten(call.treedef, named(grads))
         grads = grads[0] if isinstance(argnums, int) else tuple(grads)
         return ((value, aux) if has_aux else value), grads
 
     return value_and_grad_fun
 
 
+class Call:
+    """One call of what `grad` is given: what it is differentiated in, and its other inputs."""
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        argnums: int | tuple[int, ...],
+        has_aux: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ):
+        chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        theta, treedef = jax.tree.flatten([args[i] for i in chosen])
+        held = list(args)
+        for i in chosen:
+            held[i] = None  # theta travels apart from the other arguments
+        inputs, static, join = split((held, kwargs), is_array)
+
+        def loss(theta: Leaves, inputs: Leaves) -> tuple[Any, Any]:
+            positional, named = join(inputs, static)
+            positional = list(positional)
+            for i, value in zip(chosen, jax.tree.unflatten(treedef, theta), strict=True):
+                positional[i] = value
+            result = fun(*positional, **named)
+            return result if has_aux else (result, ())
+
+        self.loss: Loss = loss
+        self.theta = [inexact(leaf) for leaf in theta]
+        self.treedef = treedef
+        self.inputs = list(inputs)
+
+
 def named(grads: Leaves) -> list[jax.Array]:
-    """Name inner gradients, so that a checkpoint's policy can keep them."""
-    return [checkpoint_name(g, INNER_GRADIENT) for g in grads]
+    """Name inner gradients, so that a checkpoint's policy can keep them.
+
+    A complex one part by part: `jax.checkpoint` rounds what it keeps, and knows how for reals.
+    """
+
+    def part(g: jax.Array) -> jax.Array:
+        return checkpoint_name(g, INNER_GRADIENT)
+
+    def whole(g: jax.Array) -> jax.Array:
+        return jax.lax.complex(part(g.real), part(g.imag)) if jnp.iscomplexobj(g) else part(g)
+
+    return list(map(whole, grads))
 
 
-def real(leaf: Any) -> jax.Array:
-    """Return a leaf of theta as an array; TypeError unless it is real and floating."""
+def inexact(leaf: Any) -> jax.Array:
+    """Return a leaf of theta as an array; TypeError unless it is floating-point or complex."""
     array = jnp.asarray(leaf)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if not is_differentiable(array):
         raise TypeError(
-            f"`MixedFlow` takes inner gradients with respect to real floating-point arrays, but "
-            f"got {array.dtype}{list(array.shape)}. Keep integer and complex leaves out of what "
-            "`grad` differentiates, or use `Reverse()`."
+            f"`MixedFlow` takes inner gradients with respect to floating-point arrays, but got "
+            f"{array.dtype}{list(array.shape)}. Keep integers out of what `grad` differentiates."
         )
     return array
 
 
-def hoist(
-    function: Callable[[Leaves, Leaves], Any], theta: Leaves, dynamic: Leaves
-) -> tuple[Callable[[Leaves, Leaves, Leaves], Any], list[Any], Any]:
-    """Make all that a loss closes over an argument.
+class Hoisted:
+    """A function that was traced, (theta, inputs) -> result: all it closed over is an input.
 
-    Returns (loss(theta, dynamic, consts), consts, the shapes of what the loss returns).
+    Call it with (theta, [*inputs, *consts]). The constants, which may be traced values, are not
+    kept here: they would outlive their trace.
     """
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(theta, dynamic)
-    treedef = jax.tree.structure(shapes)
 
-    def loss(theta: Leaves, dynamic: Leaves, consts: Leaves) -> Any:
-        flat = jax.core.eval_jaxpr(closed.jaxpr, consts, *theta, *dynamic)
-        return jax.tree.unflatten(treedef, flat)
+    def __init__(self, jaxpr: core.Jaxpr, shapes: Any):
+        self.jaxpr = jaxpr  # of inputs [*theta, *inputs, *consts]
+        self.shapes = shapes
 
-    return loss, list(closed.consts), shapes
+    def __call__(self, theta: Leaves, inputs: Leaves) -> Any:
+        flat = jax.core.eval_jaxpr(self.jaxpr, (), *theta, *inputs)
+        return jax.tree.unflatten(jax.tree.structure(self.shapes), flat)
+
+
+def hoist(function: Callable[..., Any], theta: Leaves, inputs: Leaves) -> tuple[Hoisted, list[Any]]:
+    """Make all that a function of (theta, inputs) closes over an input: (function, consts)."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(list(theta), list(inputs))
+    jaxpr, consts = closed.jaxpr, list(closed.consts)
+    jaxpr = jaxpr.replace(
+        constvars=[],
+        invars=[*jaxpr.invars, *jaxpr.constvars],
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return Hoisted(jaxpr, shapes), consts
+
+
+class Gradient(NamedTuple):
+    """An inner gradient, of (theta, floats, rest), and its derivative.
+
+    floats and rest are the loss's other inputs, those that carry a derivative and those that
+    do not.
+    """
+
+    forward: Callable[[Leaves, Leaves, Leaves], Any]  # -> ((value, aux), grads)
+    # theta, floats, rest, cotangents of ((value, aux), grads) -> those of (theta, floats)
+    back: Callable[[Leaves, Leaves, Leaves, Any], tuple[Leaves, Leaves]]
+
+
+def inner_gradient(
+    loss: Loss, theta: Leaves, inputs: Leaves, true_rules: Sequence[str] = ()
+) -> tuple[Gradient, list[Any], Any]:
+    """Return (the gradient of a loss, what the loss closes over, the shapes of its result).
+
+    What the loss closes over comes after `inputs`, in this order, where these are split.
+    """
+    hoisted, consts = hoist(loss, theta, inputs)
+    plan = _planned(hoisted, theta, [*inputs, *consts], true_rules)
+    shapes = hoisted.shapes
+    if plan.rules:
+        hoisted, consts = hoist(jax.value_and_grad(loss, has_aux=True), theta, inputs)
+    _, _, join = split([*inputs, *consts])
+
+    def result(theta: Leaves, floats: Leaves, rest: Leaves) -> Any:
+        return hoisted(theta, join(floats, rest))
+
+    if plan.rules:
+        names = custom_rules.listed(plan.rules)
+
+        def back(theta: Leaves, floats: Leaves, rest: Leaves, bars: Any) -> Any:
+            def as_it_stands(theta: Leaves, floats: Leaves) -> Any:
+                return result(theta, floats, rest)
+
+            return differentiated(as_it_stands, (theta, floats), bars, names)
+
+        return Gradient(result, back), consts, shapes
+
+    numbers = enumerate([*inputs, *consts], len(theta))
+    apart = [i in plan.backwards for i, leaf in numbers if is_differentiable(leaf)]
+
+    def commuted(theta: Leaves, floats: Leaves, rest: Leaves, bars: Any) -> Any:
+        return pullback(result, apart, theta, floats, rest, bars)
+
+    return Gradient(jax.value_and_grad(result, has_aux=True), commuted), consts, shapes
+
+
+def planned(call: Call, true_rules: Sequence[str]) -> custom_rules.Plan:
+    """Return what of a loss's second derivatives may be taken for symmetric."""
+    hoisted, consts = hoist(call.loss, call.theta, call.inputs)
+    return _planned(hoisted, call.theta, [*call.inputs, *consts], true_rules)
+
+
+def _planned(
+    hoisted: Hoisted, theta: Leaves, inputs: Leaves, true_rules: Sequence[str]
+) -> custom_rules.Plan:
+    others = [len(theta) + i for i, leaf in enumerate(inputs) if is_differentiable(leaf)]
+    return custom_rules.plan(hoisted.jaxpr, range(len(theta)), others, true_rules)
 
 
 def primal(given: Any, has_aux: bool) -> Any:
@@ -116,17 +222,16 @@ def primal(given: Any, has_aux: bool) -> Any:
     return value if has_aux else (value, ()), jax.tree.leaves(grads)
 
 
-def _commuted(loss: Loss) -> Callable[[Leaves, Leaves, Leaves, Any], Any]:
-    """Return (theta, others, rest, known) -> ((value, aux), grads), with the commuted rule."""
+def _commuted(gradient: Gradient) -> Callable[[Leaves, Leaves, Leaves, Any], Any]:
+    """Return (theta, floats, rest, known) -> ((value, aux), grads), with a rule of its own."""
 
-    def forward(theta: Leaves, others: Leaves, rest: Leaves, known: Any) -> Any:
+    def forward(theta: Leaves, floats: Leaves, rest: Leaves, known: Any) -> Any:
         if known is not None:
             return known
-        return jax.value_and_grad(loss, has_aux=True)(theta, others, rest)
+        return gradient.forward(theta, floats, rest)
 
     def backward(residuals: Any, cotangents: Any) -> Any:
-        theta, others, rest = residuals
-        return *pullback(loss, theta, others, rest, cotangents), None, None
+        return *gradient.back(*residuals, cotangents), None, None
 
     rule = jax.custom_vjp(forward)
     rule.defvjp(lambda *inputs: (forward(*inputs), inputs[:3]), backward)
@@ -134,20 +239,39 @@ def _commuted(loss: Loss) -> Callable[[Leaves, Leaves, Leaves, Any], Any]:
 
 
 def pullback(
-    loss: Loss, theta: Leaves, others: Leaves, rest: Leaves, cotangents: Any
+    loss: Callable[[Leaves, Leaves, Leaves], Any],
+    apart: Sequence[bool],
+    theta: Leaves,
+    floats: Leaves,
+    rest: Leaves,
+    cotangents: Any,
 ) -> tuple[Leaves, Leaves]:
-    """Pull ((value, aux), grads) cotangents back to (theta, others): one jvp of a gradient."""
-    (value_bar, aux_bar), u = cotangents
+    """Pull ((value, aux), grads) cotangents back to (theta, floats): one jvp of a gradient.
 
-    def phi(theta: Leaves, others: Leaves, s: jax.Array) -> jax.Array:
-        value, aux = loss(theta, others, rest)
+    `apart`: which floats' part is by reverse over reverse instead; that of data, which carry no
+    derivative, is not computed.
+    """
+    (value_bar, aux_bar), u = cotangents
+    backwards, forwards, join = split(floats, apart)
+
+    def phi(theta: Leaves, forwards: Leaves, s: jax.Array) -> jax.Array:
+        value, aux = loss(theta, join(backwards, forwards), rest)
         return (1 + s * value_bar) * value + s * _inner_product(aux_bar, aux)
 
     def gradient(theta: Leaves, s: jax.Array) -> Any:
-        return jax.grad(phi, (0, 1))(theta, others, s)
+        return jax.grad(phi, (0, 1))(theta, forwards, s)
 
     s = jnp.zeros((), value_bar.dtype)
-    return pushforward(gradient, (theta, s), (u, jnp.ones_like(s)))
+    theta_bar, forwards_bar = pushforward(gradient, (theta, s), (u, jnp.ones_like(s)))
+    if not backwards:
+        return theta_bar, forwards_bar
+
+    def as_it_stands(backwards: Leaves) -> Any:
+        inputs = theta, join(backwards, forwards), rest
+        return jax.value_and_grad(loss, has_aux=True)(*inputs)
+
+    (backwards_bar,) = differentiated(as_it_stands, (backwards,), cotangents, "")
+    return theta_bar, join(backwards_bar, forwards_bar)
 
 
 def _inner_product(cotangents: Any, values: Any) -> jax.Array | float:

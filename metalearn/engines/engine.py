@@ -9,9 +9,16 @@
 | `PES`             | 2n states, carried on       | 2n, for n pairs of particles        |
 | `InverseVariance` | 2n times an exact engine's  | 2n times an exact engine's          |
 
-The first three agree to rounding. The others estimate: from losses alone, for loops whose
-derivative is of no use, or (`PES`) from truncated unrolls without their bias. An engine that
-cannot serve a problem refuses at trace time.
+The first three agree to rounding: each is the derivative of the loop as JAX differentiates it,
+inner gradients as they stand. Where a function in an inner loss has a derivative rule of its own
+that is no derivative (a straight-through estimator, a clipped gradient), the inner gradient is
+not the gradient of anything, and they agree all the same; `MixedFlow` then saves no memory on it
+(`metalearn.engines.custom_rules`, docs/custom_rules.md). What they cannot agree on is a rule that
+the user declares a derivative though it is none, or one that is a derivative wherever it was
+tried and none where a run uses it: `metalearn.health` measures that on a task.
+
+The others estimate: from losses alone, for loops whose derivative is of no use, or (`PES`) from
+truncated unrolls without their bias. An engine that cannot serve a problem refuses at trace time.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
+from metalearn.engines.custom_rules import Plan
 from metalearn.engines.recorder import Inner
 from metalearn.unroll import Unroll
 
@@ -36,6 +44,18 @@ class Aux(NamedTuple):
 
 class MetaGradient(abc.ABC):
     """A way of differentiating through an inner loop. Subclasses are frozen dataclasses."""
+
+    @property
+    def commutes(self) -> bool:
+        """Whether it takes Jacobians of inner gradients for symmetric, where `plan` says so."""
+        return False
+
+    def plan(self, call: Any) -> Plan:
+        """Say what of an inner gradient's Jacobian is taken for symmetric, and why not all.
+
+        `call`: a `metalearn.engines.commuted.Call`. For engines that commute.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` differentiates inner gradients as is.")
 
     def init(self, key: jax.Array, unroll: Unroll, eta: Any) -> Any:
         """Return the engine's own state for its first call on a task.

@@ -252,6 +252,6 @@ class Forward(MetaGradient):
 
 
 def _inner_products(cotangents: Any, tangents: Any) -> jax.Array:
-    """Return <cotangents, tangents[i]> for each i: [k]."""
-    parts = jax.tree.map(lambda c, t: jnp.tensordot(t, c, c.ndim), cotangents, tangents)
+    """Return <cotangents, tangents[i]> for each i: [k]. Of complex leaves, the real part."""
+    parts = jax.tree.map(lambda c, t: jnp.tensordot(t, c, c.ndim).real, cotangents, tangents)
     return jnp.asarray(sum(jax.tree.leaves(parts)))

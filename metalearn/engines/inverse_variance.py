@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn.engines.antithetic import Antithetic, mean
+from metalearn.engines.custom_rules import Plan
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.es import ES
 from metalearn.engines.mixed_flow import MixedFlow
@@ -72,6 +73,15 @@ class InverseVariance(MetaGradient):
                 f"`InverseVariance` takes variances over pairs, and `{self.estimator!r}` has but "
                 "one. Take at least `pairs=2`; 4 or more tell more."
             )
+
+    @property
+    def commutes(self) -> bool:
+        """Whether the pathwise engine does."""
+        return self.pathwise.commutes
+
+    def plan(self, call: Any) -> Plan:
+        """Return what the pathwise engine says."""
+        return self.pathwise.plan(call)
 
     def init(self, key: jax.Array, unroll: Unroll, eta: Any) -> Any:
         """Return the estimator's state; ValueError where the pathwise engine has one too."""

@@ -3,7 +3,9 @@
     g = 1/k sum_j grad L_j          u^T H = 1/k sum_j u^T H_j
 
 over k parts of the batch, one after the other: the same sums in another order, so the result
-is that of the whole batch up to rounding, and only one part's activations are alive.
+is that of the whole batch up to rounding, and only one part's activations are alive. Each part
+is differentiated as its share of the mean, L_j / k: a derivative rule that looks at the size of
+a cotangent then sees what it would see in the whole batch.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import jax
 import jax.dtypes
 import jax.numpy as jnp
 
-from metalearn.engines.commuted import Leaves, Loss, hoist, named, primal, pullback, real
+from metalearn.engines.commuted import Gradient, Leaves, inexact, inner_gradient, named, primal
 from metalearn.example_mean import ExampleMean
 from metalearn.leaves import is_array, split
 
@@ -27,6 +29,7 @@ def value_and_grad(
     given: Any = None,
     *,
     parts: int,
+    true_rules: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """Stand in for `jax.value_and_grad` of an `ExampleMean` with respect to theta."""
     if not isinstance(fun, ExampleMean) or argnums != 0:
@@ -39,30 +42,23 @@ def value_and_grad(
 
     def value_and_grad_fun(theta: Any, examples: Any, *shared: Any) -> Any:
         leaves, treedef = jax.tree.flatten(theta)
-        leaves = [real(leaf) for leaf in leaves]
+        leaves = [inexact(leaf) for leaf in leaves]
         rows, rows_treedef = jax.tree.flatten(examples)
         rows = [_cut(row, parts) for row in rows]
         dynamic, static, join = split(shared, is_array)
 
-        def loss_fn(leaves: Leaves, inputs: Any) -> Any:
-            part, dynamic = inputs
-            theta, part = (
-                jax.tree.unflatten(treedef, leaves),
-                jax.tree.unflatten(rows_treedef, part),
-            )
-            result = fun(theta, part, *join(dynamic, static))
-            return result if has_aux else (result, ())
+        def share(leaves: Leaves, inputs: Leaves) -> Any:
+            theta = jax.tree.unflatten(treedef, leaves)
+            part = jax.tree.unflatten(rows_treedef, inputs[: len(rows)])
+            result = fun(theta, part, *join(inputs[len(rows) :], static))
+            value, aux = result if has_aux else (result, ())
+            return value / parts, aux
 
-        loss, consts, shapes = hoist(loss_fn, leaves, ([row[0] for row in rows], dynamic))
-        cut, cut_rest, join_cut = split(rows)
-        common, common_rest, join_common = split([dynamic, consts])
-
-        def hoisted(theta: Leaves, others: Any, rest: Any) -> Any:
-            part = join_cut(others[0], rest[0])
-            dynamic, consts = join_common(others[1], rest[1])
-            return loss(theta, [*part, *dynamic], consts)
-
-        rule = _in_parts(hoisted, parts, shapes[0].dtype)
+        inputs = [*(row[0] for row in rows), *dynamic]
+        gradient, consts, shapes = inner_gradient(share, leaves, inputs, true_rules)
+        cut, cut_rest, _ = split(rows)
+        common, common_rest, _ = split([*dynamic, *consts])
+        rule = _in_parts(gradient, parts, shapes[0].dtype)
         known = None if given is None else primal(given, has_aux)
         (value, aux), grads = rule(leaves, (cut, common), (cut_rest, common_rest), known)
         grads = jax.tree.unflatten(treedef, named(grads))
@@ -90,13 +86,13 @@ def _whole(rows: jax.Array) -> jax.Array:
     return rows.reshape(-1, *rows.shape[2:])
 
 
-def _in_parts(loss: Loss, parts: int, dtype: Any) -> Callable[..., Any]:
-    """Return the commuted rule, part by part.
+def _in_parts(gradient: Gradient, parts: int, dtype: Any) -> Callable[..., Any]:
+    """Return the rule of `commuted`, part by part.
 
-    theta, others, rest, known -> ((value, aux), grads), as `commuted` has it.
+    theta, others, rest, known -> ((value, aux), grads).
 
-    others and rest are (cut, common): arrays [parts, ...], one slice a part, and arrays that
-    all parts read. `dtype` is the loss's.
+    `gradient` is of a part's share of the loss. others and rest are (cut, common): arrays
+    [parts, ...], one slice a part, and arrays that all parts read. `dtype` is the loss's.
     """
 
     def forward(theta: Leaves, others: Any, rest: Any, known: Any) -> Any:
@@ -104,9 +100,9 @@ def _in_parts(loss: Loss, parts: int, dtype: Any) -> Callable[..., Any]:
             return known
 
         def add(total: Any, part: Any) -> tuple[Any, Any]:
-            inputs = (part[0], others[1]), (part[1], rest[1])
-            (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(theta, *inputs)
-            return _plus(total, (value, grads), 1 / parts), aux
+            inputs = [*part[0], *others[1]], [*part[1], *rest[1]]
+            (value, aux), grads = gradient.forward(theta, *inputs)
+            return _plus(total, (value, grads)), aux
 
         zero = jnp.zeros((), dtype), list(map(jnp.zeros_like, theta))
         (value, grads), aux = jax.lax.scan(add, zero, (others[0], rest[0]))
@@ -115,16 +111,16 @@ def _in_parts(loss: Loss, parts: int, dtype: Any) -> Callable[..., Any]:
     def backward(residuals: Any, cotangents: Any) -> Any:
         theta, others, rest = residuals
         (value_bar, aux_bar), u = cotangents
-        scaled = value_bar / parts, [leaf / parts for leaf in u]
         leaves, treedef = jax.tree.flatten(aux_bar)
         leaves = [_cut_cotangent(leaf, parts) for leaf in leaves]
 
         def add(total: Any, part: Any) -> tuple[Any, Any]:
             cut, cut_rest, bars = part
-            cotangents = (scaled[0], jax.tree.unflatten(treedef, bars)), scaled[1]
-            inputs = (cut, others[1]), (cut_rest, rest[1])
-            theta_bar, (cut_bar, common_bar) = pullback(loss, theta, *inputs, cotangents)
-            return _plus(total, (theta_bar, common_bar)), cut_bar
+            inputs = [*cut, *others[1]], [*cut_rest, *rest[1]]
+            aux_bar = jax.tree.unflatten(treedef, bars)
+            theta_bar, bars = gradient.back(theta, *inputs, ((value_bar, aux_bar), u))
+            cut_bar, common_bar = list(bars[: len(cut)]), list(bars[len(cut) :])
+            return _plus(total, (list(theta_bar), common_bar)), cut_bar
 
         zero = jax.tree.map(jnp.zeros_like, (list(theta), others[1]))
         (theta_bar, common_bar), cut_bar = jax.lax.scan(add, zero, (others[0], rest[0], leaves))
@@ -135,8 +131,8 @@ def _in_parts(loss: Loss, parts: int, dtype: Any) -> Callable[..., Any]:
     return rule
 
 
-def _plus(total: Any, terms: Any, scale: float = 1) -> Any:
-    return jax.tree.map(lambda a, b: a + scale * b, total, terms)
+def _plus(total: Any, terms: Any) -> Any:
+    return jax.tree.map(jnp.add, total, terms)
 
 
 def _cut_cotangent(leaf: Any, parts: int) -> jax.Array:

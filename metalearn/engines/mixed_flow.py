@@ -13,13 +13,19 @@ elementwise and differentiated as usual. The inner gradients themselves are kept
 through the checkpoint of each step, so that the way back never computes them again; but for
 remat="segments" or a `budget`, where that would be the most of what is kept.
 
+They commute where g is the gradient of L as JAX differentiates it. A function in L with a
+derivative rule of its own that is no derivative (a straight-through estimator, a clipped or a
+reversed gradient, a surrogate gradient) makes g the gradient of nothing. Rules are found and
+tried out when a program is traced (`metalearn.engines.custom_rules`): an inner gradient that
+passes one that is none, or may be none, is differentiated as it stands, by reverse over reverse.
+That is exact too, and takes the memory that `Reverse("step")` takes for it.
+
 As general as reverse mode, within the limits of JAX's custom derivative rules: the
-meta-gradient cannot itself be differentiated; what `grad` differentiates with respect to is
-real; and the inner loss must have a JVP of its gradient. A `custom_vjp` has one if its two
-rules are plain JAX. A callback or a kernel without any derivative of its backward pass serves
-no engine; a `custom_vjp` inside the rule of another serves `Reverse` alone. Both are refused.
-For the same reason a step cannot push a `jax.jvp` through `grad`: take a Hessian product as
-the `grad` of `<grad, v>`, or by `jax.vjp`, both exact here.
+meta-gradient cannot itself be differentiated, and inner gradients must have a derivative. A
+callback or a kernel without any derivative of its backward pass serves no engine, and is refused.
+Parameters may be complex; as everywhere in JAX, the gradient of a real loss with respect to them
+is conjugated. A step cannot push a `jax.jvp` through `grad`: take a Hessian product as the `grad`
+of `<grad, v>`, or by `jax.vjp`, both exact here.
 
 Reference: Kemaev et al. 2025, "Scalable Meta-Learning via Mixed-Mode
 Differentiation" (arXiv:2505.00793).
@@ -34,7 +40,7 @@ from typing import Any
 import jax
 
 from metalearn.checks import at_least
-from metalearn.engines import commuted, micro_batches
+from metalearn.engines import commuted, custom_rules, micro_batches
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.kept import Anchors, in_bfloat16, on_host
 from metalearn.engines.loop import REMAT, Remat, backpropagate
@@ -84,6 +90,10 @@ class MixedFlow(MetaGradient):
       micro_batches: take inner gradients and Hessian products a part of the batch at a time; the
         inner loss must be a `metalearn.ExampleMean`. Holds one part's activations; same FLOPs,
         more time.
+      true_rules: names of functions in the inner loss whose `custom_jvp` or `custom_vjp` rules are
+        true derivatives, and shall be believed where trying cannot tell: kernels, functions too
+        large to be tried, or with a kink where arguments are zero. ("*",) is all. A rule that was
+        tried and is none is refused. What was not believed, `metalearn.health` lists.
     """
 
     remat: str = "step"
@@ -92,6 +102,7 @@ class MixedFlow(MetaGradient):
     store: str = "device"
     peel: bool = True
     micro_batches: int = 1
+    true_rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, "micro_batches", "segment")
@@ -102,6 +113,7 @@ class MixedFlow(MetaGradient):
                 f"store={self.store!r} is for what remat='step' keeps, not for {self.remat!r}."
             )
         at_least("MixedFlow", 1, micro_batches=self.micro_batches, segment=self.segment)
+        custom_rules.check_names("MixedFlow", self.true_rules)
         if self.remat == RECONSTRUCT and self.budget is not None:
             raise ValueError("`budget` is for remat='nested'; anchors take a `segment`.")
         if self.remat != RECONSTRUCT:
@@ -111,14 +123,25 @@ class MixedFlow(MetaGradient):
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         """Return ((loss (), aux), meta-gradient like eta)."""
-        inner: Any = commuted.value_and_grad
+        inner: Any = functools.partial(commuted.value_and_grad, true_rules=self.true_rules)
         if self.micro_batches > 1:
-            inner = functools.partial(micro_batches.value_and_grad, parts=self.micro_batches)
+            inner = functools.partial(
+                micro_batches.value_and_grad, parts=self.micro_batches, true_rules=self.true_rules
+            )
         if self.remat == RECONSTRUCT:
             return sweep(unroll, eta, batches, inner, Anchors(self.segment or 32), self.peel)
         if self.store != "device":
             return sweep(unroll, eta, batches, inner, STORES[self.store], self.peel)
         return backpropagate(unroll, eta, batches, inner, self._remat())
+
+    @property
+    def commutes(self) -> bool:
+        """Whether it takes Jacobians of inner gradients for symmetric: it does."""
+        return True
+
+    def plan(self, call: commuted.Call) -> custom_rules.Plan:
+        """Say what of an inner gradient's Jacobian is taken for symmetric, and why not all."""
+        return commuted.planned(call, self.true_rules)
 
     def _remat(self) -> Remat:
         policy = jax.checkpoint_policies.save_only_these_names(commuted.INNER_GRADIENT)

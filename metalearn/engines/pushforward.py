@@ -1,4 +1,4 @@
-"""A `jvp` that says what is wrong where a model cannot be pushed forward.
+"""A `jvp`, and a `vjp`, that say what is wrong where a model has no such derivative.
 
 Fused kernels come with a backward pass of their own and often without a derivative of it.
 Some of those fail inside JAX when they are pushed forward, and a rule within a rule fails
@@ -12,7 +12,11 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.dtypes
+import numpy as np
 from jax.extend import core
+
+from metalearn.leaves import is_differentiable
 
 
 def pushforward(function: Callable[..., Any], primals: Any, tangents: Any) -> Any:
@@ -30,8 +34,9 @@ def pushforward(function: Callable[..., Any], primals: Any, tangents: Any) -> An
     except (TypeError, ValueError, NotImplementedError) as error:
         raise TypeError(
             "`MixedFlow` pushes the inner gradient forward (a JVP), and an operation of the inner "
-            f"loss cannot be: {error} Fused kernels and callbacks are the usual cause. Replace it "
-            "by one written in JAX, such as `metalearn.models.causal_attention` for attention."
+            f"loss cannot be: {_first_line(error)} Fused kernels and callbacks are the usual "
+            "cause. Replace it by one written in JAX, such as `metalearn.models.causal_attention` "
+            "for attention."
         ) from error
     if "custom_lin" in _primitives(closed.jaxpr):  # what is left of a rule without a JVP
         raise TypeError(
@@ -41,6 +46,38 @@ def pushforward(function: Callable[..., Any], primals: Any, tangents: Any) -> An
         )
     flat = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *jax.tree.leaves((primals, tangents)))
     return jax.tree.unflatten(jax.tree.structure(shapes), flat)
+
+
+def differentiated(
+    function: Callable[..., Any], primals: tuple[Any, ...], cotangents: Any, names: str
+) -> tuple[Any, ...]:
+    """Pull cotangents of a function's result, an inner gradient, back to `primals`.
+
+    Raises:
+      TypeError: where an operation in it has no derivative. `names` says which bring rules.
+    """
+    try:
+        result, pull = jax.vjp(function, *primals)
+        leaves, treedef = jax.tree.flatten(result)
+        pairs = zip(leaves, jax.tree.leaves(cotangents), strict=True)
+        return pull(jax.tree.unflatten(treedef, [_cotangent(*pair) for pair in pairs]))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise TypeError(
+            "`MixedFlow` differentiates this inner gradient as it stands, by reverse over reverse, "
+            f"since functions of the inner loss bring rules that do not count as derivatives "
+            f"({names}), but an operation cannot be: {_first_line(error)} No engine can "
+            "differentiate it. Replace it by one written in JAX, such as "
+            "`metalearn.models.causal_attention` for attention."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _cotangent(value: Any, cotangent: Any) -> Any:
+    """Return a cotangent as `jax.vjp` takes it: of integers and keys, none."""
+    return cotangent if is_differentiable(value) else np.zeros(value.shape, jax.dtypes.float0)
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:
