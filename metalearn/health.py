@@ -2,15 +2,17 @@
 
 Two things go wrong without a word in training through training. An inner optimizer whose
 update has an infinite derivative at a zero gradient (sqrt(v) of Adam, and of about half of
-optax) turns the first exact zero into a NaN in all of eta. And a leaf of eta that no path
+optax) turns the first exact zero into a NaN in all of eta; one that takes a norm (clipping,
+lars), the first gradient that is all zero. And a leaf of eta that no path
 leads to (unused, or behind a `stop_gradient`) has the meta-gradient zero: nothing fails, and
 nothing is learned.
 
 `check` looks at the first task of the next outer step, with the trainer's own engine and
 over its first few inner steps: one more program to compile, the memory of one task. What it
 finds is an error where this task itself has a NaN, since training would stop at its first
-step. It is a warning where only an exact zero would: a ReLU network will meet one, a tanh
-network will not, and an algorithm does not say which it has.
+step. It is a warning where only an exact zero would, or a gradient of zeros alone: a ReLU network
+will meet one, a tanh network will not, and an algorithm does not say which it has. The reason
+that is given is found by looking again, at the same inner loop with other zeros in its gradients.
 
 An engine that takes Jacobians of inner gradients for symmetric (`MixedFlow`) is asked which of
 them it does not, and why: a note, since the result is exact and only the memory is more. Of the
@@ -23,6 +25,7 @@ inner step on.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -31,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn import probe
 from metalearn.engines.custom_rules import listed
 from metalearn.labels import Seen, beyond, known
 from metalearn.probe import Look
@@ -40,17 +44,38 @@ from metalearn.train_state import TrainState
 
 STEPS = 5  # inner steps of a check: enough for every optimizer of optax to show itself
 
+WRAP = "wrap it: `metalearn.optimizers.differentiable_at_zero(optimizer)`"
 ROOT = (
     "An infinite derivative of the inner optimizer, as sqrt(v) has at v = 0, meets a gradient "
     "that is exactly zero. Give the inner optimizer `eps_root=1e-8` if it takes that (adam, "
-    "adamw, nadam, radam, amsgrad and lamb of optax do), or wrap it: "
-    "`metalearn.optimizers.differentiable_at_zero(optimizer)`. A root or norm that `step` takes "
-    "itself needs the same: sqrt(sum(g**2) + 1e-12)."
+    "adamw, nadam, nadamw and amsgrad of optax do), which mends that root and no norm beside it; "
+    f"or {WRAP}. A root or norm that `step` takes itself needs the same: sqrt(sum(g**2) + 1e-12)."
+)
+NORM = (
+    "The inner optimizer takes a norm of a gradient that is all zero, whose derivative is infinite "
+    "there, or divides by it in a branch that is not used (clipping by a norm, lars, lamb, "
+    f"novograd). `eps_root` does not mend that: {WRAP}. A norm that `step` takes itself needs "
+    "sqrt(sum(g**2) + 1e-12)."
+)
+ALWAYS = (
+    "It is so with no zero in any inner gradient too, so the inner optimizer takes a root of a "
+    "number that is negative and drops the value (radam in its first steps), or of one that is "
+    "zero whatever the gradient (dog, mechanize: how far the loop has come). `eps_root` does not "
+    f"mend that: {WRAP}. Or `init`, `step` or `loss` take such a root themselves: sqrt(x + 1e-12), "
+    "or sqrt(where(used, x, 1)) where the value is dropped."
+)
+UNDEFINED = (
+    "The update itself is not finite at a zero gradient, since the inner optimizer divides by "
+    "something that is zero then (a norm, as `optax.contrib.normalize`, or a sum of gradients, as "
+    "prodigy and dadapt_adamw of optax). No derivative can mend that: take an optimizer that adds "
+    "a constant to what it divides by (`differentiable_at_zero(optax.normalize_by_update_norm())`),"
+    " or leave out tasks that have no inner gradient."
 )
 DIVERGES = (
     "The inner loop diverges, or its data are not finite: lower the inner learning rate, clip "
     "the inner gradients, or take fewer inner steps."
 )
+OUTER = "Look at the `loss` of the algorithm's unroll, and at the data it reads."
 
 GROWN = 1e8  # the norm of a tangent from which on it is overflowing
 
@@ -77,7 +102,10 @@ class Report:
         return not (self.errors or self.warnings)
 
     def __str__(self) -> str:
-        fine = "Health: the meta-gradient is finite, with a zero in every inner gradient too."
+        fine = (
+            "Health: the meta-gradient is finite, with a zero in every inner gradient too, "
+            "and with all of them zero."
+        )
         found = [fine] if self.healthy else [f"Error: {text}" for text in self.errors]
         found += [f"Warning: {text}" for text in self.warnings]
         return "\n".join(found + [f"Note: {text}" for text in self.notes])
@@ -119,18 +147,13 @@ def check(trainer: Looks, state: TrainState, tasks: Tasks) -> Report:
 
 def _check(trainer: Looks, state: TrainState, tasks: Tasks) -> Report:
     key, names = trainer.task_keys(state)[0], _names(state.eta)
-    seen = trainer.look(state.eta, tasks, key, zeros=False, steps=STEPS)
-    trouble = _trouble(seen, names, _labels(trainer, tasks, key, seen))
+    look = functools.partial(trainer.look, state.eta, tasks, key, steps=STEPS)
+    seen = look(zeros=probe.AS_THEY_ARE)
+    trouble = _trouble(seen, names, _labels(trainer, tasks, key, seen), look)
     if trouble and not _outer_finite(seen):
         return Report(errors=(f"On the first task {trouble}",))
     found = [f"On the first task {trouble}"] if trouble else []
-    at_zero = trainer.look(state.eta, tasks, key, zeros=True, steps=STEPS)
-    if not at_zero.finite.all():
-        found.append(
-            "The meta-gradient becomes NaN or infinite where an inner gradient is exactly zero "
-            "(a dead ReLU, an unused embedding, a masked output), in "
-            f"{_listed(names, ~at_zero.finite)}. {ROOT}"
-        )
+    found += _at_zeros(look, names)
     if seen.zero.any():
         found += _unreached(trainer, state.eta, tasks, key, names)
     symmetry = trainer.symmetry(state.eta, tasks, key)
@@ -144,8 +167,9 @@ def diagnose(trainer: Looks, state: TrainState, tasks: Tasks) -> str:
     """
     names, keys = _names(state.eta), trainer.task_keys(state)
     for i, key in enumerate(keys):
-        seen = trainer.look(state.eta, tasks, key)
-        trouble = _trouble(seen, names, _labels(trainer, tasks, key, seen))
+        look = functools.partial(trainer.look, state.eta, tasks, key)
+        seen = look(zeros=probe.AS_THEY_ARE)
+        trouble = _trouble(seen, names, _labels(trainer, tasks, key, seen), look)
         if trouble:
             return f"In its task {i + 1} of {len(keys)} {trouble}"
     return (
@@ -162,10 +186,47 @@ def _labels(trainer: Looks, tasks: Tasks, key: jax.Array, seen: Look) -> str:
     return beyond(draw(tasks, jax.random.split(key, 4)[0]), trainer.labels_seen)  # as `pose` does
 
 
-def _trouble(seen: Look, names: Sequence[str], labels: str) -> str:
+def _at_zeros(look: Callable[..., Look], names: Sequence[str]) -> list[str]:
+    """Warn of what is not finite with one zero in each leaf of inner gradients, or with all."""
+    kinds = (
+        (
+            probe.ONE_A_LEAF,
+            "an inner gradient is exactly zero (a dead ReLU, an unused embedding, a masked output)",
+            ROOT,
+        ),
+        (probe.ALL, "every inner gradient is exactly zero (a task whose support is masked)", NORM),
+    )
+    for zeros, where, reason in kinds:
+        seen = look(zeros=zeros)
+        if not _outer_finite(seen):
+            reason = reason if jnp.isfinite(seen.loss) else UNDEFINED
+            return [
+                f"The meta-gradient becomes NaN or infinite where {where}, in "
+                f"{_listed(names, ~seen.finite)}. {reason}"
+            ]
+    return []
+
+
+def _reason(look: Callable[..., Look]) -> str:
+    """Say why a meta-gradient is not finite though its outer loss is."""
+    for zeros, reason in ((probe.NONE, ALWAYS), (probe.ONE_A_LEAF, ROOT)):
+        if not _outer_finite(look(zeros=zeros)):
+            return reason
+    return NORM
+
+
+def _undefined(look: Callable[..., Look]) -> str:
+    """Say that it is zeros in inner gradients that make an inner loop fail; "" where not."""
+    if not _outer_finite(look(zeros=probe.NONE)):
+        return ""
+    return f"Without the zeros in its inner gradients it is finite. {UNDEFINED}"
+
+
+def _trouble(seen: Look, names: Sequence[str], labels: str, look: Callable[..., Look]) -> str:
     """Say what is not finite on a task, and what to do; "" where everything is.
 
-    `labels`: what is wrong with the labels, if it is that.
+    `labels`: what is wrong with the labels, if it is that. `look` looks at the task again, with
+    the zeros it is told.
     """
     if labels:
         return f"the loss is not finite, of labels that the network has no output for. {labels}"
@@ -176,20 +237,21 @@ def _trouble(seen: Look, names: Sequence[str], labels: str) -> str:
         return (
             f"the inner loss or its gradient is not finite from inner step {first + 1} of "
             f"{len(losses)} on (inner loss: first {losses[0].mean():.4g}, last "
-            f"{losses[-1].mean():.4g}; {1 - bad.mean():.0%} finite). {DIVERGES}"
+            f"{losses[-1].mean():.4g}; {1 - bad.mean():.0%} finite). "
+            f"{_undefined(look) or DIVERGES}"
         )
     overflow = _overflow(np.asarray(seen.inner.tangent_norm))
     if overflow:
         return overflow
     if not jnp.isfinite(seen.loss):
         return (
-            f"the outer loss is {float(seen.loss)}, though every inner loss and gradient is "
-            "finite: look at the `loss` of the algorithm's unroll, and at the data it reads."
+            f"the outer loss is {float(seen.loss)}, though every inner loss and gradient is finite"
+            f". {_undefined(look) or OUTER}"
         )
     if not seen.finite.all():
         return (
             f"the meta-gradient is not finite in {_listed(names, ~seen.finite)}, though the outer "
-            f"loss and every inner loss and gradient are. {ROOT}"
+            f"loss and every inner loss and gradient are. {_reason(look)}"
         )
     return ""
 
@@ -199,7 +261,7 @@ def _overflow(norms: np.ndarray) -> str:
     bad = (~np.isfinite(norms)).any(axis=1)
     first = int(bad.argmax()) if bad.any() else 0
     if not first or norms[first - 1].max() < GROWN:
-        return ""  # what is not finite from one step to the next has not grown: see ROOT
+        return ""  # what is not finite from one step to the next has not grown: see _reason
     return (
         f"the tangents overflow from inner step {first + 1} of {len(norms)} on (largest norm "
         f"before: {norms[first - 1].max():.3g}): the inner loop is chaotic there, and its "

@@ -1,10 +1,14 @@
 """A look at one task: its meta-gradient, what its inner loop saw, and what zeros would do.
 
 A network with a dead ReLU, an embedding that no token of the batch uses or a masked output
-has inner gradients with exact zeros. A task drawn now may have none, and the thousandth one
-some. So a look can put them there: one entry per leaf of each inner gradient is multiplied
-by zero, value and derivative alike, which is what the dead unit does. No optimizer needs to
-be known for that, and no engine: it wraps the algorithm and the `grad` its steps receive.
+has inner gradients with exact zeros, and a task whose support is masked has nothing else. A
+task drawn now may have none, and the thousandth one some. So a look can put them there: one
+entry per leaf of each inner gradient, or every entry, is multiplied by zero, value and
+derivative alike, which is what the dead unit does. No optimizer needs to be known for that,
+and no engine: it wraps the algorithm and the `grad` its steps receive.
+
+It can take them away too, by a small number in place of each zero: what is not finite then has
+another reason than zeros.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ from metalearn.engines import Aux, Inner
 from metalearn.engines.check import horizon
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode, Unroll
+
+# What a look does to the zeros in inner gradients.
+AS_THEY_ARE, NONE, ONE_A_LEAF, ALL = range(4)
+FILL = 1e-3  # what stands in for a zero that is taken away
 
 
 class Look(NamedTuple):
@@ -41,7 +49,7 @@ def look_at(
     eta: Any,
     tasks: Tasks,
     key: jax.Array,
-    zeros: jax.Array | bool = False,
+    zeros: jax.Array | int = AS_THEY_ARE,
     steps: int | None = None,
 ) -> Look:
     """Look at the task that `key` draws.
@@ -52,7 +60,8 @@ def look_at(
       eta: where to look.
       tasks: where the task comes from.
       key: draws the task.
-      zeros: (), bool: whether inner gradients get an entry per leaf that is exactly zero.
+      zeros: (), int: which entries of inner gradients are exactly zero: as they are, none, one
+        in each leaf and no other, or all.
       steps: look at no more inner steps than the first so many; None: at all.
     """
     probed = _Probed(algorithm, jnp.asarray(zeros), steps)
@@ -68,7 +77,7 @@ class _Probed(Algorithm):
     """Another algorithm with zeros in its inner gradients, or fewer inner steps."""
 
     algorithm: Algorithm
-    zeros: jax.Array  # (), bool
+    zeros: jax.Array  # (), int: AS_THEY_ARE, NONE, ONE_A_LEAF or ALL
     steps: int | None
 
     def init(self, key: jax.Array) -> Any:
@@ -92,14 +101,17 @@ class _Probed(Algorithm):
 
 
 def _with_zeros(grad: Callable[..., Any], zeros: jax.Array) -> Callable[..., Any]:
-    """Stand in for the `grad` of an engine, with a zero in each leaf of what it returns."""
+    """Stand in for the `grad` of an engine, with the zeros of a look in what it returns."""
 
-    def first_to_zero(leaf: jax.Array) -> jax.Array:
+    def with_zeros(leaf: jax.Array) -> jax.Array:
         if not leaf.size:
             return leaf
+        filled = jnp.where((zeros == NONE) | (zeros == ONE_A_LEAF), FILL, 0).astype(leaf.dtype)
+        leaf = leaf + jnp.where(leaf == 0, filled, jnp.zeros_like(leaf))
         # A product, since it passes an infinite cotangent on as NaN, as a dead unit does.
-        factor = jnp.where(zeros, 0, 1).astype(leaf.dtype)
-        return leaf * jnp.ones_like(leaf).at[(0,) * leaf.ndim].set(factor)
+        factor = jnp.where(zeros == ALL, 0, 1).astype(leaf.dtype)
+        first = jnp.where((zeros == ALL) | (zeros == ONE_A_LEAF), 0, 1).astype(leaf.dtype)
+        return leaf * jnp.full_like(leaf, factor).at[(0,) * leaf.ndim].set(first)
 
     def grad_with_zeros(fun: Any, argnums: Any = 0, has_aux: bool = False) -> Callable[..., Any]:
         differentiate = grad(fun, argnums=argnums, has_aux=has_aux)
@@ -107,7 +119,7 @@ def _with_zeros(grad: Callable[..., Any], zeros: jax.Array) -> Callable[..., Any
         def grad_fun(*args: Any, **kwargs: Any) -> Any:
             result = differentiate(*args, **kwargs)
             grads, *aux = result if has_aux else (result,)
-            grads = jax.tree.map(first_to_zero, grads)
+            grads = jax.tree.map(with_zeros, grads)
             return (grads, *aux) if has_aux else grads
 
         return grad_fun

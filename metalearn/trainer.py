@@ -270,7 +270,7 @@ class Trainer:
         """Look at one task, for `metalearn.health`: (eta, tasks, key, zeros, steps). Compiled."""
         most = None if self.truncation is None else self.truncation.steps
 
-        def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = False, steps: Any = None):
+        def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = 0, steps: Any = None):
             taken = min((n for n in (steps, most) if n is not None), default=None)
             return look_at(self.runs.solve, self.algorithm, eta, tasks, key, zeros, taken)
 

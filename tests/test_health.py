@@ -12,20 +12,31 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from metalearn import Algorithm, Forward, MixedFlow, Reverse, Trainer, Unroll
+from metalearn import Algorithm, Episode, Forward, MixedFlow, Reverse, Tasks, Trainer, Unroll
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
 from metalearn.faults import NonFiniteError
 from metalearn.health import ROOT, HealthError, HealthWarning, Report, check
 from metalearn.models import Functions
 from metalearn.optimizers import differentiable_at_zero
-from tests.inner_optimizers import FINITE, NAN, NAN_AT_ZERO
+from tests.inner_optimizers import (
+    FINITE,
+    NAN,
+    NAN_AT_ALL_ZERO,
+    NAN_AT_ZERO,
+    UNDEFINED_AT_ALL_ZERO,
+)
 from tests.test_cli import SINUSOID, call
 
 TASKS = Sinusoid(shots=3, queries=3)
 KEY = jax.random.key(0)
 ON = "--config.health=True"
-HEALTHY = "Health: the meta-gradient is finite, with a zero in every inner gradient too."
+HEALTHY = (
+    "Health: the meta-gradient is finite, with a zero in every inner gradient too, and with all of "
+    "them zero."
+)
+# Inner steps until an optimizer shows itself; those that are not here: 1.
+STEPS = {"adopt": 2, "dadapt_adamw": 2, "radam": 3}
 
 
 def network(activation, offset=0.0):
@@ -73,8 +84,7 @@ def test_these_optimizers_are_healthy(name):
 
 @pytest.mark.parametrize("name", NAN_AT_ZERO)
 def test_these_optimizers_are_healthy_but_for_a_zero_gradient(name):
-    inner_steps = 2 if name == "adopt" else 1  # ADOPT's first step only fills its state
-    report = checked(trainer(NAN_AT_ZERO[name], inner_steps=inner_steps))
+    report = checked(trainer(NAN_AT_ZERO[name], inner_steps=STEPS.get(name, 1)))
     assert report.errors == () and len(report.warnings) == 1
     assert re.match(
         "The meta-gradient becomes NaN or infinite where an inner gradient is exactly zero .*"
@@ -83,28 +93,58 @@ def test_these_optimizers_are_healthy_but_for_a_zero_gradient(name):
     )
 
 
+@pytest.mark.parametrize("name", NAN_AT_ALL_ZERO)
+def test_these_optimizers_are_healthy_but_for_a_gradient_of_zeros_alone(name):
+    report = checked(trainer(NAN_AT_ALL_ZERO[name], inner_steps=1))
+    assert report.errors == () and len(report.warnings) == 1
+    assert re.match(
+        "The meta-gradient becomes NaN or infinite where every inner gradient is exactly zero "
+        r"\(a task whose support is masked\), in `eta.params` \(1 of 1 leaves\)\. The inner "
+        r"optimizer takes a norm of a gradient that is all zero.*`eps_root` does not mend that: "
+        "wrap it.*differentiable_at_zero",
+        report.warnings[0],
+    )
+
+
 @pytest.mark.parametrize("name", NAN)
 def test_these_optimizers_are_not_healthy_at_all(name):
-    report = checked(trainer(NAN[name], inner_steps=1))
+    report = checked(trainer(NAN[name], inner_steps=STEPS.get(name, 1)))
     assert report.warnings == () and len(report.errors) == 1
     assert "differentiable_at_zero" in report.errors[0]
+    assert re.search(
+        "no zero in any inner gradient too.*negative.*`eps_root` does not", str(report)
+    )
 
 
-def test_the_optimizers_said_to_take_eps_root_do():
+@pytest.mark.parametrize("name", UNDEFINED_AT_ALL_ZERO)
+def test_an_update_that_is_nan_where_a_gradient_is_zero_is_told_from_its_derivative(name):
+    for optimizer in (each := UNDEFINED_AT_ALL_ZERO[name], differentiable_at_zero(each)):
+        report = checked(trainer(optimizer, inner_steps=1))
+        assert report.errors == () and len(report.warnings) == 1
+        expected = (
+            "where every inner gradient is exactly zero.*update itself is not finite.*No deriv"
+        )
+        assert re.search(expected, report.warnings[0])
+
+
+def test_the_optimizers_said_to_take_eps_root_do_and_are_mended_by_it():
     named = re.search(r"takes that \((.*) of optax do\)", ROOT)[1].replace(" and", ",").split(", ")
-    assert len(named) == 6
+    assert len(named) == 5
     for name in named:
-        assert "eps_root" in inspect.signature(getattr(optax, name)).parameters
+        make = getattr(optax, name)
+        assert "eps_root" in inspect.signature(make).parameters
         assert name in NAN_AT_ZERO
+        assert checked(trainer(make(0.1, eps_root=1e-8), inner_steps=1)).healthy
 
 
-ADAMS = {"adamw", "nadam", "nadamw", "radam"}  # Adam is there for them
-
-
-@pytest.mark.parametrize("name", [name for name in {**NAN_AT_ZERO, **NAN} if name not in ADAMS])
+@pytest.mark.parametrize("name", {**NAN_AT_ZERO, **NAN_AT_ALL_ZERO, **NAN})
 def test_the_wrapper_mends_every_kind_of_optimizer(name):
-    optimizer = differentiable_at_zero({**NAN_AT_ZERO, **NAN}[name])
-    assert checked(trainer(optimizer, inner_steps=2 if name == "adopt" else 1)).healthy
+    optimizer = differentiable_at_zero({**NAN_AT_ZERO, **NAN_AT_ALL_ZERO, **NAN}[name])
+    report = checked(trainer(optimizer, inner_steps=STEPS.get(name, 1)))
+    if name in ("prodigy", "dadapt_adamw"):  # their update is 0 / 0 where all is zero
+        assert "update itself is not finite" in report.warnings[0]
+    else:
+        assert report.healthy
 
 
 @pytest.mark.parametrize("engine", [Reverse(), Forward(), MixedFlow()], ids=repr)
@@ -222,6 +262,103 @@ def test_a_failing_meta_gradient_names_the_leaves_and_the_way_out():
     expected = r"outer step 1, .*task 1 of 2 the meta-gradient is not finite in .*\['w'\].*eps_root"
     with pytest.raises(NonFiniteError, match=expected):
         trainer(optax.adam(0.1), DEAD).fit(TASKS, 3, key=KEY, progress=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Masked(Tasks):
+    """Sine waves; targets [n, 2] carry a mask, which leaves some tasks without a support."""
+
+    def sample(self, key):
+        support, query = TASKS.sample(key)
+        used = jax.random.bernoulli(key).astype(jnp.float32)
+
+        def with_mask(points, mask):
+            x, y = points
+            return x, jnp.concatenate((y, jnp.broadcast_to(mask, y.shape)), 1)
+
+        return Episode(with_mask(support, used), with_mask(query, 1.0))
+
+
+def masked_error(outputs, targets):
+    return jnp.mean(targets[:, 1:] * (outputs - targets[:, :1]) ** 2), {}
+
+
+def with_masks(optimizer, engine):
+    maml = MAML(SMALL, masked_error, optimizer, inner_steps=2)
+    return Trainer(maml, engine, tasks_per_step=4)
+
+
+CLIPPED = NAN_AT_ALL_ZERO["clipped"]
+
+
+@pytest.mark.parametrize("engine", [Reverse(), MixedFlow()], ids=["Reverse", "MixedFlow"])
+def test_a_task_whose_support_is_masked_fails_clipping_and_the_message_mends_it(engine):
+    expected = (
+        r"task \d of 4 the meta-gradient is not finite in .*though.*The inner optimizer takes a "
+        r"norm of a gradient that is all zero.*`eps_root` does not.*"
+        r"differentiable_at_zero\(optimizer\)`"
+    )
+    with pytest.raises(NonFiniteError, match=expected):
+        with_masks(CLIPPED, engine).fit(Masked(), 2, key=KEY, progress=False)
+    mended = with_masks(differentiable_at_zero(CLIPPED), engine)
+    state = mended.fit(Masked(), 2, key=KEY, progress=False)
+    assert int(state.step) == 2 and jnp.isfinite(state.eta.params).all()
+
+
+def test_an_update_that_is_nan_on_a_masked_task_is_not_blamed_on_divergence():
+    undefined = with_masks(UNDEFINED_AT_ALL_ZERO["normalized"], Reverse())
+    with pytest.raises(
+        NonFiniteError,
+        match="inner loss or its gradient is not finite.*Without the "
+        "zeros in its inner gradients it is finite.*update itself.*normalize_by",
+    ):
+        undefined.fit(Masked(), 2, key=KEY, progress=False)
+
+
+def test_what_is_recommended_instead_of_a_division_by_zero_is_healthy():
+    chained = optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.1))
+    assert checked(trainer(differentiable_at_zero(chained), inner_steps=1)).healthy
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnRoot(Partly):
+    """A norm that `step` takes itself, and a root that `loss` takes of what it drops."""
+
+    eps: float = 0.0
+    negative: bool = False
+
+    def init(self, key):
+        return {"used": jnp.ones(2)}
+
+    def unroll(self, episode, key):
+        def step(eta, theta, t, grad):
+            slope = grad(lambda theta: (theta**2).sum())(theta)
+            return theta - eta["used"] * slope / (jnp.sqrt((slope**2).sum() + self.eps) + 1)
+
+        def outer(eta, theta):
+            x = theta.sum()
+            dropped = jnp.sqrt(-1 - x**2 if self.negative else 1 + x**2)
+            return jnp.where(x < 99, x, x * dropped), {}
+
+        return Unroll(lambda eta: jnp.ones(2), step, outer)
+
+
+def test_a_norm_that_step_takes_itself_is_mended_as_the_message_says():
+    def report(**options):
+        return checked(Trainer(OwnRoot(**options), Reverse(), tasks_per_step=1))
+
+    assert re.search(
+        r"every inner gradient is exactly zero.*A norm that `step` takes itself needs "
+        r"sqrt\(sum\(g\*\*2\) \+ 1e-12\)",
+        str(report()),
+    )
+    assert report(eps=1e-12).healthy
+
+
+def test_a_root_of_a_negative_number_in_the_outer_loss_is_not_blamed_on_zeros():
+    report = checked(Trainer(OwnRoot(eps=1e-12, negative=True), Reverse(), tasks_per_step=1))
+    assert re.search(r"no zero in any.*`loss` take such a root.*where\(used, x, 1\)", str(report))
 
 
 def test_a_failing_outer_optimizer_is_told_from_failing_tasks():

@@ -231,7 +231,8 @@ def _commuted(gradient: Gradient) -> Callable[[Leaves, Leaves, Leaves, Any], Any
         return gradient.forward(theta, floats, rest)
 
     def backward(residuals: Any, cotangents: Any) -> Any:
-        return *gradient.back(*residuals, cotangents), None, None
+        theta, floats, rest = residuals
+        return *gradient.back(theta, floats, rest, cotangents), None, None
 
     rule = jax.custom_vjp(forward)
     rule.defvjp(lambda *inputs: (forward(*inputs), inputs[:3]), backward)
