@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn.pixels import are_pixels
+from metalearn._utils.pixels import are_pixels
 
 MOST = 2**31 - 1
 
@@ -42,7 +42,7 @@ def read(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return (inputs, targets) of these rows; images of uint8 are read as 0..1.
 
     Raises:
-      ValueError: of uint8 that are no images. See `metalearn.pixels`.
+      ValueError: of uint8 that are no images. See `metalearn._utils.pixels`.
     """
     inputs, targets = data[0][rows], data[1][rows]
     pixels = are_pixels("An inner step", inputs.dtype, inputs.shape[1:])

@@ -24,12 +24,13 @@ import optax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from metalearn import __version__, strict_json
+from metalearn import __version__
+from metalearn._utils import strict_json
+from metalearn._utils.strict_json import parse, restored
+from metalearn._utils.trees import paths
 from metalearn.algorithms.rule_bounds import check_bounds
 from metalearn.algorithms.rule_json import decode, encode
 from metalearn.algorithms.update_rule import UpdateRule
-from metalearn.leaves import paths
-from metalearn.strict_json import parse, restored
 from metalearn.train_state import TrainState
 
 FORMAT = "metalearn update rule"

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn._utils.fields import check_fields
 from metalearn.algorithms.float_leaves import check_decays, precision
 from metalearn.algorithms.parameter_features import LEAST, Feature, Tensor, over, running_means
-from metalearn.fields import check_fields
 
 
 @dataclasses.dataclass(frozen=True)

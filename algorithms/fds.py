@@ -30,6 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metalearn._utils.checks import at_least, counts
+from metalearn._utils.fields import check_fields
+from metalearn._utils.trees import in_dtypes_of
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.epochs import check_reads, epochs, read
 from metalearn.algorithms.hyperparameter import Hyperparameter
@@ -37,9 +40,6 @@ from metalearn.algorithms.hyperparameter_places import check_required, place
 from metalearn.algorithms.objectives import cross_entropy
 from metalearn.algorithms.schedule import Schedule
 from metalearn.algorithms.windows import edges, spread, stretched, window_of
-from metalearn.checks import at_least, counts
-from metalearn.fields import check_fields
-from metalearn.leaves import in_dtypes_of
 from metalearn.model import Model, no_model
 from metalearn.optimizers import differentiable_at_zero
 from metalearn.unroll import Episode, Unroll

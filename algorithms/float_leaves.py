@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn.leaves import paths
+from metalearn._utils.trees import paths
 
 
 def precision(param: Any) -> Any:

@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metalearn._utils.fields import check_fields
+from metalearn._utils.names import pick
 from metalearn.algorithms.float_leaves import check_params, precision
 from metalearn.algorithms.update_rule import UpdateRule
-from metalearn.fields import check_fields
-from metalearn.names import pick
 
 LEAST = 1e-16  # added to a squared norm: cosines fade where a norm is below 1e-8
 

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn._utils.checks import is_integer
+from metalearn._utils.fields import check_fields
+from metalearn._utils.names import pick
 from metalearn.algorithms.windows import Windows, check_windows
-from metalearn.checks import is_integer
-from metalearn.fields import check_fields
-from metalearn.names import pick
 
 SPACES = {
     "raw": "the value itself",

@@ -27,12 +27,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metalearn._utils.checks import is_integer
+from metalearn._utils.fields import check_fields
+from metalearn._utils.names import pick
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.problem import Problem
 from metalearn.algorithms.update_rule import UpdateRule
-from metalearn.checks import is_integer
-from metalearn.fields import check_fields
-from metalearn.names import pick
 from metalearn.unroll import Episode, Unroll
 from metalearn.updates import evaluate, evaluation_params, start, update
 

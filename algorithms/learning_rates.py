@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.example_mean import ExampleMean
-from metalearn.fields import check_fields
 from metalearn.model import Model
 from metalearn.reversible import Reversible
 from metalearn.unroll import Episode, Unroll

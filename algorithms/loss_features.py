@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metalearn.checks import is_integer
-from metalearn.names import pick
+from metalearn._utils.checks import is_integer
+from metalearn._utils.names import pick
 
 
 class Seen(NamedTuple):

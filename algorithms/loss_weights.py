@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.loss_features import Seen
 from metalearn.algorithms.objectives import check_labels
@@ -42,7 +43,6 @@ from metalearn.algorithms.weighting_checks import (
     check_weighting,
 )
 from metalearn.example_mean import ExampleMean
-from metalearn.fields import check_fields
 from metalearn.model import Model
 from metalearn.unroll import Episode, Unroll
 from metalearn.updates import Evaluated, evaluate, evaluation_params, start, update

@@ -28,12 +28,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metalearn._utils.checks import is_integer, pattern
+from metalearn._utils.fields import check_fields
+from metalearn._utils.trees import split_by_path
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.batch_norm import batch_norm_policy
-from metalearn.checks import is_integer, pattern
-from metalearn.fields import check_fields
-from metalearn.leaves import split_by_path
 from metalearn.model import Model
 from metalearn.unroll import Episode, Unroll
 from metalearn.updates import evaluate, evaluation_params, start, update
@@ -67,7 +67,7 @@ class MAML(Algorithm):
     # update, so give that a rate of one: `optax.sgd(1.0)`.
     learned_rates: float | None = None
     first_order: bool = False
-    # The parameter paths that adapt: a regular expression, see `metalearn.checks.unusable`; "": all
+    # The parameter paths that adapt: a regular expression, see `metalearn._utils.checks.unusable`; "": all
     adapt: str = ""
     batch_norm: str = "transductive"  # see `metalearn.batch_norm`
 

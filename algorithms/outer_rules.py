@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metalearn._utils.checks import above
 from metalearn.algorithms.hyperparameter import Hyperparameter
-from metalearn.checks import above
 
 
 class SignSteps(NamedTuple):

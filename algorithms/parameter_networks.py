@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn.checks import widths
+from metalearn._utils.checks import widths
 
 OUTPUTS = 2  # a direction and the logarithm of a size
 

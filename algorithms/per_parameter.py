@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metalearn._utils.fields import check_fields
 from metalearn.algorithms.factored_moments import FactoredMoments
 from metalearn.algorithms.float_leaves import check_params, precision
 from metalearn.algorithms.parameter_features import (
@@ -45,7 +46,6 @@ from metalearn.algorithms.parameter_features import (
 )
 from metalearn.algorithms.parameter_networks import Network, PointwiseMLP
 from metalearn.algorithms.update_rule import UpdateRule
-from metalearn.fields import check_fields
 
 USUAL = (
     Gradient(),

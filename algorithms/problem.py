@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from metalearn._utils.checks import at_least
+from metalearn._utils.fields import check_fields
 from metalearn.algorithms.epochs import check_reads, epochs, read
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.checks import at_least
 from metalearn.engines.check import horizon as length
-from metalearn.fields import check_fields
 from metalearn.model import Model
 
 

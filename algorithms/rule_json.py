@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import optax
 
+from metalearn._utils.names import nearest, pick
 from metalearn.algorithms.factored_moments import FactoredMoments
 from metalearn.algorithms.hypergradient_rule import HypergradientRule
 from metalearn.algorithms.hyperparameter import Hyperparameter
@@ -35,7 +36,6 @@ from metalearn.algorithms.per_parameter import PerParameter
 from metalearn.algorithms.sgd import sgd
 from metalearn.algorithms.step_factors import ParameterScale, ReciprocalRoot
 from metalearn.algorithms.tuned_rule import TunedRule
-from metalearn.names import nearest, pick
 
 CLASSES: dict[str, type] = {
     "FactoredMoments": FactoredMoments,

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metalearn._utils.fields import check_fields
 from metalearn.algorithms.float_leaves import check_decays, precision
 from metalearn.algorithms.parameter_features import Feature, Tensor, running_means
-from metalearn.fields import check_fields
 
 
 @dataclasses.dataclass(frozen=True)

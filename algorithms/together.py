@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metalearn._utils.fields import check_fields
 from metalearn.algorithms.problem import Problem, StepLoss
-from metalearn.fields import check_fields
 
 
 @dataclasses.dataclass(frozen=True)

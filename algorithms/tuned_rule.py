@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metalearn._utils.fields import check_fields
+from metalearn._utils.trees import in_dtypes_of
 from metalearn.algorithms.float_leaves import check_params
 from metalearn.algorithms.hyperparameter import Hyperparameter
 from metalearn.algorithms.hyperparameter_places import check_required, place
 from metalearn.algorithms.update_rule import UpdateRule
-from metalearn.fields import check_fields
-from metalearn.leaves import in_dtypes_of
 from metalearn.optimizers import differentiable_at_zero
 
 

@@ -29,9 +29,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metalearn._utils.checks import at_least, widths
+from metalearn._utils.fields import check_fields
 from metalearn.algorithms.loss_features import Seen, check_names, features, width
-from metalearn.checks import at_least, widths
-from metalearn.fields import check_fields
 
 
 class Weighting(abc.ABC):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn.checks import counts, is_integer
+from metalearn._utils.checks import counts, is_integer
 
 Windows = int | tuple[int, ...]  # so many equal ones, or their edges: from 0 to the horizon
 LONGEST = 2**31 - 1  # inner steps

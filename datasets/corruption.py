@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metalearn.checks import is_integer
-from metalearn.fields import check_fields
-from metalearn.names import pick
+from metalearn._utils.checks import is_integer
+from metalearn._utils.fields import check_fields
+from metalearn._utils.names import pick
 
 
 class Pieces(NamedTuple):

@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn.checks import integers
+from metalearn._utils.checks import integers
+from metalearn._utils.fields import check_fields
+from metalearn._utils.pixels import are_pixels
 from metalearn.datasets.arrays import one_array
 from metalearn.datasets.class_index import ClassIndex
 from metalearn.datasets.distinct import distinct
-from metalearn.fields import check_fields
-from metalearn.pixels import are_pixels
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
 

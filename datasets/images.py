@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metalearn.checks import at_least
+from metalearn._utils.checks import at_least
+from metalearn._utils.names import pick
 from metalearn.datasets.digits import drawings
 from metalearn.datasets.reading import examples, open_source
-from metalearn.names import pick
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 DIGITS_TRAIN = 1300  # the other 497 are the test split

@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from metalearn import strict_json
+from metalearn._utils import strict_json
+from metalearn._utils.names import pick
 from metalearn.datasets.cache import cached
 from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
 from metalearn.datasets.reading import builder_of, check_prepared, examples, source
-from metalearn.names import pick
 
 SIZE = 28  # pixels a side
 CHARACTERS = 1623

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from metalearn.fields import check_fields
+from metalearn._utils.fields import check_fields
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn.checks import at_least
-from metalearn.fields import check_fields
+from metalearn._utils.checks import at_least
+from metalearn._utils.fields import check_fields
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
 

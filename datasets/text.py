@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn.checks import integers
+from metalearn._utils.checks import integers
+from metalearn._utils.fields import check_fields
 from metalearn.datasets.arrays import least_and_largest
 from metalearn.datasets.corruption import Corruption, Pieces, cut
 from metalearn.datasets.tokens import BYTES, Tokenizer
-from metalearn.fields import check_fields
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
 

@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn._utils.fields import check_fields
+from metalearn._utils.pixels import are_pixels
 from metalearn.datasets.arrays import least_and_largest, one_array
-from metalearn.fields import check_fields
-from metalearn.pixels import are_pixels
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import ml_collections
 
+from metalearn._utils.names import nearest, pick
 from metalearn.experiments import values
-from metalearn.names import nearest, pick
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 JSON = pathlib.Path(__file__).parent / "json_config.py"  # reads the path that is its option

@@ -27,8 +27,10 @@ from metalearn import (
     Trainer,
     Truncation,
     reversible,
-    strict_json,
 )
+from metalearn._utils import strict_json
+from metalearn._utils.checks import above
+from metalearn._utils.names import pick
 from metalearn.algorithms import (
     FDS,
     MAML,
@@ -39,7 +41,6 @@ from metalearn.algorithms import (
     in_ranges,
     squared_error,
 )
-from metalearn.checks import above
 from metalearn.datasets import ClassIndex, FewShot, Sinusoid, digits, omniglot
 from metalearn.experiments import (
     devices,
@@ -60,7 +61,6 @@ from metalearn.models import (
     nnx_networks,
     train_flag,
 )
-from metalearn.names import pick
 
 ENGINES = {
     "reverse": Reverse,

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from metalearn import Layout, make_mesh
-from metalearn.checks import at_least, counts
+from metalearn._utils.checks import at_least, counts
 from metalearn.mesh import AXES, MODEL, TANGENTS, TASKS, counted, remaining
 from metalearn.partition import check_rules
 from metalearn.shares import check_tasks, most_devices

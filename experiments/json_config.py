@@ -19,10 +19,10 @@ from typing import Any
 
 import ml_collections
 
-from metalearn import strict_json
+from metalearn._utils import strict_json
+from metalearn._utils.names import nearest, pick
 from metalearn.experiments import values
 from metalearn.experiments.arguments import packaged
-from metalearn.names import nearest, pick
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:

@@ -7,6 +7,7 @@ from typing import Any
 
 import optax
 
+from metalearn._utils.names import pick
 from metalearn.algorithms import (
     DomainWeights,
     ExampleWeights,
@@ -20,7 +21,6 @@ from metalearn.datasets import Corruption, Text, read_text
 from metalearn.experiments import keys
 from metalearn.model import Model
 from metalearn.models import Architecture
-from metalearn.names import pick
 
 WEIGHTINGS = {"domain": DomainWeights, "example": ExampleWeights, "token": TokenWeights}
 SQUASHES = {"bounded": bounded, "unbounded": unbounded}

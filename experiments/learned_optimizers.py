@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metalearn._utils.checks import at_least
+from metalearn._utils.names import pick
 from metalearn.algorithms import (
     HypergradientRule,
     LearnedOptimizer,
@@ -25,11 +27,9 @@ from metalearn.algorithms import (
     UpdateRule,
     cross_entropy,
 )
-from metalearn.checks import at_least
 from metalearn.datasets import Images, TrainingRuns, read_images
 from metalearn.experiments.training_runs import Runs, hyperparameter, kept
 from metalearn.model import Model
-from metalearn.names import pick
 
 MAKES = {"sgd": optax.sgd, "adam": optax.adam, "adamw": optax.adamw, "rmsprop": optax.rmsprop}
 NETWORKS: dict[str, Any] = {

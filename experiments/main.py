@@ -35,7 +35,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from metalearn import processes
-from metalearn.device_memory import parse_bytes
+from metalearn._utils.device_memory import parse_bytes
 from metalearn.experiments import arguments, plan, run
 from metalearn.outer_loop import Interrupted
 from metalearn.stopping import EXIT_STATUS

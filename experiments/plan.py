@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
-from metalearn import strict_json
-from metalearn.device_memory import show_bytes
+from metalearn._utils import strict_json
+from metalearn._utils.device_memory import show_bytes
 from metalearn.experiments import auto, build, plan_table
 from metalearn.outer_costs import Candidate, Costs, Row
 from metalearn.plan import Plan, plan, tasks_at_once

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from metalearn import Trainer
+from metalearn._utils.device_memory import show_bytes
 from metalearn.cost import Cost
-from metalearn.device_memory import show_bytes
 from metalearn.experiments.auto import settings
 from metalearn.outer_costs import Row
 from metalearn.plan import Plan

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from metalearn import Tasks, Trainer, disk, health, strict_json
+from metalearn import Tasks, Trainer, health
+from metalearn._utils import disk, strict_json
+from metalearn._utils.messages import first_line
 from metalearn.algorithms import FDS, LearnedOptimizer, save_optimizer, save_schedules
 from metalearn.checkpoint import Checkpoints
 from metalearn.evaluation import Estimate
@@ -26,7 +28,6 @@ from metalearn.experiments.seeds import key_of
 from metalearn.experiments.workdir import held
 from metalearn.faults import Faults
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
-from metalearn.messages import first_line
 from metalearn.processes import is_first, say
 from metalearn.stopping import asked_to_stop
 from metalearn.train_state import TrainState

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import jax
 
-from metalearn.checks import is_integer
+from metalearn._utils.checks import is_integer
 
 LARGEST = 2**63 - 1
 

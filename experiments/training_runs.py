@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from metalearn import Tasks
+from metalearn._utils.names import pick
 from metalearn.algorithms import (
     FDS,
     Hyperparameter,
@@ -21,7 +22,6 @@ from metalearn.algorithms import (
 )
 from metalearn.datasets import HeldOut, TrainingRuns, read_images, with_label_noise
 from metalearn.model import Model
-from metalearn.names import pick
 
 OPTIMIZERS = {
     "sgd": sgd,

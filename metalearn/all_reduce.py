@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn.leaves import split
+from metalearn._utils.trees import split
 
 
 def mean_of_all(tree: Any, axis: str, whole: bool = True) -> Any:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from metalearn.names import pick
+from metalearn._utils.names import pick
 
 
 class BatchNorm(NamedTuple):

@@ -22,10 +22,11 @@ from typing import Any
 
 import jax
 
-from metalearn import disk, run_record, strict_json
+from metalearn import run_record
+from metalearn._utils import disk, strict_json
+from metalearn._utils.checks import at_least, is_integer
 from metalearn.checkpoint_inside import Inside
 from metalearn.checkpoint_store import DiskError, Store, UnreadableError, nodes
-from metalearn.checks import at_least, is_integer
 from metalearn.processes import say
 from metalearn.run_record import ChangedConfigError, OtherArraysError, Record
 from metalearn.train_state import TrainState

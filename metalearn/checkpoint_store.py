@@ -27,8 +27,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from metalearn import digests, disk, strict_json
-from metalearn.messages import first_line
+from metalearn import digests
+from metalearn._utils import disk, strict_json
+from metalearn._utils.messages import first_line
 
 LISTINGS = 20  # how often a directory is listed anew before what is gone counts as damage
 

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import pathlib
 
-from metalearn import disk, strict_json
+from metalearn._utils import disk, strict_json
 
 NAME = "digests.json"
 

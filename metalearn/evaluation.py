@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn._utils.checks import at_most, counts
 from metalearn.algorithm import Algorithm
-from metalearn.checks import at_most, counts
 from metalearn.engines.check import check_eta
 from metalearn.engines.loop import rollout
 from metalearn.sizes import MOST_TASKS

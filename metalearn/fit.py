@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from metalearn.checks import at_least, at_most, counts
+from metalearn._utils.checks import at_least, at_most, counts
 from metalearn.faults import Faults
 from metalearn.sizes import MOST_TASKS
 from metalearn.tasks import Tasks

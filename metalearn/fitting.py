@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from metalearn import disk
+from metalearn._utils import disk
 from metalearn.fit import Fit
 from metalearn.loggers import Logger
 from metalearn.outer_loop import Interrupted, OuterLoop, Steps

@@ -15,9 +15,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from metalearn import disk, strict_json
+from metalearn._utils import disk, strict_json
+from metalearn._utils.messages import first_line
 from metalearn.evaluation import Estimate
-from metalearn.messages import first_line
 
 Record = dict[str, Any]
 PATIENCE = 300  # seconds to wait for W&B to have sent everything; what is left waits on disk

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from metalearn.checks import is_integer
+from metalearn._utils.checks import is_integer
 
 TASKS, MODEL, TANGENTS = AXES = ("tasks", "model", "tangents")
 

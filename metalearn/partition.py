@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from metalearn.checks import unusable
-from metalearn.leaves import paths
+from metalearn._utils.checks import unusable
+from metalearn._utils.trees import paths
 from metalearn.mesh import TASKS, shown
 
 Rules = tuple[tuple[str, P], ...]

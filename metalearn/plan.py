@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from metalearn._utils.device_memory import device_memory, show_bytes
 from metalearn.cost import Cost
-from metalearn.device_memory import device_memory, show_bytes
 from metalearn.engines import Forward, MixedFlow, Reverse
 from metalearn.outer_costs import Candidate, Costs, Row, sets_horizon
 from metalearn.tasks import Tasks, check_tasks

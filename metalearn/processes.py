@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from metalearn import disk, strict_json
-from metalearn.messages import first_line
+from metalearn._utils import disk, strict_json
+from metalearn._utils.messages import first_line
 
 # What jax reads of SLURM; `srun` sets them all for each process it starts.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")

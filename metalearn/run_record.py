@@ -16,8 +16,8 @@ from typing import Any
 import jax
 
 import metalearn
-from metalearn import strict_json
-from metalearn.leaves import paths
+from metalearn._utils import strict_json
+from metalearn._utils.trees import paths
 
 # The fields of a train state by schema. Those that came later have defaults.
 FIELDS = {

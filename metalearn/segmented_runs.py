@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from metalearn._utils.trees import strong
 from metalearn.engines.check import horizon
 from metalearn.engines.engine import Streaming
 from metalearn.inner_runs import InnerRuns, Posed
-from metalearn.leaves import strong
 from metalearn.mesh import TASKS
 from metalearn.tasks import Tasks
 

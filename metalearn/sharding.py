@@ -33,11 +33,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from metalearn import partition
+from metalearn._utils.fields import check_fields
+from metalearn._utils.trees import paths
 from metalearn.algorithm import Algorithm
 from metalearn.all_reduce import mean_of_all
 from metalearn.chunks import mean_and_each
-from metalearn.fields import check_fields
-from metalearn.leaves import paths
 from metalearn.mesh import TASKS, compiled, here
 from metalearn.shares import at_once, check_shares
 from metalearn.unroll import Episode, Unroll

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from metalearn.checks import is_integer
+from metalearn._utils.checks import is_integer
 from metalearn.mesh import counted
 from metalearn.sizes import MOST_TASKS
 

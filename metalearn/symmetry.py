@@ -22,12 +22,12 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import get_opaque_trace_state
 
+from metalearn._utils.trees import is_differentiable, split
 from metalearn.algorithm import Algorithm
 from metalearn.engines import MetaGradient
 from metalearn.engines.commuted import Call, hoist
 from metalearn.engines.custom_rules import Plan, Rule
 from metalearn.inner_runs import pose
-from metalearn.leaves import is_differentiable, split
 from metalearn.tasks import Tasks
 
 STEPS = 2  # inner steps that are looked at

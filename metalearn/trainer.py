@@ -17,20 +17,20 @@ import jax.numpy as jnp
 import optax
 
 from metalearn import sizes
+from metalearn._utils.checks import at_least, counts
+from metalearn._utils.fields import check_fields
+from metalearn._utils.trees import select, strong
 from metalearn.algorithm import Algorithm
-from metalearn.checks import at_least, counts
 from metalearn.engines import MetaGradient, MixedFlow
 from metalearn.engines.check import check_eta
 from metalearn.engines.engine import Streaming
 from metalearn.evaluation import Estimate, estimate, task_metrics
 from metalearn.faults import WATCHED
-from metalearn.fields import check_fields
 from metalearn.fit import Fit
 from metalearn.fitting import run
 from metalearn.inner_metrics import step_metrics
 from metalearn.inner_runs import InnerRuns
 from metalearn.labels import Seen, known
-from metalearn.leaves import select, strong
 from metalearn.loggers import Logger
 from metalearn.outer_loop import Part
 from metalearn.probe import Look, look_at

@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metalearn.checks import at_least, is_integer
+from metalearn._utils.checks import at_least, is_integer
+from metalearn._utils.fields import check_fields
+from metalearn._utils.trees import select
 from metalearn.engines import Aux
 from metalearn.engines.check import horizon
-from metalearn.fields import check_fields
 from metalearn.inner_runs import Posed
 from metalearn.isolation import all_finite
-from metalearn.leaves import select
 from metalearn.shares import divisors
 from metalearn.unroll import going_on
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from metalearn.leaves import select
+from metalearn._utils.trees import select
 
 
 class Unroll(NamedTuple):

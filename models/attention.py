@@ -22,7 +22,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from metalearn.fields import check_fields
+from metalearn._utils.fields import check_fields
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from metalearn.fields import check_fields
+from metalearn._utils.fields import check_fields
 from metalearn.model import Model
 
 

@@ -11,7 +11,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from metalearn.fields import check_fields
+from metalearn._utils.fields import check_fields
 from metalearn.model import Model, library_of
 from metalearn.models.given import check_inputs, not_wrapped
 from metalearn.models.mode import Mode, usual_flags

@@ -8,7 +8,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from metalearn.checks import at_least, at_most, widths
+from metalearn._utils.checks import at_least, at_most, widths
 from metalearn.models.convolution import max_pool
 from metalearn.models.haiku_layers import Conv, Norm, seeded
 from metalearn.models.haiku_residual import WideResNet

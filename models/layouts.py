@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import jax
 
-from metalearn.checks import at_most, counts, is_integer
+from metalearn._utils.checks import at_most, counts, is_integer
 
 DEEPEST = 1000  # blocks, each of which is traced
 LENET = ((6, "SAME"), (16, "VALID"))  # features and padding of its 5x5 convolutions

@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from metalearn._utils.fields import check_fields
 from metalearn.engines.dependence import depends
-from metalearn.fields import check_fields
 from metalearn.model import Model
 from metalearn.models.given import check_inputs, not_wrapped
 from metalearn.models.mode import WORDS, Mode, usual_flags

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from metalearn.checks import at_least, at_most, widths
+from metalearn._utils.checks import at_least, at_most, widths
 from metalearn.models.convolution import flax_convolution, max_pool
 from metalearn.models.layouts import DEEPEST, LENET, LENET_HIDDEN, lenet_pixels
 from metalearn.models.linen_residual import WideResNet

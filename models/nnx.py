@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from metalearn.fields import check_fields
+from metalearn._utils.fields import check_fields
 from metalearn.model import Model, library_of
 from metalearn.models.given import not_wrapped
 from metalearn.models.mode import WORDS, Mode, usual_flags

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from metalearn import checks
+from metalearn._utils import checks
 from metalearn.models.convolution import flax_convolution, max_pool
 from metalearn.models.layouts import DEEPEST, LENET, LENET_HIDDEN, lenet_pixels
 from metalearn.models.nnx_layers import Norm

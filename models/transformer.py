@@ -32,10 +32,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metalearn.checks import is_integer
-from metalearn.fields import check_fields
+from metalearn._utils.checks import is_integer
+from metalearn._utils.fields import check_fields
+from metalearn._utils.names import pick
 from metalearn.models.attention import causal_attention, rotate
-from metalearn.names import pick
 
 Params = dict[str, jax.Array]
 NORMS = {"rms": "divide by the root mean square", "layer": "centre, then divide by the deviation"}

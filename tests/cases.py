@@ -24,6 +24,7 @@ from metalearn import (
     Reverse,
     Tasks,
 )
+from metalearn._utils.trees import is_differentiable
 from metalearn.algorithms import (
     FDS,
     MAML,
@@ -58,7 +59,6 @@ from metalearn.datasets import (
     Tokenizer,
     TrainingRuns,
 )
-from metalearn.leaves import is_differentiable
 from metalearn.model import Model
 from metalearn.models import (
     NNX,

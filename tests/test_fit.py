@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import Algorithm, Reverse, Trainer, Unroll, strict_json
+from metalearn import Algorithm, Reverse, Trainer, Unroll
+from metalearn._utils import strict_json
 from metalearn.algorithms import MAML, squared_error
 from metalearn.checkpoint import Checkpoints
 from metalearn.datasets import Sinusoid

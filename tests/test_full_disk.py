@@ -9,7 +9,7 @@ import shutil
 import orbax.checkpoint as ocp
 import pytest
 
-from metalearn import disk
+from metalearn._utils import disk
 from metalearn.checkpoint import Checkpoints
 from metalearn.evaluation import Estimate
 from metalearn.experiments import run
@@ -184,7 +184,7 @@ def test_a_run_goes_on_where_a_full_disk_lets_no_line_be_taken_back(tmp_path, mo
 
 
 def test_a_line_to_a_full_disk_is_not_printed_and_ends_nothing(monkeypatch):
-    monkeypatch.setattr("metalearn.disk.tqdm.write", full)
+    monkeypatch.setattr("metalearn._utils.disk.tqdm.write", full)
     ConsoleLogger(1).log(1, {"loss": 1.0})
     ConsoleLogger().finish({"loss": Estimate(1.0, 0.1, 4)})
 

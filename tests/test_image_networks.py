@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from metalearn.leaves import size
+from metalearn._utils.trees import size
 from metalearn.models import (
     NNX,
     Haiku,

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from metalearn.leaves import size
+from metalearn._utils.trees import size
 from metalearn.models import (
     NNX,
     Functions,

@@ -8,8 +8,9 @@ import shutil
 import jax
 import pytest
 
-from metalearn import Forward, MixedFlow, Reverse, device_memory, plan
-from metalearn.device_memory import parse_bytes
+from metalearn import Forward, MixedFlow, Reverse, plan
+from metalearn._utils import device_memory
+from metalearn._utils.device_memory import parse_bytes
 from metalearn.experiments import auto, build
 from metalearn.experiments.configs import maml_digits
 from tests.test_cli import call, refused  # noqa: F401

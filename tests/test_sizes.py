@@ -23,6 +23,8 @@ from metalearn import (
     make_mesh,
     sizes,
 )
+from metalearn._utils.checks import unusable
+from metalearn._utils.trees import split_by_path
 from metalearn.algorithms import (
     FDS,
     MAML,
@@ -34,13 +36,11 @@ from metalearn.algorithms import (
     squared_error,
 )
 from metalearn.checkpoint import Checkpoints
-from metalearn.checks import unusable
 from metalearn.datasets import Sinusoid, TrainingRuns
 from metalearn.evaluation import estimate
 from metalearn.experiments import build
 from metalearn.faults import Faults
 from metalearn.fit import Fit
-from metalearn.leaves import split_by_path
 from metalearn.models import Architecture, Linen, linen_networks, train_flag
 from metalearn.models.layouts import wide_blocks
 from metalearn.shares import divisors

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from metalearn import strict_json
+from metalearn._utils import strict_json
 from metalearn.checkpoint import ChangedConfigError, Checkpoints
 from metalearn.evaluation import Estimate
 from metalearn.experiments import run

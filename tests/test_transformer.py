@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 
 from metalearn import MixedFlow, Reverse, Unroll
-from metalearn.leaves import paths, size
+from metalearn._utils.trees import paths, size
 from metalearn.models import (
     NNX,
     Architecture,

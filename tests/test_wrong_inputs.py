@@ -19,6 +19,7 @@ from flax import nnx
 
 import metalearn
 from metalearn import Episode, Tasks, Trainer, algorithms, datasets, health, models, plan
+from metalearn._utils.fields import _hints
 from metalearn.algorithms import (
     FDS,
     MAML,
@@ -44,7 +45,6 @@ from metalearn.datasets import (
     select,
 )
 from metalearn.faults import NonFiniteError
-from metalearn.fields import _hints
 from metalearn.labels import known
 from metalearn.models import NNX, Functions, Haiku, Linen
 from tests import cases

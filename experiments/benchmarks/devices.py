@@ -31,14 +31,15 @@ import jax
 import numpy as np
 import optax
 
-from metalearn import Layout, MixedFlow, Trainer, make_mesh, processes, strict_json
+from metalearn import Layout, MixedFlow, Trainer, make_mesh, processes
+from metalearn._utils import strict_json
+from metalearn._utils.device_memory import show_bytes
+from metalearn._utils.trees import size
 from metalearn.algorithms import MAML
 from metalearn.cost import cost
 from metalearn.cost.collectives import collectives
 from metalearn.datasets import FewShot, digits
-from metalearn.device_memory import show_bytes
 from metalearn.experiments.benchmarks.horizons import table
-from metalearn.leaves import size
 from metalearn.models import Functions
 
 SETTINGS = {"1 device": (1, 1), "8 devices": (1, 8), "2 processes x 4": (2, 4)}

@@ -31,7 +31,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn import Trainer, strict_json
+from metalearn import Trainer
+from metalearn._utils import strict_json
 from metalearn.algorithms import DomainWeights, LossWeights
 from metalearn.algorithms.separation import auc
 from metalearn.datasets import Text

@@ -22,9 +22,9 @@ from typing import Any
 import jax
 
 from metalearn import Tasks, Trainer
+from metalearn._utils.names import pick
 from metalearn.algorithms import FDS
 from metalearn.experiments.pictures import schedules, tangents
-from metalearn.names import pick
 from metalearn.train_state import TrainState
 
 FOLDER = "pictures"

@@ -27,12 +27,12 @@ import numpy as np
 import optax
 from optax import contrib
 
+from metalearn._utils.names import pick
 from metalearn.algorithms import FDS, Hyperparameter, sgd
 from metalearn.algorithms.hyperparameter_places import numeric
 from metalearn.experiments.tuners.problem import Problem
 from metalearn.experiments.tuners.random_search import Ledger, losses
 from metalearn.experiments.tuners.tuner import Found, Tuner
-from metalearn.names import pick
 
 
 @dataclasses.dataclass(frozen=True)

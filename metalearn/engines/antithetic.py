@@ -25,12 +25,12 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from metalearn.checks import at_most, is_integer
+from metalearn._utils.checks import at_most, is_integer
+from metalearn._utils.fields import check_fields
 from metalearn.engines.check import check_eta
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.loop import rollout
 from metalearn.engines.recorder import Inner
-from metalearn.fields import check_fields
 from metalearn.unroll import Unroll
 
 Result = TypeVar("Result")

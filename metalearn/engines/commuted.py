@@ -31,9 +31,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
+from metalearn._utils.trees import is_array, is_differentiable, split
 from metalearn.engines import custom_rules
 from metalearn.engines.pushforward import differentiated, pushforward
-from metalearn.leaves import is_array, is_differentiable, split
 
 INNER_GRADIENT = "metalearn_inner_gradient"
 

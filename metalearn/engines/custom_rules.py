@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from metalearn._utils.trees import is_differentiable
 from metalearn.engines.rule_probe import Trial, Verdict, trial
-from metalearn.leaves import is_differentiable
 
 ALL = "*"
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
-from metalearn.leaves import is_differentiable
+from metalearn._utils.trees import is_differentiable
 
 
 def depends(function: Callable[[Any], Any], argument: Any) -> bool:

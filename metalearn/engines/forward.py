@@ -32,15 +32,15 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn.checks import at_most, counts, is_integer
+from metalearn._utils.checks import at_most, counts, is_integer
+from metalearn._utils.fields import check_fields
+from metalearn._utils.trees import split
 from metalearn.engines.check import check_eta, horizon, outer_loss
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.loop import step_body
 from metalearn.engines.prefix import begins_flat, parts
 from metalearn.engines.recorder import Inner, joined
 from metalearn.engines.tangents import norms, padded, pushed
-from metalearn.fields import check_fields
-from metalearn.leaves import split
 from metalearn.unroll import Unroll
 
 MOST_DIRECTIONS = 1_000_000

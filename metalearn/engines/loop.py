@@ -20,13 +20,13 @@ from typing import Any
 
 import jax
 
-from metalearn.checks import at_least
+from metalearn._utils.checks import at_least
+from metalearn._utils.names import pick
 from metalearn.engines.check import check_eta, going_backwards, horizon, outer_loss
 from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
 from metalearn.engines.nesting import nested_scan, square_root, within
 from metalearn.engines.recorder import Inner, Recorder, joined
-from metalearn.names import pick
 from metalearn.unroll import Unroll
 
 REMAT = {

@@ -17,9 +17,9 @@ import jax
 import jax.dtypes
 import jax.numpy as jnp
 
+from metalearn._utils.trees import is_array, split
 from metalearn.engines.commuted import Gradient, Leaves, inexact, inner_gradient, named, primal
 from metalearn.example_mean import ExampleMean
-from metalearn.leaves import is_array, split
 
 
 def value_and_grad(

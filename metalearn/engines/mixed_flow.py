@@ -39,14 +39,14 @@ from typing import Any
 
 import jax
 
-from metalearn.checks import at_least
+from metalearn._utils.checks import at_least
+from metalearn._utils.fields import check_fields
+from metalearn._utils.names import pick
 from metalearn.engines import commuted, custom_rules, micro_batches
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.kept import Anchors, in_bfloat16, on_host
 from metalearn.engines.loop import REMAT, Remat, backpropagate
 from metalearn.engines.sweep import sweep
-from metalearn.fields import check_fields
-from metalearn.names import pick
 from metalearn.unroll import Unroll
 
 RECONSTRUCT = "inexact_reconstruct"

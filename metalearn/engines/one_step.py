@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metalearn._utils.trees import split
 from metalearn.engines.recorder import Inner, Recorder
 from metalearn.engines.tape import Playback, Tape, ValueAndGrad
-from metalearn.leaves import split
 from metalearn.unroll import Unroll
 
 

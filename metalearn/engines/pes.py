@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from metalearn._utils.trees import select, strong
 from metalearn.engines.antithetic import Antithetic, Particles, mirrored
-from metalearn.leaves import select, strong
 from metalearn.unroll import Unroll, going_on
 
 

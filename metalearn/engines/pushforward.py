@@ -16,7 +16,7 @@ import jax.dtypes
 import numpy as np
 from jax.extend import core
 
-from metalearn.leaves import is_differentiable
+from metalearn._utils.trees import is_differentiable
 
 
 def pushforward(function: Callable[..., Any], primals: Any, tangents: Any) -> Any:

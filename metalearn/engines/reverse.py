@@ -26,10 +26,10 @@ from typing import Any
 
 import jax
 
-from metalearn.checks import at_least
+from metalearn._utils.checks import at_least
+from metalearn._utils.fields import check_fields
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.loop import Remat, backpropagate
-from metalearn.fields import check_fields
 from metalearn.unroll import Unroll
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metalearn._utils.trees import split
 from metalearn.engines.check import check_eta, going_backwards, horizon, outer_loss
 from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
@@ -24,7 +25,6 @@ from metalearn.engines.kept import Kept
 from metalearn.engines.one_step import OneStep
 from metalearn.engines.recorder import joined
 from metalearn.engines.tape import ValueAndGrad
-from metalearn.leaves import split
 from metalearn.unroll import Unroll
 
 

@@ -1,0 +1,1 @@
+"""Small tools that every folder uses: pytrees, and checks of arguments."""
