@@ -27,7 +27,7 @@ from metalearn import (
 from metalearn.algorithms import Hyperparameter, fds_rule
 from metalearn.cost import cost
 from metalearn.engines.loop import state_bytes
-from metalearn.engines.nesting import kept, within
+from metalearn.engines.nested_scan import kept, within
 from metalearn.engines.prefix import PARTS, Part, parts
 from metalearn.engines.recorder import joined
 from metalearn.faults import NonFiniteError

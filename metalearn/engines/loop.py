@@ -25,7 +25,7 @@ from metalearn._utils.names import pick
 from metalearn.engines.check import check_eta, going_backwards, horizon, outer_loss
 from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
-from metalearn.engines.nesting import nested_scan, square_root, within
+from metalearn.engines.nested_scan import nested_scan, square_root, within
 from metalearn.engines.recorder import Inner, Recorder, joined
 from metalearn.unroll import Unroll
 

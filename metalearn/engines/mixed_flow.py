@@ -81,7 +81,7 @@ class MixedFlow(MetaGradient):
         exact modes (docs/results.md).
       budget: "nested": bytes that kept states of one task may take at a time, instead of a
         segment. Inner gradients are then taken again rather than kept (see
-        `metalearn.engines.nesting`).
+        `metalearn.engines.nested_scan`).
       store: where remat="step" keeps states and inner gradients. "device"; "host", its memory,
         for the price of the transfers; "inexact_bfloat16", on the device in half the bytes,
         which rounds the points at which Hessian products are taken by 2^-9 (off by 2e-3 to 5e-3).
