@@ -4,7 +4,7 @@ A mesh has three axes, each of them often 1:
 
     tasks      every device takes its own tasks, and one all-reduce adds up what they found
     model      eta, and inner states like it, are cut into pieces (see `metalearn.sharding`)
-    tangents   the tangents of `Forward` are spread (see `metalearn.engines.tangents`)
+    tangents   the tangents of `Forward` are spread (see `metalearn.engines.forward.tangents`)
 
 With several processes each gives as many devices as the others, or it would have no part in a run.
 """
