@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn import probe
-from metalearn.engines.custom_rules import listed
+from metalearn.engines.mixed_flow.custom_rules import listed
 from metalearn.labels import Seen, beyond, known
 from metalearn.probe import Look
 from metalearn.symmetry import Symmetry

@@ -1,7 +1,7 @@
 """Whether the Jacobian of an inner gradient is symmetric, measured on one task.
 
 `MixedFlow` takes it to be, but for inner losses with derivative rules that do not count as
-derivatives (`metalearn.engines.custom_rules`). What it believes of a rule was found out with
+derivatives (`metalearn.engines.mixed_flow.custom_rules`). What it believes of a rule was found out with
 made-up numbers, or declared; here it is put to the test with those of a task. With J the
 Jacobian of g, two random vectors u and v tell,
 
@@ -25,8 +25,8 @@ from jax.extend.core import get_opaque_trace_state
 from metalearn._utils.trees import is_differentiable, split
 from metalearn.algorithm import Algorithm
 from metalearn.engines import MetaGradient
-from metalearn.engines.commuted import Call, hoist
-from metalearn.engines.custom_rules import Plan, Rule
+from metalearn.engines.mixed_flow.commuted import Call, hoist
+from metalearn.engines.mixed_flow.custom_rules import Plan, Rule
 from metalearn.inner_runs import pose
 from metalearn.tasks import Tasks
 

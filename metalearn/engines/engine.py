@@ -13,7 +13,7 @@ The first three agree to rounding: each is the derivative of the loop as JAX dif
 inner gradients as they stand. Where a function in an inner loss has a derivative rule of its own
 that is no derivative (a straight-through estimator, a clipped gradient), the inner gradient is
 not the gradient of anything, and they agree all the same; `MixedFlow` then saves no memory on it
-(`metalearn.engines.custom_rules`, docs/custom_rules.md). What they cannot agree on is a rule that
+(`metalearn.engines.mixed_flow.custom_rules`, docs/custom_rules.md). What they cannot agree on is a rule that
 the user declares a derivative though it is none, or one that is a derivative wherever it was
 tried and none where a run uses it: `metalearn.health` measures that on a task.
 
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-from metalearn.engines.custom_rules import Plan
+from metalearn.engines.mixed_flow.custom_rules import Plan
 from metalearn.engines.recorder import Inner
 from metalearn.unroll import Unroll
 
@@ -53,7 +53,7 @@ class MetaGradient(abc.ABC):
     def plan(self, call: Any) -> Plan:
         """Say what of an inner gradient's Jacobian is taken for symmetric, and why not all.
 
-        `call`: a `metalearn.engines.commuted.Call`. For engines that commute.
+        `call`: a `metalearn.engines.mixed_flow.commuted.Call`. For engines that commute.
         """
         raise NotImplementedError(f"`{type(self).__name__}` differentiates inner gradients as is.")
 

@@ -21,7 +21,7 @@ from metalearn._utils.trees import split
 from metalearn.engines.check import check_eta, going_backwards, horizon, outer_loss
 from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux
-from metalearn.engines.kept import Kept
+from metalearn.engines.mixed_flow.kept import Kept
 from metalearn.engines.one_step import OneStep
 from metalearn.engines.recorder import joined
 from metalearn.engines.tape import ValueAndGrad

@@ -18,7 +18,14 @@ import jax.dtypes
 import jax.numpy as jnp
 
 from metalearn._utils.trees import is_array, split
-from metalearn.engines.commuted import Gradient, Leaves, inexact, inner_gradient, named, primal
+from metalearn.engines.mixed_flow.commuted import (
+    Gradient,
+    Leaves,
+    inexact,
+    inner_gradient,
+    named,
+    primal,
+)
 from metalearn.example_mean import ExampleMean
 
 
