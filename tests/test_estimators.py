@@ -13,7 +13,7 @@ from metalearn import ES, PES, Forward, InverseVariance, MixedFlow, Reverse, Tra
 from metalearn._utils.trees import select
 from metalearn.algorithms import MAML, squared_error
 from metalearn.engines import MetaGradient
-from metalearn.engines.inverse_variance import mixed
+from metalearn.engines.estimators.inverse_variance import mixed
 from metalearn.experiments import auto, build
 from metalearn.outer_costs import Row
 from tests.cases import ALGORITHMS, ESTIMATORS, MODELS, TASKS, Float64, to_float64

@@ -39,9 +39,9 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.fields import check_fields
-from metalearn.engines.antithetic import Antithetic, mean
 from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.es import ES
+from metalearn.engines.estimators.antithetic import Antithetic, mean
+from metalearn.engines.estimators.es import ES
 from metalearn.engines.mixed_flow.custom_rules import Plan
 from metalearn.engines.mixed_flow.engine import MixedFlow
 from metalearn.unroll import Unroll

@@ -2,7 +2,7 @@
 
     dF/deta  ~  mean_i (F(eta + eps_i) - F(eta - eps_i)) / (2 sigma^2) eps_i
 
-with eps_i ~ N(0, sigma^2 I); `metalearn.engines.antithetic` derives it. The inner loop need not
+with eps_i ~ N(0, sigma^2 I); `metalearn.engines.estimators.antithetic` derives it. The inner loop need not
 be differentiable, nor differentiable to any use: after long unrolls the loss is often chaotic in
 eta, its derivative explodes, and that of the smoothed loss does not. The price is variance: it
 grows with the size of eta, so this is for hyperparameters and small learned optimizers.
@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from metalearn.engines.antithetic import Antithetic, Particles, mirrored
+from metalearn.engines.estimators.antithetic import Antithetic, Particles, mirrored
 from metalearn.unroll import Unroll
 
 

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.trees import select, strong
-from metalearn.engines.antithetic import Antithetic, Particles, mirrored
+from metalearn.engines.estimators.antithetic import Antithetic, Particles, mirrored
 from metalearn.unroll import Unroll, going_on
 
 
