@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from metalearn import Trainer
-from metalearn.checkpoint import Checkpoints
+from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import build, devices
 from metalearn.outer_costs import Row, changed_fields
 from metalearn.plan import plan

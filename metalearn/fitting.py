@@ -18,7 +18,7 @@ from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 
 if TYPE_CHECKING:
-    from metalearn.checkpoint import Checkpoints
+    from metalearn.checkpoints.manager import Checkpoints
 
 
 def run(

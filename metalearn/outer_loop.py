@@ -26,7 +26,7 @@ from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 
 if TYPE_CHECKING:
-    from metalearn.checkpoint import Checkpoints
+    from metalearn.checkpoints.manager import Checkpoints
 
 EVALUATION = 2**32 - 1  # folded into the run's key; outer steps count up from 0
 

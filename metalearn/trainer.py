@@ -45,7 +45,7 @@ from metalearn.truncation import Truncation
 from metalearn.updates import evaluation_params, start_outer, update_outer
 
 if TYPE_CHECKING:
-    from metalearn.checkpoint import Checkpoints
+    from metalearn.checkpoints.manager import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import jax
 import ml_collections
 
 import metalearn
-from metalearn.checkpoint import Checkpoints
+from metalearn.checkpoints.manager import Checkpoints
 from metalearn.evaluation import task_metrics
 from metalearn.experiments import build, devices, language, learned_optimizers, training_runs
 from metalearn.experiments.main import REPORTED

@@ -35,7 +35,7 @@ from metalearn import (
     make_mesh,
     processes,
 )
-from metalearn.checkpoint import Checkpoints
+from metalearn.checkpoints.manager import Checkpoints
 from metalearn.cost.collectives import collectives
 from metalearn.experiments import devices
 from metalearn.loggers import Logger

@@ -19,9 +19,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 import metalearn
-from metalearn import run_record
-from metalearn.checkpoint import ChangedConfigError, Checkpoints, DamagedError
-from metalearn.run_record import difference
+from metalearn.checkpoints import record as run_record
+from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints, DamagedError
+from metalearn.checkpoints.record import difference
 from metalearn.train_state import TrainState
 
 
@@ -146,7 +146,7 @@ def test_differences_are_found_at_any_depth_and_in_the_order_of_keys():
 
 def test_a_checkpoint_of_a_newer_schema_is_refused_by_name(opened, tmp_path, monkeypatch):
     with monkeypatch.context() as newer:
-        newer.setattr("metalearn.run_record.SCHEMA", 4)
+        newer.setattr("metalearn.checkpoints.record.SCHEMA", 4)
         newer.setattr("metalearn.__version__", "99.1")
         saved(opened)
     expected = (
@@ -351,7 +351,7 @@ def test_a_checkpoint_of_an_older_schema_is_read(schema, opened, tmp_path):
 FULL = """
 import resource, signal, sys
 from tests.test_checkpoint import a_state
-from metalearn.checkpoint import Checkpoints
+from metalearn.checkpoints.manager import Checkpoints
 checkpoints = Checkpoints(sys.argv[1], every=1, keep=5)
 checkpoints.save(a_state(step=1), 1, {})
 checkpoints.wait()

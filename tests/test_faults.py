@@ -12,7 +12,7 @@ import pytest
 
 from metalearn import Algorithm, Faults, Reverse, Tasks, Trainer, Unroll
 from metalearn.algorithms import MAML, squared_error
-from metalearn.checkpoint import Checkpoints
+from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Sinusoid
 from metalearn.faults import DivergedError, NonFiniteError
 from metalearn.loggers import JsonlLogger

@@ -13,7 +13,7 @@ import pytest
 from metalearn import Algorithm, Reverse, Trainer, Unroll
 from metalearn._utils import strict_json
 from metalearn.algorithms import MAML, squared_error
-from metalearn.checkpoint import Checkpoints
+from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Sinusoid
 from metalearn.faults import NonFiniteError
 from metalearn.loggers import JsonlLogger, Logger

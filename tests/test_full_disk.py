@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from metalearn._utils import disk
-from metalearn.checkpoint import Checkpoints
+from metalearn.checkpoints.manager import Checkpoints
 from metalearn.evaluation import Estimate
 from metalearn.experiments import run
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger

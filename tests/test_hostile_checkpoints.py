@@ -12,9 +12,14 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from metalearn import checkpoint_store, digests
-from metalearn.checkpoint import ChangedConfigError, Checkpoints, DamagedError, OtherArraysError
-from metalearn.checkpoint_store import Store, UnreadableError
+from metalearn.checkpoints import checkpoint_store, digests
+from metalearn.checkpoints.checkpoint_store import Store, UnreadableError
+from metalearn.checkpoints.manager import (
+    ChangedConfigError,
+    Checkpoints,
+    DamagedError,
+    OtherArraysError,
+)
 from metalearn.experiments import run
 from metalearn.train_state import TrainState
 from tests.test_checkpoint import bits

@@ -12,7 +12,7 @@ import pytest
 
 from metalearn import Reverse, Trainer
 from metalearn.algorithms import MAML, squared_error
-from metalearn.checkpoint import Checkpoints
+from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Sinusoid
 from metalearn.evaluation import Estimate
 from metalearn.loggers import ConsoleLogger, JsonlLogger, WandbLogger

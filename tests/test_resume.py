@@ -13,7 +13,7 @@ import time
 import jax
 import pytest
 
-from metalearn.checkpoint import Checkpoints
+from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import build
 from tests.test_checkpoint import bits
 

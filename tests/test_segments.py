@@ -12,7 +12,7 @@ import pytest
 
 from metalearn import Algorithm, Episode, Faults, Forward, MixedFlow, Tasks, Trainer, Truncation
 from metalearn.algorithms import windows
-from metalearn.checkpoint import ChangedConfigError, Checkpoints
+from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
 from metalearn.cost import cost
 from metalearn.experiments import run
 from metalearn.faults import NonFiniteError

@@ -35,7 +35,7 @@ from metalearn.algorithms import (
     TokenWeights,
     squared_error,
 )
-from metalearn.checkpoint import Checkpoints
+from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Sinusoid, TrainingRuns
 from metalearn.evaluation import estimate
 from metalearn.experiments import build

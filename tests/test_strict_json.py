@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from metalearn._utils import strict_json
-from metalearn.checkpoint import ChangedConfigError, Checkpoints
+from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
 from metalearn.evaluation import Estimate
 from metalearn.experiments import run
 from metalearn.experiments.pictures import schedules

@@ -24,7 +24,7 @@ from metalearn import (
     fitting,
 )
 from metalearn.algorithms import Hyperparameter, LearnedOptimizer, Quadratic, TunedRule
-from metalearn.checkpoint import Checkpoints
+from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Quadratics
 from metalearn.engines.loop import rollout
 from metalearn.faults import NonFiniteError

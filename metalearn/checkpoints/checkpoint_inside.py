@@ -9,8 +9,8 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from metalearn.checkpoint_store import Store, UnreadableError
-from metalearn.run_record import Record, trouble_within
+from metalearn.checkpoints.checkpoint_store import Store, UnreadableError
+from metalearn.checkpoints.record import Record, trouble_within
 
 
 class Inside:

@@ -1,7 +1,7 @@
 """Checkpoints: the whole of a run, and a record of what it was made of.
 
 A checkpoint holds the train state (eta, outer optimizer, key, step, inner runs between two
-truncations) and a record (`metalearn.run_record`). A save is written aside and renamed, so a
+truncations) and a record (`metalearn.checkpoints.record`). A save is written aside and renamed, so a
 kill at any moment leaves the one before, and it is written beside the training. Loading runs
 no code. The newest few are kept, and the best if there is a metric to tell.
 
@@ -22,13 +22,13 @@ from typing import Any
 
 import jax
 
-from metalearn import run_record
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import at_least, is_integer
-from metalearn.checkpoint_inside import Inside
-from metalearn.checkpoint_store import DiskError, Store, UnreadableError, nodes
+from metalearn.checkpoints import record as run_record
+from metalearn.checkpoints.checkpoint_inside import Inside
+from metalearn.checkpoints.checkpoint_store import DiskError, Store, UnreadableError, nodes
+from metalearn.checkpoints.record import ChangedConfigError, OtherArraysError, Record
 from metalearn.processes import say
-from metalearn.run_record import ChangedConfigError, OtherArraysError, Record
 from metalearn.train_state import TrainState
 
 __all__ = ["ChangedConfigError", "Checkpoints", "DamagedError", "OtherArraysError"]

@@ -1,7 +1,7 @@
 """Where checkpoints are: Orbax, and what it needs around it for disks that fail.
 
 A save begins now and ends beside the training. When its files are whole, their digests are
-written (`metalearn.digests`). A step whose files are not what was written, or whose record is
+written (`metalearn.checkpoints.digests`). A step whose files are not what was written, or whose record is
 not one of its number, counts as damaged: it is not offered any more, and moved out of the way
 when a new save may need its place.
 
@@ -27,9 +27,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from metalearn import digests
 from metalearn._utils import disk, strict_json
 from metalearn._utils.messages import first_line
+from metalearn.checkpoints import digests
 
 LISTINGS = 20  # how often a directory is listed anew before what is gone counts as damage
 
