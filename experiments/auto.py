@@ -17,7 +17,7 @@ from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import build, devices
 from metalearn.outer_costs import Row, changed_fields
 from metalearn.plan import plan
-from metalearn.processes import agreed, say
+from metalearn.sharding.distributed import agreed, say
 
 AUTO = "auto"
 

@@ -34,10 +34,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from metalearn import processes
 from metalearn._utils.device_memory import parse_bytes
 from metalearn.experiments import arguments, plan, run
 from metalearn.outer_loop import Interrupted
+from metalearn.sharding import distributed as processes
 from metalearn.stopping import EXIT_STATUS
 
 _CONFIG = config_flags.DEFINE_config_file(

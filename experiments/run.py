@@ -28,7 +28,7 @@ from metalearn.experiments.seeds import key_of
 from metalearn.experiments.workdir import held
 from metalearn.faults import Faults
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
-from metalearn.processes import is_first, say
+from metalearn.sharding.distributed import is_first, say
 from metalearn.stopping import asked_to_stop
 from metalearn.train_state import TrainState
 

@@ -12,8 +12,8 @@ from metalearn.engines import (
 )
 from metalearn.example_mean import ExampleMean
 from metalearn.faults import Faults
-from metalearn.mesh import make_mesh
-from metalearn.sharding import Layout
+from metalearn.sharding.layout import Layout
+from metalearn.sharding.mesh import make_mesh
 from metalearn.tasks import Tasks
 from metalearn.trainer import Trainer
 from metalearn.truncation import Truncation

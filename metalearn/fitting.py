@@ -12,8 +12,8 @@ from metalearn._utils import disk
 from metalearn.fit import Fit
 from metalearn.loggers import Logger
 from metalearn.outer_loop import Interrupted, OuterLoop, Steps
-from metalearn.processes import is_first, say
 from metalearn.progress import bars
+from metalearn.sharding.distributed import is_first, say
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 

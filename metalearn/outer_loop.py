@@ -20,8 +20,8 @@ from metalearn.evaluation import Estimate
 from metalearn.faults import DivergedError, NonFiniteError, Watch, broken
 from metalearn.fit import Fit
 from metalearn.loggers import Logger
-from metalearn.processes import is_first, say
 from metalearn.progress import Bars
+from metalearn.sharding.distributed import is_first, say
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 

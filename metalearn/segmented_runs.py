@@ -24,7 +24,7 @@ from metalearn._utils.trees import strong
 from metalearn.engines.check import horizon
 from metalearn.engines.engine import Streaming
 from metalearn.inner_runs import InnerRuns, Posed
-from metalearn.mesh import TASKS
+from metalearn.sharding.mesh import TASKS
 from metalearn.tasks import Tasks
 
 

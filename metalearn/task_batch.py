@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from metalearn.algorithm import Algorithm
-from metalearn.chunks import mean_and_each
-from metalearn.sharding import Layout
-from metalearn.shares import at_once, check_tasks
+from metalearn.sharding.chunks import mean_and_each
+from metalearn.sharding.layout import Layout
+from metalearn.sharding.shares import at_once, check_tasks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ from metalearn.loggers import Logger
 from metalearn.outer_loop import Part
 from metalearn.probe import Look, look_at
 from metalearn.segmented_runs import Segment, SegmentedRuns, spread, steps_taken
-from metalearn.sharding import Layout, abstract
+from metalearn.sharding.layout import Layout, abstract
 from metalearn.symmetry import Measure
 from metalearn.task_batch import TaskBatch
 from metalearn.tasks import Tasks, check_tasks

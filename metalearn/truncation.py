@@ -35,7 +35,7 @@ from metalearn.engines import Aux
 from metalearn.engines.check import horizon
 from metalearn.inner_runs import Posed
 from metalearn.isolation import all_finite
-from metalearn.shares import divisors
+from metalearn.sharding.shares import divisors
 from metalearn.unroll import going_on
 
 

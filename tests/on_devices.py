@@ -33,13 +33,13 @@ from metalearn import (
     Truncation,
     Unroll,
     make_mesh,
-    processes,
 )
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.cost.collectives import collectives
 from metalearn.experiments import devices
 from metalearn.loggers import Logger
 from metalearn.outer_costs import Candidate, Costs
+from metalearn.sharding import distributed as processes
 
 if __name__ == "__main__":  # not where it is imported: that would be everybody's
     jax.config.update("jax_enable_x64", True)

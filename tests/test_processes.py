@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from metalearn import processes
+from metalearn.sharding import distributed as processes
 from tests.test_sharding import environment, refuses
 
 SLURM = {

@@ -12,12 +12,13 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from metalearn import Layout, Trainer, make_mesh, partition
+from metalearn import Layout, Trainer, make_mesh
 from metalearn.algorithms import MAML
 from metalearn.experiments import build, devices
 from metalearn.experiments.benchmarks import devices as benchmark
 from metalearn.experiments.configs import maml_sinusoid
-from metalearn.shares import check_shares
+from metalearn.sharding import partition
+from metalearn.sharding.shares import check_shares
 from tests.cases import MODELS
 from tests.on_devices import RULES
 

@@ -43,7 +43,7 @@ from metalearn.faults import Faults
 from metalearn.fit import Fit
 from metalearn.models import Architecture, Linen, linen_networks, train_flag
 from metalearn.models.layouts import wide_blocks
-from metalearn.shares import divisors
+from metalearn.sharding.shares import divisors
 from tests.cases import MODELS
 from tests.test_build import small
 

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 import optax
 
-from metalearn import Layout, MixedFlow, Trainer, make_mesh, processes
+from metalearn import Layout, MixedFlow, Trainer, make_mesh
 from metalearn._utils import strict_json
 from metalearn._utils.device_memory import show_bytes
 from metalearn._utils.trees import size
@@ -41,6 +41,7 @@ from metalearn.cost.collectives import collectives
 from metalearn.datasets import FewShot, digits
 from metalearn.experiments.benchmarks.horizons import table
 from metalearn.models import Functions
+from metalearn.sharding import distributed as processes
 
 SETTINGS = {"1 device": (1, 1), "8 devices": (1, 8), "2 processes x 4": (2, 4)}
 HIDDEN, WAYS, STEPS = 128, 5, 5

@@ -15,7 +15,7 @@ import numpy as np
 
 from metalearn.algorithms import FDS, Schedule
 from metalearn.loggers import read_lines, unreadable
-from metalearn.processes import say
+from metalearn.sharding.distributed import say
 
 TANGENT = "inner_tangent_norm"
 ORDERS = 30.0  # a positive quantity that spans more than this factor is drawn on a log scale

@@ -28,7 +28,7 @@ from metalearn.checkpoints import record as run_record
 from metalearn.checkpoints.checkpoint_inside import Inside
 from metalearn.checkpoints.checkpoint_store import DiskError, Store, UnreadableError, nodes
 from metalearn.checkpoints.record import ChangedConfigError, OtherArraysError, Record
-from metalearn.processes import say
+from metalearn.sharding.distributed import say
 from metalearn.train_state import TrainState
 
 __all__ = ["ChangedConfigError", "Checkpoints", "DamagedError", "OtherArraysError"]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn.mesh import here
+from metalearn.sharding.mesh import here
 
 Sharding = jax.sharding.Sharding | None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from metalearn._utils.checks import is_integer
-from metalearn.mesh import counted
+from metalearn.sharding.mesh import counted
 from metalearn.sizes import MOST_TASKS
 
 SHOWN = 16  # of the numbers that fit

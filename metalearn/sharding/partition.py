@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from metalearn._utils.checks import unusable
 from metalearn._utils.trees import paths
-from metalearn.mesh import TASKS, shown
+from metalearn.sharding.mesh import TASKS, shown
 
 Rules = tuple[tuple[str, P], ...]
 Sizes = Mapping[str, int]  # of a mesh, by axis

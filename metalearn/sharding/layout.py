@@ -10,7 +10,7 @@ eta, the outer optimizer's state and the data are on every device. The outer upd
 on each of them, from the same numbers.
 
 An eta that is too large for a device is cut along the axis "model" (FSDP, Zhao et al. 2023,
-arXiv:2304.11277; ZeRO, Rajbhandari et al. 2019, arXiv:1910.02054). Rules (`metalearn.partition`)
+arXiv:2304.11277; ZeRO, Rajbhandari et al. 2019, arXiv:1910.02054). Rules (`metalearn.sharding.partition`)
 say how:
 
     Layout(make_mesh(model=2), rules=(("embedding", P("model")), ("kernel$", P(None, "model"))))
@@ -32,14 +32,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from metalearn import partition
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import paths
 from metalearn.algorithm import Algorithm
-from metalearn.all_reduce import mean_of_all
-from metalearn.chunks import mean_and_each
-from metalearn.mesh import TASKS, compiled, here
-from metalearn.shares import at_once, check_shares
+from metalearn.sharding import partition
+from metalearn.sharding.all_reduce import mean_of_all
+from metalearn.sharding.chunks import mean_and_each
+from metalearn.sharding.mesh import TASKS, compiled, here
+from metalearn.sharding.shares import at_once, check_shares
 from metalearn.unroll import Episode, Unroll
 
 
@@ -115,7 +115,7 @@ class Layout:
     def mean_and_each(
         self, function: Callable[..., tuple[Any, Any]], shared: Any, inputs: Any, chunk: int | None
     ) -> tuple[Any, Any]:
-        """Do what `metalearn.chunks.mean_and_each` does, every device with its own inputs.
+        """Do what `metalearn.sharding.chunks.mean_and_each` does, every device with its own inputs.
 
         Args:
           function: (*shared, input) -> what is averaged, what is returned of each.

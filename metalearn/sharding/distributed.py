@@ -1,7 +1,7 @@
 """One run in several processes: how they find each other, and which of them speaks.
 
 Each process runs the same program and owns the devices of its machine; together they are one
-mesh (`metalearn.mesh`). They meet at a coordinator, a port of process 0's machine. `jax` finds it
+mesh (`metalearn.sharding.mesh`). They meet at a coordinator, a port of process 0's machine. `jax` finds it
 by itself on SLURM, Open MPI, Kubernetes and cloud TPUs; anywhere else it has three arguments.
 
 All of them take part in what is computed and in saving a checkpoint, whose directory they share.
