@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from metalearn import Tasks, Trainer, health
+from metalearn import Tasks, Trainer
 from metalearn._utils import disk, strict_json
 from metalearn._utils.messages import first_line
 from metalearn.algorithms import FDS, LearnedOptimizer, save_optimizer, save_schedules
 from metalearn.checkpoints.manager import Checkpoints
+from metalearn.diagnostics import health
 from metalearn.evaluation import Estimate
 from metalearn.experiments import auto, build, devices, pictures
 from metalearn.experiments.seeds import key_of

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from metalearn import health
+from metalearn.diagnostics import health
 from metalearn.evaluation import Estimate
 from metalearn.faults import DivergedError, NonFiniteError, Watch, broken
 from metalearn.fit import Fit

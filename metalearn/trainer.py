@@ -21,6 +21,8 @@ from metalearn._utils.checks import at_least, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import select, strong
 from metalearn.algorithm import Algorithm
+from metalearn.diagnostics.probe import Look, look_at
+from metalearn.diagnostics.symmetry import Measure
 from metalearn.engines import MetaGradient, MixedFlow
 from metalearn.engines.check import check_eta
 from metalearn.engines.engine import Streaming
@@ -33,10 +35,8 @@ from metalearn.inner_runs import InnerRuns
 from metalearn.labels import Seen, known
 from metalearn.loggers import Logger
 from metalearn.outer_loop import Part
-from metalearn.probe import Look, look_at
 from metalearn.segmented_runs import Segment, SegmentedRuns, spread, steps_taken
 from metalearn.sharding.layout import Layout, abstract
-from metalearn.symmetry import Measure
 from metalearn.task_batch import TaskBatch
 from metalearn.tasks import Tasks, check_tasks
 from metalearn.train_state import TrainState
@@ -267,7 +267,7 @@ class Trainer:
 
     @functools.cached_property
     def look(self) -> Callable[..., Look]:
-        """Look at one task, for `metalearn.health`: (eta, tasks, key, zeros, steps). Compiled."""
+        """Look at one task, for `metalearn.diagnostics.health`: (eta, tasks, key, zeros, steps). Compiled."""
         most = None if self.truncation is None else self.truncation.steps
 
         def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = 0, steps: Any = None):
@@ -279,7 +279,7 @@ class Trainer:
 
     @functools.cached_property
     def symmetry(self) -> Measure:
-        """Measure one task, for `metalearn.health`: (eta, tasks, key) -> Symmetry."""
+        """Measure one task, for `metalearn.diagnostics.health`: (eta, tasks, key) -> Symmetry."""
         return Measure(self.algorithm, self.engine)
 
     def fit(

@@ -24,7 +24,7 @@ from metalearn import (
     reversible,
 )
 from metalearn.datasets import Sinusoid
-from metalearn.health import check
+from metalearn.diagnostics.health import check
 from tests.selection import quick
 
 pytestmark = pytest.mark.usefixtures("x64")

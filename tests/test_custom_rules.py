@@ -22,11 +22,11 @@ from metalearn import (
     Unroll,
 )
 from metalearn.datasets import Sinusoid
+from metalearn.diagnostics.health import HealthWarning, check
 from metalearn.engines.mixed_flow.commuted import Call, hoist
 from metalearn.engines.mixed_flow.custom_rules import Plan, plan
 from metalearn.engines.mixed_flow.rule_probe import Verdict
 from metalearn.experiments import build
-from metalearn.health import HealthWarning, check
 
 pytestmark = pytest.mark.usefixtures("x64")
 START, TARGET, ETA = np.array([0.43, 0.3, 0.2]), np.array([1.0, 2.0, 3.0]), np.array(0.7)

@@ -15,8 +15,8 @@ import pytest
 from metalearn import Algorithm, Episode, Forward, MixedFlow, Reverse, Tasks, Trainer, Unroll
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
+from metalearn.diagnostics.health import ROOT, HealthError, HealthWarning, Report, check
 from metalearn.faults import NonFiniteError
-from metalearn.health import ROOT, HealthError, HealthWarning, Report, check
 from metalearn.models import Functions
 from metalearn.optimizers import differentiable_at_zero
 from tests.inner_optimizers import (

@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 
 import metalearn
-from metalearn import Episode, Tasks, Trainer, algorithms, datasets, health, models, plan
+from metalearn import Episode, Tasks, Trainer, algorithms, datasets, models, plan
 from metalearn._utils.fields import _hints
 from metalearn.algorithms import (
     FDS,
@@ -44,6 +44,7 @@ from metalearn.datasets import (
     from_labels,
     select,
 )
+from metalearn.diagnostics import health
 from metalearn.faults import NonFiniteError
 from metalearn.labels import known
 from metalearn.models import NNX, Functions, Haiku, Linen

@@ -30,7 +30,7 @@ def maml() -> ml_collections.ConfigDict:
     config.algorithm = ml_collections.ConfigDict()
     config.algorithm.name = "maml"
     config.algorithm.objective = "cross_entropy"
-    # The inner one. Adam and its relatives need `eps_root`, such as 1e-8; see metalearn.health.
+    # The inner one. Adam and its relatives need `eps_root`, such as 1e-8; see metalearn.diagnostics.health.
     config.algorithm.optimizer = {"name": "sgd", "learning_rate": 0.4}
     config.algorithm.optimizer.eps_root = placeholder(float)
     config.algorithm.inner_steps = 1
@@ -65,7 +65,9 @@ def maml() -> ml_collections.ConfigDict:
     config.segment = placeholder(int)
     config.checkpoint_within = 0
 
-    config.health = True  # look at one meta-gradient before a run starts; see metalearn.health
+    config.health = (
+        True  # look at one meta-gradient before a run starts; see metalearn.diagnostics.health
+    )
     config.check_every = 0  # and again every so many outer steps; 0: never, here and below
     # What to do about a step that is not finite ("stop", "skip", "back_off" or "pass"), and about
     # inner runs that diverge ("warn", "stop" or "pass"); see metalearn.faults.

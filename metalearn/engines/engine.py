@@ -15,7 +15,7 @@ that is no derivative (a straight-through estimator, a clipped gradient), the in
 not the gradient of anything, and they agree all the same; `MixedFlow` then saves no memory on it
 (`metalearn.engines.mixed_flow.custom_rules`, docs/custom_rules.md). What they cannot agree on is a rule that
 the user declares a derivative though it is none, or one that is a derivative wherever it was
-tried and none where a run uses it: `metalearn.health` measures that on a task.
+tried and none where a run uses it: `metalearn.diagnostics.health` measures that on a task.
 
 The others estimate: from losses alone, for loops whose derivative is of no use, or (`PES`) from
 truncated unrolls without their bias. An engine that cannot serve a problem refuses at trace time.

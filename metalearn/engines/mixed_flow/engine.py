@@ -93,7 +93,7 @@ class MixedFlow(MetaGradient):
       true_rules: names of functions in the inner loss whose `custom_jvp` or `custom_vjp` rules are
         true derivatives, and shall be believed where trying cannot tell: kernels, functions too
         large to be tried, or with a kink where arguments are zero. ("*",) is all. A rule that was
-        tried and is none is refused. What was not believed, `metalearn.health` lists.
+        tried and is none is refused. What was not believed, `metalearn.diagnostics.health` lists.
     """
 
     remat: str = "step"

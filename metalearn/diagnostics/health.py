@@ -16,7 +16,7 @@ that is given is found by looking again, at the same inner loop with other zeros
 
 An engine that takes Jacobians of inner gradients for symmetric (`MixedFlow`) is asked which of
 them it does not, and why: a note, since the result is exact and only the memory is more. Of the
-others the symmetry is measured on the task (`metalearn.symmetry`): a warning where it is not there.
+others the symmetry is measured on the task (`metalearn.diagnostics.symmetry`): a warning where it is not there.
 
 `diagnose` says the same of an outer step that has failed: which task, where, from which
 inner step on.
@@ -34,11 +34,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn import probe
+from metalearn.diagnostics import probe
+from metalearn.diagnostics.probe import Look
+from metalearn.diagnostics.symmetry import Symmetry
 from metalearn.engines.mixed_flow.custom_rules import listed
 from metalearn.labels import Seen, beyond, known
-from metalearn.probe import Look
-from metalearn.symmetry import Symmetry
 from metalearn.tasks import Tasks, check_tasks, draw
 from metalearn.train_state import TrainState
 
