@@ -1,7 +1,7 @@
 """`engine="auto"`: the engine that `metalearn plan` would choose, once for a run.
 
 The dataset is read on the host, for its shapes, and the outer step is compiled for shapes
-alone: nothing is put on the device. See `metalearn.plan` for how the choice is made.
+alone: nothing is put on the device. See `metalearn.planning.plan` for how the choice is made.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import jax
 from metalearn import Trainer
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import build, devices
-from metalearn.outer_costs import Row, changed_fields
-from metalearn.plan import plan
+from metalearn.planning.plan import plan
+from metalearn.planning.step_cost import Row, changed_fields
 from metalearn.sharding.distributed import agreed, say
 
 AUTO = "auto"

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from metalearn._utils import strict_json
 from metalearn._utils.device_memory import show_bytes
 from metalearn.experiments import auto, build, plan_table
-from metalearn.outer_costs import Candidate, Costs, Row
-from metalearn.plan import Plan, plan, tasks_at_once
+from metalearn.planning.plan import Plan, plan, tasks_at_once
+from metalearn.planning.step_cost import Candidate, Costs, Row
 
 
 class Largest(NamedTuple):

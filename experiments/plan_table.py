@@ -9,10 +9,10 @@ import jax
 
 from metalearn import Trainer
 from metalearn._utils.device_memory import show_bytes
-from metalearn.cost import Cost
 from metalearn.experiments.auto import settings
-from metalearn.outer_costs import Row
-from metalearn.plan import Plan
+from metalearn.planning.cost import Cost
+from metalearn.planning.plan import Plan
+from metalearn.planning.step_cost import Row
 
 HEADER = (
     *("", "engine", "tasks", "memory", "arguments", "temporaries", "output", "of plain"),

@@ -38,7 +38,7 @@ from metalearn.checkpoints.manager import Checkpoints
 from metalearn.cost.collectives import collectives
 from metalearn.experiments import devices
 from metalearn.loggers import Logger
-from metalearn.outer_costs import Candidate, Costs
+from metalearn.planning.step_cost import Candidate, Costs
 from metalearn.sharding import distributed as processes
 
 if __name__ == "__main__":  # not where it is imported: that would be everybody's

@@ -25,12 +25,12 @@ from metalearn import (
     Unroll,
 )
 from metalearn.algorithms import Hyperparameter, fds_rule
-from metalearn.cost import cost
 from metalearn.engines.forward.prefix import PARTS, Part, parts
 from metalearn.engines.loop import state_bytes
 from metalearn.engines.nested_scan import kept, within
 from metalearn.engines.recorder import joined
 from metalearn.faults import NonFiniteError
+from metalearn.planning.cost import cost
 from tests.selection import quick
 from tests.test_fds import KEY, _episode, flat, make, solve
 
@@ -311,7 +311,7 @@ PROGRAM = """
     from jax.flatten_util import ravel_pytree
     from metalearn import Forward
     from metalearn.algorithms import Hyperparameter
-    from metalearn.cost import cost
+    from metalearn.planning.cost import cost
     from metalearn.algorithms import FDS, sgd
     from metalearn.models import Functions
     from tests.test_fds import KEY, _episode

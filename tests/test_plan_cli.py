@@ -8,11 +8,12 @@ import shutil
 import jax
 import pytest
 
-from metalearn import Forward, MixedFlow, Reverse, plan
+from metalearn import Forward, MixedFlow, Reverse
 from metalearn._utils import device_memory
 from metalearn._utils.device_memory import parse_bytes
 from metalearn.experiments import auto, build
 from metalearn.experiments.configs import maml_digits
+from metalearn.planning import plan
 from tests.test_cli import call, refused  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")

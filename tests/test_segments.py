@@ -13,10 +13,10 @@ import pytest
 from metalearn import Algorithm, Episode, Faults, Forward, MixedFlow, Tasks, Trainer, Truncation
 from metalearn.algorithms import windows
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
-from metalearn.cost import cost
 from metalearn.experiments import run
 from metalearn.faults import NonFiniteError
 from metalearn.outer_loop import Interrupted
+from metalearn.planning.cost import cost
 from metalearn.progress import Bars, bars
 from metalearn.unroll import Unroll
 from tests.selection import quick

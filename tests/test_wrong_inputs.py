@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 
 import metalearn
-from metalearn import Episode, Tasks, Trainer, algorithms, datasets, models, plan
+from metalearn import Episode, Tasks, Trainer, algorithms, datasets, models
 from metalearn._utils.fields import _hints
 from metalearn.algorithms import (
     FDS,
@@ -48,6 +48,7 @@ from metalearn.diagnostics import health
 from metalearn.faults import NonFiniteError
 from metalearn.labels import known
 from metalearn.models import NNX, Functions, Haiku, Linen
+from metalearn.planning import plan
 from tests import cases
 
 KEY = jax.random.key(0)

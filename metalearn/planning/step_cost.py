@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 
 from metalearn.algorithm import Algorithm
-from metalearn.cost import Cost, cost
 from metalearn.engines import MetaGradient
 from metalearn.engines.check import horizon
 from metalearn.evaluation import task_metrics
+from metalearn.planning.cost import Cost, cost
 from metalearn.trainer import Trainer
 
 HORIZON = "inner_steps"  # the field by which an algorithm sets T

@@ -3,7 +3,7 @@
 The memory of a meta-gradient grows with the inner steps, the activations and the way the
 derivative travels, and is found out by running out of it. But the outer step is one
 program, and its compiler knows: it is compiled for shapes alone, once for each engine and
-setting, and asked for its memory and its FLOPs (`metalearn.cost`).
+setting, and asked for its memory and its FLOPs (`metalearn.planning.cost`).
 
 Both are set beside *plain training*: the same inner loops on the same tasks, run forward
 with ordinary inner gradients and judged by the outer loss, with no meta-gradient and no
@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 import jax
 
 from metalearn._utils.device_memory import device_memory, show_bytes
-from metalearn.cost import Cost
 from metalearn.engines import Forward, MixedFlow, Reverse
-from metalearn.outer_costs import Candidate, Costs, Row, sets_horizon
+from metalearn.planning.cost import Cost
+from metalearn.planning.step_cost import Candidate, Costs, Row, sets_horizon
 from metalearn.tasks import Tasks, check_tasks
 from metalearn.trainer import Trainer
 
