@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from metalearn.cost import hlo, jaxpr
+from metalearn.planning.cost import hlo, jaxpr
 
 # On a CPU most of a compilation is LLVM's, which comes after XLA has laid out the memory.
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}

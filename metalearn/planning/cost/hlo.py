@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
-from metalearn.cost import convolution
+from metalearn.planning.cost import convolution
 
 _HEADER = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{$")
 _LEFT = re.compile(r"\s+(?:ROOT )?%?(\S+) = (.*)$")

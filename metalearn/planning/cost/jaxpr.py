@@ -14,8 +14,8 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
-from metalearn.cost import convolution
-from metalearn.cost.hlo import unknown_loop
+from metalearn.planning.cost import convolution
+from metalearn.planning.cost.hlo import unknown_loop
 
 
 def flops(closed: ClosedJaxpr) -> int:
