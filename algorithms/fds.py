@@ -41,9 +41,9 @@ from metalearn.algorithms.objectives import cross_entropy
 from metalearn.algorithms.schedule import Schedule
 from metalearn.algorithms.windows import edges, spread, stretched, window_of
 from metalearn.model import Model, no_model
-from metalearn.optimizers import differentiable_at_zero
+from metalearn.optimizers.differentiable import differentiable_at_zero
+from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
 from metalearn.unroll import Episode, Unroll
-from metalearn.updates import evaluate, evaluation_params, start, update
 
 SHOWN = 16  # windows of a hyperparameter up to which each is a metric of its own
 

@@ -33,8 +33,8 @@ from metalearn._utils.names import pick
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.problem import Problem
 from metalearn.algorithms.update_rule import UpdateRule
+from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
 from metalearn.unroll import Episode, Unroll
-from metalearn.updates import evaluate, evaluation_params, start, update
 
 JUDGES = {
     "training": "the mean of the training losses of all steps",

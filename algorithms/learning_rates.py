@@ -26,9 +26,9 @@ from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.example_mean import ExampleMean
 from metalearn.model import Model
-from metalearn.reversible import Reversible
+from metalearn.optimizers.reversible import Reversible
+from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
 from metalearn.unroll import Episode, Unroll
-from metalearn.updates import Evaluated, evaluate, evaluation_params, start, update
 
 
 class Training(NamedTuple):

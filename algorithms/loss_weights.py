@@ -44,8 +44,8 @@ from metalearn.algorithms.weighting_checks import (
 )
 from metalearn.example_mean import ExampleMean
 from metalearn.model import Model
+from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
 from metalearn.unroll import Episode, Unroll
-from metalearn.updates import Evaluated, evaluate, evaluation_params, start, update
 
 
 class Learner(NamedTuple):

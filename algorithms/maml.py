@@ -16,7 +16,7 @@ Finn, Abbeel and Levine 2017 (arXiv:1703.03400). Three relatives are options, an
 
 The inner optimizer sees the model's own tree, so its labels and masks go by path
 (`optax.multi_transform`, `optax.masked`, `optax.adamw(mask=)`); what does not adapt is an
-`optax.MaskedNode` there, as `optax.masked` has it. What else it may ask for: `metalearn.updates`.
+`optax.MaskedNode` there, as `optax.masked` has it. What else it may ask for: `metalearn.optimizers.updates`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.batch_norm import batch_norm_policy
 from metalearn.model import Model
+from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
 from metalearn.unroll import Episode, Unroll
-from metalearn.updates import evaluate, evaluation_params, start, update
 
 
 class Eta(NamedTuple):

@@ -25,7 +25,7 @@ from metalearn.algorithms.float_leaves import check_params
 from metalearn.algorithms.hyperparameter import Hyperparameter
 from metalearn.algorithms.hyperparameter_places import check_required, place
 from metalearn.algorithms.update_rule import UpdateRule
-from metalearn.optimizers import differentiable_at_zero
+from metalearn.optimizers.differentiable import differentiable_at_zero
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,6 @@ from metalearn import (
     Tasks,
     Trainer,
     Truncation,
-    reversible,
 )
 from metalearn._utils import strict_json
 from metalearn._utils.checks import above
@@ -61,6 +60,7 @@ from metalearn.models import (
     nnx_networks,
     train_flag,
 )
+from metalearn.optimizers import reversible
 
 ENGINES = {
     "reverse": Reverse,
@@ -74,7 +74,7 @@ OPTIMIZERS = {
     "sgd": optax.sgd,
     "adam": optax.adam,
     "adamw": optax.adamw,
-    "reversible_adam": reversible.adam,  # its steps can be undone, see metalearn.reversible
+    "reversible_adam": reversible.adam,  # its steps can be undone, see metalearn.optimizers.reversible
     "rmsprop": optax.rmsprop,
     "adagrad": optax.adagrad,
     "lion": optax.lion,

@@ -34,6 +34,7 @@ from metalearn.inner_metrics import step_metrics
 from metalearn.inner_runs import InnerRuns
 from metalearn.labels import Seen, known
 from metalearn.loggers import Logger
+from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
 from metalearn.outer_loop import Part
 from metalearn.segmented_runs import Segment, SegmentedRuns, spread, steps_taken
 from metalearn.sharding.layout import Layout, abstract
@@ -42,7 +43,6 @@ from metalearn.tasks import Tasks, check_tasks
 from metalearn.train_state import TrainState
 from metalearn.truncated_runs import TruncatedRuns
 from metalearn.truncation import Truncation
-from metalearn.updates import evaluation_params, start_outer, update_outer
 
 if TYPE_CHECKING:
     from metalearn.checkpoints.manager import Checkpoints
@@ -334,7 +334,7 @@ class Trainer:
         """Return the eta of a state to evaluate and to keep: where its optimizer is judged.
 
         That is `state.eta` but for an outer optimizer that trains at one point and is judged at
-        another, such as `optax.contrib.schedule_free`; see `metalearn.updates`.
+        another, such as `optax.contrib.schedule_free`; see `metalearn.optimizers.updates`.
         """
         return evaluation_params(state.optimizer, state.eta)
 

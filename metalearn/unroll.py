@@ -41,7 +41,7 @@ class Unroll(NamedTuple):
     step: Callable[..., Any]  # eta, state, batch, grad -> state
     loss: Callable[..., Any]  # eta, state -> loss (), metrics: dict of scalars
     # Where a step can be undone: eta, next state, batch, grad -> state. It takes the gradients
-    # that `step` took, at the same points and in the same order. See `metalearn.reversible`.
+    # that `step` took, at the same points and in the same order. See `metalearn.optimizers.reversible`.
     undo: Callable[..., Any] | None = None
     # Where eta comes into play entry by entry: pytree like eta, of integers known when tracing;
     # the first step that reads an entry. `Forward` leaves out what has not begun; None: all at 0.

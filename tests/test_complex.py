@@ -21,10 +21,10 @@ from metalearn import (
     Trainer,
     Truncation,
     Unroll,
-    reversible,
 )
 from metalearn.datasets import Sinusoid
 from metalearn.diagnostics.health import check
+from metalearn.optimizers import reversible
 from tests.selection import quick
 
 pytestmark = pytest.mark.usefixtures("x64")

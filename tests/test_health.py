@@ -18,7 +18,7 @@ from metalearn.datasets import Sinusoid
 from metalearn.diagnostics.health import ROOT, HealthError, HealthWarning, Report, check
 from metalearn.faults import NonFiniteError
 from metalearn.models import Functions
-from metalearn.optimizers import differentiable_at_zero
+from metalearn.optimizers.differentiable import differentiable_at_zero
 from tests.inner_optimizers import (
     FINITE,
     NAN,

@@ -16,7 +16,7 @@ from metalearn import Algorithm, Forward, MixedFlow, Reverse, Trainer, Truncatio
 from metalearn.algorithms import MAML, Hyperparameter, LearnedOptimizer, TunedRule, squared_error
 from metalearn.engines.loop import rollout
 from metalearn.models import Functions
-from metalearn.updates import evaluation_params
+from metalearn.optimizers.updates import evaluation_params
 from tests.cases import ALGORITHMS, MODELS, TASKS, Float64, to_float64
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -9,11 +9,12 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from metalearn import Episode, ExampleMean, MixedFlow, Reverse, Unroll, reversible
+from metalearn import Episode, ExampleMean, MixedFlow, Reverse, Unroll
 from metalearn.algorithms import LearningRates, LossWeights, TokenWeights
 from metalearn.datasets.text import Windows
 from metalearn.models import Functions
 from metalearn.models.transformer import Architecture
+from metalearn.optimizers import reversible
 from tests.cases import MODELS
 from tests.selection import quick
 
@@ -293,7 +294,9 @@ def test_a_reversible_adam_that_cannot_be_undone_is_refused(options):
 
 
 def test_an_unroll_that_cannot_be_undone_is_refused(x64):
-    with pytest.raises(ValueError, match="has no `undo`.*metalearn.reversible.*remat='nested'"):
+    with pytest.raises(
+        ValueError, match="has no `undo`.*metalearn.optimizers.reversible.*remat='nested'"
+    ):
         solve(rates(), MixedFlow("inexact_reconstruct"))
 
 

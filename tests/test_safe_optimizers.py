@@ -16,7 +16,7 @@ from optax import contrib
 
 from metalearn import Forward, MixedFlow, Reverse, Unroll
 from metalearn.experiments.benchmarks import optimizers as table
-from metalearn.optimizers import differentiable_at_zero
+from metalearn.optimizers.differentiable import differentiable_at_zero
 from tests.inner_optimizers import FINITE, NAN, NAN_AT_ALL_ZERO, NAN_AT_ZERO
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -31,12 +31,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn import Algorithm, Episode, MetaGradient, MixedFlow, Reverse, reversible
+from metalearn import Algorithm, Episode, MetaGradient, MixedFlow, Reverse
 from metalearn.algorithms import MAML, LearningRates, LossWeights, TokenWeights
 from metalearn.datasets.text import Windows
 from metalearn.experiments.benchmarks import lines
 from metalearn.models import Functions
 from metalearn.models.transformer import Architecture
+from metalearn.optimizers import reversible
 from metalearn.planning.cost import Cost, cost
 from metalearn.planning.step_cost import REFUSALS
 

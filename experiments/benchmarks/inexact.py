@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from metalearn import Episode, MetaGradient, MixedFlow, Reverse, reversible
+from metalearn import Episode, MetaGradient, MixedFlow, Reverse
 from metalearn.algorithms import LearningRates
 from metalearn.models import Functions
 from metalearn.models.transformer import Architecture
+from metalearn.optimizers import reversible
 
 SETTINGS: dict[str, MetaGradient] = {
     "MixedFlow()": MixedFlow(),

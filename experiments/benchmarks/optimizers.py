@@ -37,7 +37,7 @@ import optax
 from optax import contrib
 
 from metalearn.experiments.benchmarks.horizons import table
-from metalearn.optimizers import differentiable_at_zero
+from metalearn.optimizers.differentiable import differentiable_at_zero
 
 STEPS = 8
 RATE = 0.1

@@ -35,7 +35,7 @@ class OneStep:
             raise ValueError(
                 "remat='inexact_reconstruct' computes each inner state from the next, but this "
                 "algorithm's `Unroll` has no `undo`. Use an inner optimizer that can be undone "
-                "(`metalearn.reversible`), give the unroll an `undo`, or use remat='nested'."
+                "(`metalearn.optimizers.reversible`), give the unroll an `undo`, or use remat='nested'."
             )
         tape = Tape()
         recorder = Recorder(tape.recording(self.value_and_grad))
