@@ -36,9 +36,9 @@ from ml_collections import config_flags
 
 from metalearn._utils.device_memory import parse_bytes
 from metalearn.experiments import arguments, plan, run
-from metalearn.outer_loop import Interrupted
 from metalearn.sharding import distributed as processes
-from metalearn.stopping import EXIT_STATUS
+from metalearn.training.outer_loop import Interrupted
+from metalearn.training.signals import EXIT_STATUS
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",

@@ -27,11 +27,11 @@ from metalearn.evaluation import Estimate
 from metalearn.experiments import auto, build, devices, pictures
 from metalearn.experiments.seeds import key_of
 from metalearn.experiments.workdir import held
-from metalearn.faults import Faults
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
 from metalearn.sharding.distributed import is_first, say
-from metalearn.stopping import asked_to_stop
 from metalearn.train_state import TrainState
+from metalearn.training.faults import Faults
+from metalearn.training.signals import asked_to_stop
 
 RHYTHM = ("eval_every", "eval_tasks", "log_every", "check_every")
 TEST = 2**31  # folded into the seed's key for test tasks; training never draws from it

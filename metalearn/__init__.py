@@ -11,12 +11,12 @@ from metalearn.engines import (
     Reverse,
 )
 from metalearn.example_mean import ExampleMean
-from metalearn.faults import Faults
 from metalearn.sharding.layout import Layout
 from metalearn.sharding.mesh import make_mesh
 from metalearn.tasks import Tasks
 from metalearn.trainer import Trainer
-from metalearn.truncation import Truncation
+from metalearn.training.faults import Faults
+from metalearn.training.truncation import Truncation
 from metalearn.unroll import Episode, Unroll
 
 __all__ = [

@@ -27,22 +27,22 @@ from metalearn.engines import MetaGradient, MixedFlow
 from metalearn.engines.check import check_eta
 from metalearn.engines.engine import Streaming
 from metalearn.evaluation import Estimate, estimate, task_metrics
-from metalearn.faults import WATCHED
-from metalearn.fit import Fit
-from metalearn.fitting import run
-from metalearn.inner_metrics import step_metrics
-from metalearn.inner_runs import InnerRuns
 from metalearn.labels import Seen, known
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
-from metalearn.outer_loop import Part
-from metalearn.segmented_runs import Segment, SegmentedRuns, spread, steps_taken
 from metalearn.sharding.layout import Layout, abstract
-from metalearn.task_batch import TaskBatch
 from metalearn.tasks import Tasks, check_tasks
 from metalearn.train_state import TrainState
-from metalearn.truncated_runs import TruncatedRuns
-from metalearn.truncation import Truncation
+from metalearn.training.faults import WATCHED
+from metalearn.training.fit import run
+from metalearn.training.inner_metrics import step_metrics
+from metalearn.training.inner_runs import InnerRuns
+from metalearn.training.options import Fit
+from metalearn.training.outer_loop import Part
+from metalearn.training.segmented_unroll import Segment, SegmentedRuns, spread, steps_taken
+from metalearn.training.task_batch import TaskBatch
+from metalearn.training.truncated_runs import TruncatedRuns
+from metalearn.training.truncation import Truncation
 
 if TYPE_CHECKING:
     from metalearn.checkpoints.manager import Checkpoints
@@ -294,7 +294,7 @@ class Trainer:
     ) -> TrainState:
         """Train for `steps` outer steps, or from the newest checkpoint up to there.
 
-        `options` are those of `metalearn.fit.Fit`: `held_out`, `eval_every`, `eval_tasks`,
+        `options` are those of `metalearn.training.options.Fit`: `held_out`, `eval_every`, `eval_tasks`,
         `log_every`, `check_every`, `faults`, `asked_to_stop`, `progress`.
         """
         held_out = options.pop("held_out", None)

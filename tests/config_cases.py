@@ -25,9 +25,9 @@ from metalearn.evaluation import task_metrics
 from metalearn.experiments import build, devices, language, learned_optimizers, training_runs
 from metalearn.experiments.main import REPORTED
 from metalearn.experiments.run import RHYTHM
-from metalearn.faults import DIVERGED, NONFINITE, Faults
-from metalearn.fit import Fit
 from metalearn.loggers import WandbLogger
+from metalearn.training.faults import DIVERGED, NONFINITE, Faults
+from metalearn.training.options import Fit
 from tests.test_build import SMALL
 
 ROOT = pathlib.Path(metalearn.__file__).parent.parent

@@ -14,9 +14,9 @@ from metalearn import Algorithm, Faults, Reverse, Tasks, Trainer, Unroll
 from metalearn.algorithms import MAML, squared_error
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Sinusoid
-from metalearn.faults import DivergedError, NonFiniteError
 from metalearn.loggers import JsonlLogger
 from metalearn.models import Functions
+from metalearn.training.faults import DivergedError, NonFiniteError
 from tests.test_fit import Heard, clock, fit, steps_of
 
 KEY = jax.random.key(0)

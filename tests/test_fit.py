@@ -15,9 +15,9 @@ from metalearn._utils import strict_json
 from metalearn.algorithms import MAML, squared_error
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Sinusoid
-from metalearn.faults import NonFiniteError
 from metalearn.loggers import JsonlLogger, Logger
 from metalearn.models import Functions
+from metalearn.training.faults import NonFiniteError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ from metalearn import Algorithm, Episode, Forward, MixedFlow, Reverse, Tasks, Tr
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
 from metalearn.diagnostics.health import ROOT, HealthError, HealthWarning, Report, check
-from metalearn.faults import NonFiniteError
 from metalearn.models import Functions
 from metalearn.optimizers.differentiable import differentiable_at_zero
+from metalearn.training.faults import NonFiniteError
 from tests.inner_optimizers import (
     FINITE,
     NAN,

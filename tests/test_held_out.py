@@ -11,7 +11,7 @@ from metalearn.datasets import Images
 from metalearn.datasets.text import Windows
 from metalearn.experiments import arguments, build, learned_optimizers, run, training_runs
 from metalearn.experiments.training_runs import kept
-from metalearn.outer_loop import EVALUATION
+from metalearn.training.outer_loop import EVALUATION
 from tests.test_build import skip_without, small
 
 KEY = jax.random.key(0)

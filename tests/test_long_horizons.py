@@ -29,8 +29,8 @@ from metalearn.engines.forward.prefix import PARTS, Part, parts
 from metalearn.engines.loop import state_bytes
 from metalearn.engines.nested_scan import kept, within
 from metalearn.engines.recorder import joined
-from metalearn.faults import NonFiniteError
 from metalearn.planning.cost import cost
+from metalearn.training.faults import NonFiniteError
 from tests.selection import quick
 from tests.test_fds import KEY, _episode, flat, make, solve
 

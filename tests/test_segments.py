@@ -14,10 +14,10 @@ from metalearn import Algorithm, Episode, Faults, Forward, MixedFlow, Tasks, Tra
 from metalearn.algorithms import windows
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
 from metalearn.experiments import run
-from metalearn.faults import NonFiniteError
-from metalearn.outer_loop import Interrupted
 from metalearn.planning.cost import cost
-from metalearn.progress import Bars, bars
+from metalearn.training.faults import NonFiniteError
+from metalearn.training.outer_loop import Interrupted
+from metalearn.training.progress import Bars, bars
 from metalearn.unroll import Unroll
 from tests.selection import quick
 from tests.test_checkpoint import bits, flip_a_bit

@@ -39,11 +39,11 @@ from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Sinusoid, TrainingRuns
 from metalearn.evaluation import estimate
 from metalearn.experiments import build
-from metalearn.faults import Faults
-from metalearn.fit import Fit
 from metalearn.models import Architecture, Linen, linen_networks, train_flag
 from metalearn.models.layouts import wide_blocks
 from metalearn.sharding.shares import divisors
+from metalearn.training.faults import Faults
+from metalearn.training.options import Fit
 from tests.cases import MODELS
 from tests.test_build import small
 

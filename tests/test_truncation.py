@@ -21,14 +21,14 @@ from metalearn import (
     Trainer,
     Truncation,
     Unroll,
-    fitting,
 )
 from metalearn.algorithms import Hyperparameter, LearnedOptimizer, Quadratic, TunedRule
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Quadratics
 from metalearn.engines.loop import rollout
-from metalearn.faults import NonFiniteError
-from metalearn.fit import Fit
+from metalearn.training import fit as fitting
+from metalearn.training.faults import NonFiniteError
+from metalearn.training.options import Fit
 from tests.cases import ALGORITHMS, ENGINES
 from tests.selection import quick
 

@@ -45,10 +45,10 @@ from metalearn.datasets import (
     select,
 )
 from metalearn.diagnostics import health
-from metalearn.faults import NonFiniteError
 from metalearn.labels import known
 from metalearn.models import NNX, Functions, Haiku, Linen
 from metalearn.planning import plan
+from metalearn.training.faults import NonFiniteError
 from tests import cases
 
 KEY = jax.random.key(0)

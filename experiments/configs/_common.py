@@ -70,7 +70,7 @@ def maml() -> ml_collections.ConfigDict:
     )
     config.check_every = 0  # and again every so many outer steps; 0: never, here and below
     # What to do about a step that is not finite ("stop", "skip", "back_off" or "pass"), and about
-    # inner runs that diverge ("warn", "stop" or "pass"); see metalearn.faults.
+    # inner runs that diverge ("warn", "stop" or "pass"); see metalearn.training.faults.
     config.faults = {"nonfinite": "stop", "most": 5, "shrink": 0.5}
     config.faults.update({"diverged": "warn", "ratio": 10.0, "patience": 3})
     config.isolate = False  # leave tasks out of an outer step that are not finite, and count them

@@ -27,8 +27,8 @@ from metalearn.algorithm import Algorithm
 from metalearn.engines import MetaGradient
 from metalearn.engines.mixed_flow.commuted import Call, hoist
 from metalearn.engines.mixed_flow.custom_rules import Plan, Rule
-from metalearn.inner_runs import pose
 from metalearn.tasks import Tasks
+from metalearn.training.inner_runs import pose
 
 STEPS = 2  # inner steps that are looked at
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 
 from metalearn._utils.checks import at_least, at_most, counts
-from metalearn.faults import Faults
 from metalearn.sizes import MOST_TASKS
 from metalearn.tasks import Tasks
+from metalearn.training.faults import Faults
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 
 from metalearn.diagnostics import health
 from metalearn.evaluation import Estimate
-from metalearn.faults import DivergedError, NonFiniteError, Watch, broken
-from metalearn.fit import Fit
 from metalearn.loggers import Logger
-from metalearn.progress import Bars
 from metalearn.sharding.distributed import is_first, say
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
+from metalearn.training.faults import DivergedError, NonFiniteError, Watch, broken
+from metalearn.training.options import Fit
+from metalearn.training.progress import Bars
 
 if TYPE_CHECKING:
     from metalearn.checkpoints.manager import Checkpoints

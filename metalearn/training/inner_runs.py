@@ -2,8 +2,8 @@
 
 `InnerRuns` are whole: every task of every outer step has a new one, from its beginning to its
 end. Others carry something from program to program, in `TrainState.inner`: runs that go on from
-step to step (`metalearn.truncated_runs`), and whole ones that take several programs
-(`metalearn.segmented_runs`).
+step to step (`metalearn.training.truncated_runs`), and whole ones that take several programs
+(`metalearn.training.segmented_unroll`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import jax
 
 from metalearn.algorithm import Algorithm
 from metalearn.engines import Aux, MetaGradient
-from metalearn.inner_metrics import step_metrics
-from metalearn.isolation import all_finite, mean_of_finite, or_zero
-from metalearn.task_batch import TaskBatch
 from metalearn.tasks import Tasks, draw
+from metalearn.training.inner_metrics import step_metrics
+from metalearn.training.isolation import all_finite, mean_of_finite, or_zero
+from metalearn.training.task_batch import TaskBatch
 from metalearn.unroll import Unroll
 
 Result = tuple[tuple[jax.Array, Aux], Any]  # ((loss (), aux), meta-gradient)

@@ -1,6 +1,6 @@
 """Opening a run and closing it: its newest checkpoint, its loggers, its progress bar.
 
-What happens in between is the loop's (`metalearn.outer_loop`).
+What happens in between is the loop's (`metalearn.training.outer_loop`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from metalearn._utils import disk
-from metalearn.fit import Fit
 from metalearn.loggers import Logger
-from metalearn.outer_loop import Interrupted, OuterLoop, Steps
-from metalearn.progress import bars
 from metalearn.sharding.distributed import is_first, say
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
+from metalearn.training.options import Fit
+from metalearn.training.outer_loop import Interrupted, OuterLoop, Steps
+from metalearn.training.progress import bars
 
 if TYPE_CHECKING:
     from metalearn.checkpoints.manager import Checkpoints

@@ -7,16 +7,16 @@ from typing import Any
 
 import jax
 
-from metalearn.inner_metrics import step_metrics
-from metalearn.inner_runs import InnerRuns, Posed
-from metalearn.isolation import mean_of_finite, or_zero
 from metalearn.tasks import Tasks
-from metalearn.truncation import Carried, Truncation, advance, due
+from metalearn.training.inner_metrics import step_metrics
+from metalearn.training.inner_runs import InnerRuns, Posed
+from metalearn.training.isolation import mean_of_finite, or_zero
+from metalearn.training.truncation import Carried, Truncation, advance, due
 
 
 @dataclasses.dataclass(frozen=True)
 class TruncatedRuns(InnerRuns):
-    """See `metalearn.truncation`. What is not finite is left out, and its run replaced."""
+    """See `metalearn.training.truncation`. What is not finite is left out, and its run replaced."""
 
     truncation: Truncation
 

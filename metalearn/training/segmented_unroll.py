@@ -23,9 +23,9 @@ from jax.sharding import PartitionSpec as P
 from metalearn._utils.trees import strong
 from metalearn.engines.check import horizon
 from metalearn.engines.engine import Streaming
-from metalearn.inner_runs import InnerRuns, Posed
 from metalearn.sharding.mesh import TASKS
 from metalearn.tasks import Tasks
+from metalearn.training.inner_runs import InnerRuns, Posed
 
 
 class Segment(NamedTuple):

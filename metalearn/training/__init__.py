@@ -1,0 +1,1 @@
+"""The outer loop, and the ways an outer step unrolls its inner loops."""
