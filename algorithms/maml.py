@@ -32,8 +32,8 @@ from metalearn._utils.checks import is_integer, pattern
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import split_by_path
 from metalearn.algorithm import Algorithm
+from metalearn.algorithms.batch_norm import batch_norm_policy
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.batch_norm import batch_norm_policy
 from metalearn.model import Model
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
 from metalearn.unroll import Episode, Unroll
@@ -69,7 +69,7 @@ class MAML(Algorithm):
     first_order: bool = False
     # The parameter paths that adapt: a regular expression, see `metalearn._utils.checks.unusable`; "": all
     adapt: str = ""
-    batch_norm: str = "transductive"  # see `metalearn.batch_norm`
+    batch_norm: str = "transductive"  # see `metalearn.algorithms.batch_norm`
 
     def __post_init__(self) -> None:
         pattern("MAML", adapt=self.adapt)

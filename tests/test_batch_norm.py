@@ -10,7 +10,7 @@ import pytest
 
 from metalearn import Episode
 from metalearn.algorithms import MAML
-from metalearn.batch_norm import batch_norm_policy
+from metalearn.algorithms.batch_norm import batch_norm_policy
 from metalearn.engines.loop import rollout
 from tests.cases import LIBRARIES, TASKS, Float64, conv_net, to_float64
 
