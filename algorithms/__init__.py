@@ -1,11 +1,13 @@
 """Algorithms: what is learned, and what one inner step is."""
 
-from metalearn.algorithms.augmentation import jitter
 from metalearn.algorithms.export import load_optimizer, load_rule, save_optimizer
 from metalearn.algorithms.factored_moments import FactoredMoments
-from metalearn.algorithms.fds import FDS
+from metalearn.algorithms.fds.algorithm import FDS
+from metalearn.algorithms.fds.augmentation import jitter
+from metalearn.algorithms.fds.hyperparameter import Hyperparameter
+from metalearn.algorithms.fds.outer_rules import fds_rule, in_ranges, sign_steps, within
+from metalearn.algorithms.fds.schedule import Schedule, load_schedules, save_schedules
 from metalearn.algorithms.hypergradient_rule import HypergradientRule
-from metalearn.algorithms.hyperparameter import Hyperparameter
 from metalearn.algorithms.learned_optimizer import LearnedOptimizer
 from metalearn.algorithms.learning_rates import LearningRates
 from metalearn.algorithms.loss_weights import LossWeights
@@ -15,7 +17,6 @@ from metalearn.algorithms.objectives import (
     squared_error,
     weighted_cross_entropy,
 )
-from metalearn.algorithms.outer_rules import fds_rule, in_ranges, sign_steps, within
 from metalearn.algorithms.parameter_features import (
     Feature,
     Gradient,
@@ -28,7 +29,6 @@ from metalearn.algorithms.parameter_features import (
 from metalearn.algorithms.parameter_networks import Network, PointwiseGRU, PointwiseMLP
 from metalearn.algorithms.per_parameter import PerParameter
 from metalearn.algorithms.problem import Problem, Quadratic, StepLoss, Streamed, Supervised
-from metalearn.algorithms.schedule import Schedule, load_schedules, save_schedules
 from metalearn.algorithms.sgd import sgd
 from metalearn.algorithms.step_factors import ParameterScale, ReciprocalRoot
 from metalearn.algorithms.together import Together

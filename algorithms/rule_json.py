@@ -22,8 +22,8 @@ import optax
 
 from metalearn._utils.names import nearest, pick
 from metalearn.algorithms.factored_moments import FactoredMoments
+from metalearn.algorithms.fds.hyperparameter import Hyperparameter
 from metalearn.algorithms.hypergradient_rule import HypergradientRule
-from metalearn.algorithms.hyperparameter import Hyperparameter
 from metalearn.algorithms.parameter_features import (
     Gradient,
     Momenta,

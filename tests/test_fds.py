@@ -20,8 +20,8 @@ from metalearn.algorithms import (
     save_schedules,
     sgd,
     weighted_cross_entropy,
-    windows,
 )
+from metalearn.algorithms.fds import windows
 from metalearn.engines.loop import rollout
 from metalearn.models import Functions
 from tests.selection import quick

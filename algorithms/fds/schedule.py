@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn._utils.strict_json import dumps, parse, read
-from metalearn.algorithms.windows import check_windows, stretched, window_of
+from metalearn.algorithms.fds.windows import check_windows, stretched, window_of
 
 Value = float | tuple[Any, ...]  # a number, or one for each class and the like, [...]
 DEEPEST = 8  # axes of a value

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils.checks import above
-from metalearn.algorithms.hyperparameter import Hyperparameter
+from metalearn.algorithms.fds.hyperparameter import Hyperparameter
 
 
 class SignSteps(NamedTuple):

@@ -23,7 +23,7 @@ import numpy as np
 from metalearn._utils.checks import is_integer
 from metalearn._utils.fields import check_fields
 from metalearn._utils.names import pick
-from metalearn.algorithms.windows import Windows, check_windows
+from metalearn.algorithms.fds.windows import Windows, check_windows
 
 SPACES = {
     "raw": "the value itself",

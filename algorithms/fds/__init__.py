@@ -1,0 +1,1 @@
+"""FDS: hyperparameter schedules learned by hypergradients (arXiv:2007.07869)."""
