@@ -10,7 +10,16 @@ from metalearn.algorithms.fds.schedule import Schedule, load_schedules, save_sch
 from metalearn.algorithms.hypergradient_rule import HypergradientRule
 from metalearn.algorithms.learned_optimizer import LearnedOptimizer
 from metalearn.algorithms.learning_rates import LearningRates
-from metalearn.algorithms.loss_weights import LossWeights
+from metalearn.algorithms.loss_weights.algorithm import LossWeights
+from metalearn.algorithms.loss_weights.weighting import (
+    DomainWeights,
+    ExampleWeights,
+    TokenWeights,
+    Weighting,
+    bounded,
+    mean_one,
+    unbounded,
+)
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.objectives import (
     cross_entropy,
@@ -34,15 +43,6 @@ from metalearn.algorithms.step_factors import ParameterScale, ReciprocalRoot
 from metalearn.algorithms.together import Together
 from metalearn.algorithms.tuned_rule import TunedRule
 from metalearn.algorithms.update_rule import UpdateRule
-from metalearn.algorithms.weighting import (
-    DomainWeights,
-    ExampleWeights,
-    TokenWeights,
-    Weighting,
-    bounded,
-    mean_one,
-    unbounded,
-)
 
 __all__ = [
     "DomainWeights",

@@ -22,8 +22,8 @@ from metalearn.algorithms import (
     mean_one,
     unbounded,
 )
-from metalearn.algorithms.loss_features import FEATURES, Seen, features
-from metalearn.algorithms.separation import auc
+from metalearn.algorithms.loss_weights.loss_features import FEATURES, Seen, features
+from metalearn.algorithms.loss_weights.separation import auc
 from metalearn.datasets import Corruption, Text, Tokenizer
 from metalearn.model import Model
 from metalearn.models import (

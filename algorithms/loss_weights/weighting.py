@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from metalearn._utils.checks import at_least, widths
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.loss_features import Seen, check_names, features, width
+from metalearn.algorithms.loss_weights.loss_features import Seen, check_names, features, width
 
 
 class Weighting(abc.ABC):

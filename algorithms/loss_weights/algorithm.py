@@ -32,16 +32,16 @@ import optax
 
 from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
-from metalearn.algorithms.loss_features import Seen
-from metalearn.algorithms.objectives import check_labels
-from metalearn.algorithms.separation import auc
-from metalearn.algorithms.weighting import Weighting, bounded
-from metalearn.algorithms.weighting_checks import (
+from metalearn.algorithms.loss_weights.loss_features import Seen
+from metalearn.algorithms.loss_weights.separation import auc
+from metalearn.algorithms.loss_weights.weighting import Weighting, bounded
+from metalearn.algorithms.loss_weights.weighting_checks import (
     Function,
     check_normalize,
     check_squash,
     check_weighting,
 )
+from metalearn.algorithms.objectives import check_labels
 from metalearn.example_mean import ExampleMean
 from metalearn.model import Model
 from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update

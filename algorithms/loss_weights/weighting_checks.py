@@ -13,8 +13,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from metalearn.algorithms.loss_features import Seen
-from metalearn.algorithms.weighting import Weighting
+from metalearn.algorithms.loss_weights.loss_features import Seen
+from metalearn.algorithms.loss_weights.weighting import Weighting
 
 Function = Callable[[jax.Array], jax.Array]
 LARGEST = 20.0  # 2 sigmoid(-20) is 4e-9: no float is zero up to here, and no weight counts
