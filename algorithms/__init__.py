@@ -1,14 +1,36 @@
 """Algorithms: what is learned, and what one inner step is."""
 
-from metalearn.algorithms.export import load_optimizer, load_rule, save_optimizer
-from metalearn.algorithms.factored_moments import FactoredMoments
 from metalearn.algorithms.fds.algorithm import FDS
 from metalearn.algorithms.fds.augmentation import jitter
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter
 from metalearn.algorithms.fds.outer_rules import fds_rule, in_ranges, sign_steps, within
 from metalearn.algorithms.fds.schedule import Schedule, load_schedules, save_schedules
-from metalearn.algorithms.hypergradient_rule import HypergradientRule
-from metalearn.algorithms.learned_optimizer import LearnedOptimizer
+from metalearn.algorithms.learned_optimizer.algorithm import LearnedOptimizer
+from metalearn.algorithms.learned_optimizer.export import load_optimizer, load_rule, save_optimizer
+from metalearn.algorithms.learned_optimizer.factored_moments import FactoredMoments
+from metalearn.algorithms.learned_optimizer.hypergradient_rule import HypergradientRule
+from metalearn.algorithms.learned_optimizer.networks import Network, PointwiseGRU, PointwiseMLP
+from metalearn.algorithms.learned_optimizer.parameter_features import (
+    Feature,
+    Gradient,
+    Momenta,
+    ParameterValue,
+    SecondMoments,
+    StepFeatures,
+    Tensor,
+)
+from metalearn.algorithms.learned_optimizer.per_parameter import PerParameter
+from metalearn.algorithms.learned_optimizer.problem import (
+    Problem,
+    Quadratic,
+    StepLoss,
+    Streamed,
+    Supervised,
+)
+from metalearn.algorithms.learned_optimizer.step_factors import ParameterScale, ReciprocalRoot
+from metalearn.algorithms.learned_optimizer.together import Together
+from metalearn.algorithms.learned_optimizer.tuned_rule import TunedRule
+from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
 from metalearn.algorithms.learning_rates import LearningRates
 from metalearn.algorithms.loss_weights.algorithm import LossWeights
 from metalearn.algorithms.loss_weights.weighting import (
@@ -26,23 +48,7 @@ from metalearn.algorithms.objectives import (
     squared_error,
     weighted_cross_entropy,
 )
-from metalearn.algorithms.parameter_features import (
-    Feature,
-    Gradient,
-    Momenta,
-    ParameterValue,
-    SecondMoments,
-    StepFeatures,
-    Tensor,
-)
-from metalearn.algorithms.parameter_networks import Network, PointwiseGRU, PointwiseMLP
-from metalearn.algorithms.per_parameter import PerParameter
-from metalearn.algorithms.problem import Problem, Quadratic, StepLoss, Streamed, Supervised
 from metalearn.algorithms.sgd import sgd
-from metalearn.algorithms.step_factors import ParameterScale, ReciprocalRoot
-from metalearn.algorithms.together import Together
-from metalearn.algorithms.tuned_rule import TunedRule
-from metalearn.algorithms.update_rule import UpdateRule
 
 __all__ = [
     "DomainWeights",

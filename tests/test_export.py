@@ -39,8 +39,8 @@ from metalearn.algorithms import (
     save_optimizer,
     sgd,
 )
-from metalearn.algorithms.export import digest
-from metalearn.algorithms.rule_json import CLASSES, OPTIMIZERS, decode, encode
+from metalearn.algorithms.learned_optimizer.export import digest
+from metalearn.algorithms.learned_optimizer.rule_json import CLASSES, OPTIMIZERS, decode, encode
 from metalearn.train_state import TrainState
 from tests.test_update_rules import RULES, draw, generic
 

@@ -4,7 +4,7 @@
     optimizer = load_optimizer("learned.safetensors")          # anywhere optax is used
 
 The file is safetensors: eta's arrays under their pytree paths, and as metadata a schema
-version, the version of metalearn, the rule as JSON (`metalearn.algorithms.rule_json`) and a
+version, the version of metalearn, the rule as JSON (`metalearn.algorithms.learned_optimizer.rule_json`) and a
 SHA-256 of all of it. Reading it runs no code of the file's. The digest finds damage,
 not malice: anyone can write a file whose digest is right.
 """
@@ -28,9 +28,9 @@ from metalearn import __version__
 from metalearn._utils import strict_json
 from metalearn._utils.strict_json import parse, restored
 from metalearn._utils.trees import paths
-from metalearn.algorithms.rule_bounds import check_bounds
-from metalearn.algorithms.rule_json import decode, encode
-from metalearn.algorithms.update_rule import UpdateRule
+from metalearn.algorithms.learned_optimizer.rule_bounds import check_bounds
+from metalearn.algorithms.learned_optimizer.rule_json import decode, encode
+from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
 from metalearn.train_state import TrainState
 
 FORMAT = "metalearn update rule"

@@ -31,8 +31,8 @@ from metalearn._utils.checks import is_integer
 from metalearn._utils.fields import check_fields
 from metalearn._utils.names import pick
 from metalearn.algorithm import Algorithm
-from metalearn.algorithms.problem import Problem
-from metalearn.algorithms.update_rule import UpdateRule
+from metalearn.algorithms.learned_optimizer.problem import Problem
+from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
 from metalearn.unroll import Episode, Unroll
 

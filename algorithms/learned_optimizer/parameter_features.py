@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.float_leaves import check_decays, precision
+from metalearn.algorithms.learned_optimizer.float_leaves import check_decays, precision
 
 LEAST = 1e-16  # added below a root: as small as Adam's 1e-8 beside one
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.float_leaves import check_decays, precision
-from metalearn.algorithms.parameter_features import Feature, Tensor, running_means
+from metalearn.algorithms.learned_optimizer.float_leaves import check_decays, precision
+from metalearn.algorithms.learned_optimizer.parameter_features import Feature, Tensor, running_means
 
 
 @dataclasses.dataclass(frozen=True)

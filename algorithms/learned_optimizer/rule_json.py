@@ -21,21 +21,21 @@ import numpy as np
 import optax
 
 from metalearn._utils.names import nearest, pick
-from metalearn.algorithms.factored_moments import FactoredMoments
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter
-from metalearn.algorithms.hypergradient_rule import HypergradientRule
-from metalearn.algorithms.parameter_features import (
+from metalearn.algorithms.learned_optimizer.factored_moments import FactoredMoments
+from metalearn.algorithms.learned_optimizer.hypergradient_rule import HypergradientRule
+from metalearn.algorithms.learned_optimizer.networks import PointwiseGRU, PointwiseMLP
+from metalearn.algorithms.learned_optimizer.parameter_features import (
     Gradient,
     Momenta,
     ParameterValue,
     SecondMoments,
     StepFeatures,
 )
-from metalearn.algorithms.parameter_networks import PointwiseGRU, PointwiseMLP
-from metalearn.algorithms.per_parameter import PerParameter
+from metalearn.algorithms.learned_optimizer.per_parameter import PerParameter
+from metalearn.algorithms.learned_optimizer.step_factors import ParameterScale, ReciprocalRoot
+from metalearn.algorithms.learned_optimizer.tuned_rule import TunedRule
 from metalearn.algorithms.sgd import sgd
-from metalearn.algorithms.step_factors import ParameterScale, ReciprocalRoot
-from metalearn.algorithms.tuned_rule import TunedRule
 
 CLASSES: dict[str, type] = {
     "FactoredMoments": FactoredMoments,

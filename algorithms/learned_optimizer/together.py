@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.problem import Problem, StepLoss
+from metalearn.algorithms.learned_optimizer.problem import Problem, StepLoss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.float_leaves import check_decays, precision
-from metalearn.algorithms.parameter_features import LEAST, Feature, Tensor, over, running_means
+from metalearn.algorithms.learned_optimizer.float_leaves import check_decays, precision
+from metalearn.algorithms.learned_optimizer.parameter_features import (
+    LEAST,
+    Feature,
+    Tensor,
+    over,
+    running_means,
+)
 
 
 @dataclasses.dataclass(frozen=True)

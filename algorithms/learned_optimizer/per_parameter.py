@@ -30,9 +30,10 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.factored_moments import FactoredMoments
-from metalearn.algorithms.float_leaves import check_params, precision
-from metalearn.algorithms.parameter_features import (
+from metalearn.algorithms.learned_optimizer.factored_moments import FactoredMoments
+from metalearn.algorithms.learned_optimizer.float_leaves import check_params, precision
+from metalearn.algorithms.learned_optimizer.networks import Network, PointwiseMLP
+from metalearn.algorithms.learned_optimizer.parameter_features import (
     Feature,
     Gradient,
     Momenta,
@@ -44,8 +45,7 @@ from metalearn.algorithms.parameter_features import (
     init_slots,
     width,
 )
-from metalearn.algorithms.parameter_networks import Network, PointwiseMLP
-from metalearn.algorithms.update_rule import UpdateRule
+from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
 
 USUAL = (
     Gradient(),

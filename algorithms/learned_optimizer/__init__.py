@@ -1,0 +1,1 @@
+"""Learned optimizers: eta is the optimizer that trains the inner model."""
