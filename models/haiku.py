@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from metalearn._utils.fields import check_fields
 from metalearn.model import Model, library_of
-from metalearn.models.given import check_inputs, not_wrapped
+from metalearn.models.checks import check_inputs, not_wrapped
 from metalearn.models.mode import Mode, usual_flags
 
 

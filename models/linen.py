@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from metalearn._utils.fields import check_fields
 from metalearn.engines.dependence import depends
 from metalearn.model import Model
-from metalearn.models.given import check_inputs, not_wrapped
+from metalearn.models.checks import check_inputs, not_wrapped
 from metalearn.models.mode import WORDS, Mode, usual_flags
 
 PASSING = ("intermediates", "perturbations")  # flax's own names for what a call adds

@@ -13,7 +13,7 @@ from flax import nnx
 
 from metalearn._utils.fields import check_fields
 from metalearn.model import Model, library_of
-from metalearn.models.given import not_wrapped
+from metalearn.models.checks import not_wrapped
 from metalearn.models.mode import WORDS, Mode, usual_flags
 
 # What flax takes for state, and no call may add to; a `sow` may be of any other kind.
