@@ -41,14 +41,8 @@ from metalearn.algorithms import (
     squared_error,
 )
 from metalearn.datasets import ClassIndex, FewShot, Sinusoid, digits, omniglot
-from metalearn.experiments import (
-    devices,
-    keys,
-    language,
-    learned_optimizers,
-    training_runs,
-    values,
-)
+from metalearn.experiments import devices, keys, language, learned_optimizers, training_runs
+from metalearn.experiments.cli import values
 from metalearn.models import (
     NNX,
     Architecture,

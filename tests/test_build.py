@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from metalearn import Reverse
-from metalearn.experiments import arguments, build, language, training_runs
+from metalearn.experiments import build, language, training_runs
+from metalearn.experiments.cli import arguments
 from tests.selection import quick
 
 SMALL = {

@@ -11,7 +11,8 @@ import time
 import pytest
 from absl import flags
 
-from metalearn.experiments import arguments, build
+from metalearn.experiments import build
+from metalearn.experiments.cli import arguments
 from metalearn.experiments.main import COMMANDS, main
 
 # ml-collections loads config files in a way that Python has deprecated.

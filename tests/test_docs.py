@@ -14,7 +14,7 @@ import pytest
 from metalearn import Forward, MixedFlow, Reverse, Trainer
 from metalearn.algorithms import load_optimizer, save_optimizer
 from metalearn.datasets import Sinusoid
-from metalearn.experiments.arguments import packaged
+from metalearn.experiments.cli.arguments import packaged
 from metalearn.models import Linen, train_flag
 from metalearn.models.linen_networks import MLP
 

@@ -13,7 +13,7 @@ import jax
 import pytest
 from hypothesis import strategies as st
 
-from metalearn.experiments import arguments, json_config
+from metalearn.experiments.cli import arguments, json_config
 from tests import config_cases
 from tests.config_cases import Case
 from tests.refused_configs import KEPT

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from metalearn.experiments import arguments, build, devices, json_config, values
+from metalearn.experiments import build, devices
+from metalearn.experiments.cli import arguments, json_config, values
 from tests import test_cli
 from tests.test_cli import SINUSOID, call
 

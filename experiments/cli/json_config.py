@@ -21,8 +21,8 @@ import ml_collections
 
 from metalearn._utils import strict_json
 from metalearn._utils.names import nearest, pick
-from metalearn.experiments import values
-from metalearn.experiments.arguments import packaged
+from metalearn.experiments.cli import values
+from metalearn.experiments.cli.arguments import packaged
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:

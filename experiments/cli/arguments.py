@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from metalearn._utils.names import nearest, pick
-from metalearn.experiments import values
+from metalearn.experiments.cli import values
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 JSON = pathlib.Path(__file__).parent / "json_config.py"  # reads the path that is its option

@@ -1,0 +1,1 @@
+"""The command line: arguments, values of keys, and configs as JSON."""
