@@ -35,8 +35,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from metalearn._utils.device_memory import parse_bytes
-from metalearn.experiments import plan, run
 from metalearn.experiments.cli import arguments
+from metalearn.experiments.commands import plan, run
 from metalearn.sharding import distributed as processes
 from metalearn.training.outer_loop import Interrupted
 from metalearn.training.signals import EXIT_STATUS

@@ -23,8 +23,8 @@ import metalearn
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.evaluation import task_metrics
 from metalearn.experiments import build, devices, language, learned_optimizers, training_runs
+from metalearn.experiments.commands.run import RHYTHM
 from metalearn.experiments.main import REPORTED
-from metalearn.experiments.run import RHYTHM
 from metalearn.loggers import WandbLogger
 from metalearn.training.faults import DIVERGED, NONFINITE, Faults
 from metalearn.training.options import Fit

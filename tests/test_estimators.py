@@ -14,7 +14,8 @@ from metalearn._utils.trees import select
 from metalearn.algorithms import MAML, squared_error
 from metalearn.engines import MetaGradient
 from metalearn.engines.estimators.inverse_variance import mixed
-from metalearn.experiments import auto, build
+from metalearn.experiments import build
+from metalearn.experiments.commands import auto
 from metalearn.planning.step_cost import Row
 from tests.cases import ALGORITHMS, ESTIMATORS, MODELS, TASKS, Float64, to_float64
 

@@ -12,7 +12,7 @@ import pytest
 from metalearn._utils import disk
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.evaluation import Estimate
-from metalearn.experiments import run
+from metalearn.experiments.commands import run
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger
 from tests.test_cli import SINUSOID, call
 from tests.test_fit import clock, fit

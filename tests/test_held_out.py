@@ -9,8 +9,9 @@ import pytest
 
 from metalearn.datasets import Images
 from metalearn.datasets.text import Windows
-from metalearn.experiments import build, learned_optimizers, run, training_runs
+from metalearn.experiments import build, learned_optimizers, training_runs
 from metalearn.experiments.cli import arguments
+from metalearn.experiments.commands import run
 from metalearn.experiments.training_runs import kept
 from metalearn.training.outer_loop import EVALUATION
 from tests.test_build import skip_without, small

@@ -20,7 +20,7 @@ from metalearn.checkpoints.manager import (
     DamagedError,
     OtherArraysError,
 )
-from metalearn.experiments import run
+from metalearn.experiments.commands import run
 from metalearn.train_state import TrainState
 from tests.test_checkpoint import bits
 from tests.test_cli import SINUSOID, call

@@ -10,8 +10,9 @@ import pytest
 
 from metalearn import Truncation
 from metalearn.algorithms import PerParameter, PointwiseGRU, Streamed, load_optimizer
-from metalearn.experiments import build, main, run
+from metalearn.experiments import build, main
 from metalearn.experiments.benchmarks import learned_optimizer as benchmark
+from metalearn.experiments.commands import run
 from metalearn.experiments.configs import learned_optimizer_digits, learned_optimizer_shakespeare
 
 

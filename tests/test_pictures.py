@@ -11,7 +11,8 @@ import pytest
 
 from metalearn import Forward
 from metalearn.algorithms import FDS, Hyperparameter, load_schedules, sgd
-from metalearn.experiments import pictures, run
+from metalearn.experiments import pictures
+from metalearn.experiments.commands import run
 from metalearn.experiments.configs import fds_digits
 from metalearn.experiments.pictures import schedules, tangents
 from metalearn.loggers import Logger

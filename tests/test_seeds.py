@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from metalearn.datasets import Corruption, Images, with_label_noise
-from metalearn.experiments import build, run
+from metalearn.experiments import build
 from metalearn.experiments.cli import arguments, values
+from metalearn.experiments.commands import run
 from metalearn.experiments.seeds import key_of
 from tests import test_cli
 from tests.test_build import small

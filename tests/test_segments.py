@@ -13,7 +13,7 @@ import pytest
 from metalearn import Algorithm, Episode, Faults, Forward, MixedFlow, Tasks, Trainer, Truncation
 from metalearn.algorithms.fds import windows
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
-from metalearn.experiments import run
+from metalearn.experiments.commands import run
 from metalearn.planning.cost import cost
 from metalearn.training.faults import NonFiniteError
 from metalearn.training.outer_loop import Interrupted

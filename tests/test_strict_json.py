@@ -11,7 +11,7 @@ import pytest
 from metalearn._utils import strict_json
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
 from metalearn.evaluation import Estimate
-from metalearn.experiments import run
+from metalearn.experiments.commands import run
 from metalearn.experiments.pictures import schedules
 from metalearn.loggers import JsonlLogger, read_lines
 from tests.test_hostile_checkpoints import saved

@@ -34,8 +34,9 @@ from metalearn import Algorithm, Tasks
 from metalearn.algorithms import Hyperparameter, LearnedOptimizer, TunedRule
 from metalearn.engines.loop import rollout
 from metalearn.evaluation import half_width
-from metalearn.experiments import build, run
+from metalearn.experiments import build
 from metalearn.experiments.benchmarks.intervals import interval
+from metalearn.experiments.commands import run
 from metalearn.experiments.seeds import key_of
 from metalearn.loggers import WandbLogger
 

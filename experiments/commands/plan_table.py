@@ -9,7 +9,7 @@ import jax
 
 from metalearn import Trainer
 from metalearn._utils.device_memory import show_bytes
-from metalearn.experiments.auto import settings
+from metalearn.experiments.commands.auto import settings
 from metalearn.planning.cost import Cost
 from metalearn.planning.plan import Plan
 from metalearn.planning.step_cost import Row

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from metalearn._utils import strict_json
 from metalearn._utils.device_memory import show_bytes
-from metalearn.experiments import auto, build, plan_table
+from metalearn.experiments import build
+from metalearn.experiments.commands import auto, plan_table
 from metalearn.planning.plan import Plan, plan, tasks_at_once
 from metalearn.planning.step_cost import Candidate, Costs, Row
 

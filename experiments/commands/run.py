@@ -24,9 +24,10 @@ from metalearn.algorithms import FDS, LearnedOptimizer, save_optimizer, save_sch
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.diagnostics import health
 from metalearn.evaluation import Estimate
-from metalearn.experiments import auto, build, devices, pictures
+from metalearn.experiments import build, devices, pictures
+from metalearn.experiments.commands import auto
+from metalearn.experiments.commands.workdir import held
 from metalearn.experiments.seeds import key_of
-from metalearn.experiments.workdir import held
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
 from metalearn.sharding.distributed import is_first, say
 from metalearn.train_state import TrainState
