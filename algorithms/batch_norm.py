@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from metalearn._utils.names import pick
+from metalearn._utils.checks import pick
 
 
 class BatchNorm(NamedTuple):

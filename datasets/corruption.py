@@ -19,9 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metalearn._utils.checks import is_integer
+from metalearn._utils.checks import is_integer, pick
 from metalearn._utils.fields import check_fields
-from metalearn._utils.names import pick
 
 
 class Pieces(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from metalearn._utils.names import pick
+from metalearn._utils.checks import pick
 from metalearn.datasets.cache import cache_dir, damaged
 from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
 from metalearn.datasets.reading import DamagedDatasetError, examples, source

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metalearn._utils.checks import at_least
-from metalearn._utils.names import pick
+from metalearn._utils.checks import at_least, pick
 from metalearn.datasets.digits import drawings
 from metalearn.datasets.reading import examples, open_source
 

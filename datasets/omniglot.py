@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from metalearn._utils import strict_json
-from metalearn._utils.names import pick
+from metalearn._utils.checks import pick
 from metalearn.datasets.cache import cached
 from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
 from metalearn.datasets.reading import builder_of, check_prepared, examples, source

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from metalearn._utils.names import pick
+from metalearn._utils.checks import pick
 
 
 def _omniglot(data_dir: str | None) -> Any:

@@ -28,8 +28,7 @@ from metalearn import (
     Truncation,
 )
 from metalearn._utils import strict_json
-from metalearn._utils.checks import above
-from metalearn._utils.names import pick
+from metalearn._utils.checks import above, pick
 from metalearn.algorithms import (
     FDS,
     MAML,

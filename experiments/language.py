@@ -7,7 +7,7 @@ from typing import Any
 
 import optax
 
-from metalearn._utils.names import pick
+from metalearn._utils.checks import pick
 from metalearn.algorithms import (
     DomainWeights,
     ExampleWeights,

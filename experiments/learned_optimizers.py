@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn._utils.checks import at_least
-from metalearn._utils.names import pick
+from metalearn._utils.checks import at_least, pick
 from metalearn.algorithms import (
     HypergradientRule,
     LearnedOptimizer,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from metalearn import Tasks
-from metalearn._utils.names import pick
+from metalearn._utils.checks import pick
 from metalearn.algorithms import (
     FDS,
     Hyperparameter,

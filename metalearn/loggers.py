@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from metalearn._utils import disk, strict_json
-from metalearn._utils.messages import first_line
+from metalearn._utils.checks import first_line
 from metalearn.evaluation import Estimate
 
 Record = dict[str, Any]

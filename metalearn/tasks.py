@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metalearn._utils.messages import first_line
+from metalearn._utils.checks import first_line
 from metalearn.unroll import Episode
 
 

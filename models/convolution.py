@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn._utils.names import pick
+from metalearn._utils.checks import pick
 
 METHODS = {
     "auto": "by the size of the output",

@@ -32,9 +32,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metalearn._utils.checks import is_integer
+from metalearn._utils.checks import is_integer, pick
 from metalearn._utils.fields import check_fields
-from metalearn._utils.names import pick
 from metalearn.models.attention import causal_attention, rotate
 
 Params = dict[str, jax.Array]

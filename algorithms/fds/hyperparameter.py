@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn._utils.checks import is_integer
+from metalearn._utils.checks import is_integer, pick
 from metalearn._utils.fields import check_fields
-from metalearn._utils.names import pick
 from metalearn.algorithms.fds.windows import Windows, check_windows
 
 SPACES = {

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from metalearn._utils.names import nearest
+from metalearn._utils.checks import nearest
 
 _REST = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD  # *args, **kwargs
 GIVEN = {"optimizer": 0, "objective": 2, "augment": 2}  # arguments that are no hyperparameters

@@ -27,9 +27,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn._utils.checks import is_integer
+from metalearn._utils.checks import is_integer, pick
 from metalearn._utils.fields import check_fields
-from metalearn._utils.names import pick
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.learned_optimizer.problem import Problem
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule

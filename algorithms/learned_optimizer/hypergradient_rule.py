@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metalearn._utils.checks import pick
 from metalearn._utils.fields import check_fields
-from metalearn._utils.names import pick
 from metalearn.algorithms.learned_optimizer.float_leaves import check_params, precision
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from metalearn._utils.names import nearest, pick
+from metalearn._utils.checks import nearest, pick
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter
 from metalearn.algorithms.learned_optimizer.factored_moments import FactoredMoments
 from metalearn.algorithms.learned_optimizer.hypergradient_rule import HypergradientRule

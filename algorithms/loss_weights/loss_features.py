@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metalearn._utils.checks import is_integer
-from metalearn._utils.names import pick
+from metalearn._utils.checks import is_integer, pick
 
 
 class Seen(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from metalearn._utils.names import nearest, pick
+from metalearn._utils.checks import nearest, pick
 from metalearn.experiments.cli import values
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"

@@ -20,7 +20,7 @@ from typing import Any
 import ml_collections
 
 from metalearn._utils import strict_json
-from metalearn._utils.names import nearest, pick
+from metalearn._utils.checks import nearest, pick
 from metalearn.experiments.cli import values
 from metalearn.experiments.cli.arguments import packaged
 

@@ -19,7 +19,7 @@ import jax
 
 from metalearn import Tasks, Trainer
 from metalearn._utils import disk, strict_json
-from metalearn._utils.messages import first_line
+from metalearn._utils.checks import first_line
 from metalearn.algorithms import FDS, LearnedOptimizer, save_optimizer, save_schedules
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.diagnostics import health

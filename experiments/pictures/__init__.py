@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from metalearn import Tasks, Trainer
-from metalearn._utils.names import pick
+from metalearn._utils.checks import pick
 from metalearn.algorithms import FDS
 from metalearn.experiments.pictures import schedules, tangents
 from metalearn.train_state import TrainState

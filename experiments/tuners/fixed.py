@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from optax import contrib
 
-from metalearn._utils.names import pick
+from metalearn._utils.checks import pick
 from metalearn.algorithms import FDS, Hyperparameter, sgd
 from metalearn.algorithms.fds.hyperparameter_places import numeric
 from metalearn.experiments.tuners.problem import Problem

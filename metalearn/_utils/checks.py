@@ -2,16 +2,21 @@
 
 `what` is what got the value, as its user writes it: "MAML", "Text". None is a value that is
 not set, and passes, but where a count is needed.
+
+Looking a name up in a table, and saying which names there are where it is not one.
+
+What others' errors say, made short enough to be a part of ours.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import re
 import warnings
-from collections.abc import Iterable
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard, TypeVar
 
 LONGEST_PATTERN = 300
 MOST_REPEATS = 3
@@ -123,3 +128,32 @@ def unusable(pattern: Any) -> str:
     if sum(map(pattern.count, "*+?{(")) > MOST_REPEATS:
         return f"it has more than {MOST_REPEATS} repeats and groups, which can take long. {way_out}"
     return ""
+
+
+T = TypeVar("T")
+
+
+def pick(table: Mapping[str, T], name: str, what: str) -> T:
+    """Return `table[name]`, or raise a ValueError that lists the names there are.
+
+    >>> pick({"maml": 1, "fds": 2}, "mamml", "algorithm")
+    Traceback (most recent call last):
+    ValueError: No algorithm is called 'mamml'. Did you mean 'maml'? There are: fds, maml.
+    """
+    if not isinstance(name, str) or name not in table:
+        known = ", ".join(sorted(table))
+        hint = nearest(name, table)
+        raise ValueError(f"No {what} is called {name!r}.{hint} There are: {known}.")
+    return table[name]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return " Did you mean ...?" for a close match, and "" where nothing is close."""
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type's name."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

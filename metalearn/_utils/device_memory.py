@@ -8,7 +8,7 @@ import re
 
 import jax
 
-from metalearn._utils.names import nearest
+from metalearn._utils.checks import nearest
 
 UNITS = {
     **{"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from metalearn._utils.messages import first_line
+from metalearn._utils.checks import first_line
 
 # What says that a disk is at fault: as an error of Python's, or as text from tensorstore,
 # which writes the arrays.

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from metalearn._utils import disk, strict_json
-from metalearn._utils.messages import first_line
+from metalearn._utils.checks import first_line
 from metalearn.checkpoints import digests
 
 LISTINGS = 20  # how often a directory is listed anew before what is gone counts as damage

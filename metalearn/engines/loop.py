@@ -20,8 +20,7 @@ from typing import Any
 
 import jax
 
-from metalearn._utils.checks import at_least
-from metalearn._utils.names import pick
+from metalearn._utils.checks import at_least, pick
 from metalearn.engines.check import check_eta, going_backwards, horizon, outer_loss
 from metalearn.engines.dependence import depends
 from metalearn.engines.engine import Aux

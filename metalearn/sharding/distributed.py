@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from metalearn._utils import disk, strict_json
-from metalearn._utils.messages import first_line
+from metalearn._utils.checks import first_line
 
 # What jax reads of SLURM; `srun` sets them all for each process it starts.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")

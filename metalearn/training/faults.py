@@ -18,9 +18,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from metalearn._utils.checks import is_integer
+from metalearn._utils.checks import is_integer, pick
 from metalearn._utils.fields import check_fields
-from metalearn._utils.names import pick
 
 NONFINITE = ("stop", "skip", "back_off", "pass")
 DIVERGED = ("warn", "stop", "pass")

@@ -39,9 +39,8 @@ from typing import Any
 
 import jax
 
-from metalearn._utils.checks import at_least
+from metalearn._utils.checks import at_least, pick
 from metalearn._utils.fields import check_fields
-from metalearn._utils.names import pick
 from metalearn.engines.engine import Aux, MetaGradient
 from metalearn.engines.loop import REMAT, Remat, backpropagate
 from metalearn.engines.mixed_flow import commuted, custom_rules, micro_batches
