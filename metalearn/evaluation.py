@@ -12,8 +12,8 @@ import numpy as np
 
 from metalearn._utils.checks import at_most, counts
 from metalearn.algorithm import Algorithm
-from metalearn.engines.check import check_eta
-from metalearn.engines.loop import rollout
+from metalearn.engines.base import check_eta
+from metalearn.engines.inner_loop import rollout
 from metalearn.sizes import MOST_TASKS
 from metalearn.tasks import Tasks, draw
 

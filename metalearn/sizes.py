@@ -20,7 +20,7 @@ import optax
 from metalearn._utils.device_memory import device_memory, show_bytes
 from metalearn._utils.trees import is_array
 from metalearn.algorithm import Algorithm
-from metalearn.engines.check import horizon
+from metalearn.engines.base import horizon
 from metalearn.tasks import Tasks
 
 MOST_TASKS = 10_000_000  # of an outer step, or an evaluation: each has a key, and a share of a day

@@ -24,8 +24,7 @@ from metalearn.algorithm import Algorithm
 from metalearn.diagnostics.probe import Look, look_at
 from metalearn.diagnostics.symmetry import Measure
 from metalearn.engines import MetaGradient, MixedFlow
-from metalearn.engines.check import check_eta
-from metalearn.engines.engine import Streaming
+from metalearn.engines.base import Streaming, check_eta
 from metalearn.evaluation import Estimate, estimate, task_metrics
 from metalearn.labels import Seen, known
 from metalearn.loggers import Logger

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.fields import check_fields
-from metalearn.engines.dependence import depends
+from metalearn.engines.inner_loop import depends
 from metalearn.model import Model
 from metalearn.models.checks import check_inputs, not_wrapped
 from metalearn.models.mode import WORDS, Mode, usual_flags

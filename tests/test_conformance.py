@@ -19,7 +19,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from metalearn import Algorithm, MetaGradient, Reverse, Tasks
-from metalearn.engines.loop import rollout
+from metalearn.engines.inner_loop import rollout
 from metalearn.model import Model
 from tests import cases
 from tests.cases import ALGORITHMS, ENGINES, ESTIMATORS, LIBRARIES, MODELS, TASKS

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from metalearn.engines.dependence import depends
+from metalearn.engines.inner_loop import depends
 
 
 def _through_a_reference(x):

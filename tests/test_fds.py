@@ -22,7 +22,7 @@ from metalearn.algorithms import (
     weighted_cross_entropy,
 )
 from metalearn.algorithms.fds import windows
-from metalearn.engines.loop import rollout
+from metalearn.engines.inner_loop import rollout
 from metalearn.models import Functions
 from tests.selection import quick
 

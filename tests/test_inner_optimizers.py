@@ -14,7 +14,7 @@ from optax import contrib
 
 from metalearn import Algorithm, Forward, MixedFlow, Reverse, Trainer, Truncation, Unroll
 from metalearn.algorithms import MAML, Hyperparameter, LearnedOptimizer, TunedRule, squared_error
-from metalearn.engines.loop import rollout
+from metalearn.engines.inner_loop import rollout
 from metalearn.models import Functions
 from metalearn.optimizers.updates import evaluation_params
 from tests.cases import ALGORITHMS, MODELS, TASKS, Float64, to_float64

@@ -27,7 +27,7 @@ from metalearn.algorithms import (
     TunedRule,
 )
 from metalearn.datasets import HeldOut, Quadratics, SideBySide, TrainingRuns
-from metalearn.engines.loop import rollout
+from metalearn.engines.inner_loop import rollout
 from tests.cases import TASKS, Float64, _mlp, _Tokenwise
 
 pytestmark = pytest.mark.usefixtures("x64")

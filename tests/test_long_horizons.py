@@ -26,9 +26,9 @@ from metalearn import (
 )
 from metalearn.algorithms import Hyperparameter, fds_rule
 from metalearn.engines.forward.prefix import PARTS, Part, parts
-from metalearn.engines.loop import state_bytes
+from metalearn.engines.grad_recorder import joined
+from metalearn.engines.inner_loop import state_bytes
 from metalearn.engines.nested_scan import kept, within
-from metalearn.engines.recorder import joined
 from metalearn.planning.cost import cost
 from metalearn.training.faults import NonFiniteError
 from tests.selection import quick

@@ -15,7 +15,7 @@ from flax import nnx
 
 from metalearn import Episode, MixedFlow, Trainer, Truncation
 from metalearn.algorithms import MAML, squared_error
-from metalearn.engines.loop import rollout
+from metalearn.engines.inner_loop import rollout
 from metalearn.models import NNX, Haiku, Linen, no_flag, train_flag
 from tests.cases import ALGORITHMS, Float64, to_float64
 

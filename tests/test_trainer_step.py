@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from metalearn import Forward, MixedFlow, Reverse, Trainer, Truncation
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
-from metalearn.engines.loop import rollout
+from metalearn.engines.inner_loop import rollout
 from metalearn.evaluation import _interval, half_width
 from metalearn.model import Model
 from tests.cases import MODELS, TASKS, Float64

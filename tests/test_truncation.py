@@ -25,7 +25,7 @@ from metalearn import (
 from metalearn.algorithms import Hyperparameter, LearnedOptimizer, Quadratic, TunedRule
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Quadratics
-from metalearn.engines.loop import rollout
+from metalearn.engines.inner_loop import rollout
 from metalearn.training import fit as fitting
 from metalearn.training.faults import NonFiniteError
 from metalearn.training.options import Fit

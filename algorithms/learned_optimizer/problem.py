@@ -24,7 +24,7 @@ from metalearn._utils.checks import at_least
 from metalearn._utils.fields import check_fields
 from metalearn.algorithms.epochs import check_reads, epochs, read
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.engines.check import horizon as length
+from metalearn.engines.base import horizon as length
 from metalearn.model import Model
 
 

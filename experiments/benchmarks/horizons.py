@@ -38,7 +38,7 @@ import jax
 
 from metalearn import Episode, Forward, MetaGradient, MixedFlow, Reverse, Tasks
 from metalearn.algorithms import FDS
-from metalearn.engines.loop import rollout
+from metalearn.engines.inner_loop import rollout
 from metalearn.experiments import build
 from metalearn.experiments.configs import fds_digits
 from metalearn.planning.cost import Cost, cost

@@ -32,7 +32,7 @@ import optax
 
 from metalearn import Algorithm, Tasks
 from metalearn.algorithms import Hyperparameter, LearnedOptimizer, TunedRule
-from metalearn.engines.loop import rollout
+from metalearn.engines.inner_loop import rollout
 from metalearn.evaluation import half_width
 from metalearn.experiments import build
 from metalearn.experiments.benchmarks.intervals import interval

@@ -36,7 +36,7 @@ from metalearn._utils import strict_json
 from metalearn.algorithms import DomainWeights, LossWeights
 from metalearn.algorithms.loss_weights.separation import auc
 from metalearn.datasets import Text
-from metalearn.engines.loop import rollout
+from metalearn.engines.inner_loop import rollout
 from metalearn.experiments import build
 from metalearn.experiments.benchmarks.intervals import interval
 from metalearn.experiments.configs import loss_weights_shakespeare

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from metalearn import MetaGradient, Tasks
 from metalearn.algorithms import FDS
-from metalearn.engines.loop import rollout
+from metalearn.engines.inner_loop import rollout
 from metalearn.planning.cost import cost
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from metalearn.algorithm import Algorithm
 from metalearn.engines import Aux, Inner
-from metalearn.engines.check import horizon
+from metalearn.engines.base import horizon
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode, Unroll
 

@@ -28,8 +28,8 @@ import jax
 
 from metalearn._utils.checks import at_least
 from metalearn._utils.fields import check_fields
-from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.loop import Remat, backpropagate
+from metalearn.engines.base import Aux, MetaGradient
+from metalearn.engines.inner_loop import Remat, backpropagate
 from metalearn.unroll import Unroll
 
 

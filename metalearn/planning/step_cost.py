@@ -10,7 +10,7 @@ import jax
 
 from metalearn.algorithm import Algorithm
 from metalearn.engines import MetaGradient
-from metalearn.engines.check import horizon
+from metalearn.engines.base import horizon
 from metalearn.evaluation import task_metrics
 from metalearn.planning.cost import Cost, cost
 from metalearn.trainer import Trainer

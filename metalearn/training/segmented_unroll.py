@@ -21,8 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from metalearn._utils.trees import strong
-from metalearn.engines.check import horizon
-from metalearn.engines.engine import Streaming
+from metalearn.engines.base import Streaming, horizon
 from metalearn.sharding.mesh import TASKS
 from metalearn.tasks import Tasks
 from metalearn.training.inner_runs import InnerRuns, Posed

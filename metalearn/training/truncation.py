@@ -32,7 +32,7 @@ from metalearn._utils.checks import at_least, is_integer
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import select
 from metalearn.engines import Aux
-from metalearn.engines.check import horizon
+from metalearn.engines.base import horizon
 from metalearn.sharding.shares import divisors
 from metalearn.training.inner_runs import Posed
 from metalearn.training.isolation import all_finite

@@ -27,10 +27,9 @@ import jax.numpy as jnp
 
 from metalearn._utils.checks import at_most, is_integer
 from metalearn._utils.fields import check_fields
-from metalearn.engines.check import check_eta
-from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.loop import rollout
-from metalearn.engines.recorder import Inner
+from metalearn.engines.base import Aux, MetaGradient, check_eta
+from metalearn.engines.grad_recorder import Inner
+from metalearn.engines.inner_loop import rollout
 from metalearn.unroll import Unroll
 
 Result = TypeVar("Result")

@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.fields import check_fields
-from metalearn.engines.engine import Aux, MetaGradient
+from metalearn.engines.base import Aux, MetaGradient
 from metalearn.engines.estimators.antithetic import Antithetic, mean
 from metalearn.engines.estimators.es import ES
 from metalearn.engines.mixed_flow.custom_rules import Plan

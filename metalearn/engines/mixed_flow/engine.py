@@ -41,8 +41,8 @@ import jax
 
 from metalearn._utils.checks import at_least, pick
 from metalearn._utils.fields import check_fields
-from metalearn.engines.engine import Aux, MetaGradient
-from metalearn.engines.loop import REMAT, Remat, backpropagate
+from metalearn.engines.base import Aux, MetaGradient
+from metalearn.engines.inner_loop import REMAT, Remat, backpropagate
 from metalearn.engines.mixed_flow import commuted, custom_rules, micro_batches
 from metalearn.engines.mixed_flow.kept import Anchors, in_bfloat16, on_host
 from metalearn.engines.mixed_flow.sweep import sweep

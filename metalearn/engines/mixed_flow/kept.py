@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn.engines.one_step import OneStep
+from metalearn.engines.grad_recorder import OneStep
 
 Bars = tuple[list[jax.Array], Any]  # cotangents of the state's float leaves, and of eta
 

@@ -18,13 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.trees import split
-from metalearn.engines.check import check_eta, going_backwards, horizon, outer_loss
-from metalearn.engines.dependence import depends
-from metalearn.engines.engine import Aux
+from metalearn.engines.base import Aux, check_eta, going_backwards, horizon, outer_loss
+from metalearn.engines.grad_recorder import OneStep, ValueAndGrad, joined
+from metalearn.engines.inner_loop import depends
 from metalearn.engines.mixed_flow.kept import Kept
-from metalearn.engines.one_step import OneStep
-from metalearn.engines.recorder import joined
-from metalearn.engines.tape import ValueAndGrad
 from metalearn.unroll import Unroll
 
 

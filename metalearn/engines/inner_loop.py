@@ -9,6 +9,8 @@ their states then, too, costs one more pass (Griewank 1992).
 Where theta_0 does not depend on eta, nothing upstream of the first step needs a derivative
 with respect to it. A scan computes it all the same, since its steps are all alike; a first
 step taken apart from the scan ("peeled") does not.
+
+Whether a function's result depends on its argument, read off its jaxpr.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import Literal
 
 from metalearn._utils.checks import at_least, pick
-from metalearn.engines.check import check_eta, going_backwards, horizon, outer_loss
-from metalearn.engines.dependence import depends
-from metalearn.engines.engine import Aux
+from metalearn._utils.trees import is_differentiable
+from metalearn.engines.base import Aux, check_eta, going_backwards, horizon, outer_loss
+from metalearn.engines.grad_recorder import Inner, Recorder, joined
 from metalearn.engines.nested_scan import nested_scan, square_root, within
-from metalearn.engines.recorder import Inner, Recorder, joined
 from metalearn.unroll import Unroll
 
 REMAT = {
@@ -155,3 +157,19 @@ def state_bytes(state: Any) -> int:
     """Return the bytes of a state."""
     shapes = jax.tree.leaves(jax.eval_shape(lambda tree: tree, state))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes)
+
+
+def depends(function: Callable[[Any], Any], argument: Any) -> bool:
+    """Say whether a floating-point leaf of `function(argument)` may depend on `argument`.
+
+    Never wrongly no: an operation passes dependence on from any input to all its outputs.
+    """
+    jaxpr = jax.make_jaxpr(function)(argument).jaxpr
+    if jaxpr.effects:  # a reference may carry it where no variable does
+        return True
+    reached = set(jaxpr.invars)
+    for equation in jaxpr.eqns:
+        if any(not isinstance(v, Literal) and v in reached for v in equation.invars):
+            reached.update(equation.outvars)
+    outputs = [v for v in jaxpr.outvars if not isinstance(v, Literal)]
+    return any(v in reached and is_differentiable(v.aval) for v in outputs)
