@@ -25,7 +25,7 @@ from metalearn import (
     Unroll,
 )
 from metalearn.algorithms import Hyperparameter, fds_rule
-from metalearn.engines.forward.prefix import PARTS, Part, parts
+from metalearn.engines.forward.tangents import PARTS, Part, parts
 from metalearn.engines.grad_recorder import joined
 from metalearn.engines.inner_loop import state_bytes
 from metalearn.engines.nested_scan import kept, within

@@ -7,7 +7,7 @@ result is that of the uncut loop, to rounding.
 
 A segment is compiled for its length and for the tangents that it pushes: those of windows that
 begin after it are left alone. There are at most six such numbers of tangents
-(`metalearn.engines.forward.prefix`), and so, with the first and the last, at most eight programs.
+(`metalearn.engines.forward.tangents`), and so, with the first and the last, at most eight programs.
 """
 
 from __future__ import annotations
