@@ -23,8 +23,8 @@ from metalearn import (
 )
 from metalearn.datasets import Sinusoid
 from metalearn.diagnostics.health import HealthWarning, check
-from metalearn.engines.mixed_flow.commuted import Call, hoist
 from metalearn.engines.mixed_flow.custom_rules import Plan, plan
+from metalearn.engines.mixed_flow.forward_over_reverse import Call, hoist
 from metalearn.engines.mixed_flow.rule_probe import Verdict
 from metalearn.experiments import build
 

@@ -15,7 +15,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from metalearn import Forward, MetaGradient, MixedFlow, Reverse, Unroll
-from metalearn.engines.mixed_flow.pushforward import pushforward
+from metalearn.engines.mixed_flow.forward_over_reverse import pushforward
 from tests.cases import ENGINES
 from tests.selection import quick
 

@@ -25,8 +25,8 @@ from jax.extend.core import get_opaque_trace_state
 from metalearn._utils.trees import is_differentiable, split
 from metalearn.algorithm import Algorithm
 from metalearn.engines import MetaGradient
-from metalearn.engines.mixed_flow.commuted import Call, hoist
 from metalearn.engines.mixed_flow.custom_rules import Plan, Rule
+from metalearn.engines.mixed_flow.forward_over_reverse import Call, hoist
 from metalearn.tasks import Tasks
 from metalearn.training.inner_runs import pose
 

@@ -58,7 +58,7 @@ class MetaGradient(abc.ABC):
     def plan(self, call: Any) -> Plan:
         """Say what of an inner gradient's Jacobian is taken for symmetric, and why not all.
 
-        `call`: a `metalearn.engines.mixed_flow.commuted.Call`. For engines that commute.
+        `call`: a `metalearn.engines.mixed_flow.forward_over_reverse.Call`. For engines that commute.
         """
         raise NotImplementedError(f"`{type(self).__name__}` differentiates inner gradients as is.")
 

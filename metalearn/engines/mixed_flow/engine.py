@@ -43,9 +43,9 @@ from metalearn._utils.checks import at_least, pick
 from metalearn._utils.fields import check_fields
 from metalearn.engines.base import Aux, MetaGradient
 from metalearn.engines.inner_loop import REMAT, Remat, backpropagate
-from metalearn.engines.mixed_flow import commuted, custom_rules, micro_batches
-from metalearn.engines.mixed_flow.kept import Anchors, in_bfloat16, on_host
-from metalearn.engines.mixed_flow.sweep import sweep
+from metalearn.engines.mixed_flow import custom_rules, micro_batches
+from metalearn.engines.mixed_flow import forward_over_reverse as commuted
+from metalearn.engines.mixed_flow.reverse_scan import Anchors, in_bfloat16, on_host, sweep
 from metalearn.unroll import Unroll
 
 RECONSTRUCT = "inexact_reconstruct"

@@ -18,7 +18,7 @@ import jax.dtypes
 import jax.numpy as jnp
 
 from metalearn._utils.trees import is_array, split
-from metalearn.engines.mixed_flow.commuted import (
+from metalearn.engines.mixed_flow.forward_over_reverse import (
     Gradient,
     Leaves,
     inexact,
