@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from metalearn.checkpoints import checkpoint_store, digests
-from metalearn.checkpoints.checkpoint_store import Store, UnreadableError
+from metalearn.checkpoints import digests
+from metalearn.checkpoints import store as checkpoint_store
 from metalearn.checkpoints.manager import (
     ChangedConfigError,
     Checkpoints,
     DamagedError,
     OtherArraysError,
 )
+from metalearn.checkpoints.store import Store, UnreadableError
 from metalearn.experiments.commands import run
 from metalearn.train_state import TrainState
 from tests.test_checkpoint import bits

@@ -25,9 +25,8 @@ import jax
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import at_least, is_integer
 from metalearn.checkpoints import record as run_record
-from metalearn.checkpoints.checkpoint_inside import Inside
-from metalearn.checkpoints.checkpoint_store import DiskError, Store, UnreadableError, nodes
 from metalearn.checkpoints.record import ChangedConfigError, OtherArraysError, Record
+from metalearn.checkpoints.store import DiskError, Inside, Store, UnreadableError, nodes
 from metalearn.sharding.distributed import say
 from metalearn.train_state import TrainState
 
