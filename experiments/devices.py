@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from metalearn import Layout, make_mesh
 from metalearn._utils.checks import at_least, counts
+from metalearn.sharding.batched_means import check_tasks, most_devices
 from metalearn.sharding.mesh import AXES, MODEL, TANGENTS, TASKS, counted, remaining
 from metalearn.sharding.partition import check_rules
-from metalearn.sharding.shares import check_tasks, most_devices
 
 DEFAULTS: dict[str, Any] = {TASKS: None, MODEL: 1, TANGENTS: 1, "rules": ()}
 

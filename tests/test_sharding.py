@@ -18,7 +18,7 @@ from metalearn.experiments import build, devices
 from metalearn.experiments.benchmarks import devices as benchmark
 from metalearn.experiments.configs import maml_sinusoid
 from metalearn.sharding import partition
-from metalearn.sharding.shares import check_shares
+from metalearn.sharding.batched_means import check_shares
 from tests.cases import MODELS
 from tests.on_devices import RULES
 

@@ -41,7 +41,7 @@ from metalearn.evaluation import estimate
 from metalearn.experiments import build
 from metalearn.models import Architecture, Linen, linen_networks, train_flag
 from metalearn.models.layouts import wide_blocks
-from metalearn.sharding.shares import divisors
+from metalearn.sharding.batched_means import divisors
 from metalearn.training.faults import Faults
 from metalearn.training.options import Fit
 from tests.cases import MODELS

@@ -36,10 +36,8 @@ from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import paths
 from metalearn.algorithm import Algorithm
 from metalearn.sharding import partition
-from metalearn.sharding.all_reduce import mean_of_all
-from metalearn.sharding.chunks import mean_and_each
+from metalearn.sharding.batched_means import at_once, check_shares, mean_and_each, mean_of_all
 from metalearn.sharding.mesh import TASKS, compiled, here
-from metalearn.sharding.shares import at_once, check_shares
 from metalearn.unroll import Episode, Unroll
 
 
@@ -115,7 +113,7 @@ class Layout:
     def mean_and_each(
         self, function: Callable[..., tuple[Any, Any]], shared: Any, inputs: Any, chunk: int | None
     ) -> tuple[Any, Any]:
-        """Do what `metalearn.sharding.chunks.mean_and_each` does, every device with its own inputs.
+        """Do what `metalearn.sharding.batched_means.mean_and_each` does, every device with its own inputs.
 
         Args:
           function: (*shared, input) -> what is averaged, what is returned of each.

@@ -10,9 +10,8 @@ from typing import Any
 import jax
 
 from metalearn.algorithm import Algorithm
-from metalearn.sharding.chunks import mean_and_each
+from metalearn.sharding.batched_means import at_once, check_tasks, mean_and_each
 from metalearn.sharding.layout import Layout
-from metalearn.sharding.shares import at_once, check_tasks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import select
 from metalearn.engines import Aux
 from metalearn.engines.base import horizon
-from metalearn.sharding.shares import divisors
+from metalearn.sharding.batched_means import divisors
 from metalearn.training.inner_runs import Posed
 from metalearn.training.isolation import all_finite
 from metalearn.unroll import going_on
