@@ -16,7 +16,7 @@ from metalearn.sharding.mesh import make_mesh
 from metalearn.tasks import Tasks
 from metalearn.trainer import Trainer
 from metalearn.training.faults import Faults
-from metalearn.training.truncation import Truncation
+from metalearn.training.truncated_unroll import Truncation
 from metalearn.unroll import Episode, Unroll
 
 __all__ = [

@@ -34,14 +34,12 @@ from metalearn.tasks import Tasks, check_tasks
 from metalearn.train_state import TrainState
 from metalearn.training.faults import WATCHED
 from metalearn.training.fit import run
-from metalearn.training.inner_metrics import step_metrics
-from metalearn.training.inner_runs import InnerRuns
+from metalearn.training.full_unroll import InnerRuns, step_metrics
 from metalearn.training.options import Fit
 from metalearn.training.outer_loop import Part
 from metalearn.training.segmented_unroll import Segment, SegmentedRuns, spread, steps_taken
 from metalearn.training.task_batch import TaskBatch
-from metalearn.training.truncated_runs import TruncatedRuns
-from metalearn.training.truncation import Truncation
+from metalearn.training.truncated_unroll import TruncatedRuns, Truncation
 
 if TYPE_CHECKING:
     from metalearn.checkpoints.manager import Checkpoints

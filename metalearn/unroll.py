@@ -47,7 +47,7 @@ class Unroll(NamedTuple):
     # the first step that reads an entry. `Forward` leaves out what has not begun; None: all at 0.
     begins: Any = None
     # What a part of a truncated run forgets of the part before, such as a sum of losses:
-    # state -> state. See `metalearn.training.truncation`.
+    # state -> state. See `metalearn.training.truncated_unroll`.
     resume: Callable[..., Any] | None = None
 
 

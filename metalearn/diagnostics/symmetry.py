@@ -28,7 +28,7 @@ from metalearn.engines import MetaGradient
 from metalearn.engines.mixed_flow.custom_rules import Plan, Rule
 from metalearn.engines.mixed_flow.forward_over_reverse import Call, hoist
 from metalearn.tasks import Tasks
-from metalearn.training.inner_runs import pose
+from metalearn.training.full_unroll import pose
 
 STEPS = 2  # inner steps that are looked at
 

@@ -24,7 +24,7 @@ from metalearn._utils.trees import strong
 from metalearn.engines.base import Streaming, horizon
 from metalearn.sharding.mesh import TASKS
 from metalearn.tasks import Tasks
-from metalearn.training.inner_runs import InnerRuns, Posed
+from metalearn.training.full_unroll import InnerRuns, Posed
 
 
 class Segment(NamedTuple):

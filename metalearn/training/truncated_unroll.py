@@ -17,6 +17,8 @@ arXiv:1803.02021). `metalearn.PES` is unbiased all the same; it costs variance i
 
 A task that is no longer finite is left out of the mean, counted (`tasks_reset`) and replaced;
 the others do not notice.
+
+Inner runs that go on from outer step to outer step, a truncation each time.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ from metalearn._utils.trees import select
 from metalearn.engines import Aux
 from metalearn.engines.base import horizon
 from metalearn.sharding.batched_means import divisors
-from metalearn.training.inner_runs import Posed
-from metalearn.training.isolation import all_finite
+from metalearn.tasks import Tasks
+from metalearn.training.faults import all_finite, mean_of_finite, or_zero
+from metalearn.training.full_unroll import InnerRuns, Posed, step_metrics
 from metalearn.unroll import going_on
 
 
@@ -162,3 +165,52 @@ def advance(
     finite = all_finite(loss, aux, grads)
     step = jnp.where(finite, start + truncation.steps, last)
     return result, finite, Carried(key, step, last, aux.state, aux.engine)
+
+
+@dataclasses.dataclass(frozen=True)
+class TruncatedRuns(InnerRuns):
+    """See `metalearn.training.truncated_unroll`. What is not finite is left out, and its run replaced."""
+
+    truncation: Truncation
+
+    def begin(self, eta: Any, tasks: Tasks | None, keys: jax.Array) -> Carried:
+        """Return inner runs [tasks] in whose place new tasks are due."""
+        if tasks is None:
+            raise ValueError(
+                "Truncated training carries inner states from step to step, and their shapes "
+                "are those of the tasks: call `Trainer.init(key, tasks)`."
+            )
+        return jax.jit(self._due)(eta, tasks, keys)
+
+    def _due(self, eta: Any, tasks: Tasks, keys: jax.Array) -> Carried:
+        return jax.vmap(lambda key: due(self.pose(eta, tasks, key), eta, key))(keys)
+
+    def mean_gradient(
+        self, eta: Any, tasks: Tasks, keys: jax.Array, carried: Any, first: jax.Array
+    ) -> tuple[Any, dict[str, jax.Array], Carried]:
+        if not isinstance(carried, Carried):
+            raise ValueError(
+                "This state has no inner runs to go on with: it is not of truncated training. "
+                "Begin with `Trainer.init(key, tasks)` of this trainer."
+            )
+        shares = self.truncation.shares(self.batch.size, first)
+        inputs = carried, keys, shares
+        means, carried = self.batch.mean_and_each(self._advance, (eta, tasks), inputs)
+        grads, metrics, left_out = mean_of_finite(means, self.batch.size)
+        return grads, {**metrics, "tasks_reset": left_out}, carried
+
+    def _advance(
+        self, eta: Any, tasks: Tasks, run: tuple[Carried, jax.Array, jax.Array]
+    ) -> tuple[Any, Carried]:
+        """Take the next truncation of a run: ((meta-gradient, metrics, finite), the run then).
+
+        What is not finite counts as zero, of a run that does not count.
+        """
+
+        def pose_of(key: jax.Array) -> Posed:
+            return self.pose(eta, tasks, key)
+
+        solve = self.engine.value_and_grad
+        result, finite, carried = advance(self.truncation, solve, pose_of, eta, *run)
+        (loss, aux), grads = result
+        return or_zero(finite, (grads, step_metrics(loss, aux))), carried

@@ -2,8 +2,10 @@
 
 `InnerRuns` are whole: every task of every outer step has a new one, from its beginning to its
 end. Others carry something from program to program, in `TrainState.inner`: runs that go on from
-step to step (`metalearn.training.truncated_runs`), and whole ones that take several programs
+step to step (`metalearn.training.truncated_unroll`), and whole ones that take several programs
 (`metalearn.training.segmented_unroll`).
+
+What is reported of a task: its outer loss, its inner loop, and what its algorithm adds.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from metalearn.algorithm import Algorithm
 from metalearn.engines import Aux, MetaGradient
+from metalearn.evaluation import merged
 from metalearn.tasks import Tasks, draw
-from metalearn.training.inner_metrics import step_metrics
-from metalearn.training.isolation import all_finite, mean_of_finite, or_zero
+from metalearn.training.faults import all_finite, mean_of_finite, or_zero
 from metalearn.training.task_batch import TaskBatch
 from metalearn.unroll import Unroll
 
@@ -101,3 +104,25 @@ class InnerRuns:
             return means
         grads, metrics, left_out = mean_of_finite(means, self.batch.size)
         return grads, {**metrics, "tasks_left_out": left_out}
+
+
+def step_metrics(loss: jax.Array, aux: Aux) -> dict[str, jax.Array]:
+    """Return the metrics of a task in an outer step; see `Trainer.step`."""
+    return merged({"loss": loss, **_inner_metrics(aux)}, aux.metrics)
+
+
+def _inner_metrics(aux: Aux) -> dict[str, jax.Array]:
+    losses, finite, update_norm, tangent_norm = aux.inner
+    if not losses.size:
+        return {}
+    moved = {"inner_update_norm": update_norm.mean()} if update_norm.size else {}
+    pushed = {"inner_tangent_norm": tangent_norm[-1].max()} if tangent_norm.size else {}
+    fine = finite.all(1) & jnp.isfinite(tangent_norm).all(1)
+    return {
+        "inner_loss_first": losses[0].mean(),
+        "inner_loss_last": losses[-1].mean(),
+        "inner_finite": finite.mean(),
+        "inner_steps_finite": jnp.cumprod(fine).sum(),
+        **moved,
+        **pushed,
+    }
