@@ -24,11 +24,10 @@ import optax
 from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.example_mean import ExampleMean
 from metalearn.model import Model
 from metalearn.optimizers.reversible import Reversible
 from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
-from metalearn.unroll import Episode, Unroll
+from metalearn.unroll import Episode, ExampleMean, Unroll
 
 
 class Training(NamedTuple):

@@ -10,14 +10,13 @@ from metalearn.engines import (
     MixedFlow,
     Reverse,
 )
-from metalearn.example_mean import ExampleMean
 from metalearn.sharding.layout import Layout
 from metalearn.sharding.mesh import make_mesh
 from metalearn.tasks import Tasks
 from metalearn.trainer import Trainer
 from metalearn.training.faults import Faults
 from metalearn.training.truncated_unroll import Truncation
-from metalearn.unroll import Episode, Unroll
+from metalearn.unroll import Episode, ExampleMean, Unroll
 
 __all__ = [
     "ES",

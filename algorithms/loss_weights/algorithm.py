@@ -42,10 +42,9 @@ from metalearn.algorithms.loss_weights.weighting_checks import (
     check_weighting,
 )
 from metalearn.algorithms.objectives import check_labels
-from metalearn.example_mean import ExampleMean
 from metalearn.model import Model
 from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
-from metalearn.unroll import Episode, Unroll
+from metalearn.unroll import Episode, ExampleMean, Unroll
 
 
 class Learner(NamedTuple):

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from metalearn.example_mean import ExampleMean
+from metalearn.unroll import ExampleMean
 
 LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
 OBJECTIVES = (contrib.HutchinsonState, contrib.SophiaState)

@@ -26,7 +26,7 @@ from metalearn.engines.mixed_flow.forward_over_reverse import (
     named,
     primal,
 )
-from metalearn.example_mean import ExampleMean
+from metalearn.unroll import ExampleMean
 
 
 def value_and_grad(
