@@ -21,7 +21,7 @@ from metalearn.algorithms import (
     sgd,
     weighted_cross_entropy,
 )
-from metalearn.algorithms.fds import windows
+from metalearn.algorithms.fds import schedule as windows
 from metalearn.engines.inner_loop import rollout
 from metalearn.models import Functions
 from tests.selection import quick

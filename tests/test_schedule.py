@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metalearn.algorithms import FDS, Hyperparameter, Schedule, load_schedules, save_schedules
-from metalearn.algorithms.fds.windows import edges
-from metalearn.algorithms.fds.windows import stretched as stretched_edges
+from metalearn.algorithms.fds.schedule import edges
+from metalearn.algorithms.fds.schedule import stretched as stretched_edges
 from tests.cases import MODELS
 
 UNEVEN = Schedule((0, 4, 8, 11), (0.5, 0.3, 0.1))

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from metalearn import Algorithm, Episode, Faults, Forward, MixedFlow, Tasks, Trainer, Truncation
-from metalearn.algorithms.fds import windows
+from metalearn.algorithms.fds import schedule as windows
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
 from metalearn.experiments.commands import run
 from metalearn.planning.cost import cost

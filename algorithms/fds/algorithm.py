@@ -1,7 +1,7 @@
 """FDS: learn the hyperparameter schedule of a training run by its exact hypergradient.
 
 The inner loop trains a fresh model for T steps with an optimizer whose hyperparameters are
-constant over windows (`metalearn.algorithms.fds.windows`); the outer loss is the validation loss
+constant over windows (`metalearn.algorithms.fds.schedule`); the outer loss is the validation loss
 of where it ends,
 
     theta_{t+1} = Phi(theta_t, grad L_t(theta_t; eta_w(t)); eta_w(t))     t = 0 .. T-1
@@ -35,10 +35,8 @@ from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import in_dtypes_of
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.epochs import check_reads, epochs, read
-from metalearn.algorithms.fds.hyperparameter import Hyperparameter
-from metalearn.algorithms.fds.hyperparameter_places import check_required, place
-from metalearn.algorithms.fds.schedule import Schedule
-from metalearn.algorithms.fds.windows import edges, spread, stretched, window_of
+from metalearn.algorithms.fds.hyperparameter import Hyperparameter, check_required, place
+from metalearn.algorithms.fds.schedule import Schedule, edges, spread, stretched, window_of
 from metalearn.algorithms.objectives import cross_entropy
 from metalearn.model import Model, no_model
 from metalearn.optimizers.differentiable import differentiable_at_zero

@@ -21,8 +21,7 @@ import optax
 
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import in_dtypes_of
-from metalearn.algorithms.fds.hyperparameter import Hyperparameter
-from metalearn.algorithms.fds.hyperparameter_places import check_required, place
+from metalearn.algorithms.fds.hyperparameter import Hyperparameter, check_required, place
 from metalearn.algorithms.learned_optimizer.float_leaves import check_params
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
 from metalearn.optimizers.differentiable import differentiable_at_zero

@@ -29,7 +29,7 @@ from optax import contrib
 
 from metalearn._utils.checks import pick
 from metalearn.algorithms import FDS, Hyperparameter, sgd
-from metalearn.algorithms.fds.hyperparameter_places import numeric
+from metalearn.algorithms.fds.hyperparameter import numeric
 from metalearn.experiments.tuners.problem import Problem
 from metalearn.experiments.tuners.random_search import Ledger, losses
 from metalearn.experiments.tuners.tuner import Found, Tuner
