@@ -22,8 +22,7 @@ from metalearn.algorithms import (
     mean_one,
     unbounded,
 )
-from metalearn.algorithms.loss_weights.loss_features import FEATURES, Seen, features
-from metalearn.algorithms.loss_weights.separation import auc
+from metalearn.algorithms.loss_weights.features import FEATURES, Seen, auc, features
 from metalearn.datasets import Corruption, Text, Tokenizer
 from metalearn.model import Model
 from metalearn.models import (

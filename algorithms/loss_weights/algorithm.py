@@ -32,11 +32,11 @@ import optax
 
 from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
-from metalearn.algorithms.loss_weights.loss_features import Seen
-from metalearn.algorithms.loss_weights.separation import auc
-from metalearn.algorithms.loss_weights.weighting import Weighting, bounded
-from metalearn.algorithms.loss_weights.weighting_checks import (
+from metalearn.algorithms.loss_weights.features import Seen, auc
+from metalearn.algorithms.loss_weights.weighting import (
     Function,
+    Weighting,
+    bounded,
     check_normalize,
     check_squash,
     check_weighting,

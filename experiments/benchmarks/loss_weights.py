@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from metalearn import Trainer
 from metalearn._utils import strict_json
 from metalearn.algorithms import DomainWeights, LossWeights
-from metalearn.algorithms.loss_weights.separation import auc
+from metalearn.algorithms.loss_weights.features import auc
 from metalearn.datasets import Text
 from metalearn.engines.inner_loop import rollout
 from metalearn.experiments import build
