@@ -7,28 +7,29 @@ from metalearn.algorithms.fds.outer_rules import fds_rule, in_ranges, sign_steps
 from metalearn.algorithms.fds.schedule import Schedule, load_schedules, save_schedules
 from metalearn.algorithms.learned_optimizer.algorithm import LearnedOptimizer
 from metalearn.algorithms.learned_optimizer.export import load_optimizer, load_rule, save_optimizer
-from metalearn.algorithms.learned_optimizer.factored_moments import FactoredMoments
-from metalearn.algorithms.learned_optimizer.hypergradient_rule import HypergradientRule
-from metalearn.algorithms.learned_optimizer.networks import Network, PointwiseGRU, PointwiseMLP
-from metalearn.algorithms.learned_optimizer.parameter_features import (
+from metalearn.algorithms.learned_optimizer.features import (
+    FactoredMoments,
     Feature,
     Gradient,
     Momenta,
+    ParameterScale,
     ParameterValue,
+    ReciprocalRoot,
     SecondMoments,
     StepFeatures,
     Tensor,
 )
+from metalearn.algorithms.learned_optimizer.hypergradient_rule import HypergradientRule
+from metalearn.algorithms.learned_optimizer.networks import Network, PointwiseGRU, PointwiseMLP
 from metalearn.algorithms.learned_optimizer.per_parameter import PerParameter
-from metalearn.algorithms.learned_optimizer.problem import (
+from metalearn.algorithms.learned_optimizer.problems import (
     Problem,
     Quadratic,
     StepLoss,
     Streamed,
     Supervised,
+    Together,
 )
-from metalearn.algorithms.learned_optimizer.step_factors import ParameterScale, ReciprocalRoot
-from metalearn.algorithms.learned_optimizer.together import Together
 from metalearn.algorithms.learned_optimizer.tuned_rule import TunedRule
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
 from metalearn.algorithms.learning_rates import LearningRates

@@ -32,12 +32,7 @@ from metalearn.algorithms import (
     UpdateRule,
     sgd,
 )
-from metalearn.algorithms.learned_optimizer.parameter_features import (
-    evaluate,
-    init_slots,
-    normalized,
-    width,
-)
+from metalearn.algorithms.learned_optimizer.features import evaluate, init_slots, normalized, width
 
 LEARNED = {
     "learning_rate": Hyperparameter(1e-5, 1.0, 0.02, space="log"),

@@ -30,7 +30,7 @@ import optax
 from metalearn._utils.checks import is_integer, pick
 from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
-from metalearn.algorithms.learned_optimizer.problem import Problem
+from metalearn.algorithms.learned_optimizer.problems import Problem
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
 from metalearn.unroll import Episode, Unroll

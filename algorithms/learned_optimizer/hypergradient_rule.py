@@ -25,8 +25,7 @@ import optax
 
 from metalearn._utils.checks import pick
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.learned_optimizer.float_leaves import check_params, precision
-from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
+from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params, precision
 
 LEAST = 1e-16  # added to a squared norm: cosines fade where a norm is below 1e-8
 

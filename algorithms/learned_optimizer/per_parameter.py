@@ -30,10 +30,8 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.learned_optimizer.factored_moments import FactoredMoments
-from metalearn.algorithms.learned_optimizer.float_leaves import check_params, precision
-from metalearn.algorithms.learned_optimizer.networks import Network, PointwiseMLP
-from metalearn.algorithms.learned_optimizer.parameter_features import (
+from metalearn.algorithms.learned_optimizer.features import (
+    FactoredMoments,
     Feature,
     Gradient,
     Momenta,
@@ -45,7 +43,8 @@ from metalearn.algorithms.learned_optimizer.parameter_features import (
     init_slots,
     width,
 )
-from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
+from metalearn.algorithms.learned_optimizer.networks import Network, PointwiseMLP
+from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params, precision
 
 USUAL = (
     Gradient(),

@@ -22,18 +22,19 @@ import optax
 
 from metalearn._utils.checks import nearest, pick
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter
-from metalearn.algorithms.learned_optimizer.factored_moments import FactoredMoments
-from metalearn.algorithms.learned_optimizer.hypergradient_rule import HypergradientRule
-from metalearn.algorithms.learned_optimizer.networks import PointwiseGRU, PointwiseMLP
-from metalearn.algorithms.learned_optimizer.parameter_features import (
+from metalearn.algorithms.learned_optimizer.features import (
+    FactoredMoments,
     Gradient,
     Momenta,
+    ParameterScale,
     ParameterValue,
+    ReciprocalRoot,
     SecondMoments,
     StepFeatures,
 )
+from metalearn.algorithms.learned_optimizer.hypergradient_rule import HypergradientRule
+from metalearn.algorithms.learned_optimizer.networks import PointwiseGRU, PointwiseMLP
 from metalearn.algorithms.learned_optimizer.per_parameter import PerParameter
-from metalearn.algorithms.learned_optimizer.step_factors import ParameterScale, ReciprocalRoot
 from metalearn.algorithms.learned_optimizer.tuned_rule import TunedRule
 from metalearn.algorithms.sgd import sgd
 

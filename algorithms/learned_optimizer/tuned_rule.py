@@ -22,8 +22,7 @@ import optax
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import in_dtypes_of
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter, check_required, place
-from metalearn.algorithms.learned_optimizer.float_leaves import check_params
-from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
+from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params
 from metalearn.optimizers.differentiable import differentiable_at_zero
 
 

@@ -15,6 +15,18 @@ be 1e8 at each of T steps: a gradient, or a parameter, below 1e-8 is noise and h
 
 All is computed in float32, or float64 for parameters of that, whatever the dtype of the
 parameters, and for tensors of any rank.
+
+Second moments of a matrix from those of its rows and columns, as a feature.
+
+Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) keeps running means of the squared gradient
+over each row and over each column, n + m numbers for a matrix of n m, and takes
+
+    v_ij = row_i column_j / mean(row)
+
+in the place of the second moment. For tensors of higher rank, rows and columns are those of
+the two longest axes; tensors of rank 0 and 1 have the full second moment in the place of both.
+
+What the steps of a learned optimizer may be multiplied with: features of one value.
 """
 
 from __future__ import annotations
@@ -26,9 +38,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.learned_optimizer.float_leaves import check_decays, precision
+from metalearn.algorithms.learned_optimizer.update_rule import check_decays, precision
 
 LEAST = 1e-16  # added below a root: as small as Adam's 1e-8 beside one
 
@@ -202,3 +215,101 @@ def over(directions: jax.Array, inverse: jax.Array) -> jax.Array:
     """Multiply all directions [d, *shape] by all inverse roots [k, *shape]: [k d, *shape]."""
     count, *shape = directions.shape
     return (inverse[:, None] * directions[None]).reshape(len(inverse) * count, *shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class FactoredMoments(Feature):
+    """Roots r of the row's and the column's second moment, 1 / r, and each direction over both.
+
+    Slots: a row and a column for each decay.
+    """
+
+    decays: tuple[float, ...] = (0.9, 0.99, 0.999)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_decays(self.decays)
+
+    def size(self, directions: int) -> int:
+        return len(self.decays) * (4 + directions)
+
+    def init(self, param: jax.Array) -> Any:
+        square = jnp.zeros(param.shape, precision(param))
+        return tuple(
+            jnp.zeros((len(self.decays), *part.shape), part.dtype) for part in _parts(square)
+        )
+
+    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, jax.Array]:
+        parts = _parts(tensor.grad**2)
+        slot = tuple(running_means(s, p, self.decays) for s, p in zip(slot, parts, strict=True))
+        inverses = [jax.lax.rsqrt(means + LEAST) for means in slot]
+        roots = [(means + LEAST) * inverse for means, inverse in zip(slot, inverses, strict=True)]
+        each = [*roots, *inverses] if len(slot) == 2 else [*roots * 2, *inverses * 2]
+        shape = (len(self.decays), *tensor.grad.shape)
+        values = [jnp.broadcast_to(part, shape) for part in each]
+        inverse = _inverse_root(slot, _axes(tensor.grad.shape))
+        return slot, jnp.concatenate([*values, over(tensor.directions, inverse)])
+
+
+def _axes(shape: tuple[int, ...]) -> list[int]:
+    """Return the axis that rows are averaged over, and columns: the longest two; none below."""
+    longest = np.argsort(shape, kind="stable")[::-1]
+    return [int(axis) for axis in longest[:2]] if len(shape) > 1 else []
+
+
+def _parts(square: jax.Array) -> list[jax.Array]:
+    """Return the means of each row and of each column, averaged axes kept; or the whole."""
+    return [square.mean(axis, keepdims=True) for axis in _axes(square.shape)] or [square]
+
+
+def _inverse_root(slot: Any, axes: list[int]) -> jax.Array:
+    """Return 1 / sqrt(v) from the running means: [k, *shape]."""
+    if len(slot) == 1:
+        return jax.lax.rsqrt(slot[0] + LEAST)
+    row, column = slot
+    mean = row.mean(1 + axes[1], keepdims=True)
+    share = (row + LEAST) / (mean + LEAST)
+    return jax.lax.rsqrt(share) * jax.lax.rsqrt(column + LEAST)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterScale(Feature):
+    """The root mean square of the tensor, but not below `least`: steps are relative to it."""
+
+    least: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.least > 0:
+            raise ValueError(
+                f"A tensor of zeros would never move with least={self.least}. Take a positive one."
+            )
+
+    def size(self, directions: int) -> int:
+        return 1
+
+    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, jax.Array]:
+        square = (tensor.param**2).mean(keepdims=True)
+        return slot, jnp.sqrt(jnp.maximum(square, self.least**2))[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReciprocalRoot(Feature):
+    """1 / sqrt(v + eps), v a running mean of the squared gradient. Slots: v."""
+
+    decay: float = 0.999
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_decays((self.decay,))
+
+    def size(self, directions: int) -> int:
+        return 1
+
+    def init(self, param: jax.Array) -> jax.Array:
+        return jnp.zeros((1, *param.shape), precision(param))
+
+    def __call__(self, slot: jax.Array, tensor: Tensor) -> tuple[jax.Array, jax.Array]:
+        slot = running_means(slot, tensor.grad**2, (self.decay,))
+        return slot, jax.lax.rsqrt(slot + self.eps)
