@@ -1,19 +1,146 @@
-"""The networks of the few-shot literature, and two of image classification, in Haiku."""
+"""What our Haiku networks do their own way: convolution, normalisation, initial values.
+
+Wide residual networks in Haiku; `metalearn.models.layouts` says what they are.
+
+The networks of the few-shot literature, and two of image classification, in Haiku.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 
 from metalearn._utils.checks import at_least, at_most, widths
-from metalearn.models.convolution import max_pool
-from metalearn.models.haiku_layers import Conv, Norm, seeded
-from metalearn.models.haiku_residual import WideResNet
-from metalearn.models.layouts import DEEPEST, LENET, LENET_HIDDEN, lenet_pixels
+from metalearn.models.convolution import batch_statistics, convolve, max_pool, normalized
+from metalearn.models.layouts import (
+    DEEPEST,
+    HE,
+    LENET,
+    LENET_HIDDEN,
+    PADDING,
+    STEM,
+    Block,
+    lenet_pixels,
+    wide_blocks,
+)
 from metalearn.models.transformer import Architecture
+
+LECUN = hk.initializers.VarianceScaling(1.0, "fan_in", "truncated_normal")
+
+
+class Conv(hk.Module):
+    """A square convolution, by default 3x3 with a bias, by `metalearn.models.convolution`."""
+
+    def __init__(
+        self,
+        filters: int,
+        stride: int,
+        convolution: str,
+        window: int = 3,
+        padding: Any = "SAME",
+        with_bias: bool = True,
+        init: hk.initializers.Initializer = LECUN,
+        name: str | None = None,
+    ):
+        super().__init__(name)
+        self.filters, self.stride, self.convolution = filters, stride, convolution
+        self.window, self.padding, self.with_bias, self.init = window, padding, with_bias, init
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolve images [batch, h, w, c], by default padded to keep h / stride."""
+        shape = (self.window, self.window, x.shape[-1], self.filters)
+        kernel = hk.get_parameter("w", shape, x.dtype, init=self.init)
+        strides = (self.stride, self.stride)
+        out = convolve(x, kernel, strides, self.padding, self.convolution)
+        if not self.with_bias:
+            return out
+        bias = hk.get_parameter("b", (self.filters,), x.dtype, init=jnp.zeros)
+        return out + bias[None, None, None]
+
+
+class Norm(hk.Module):
+    """Batch normalisation over all axes but the last, with Flax's initial statistics.
+
+    `hk.BatchNorm` keeps its parameters as [1, 1, 1, channels], which under MAML's second
+    derivative takes twice the time of [channels] on a CPU.
+    """
+
+    def __init__(self, momentum: float, name: str | None = None):
+        super().__init__(name)
+        self.momentum = momentum
+
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Normalise by the batch, and remember it; or by what is remembered."""
+        shape = (x.shape[-1],)
+        scale = hk.get_parameter("scale", shape, x.dtype, init=jnp.ones)
+        offset = hk.get_parameter("offset", shape, x.dtype, init=jnp.zeros)
+        mean = hk.get_state("mean", shape, x.dtype, init=jnp.zeros)
+        variance = hk.get_state("variance", shape, x.dtype, init=jnp.ones)
+        if is_training:
+            old, keep = (mean, variance), self.momentum
+            mean, variance = batch_statistics(x)
+            hk.set_state("mean", keep * old[0] + (1 - keep) * mean)
+            hk.set_state("variance", keep * old[1] + (1 - keep) * variance)
+        return normalized(x, mean, variance, scale, offset)
+
+
+def seeded(init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Give Haiku an initialiser that takes a key first."""
+    return lambda shape, dtype: init(hk.next_rng_key(), shape, dtype)
+
+
+class WideResNet(hk.Module):
+    """WRN-depth-width; see `linen_residual.WideResNet`. Images [batch, h, w, c]."""
+
+    def __init__(
+        self,
+        outputs: int,
+        depth: int = 16,
+        width: int = 1,
+        momentum: float = 0.9,
+        convolution: str = "lax",
+        name: str | None = None,
+    ):
+        super().__init__(name)
+        self.outputs, self.blocks = outputs, wide_blocks(depth, width)
+        self.momentum, self.convolution = momentum, convolution
+
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """Apply, with batch statistics where `train`, running ones where not."""
+        options = (self.momentum, self.convolution)
+        x = _conv(STEM, self.convolution, "stem")(x)
+        for i, block in enumerate(self.blocks):
+            x = ResidualBlock(block, *options, name=f"block_{i}")(x, train)
+        x = jax.nn.relu(Norm(self.momentum, name="norm")(x, train))
+        return hk.Linear(self.outputs, name="head")(x.mean((1, 2)))
+
+
+class ResidualBlock(hk.Module):
+    """Two convolutions, each after a normalisation, added to their input."""
+
+    def __init__(self, block: Block, momentum: float, convolution: str, name: str | None = None):
+        super().__init__(name)
+        self.block, self.momentum, self.convolution = block, momentum, convolution
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Apply to [batch, h, w, c]."""
+        features, stride, projects = self.block
+        active = jax.nn.relu(Norm(self.momentum, name="norm_0")(x, train))
+        if projects:
+            x = _conv(features, self.convolution, "project", stride, window=1)(active)
+        out = _conv(features, self.convolution, "conv_0", stride)(active)
+        out = jax.nn.relu(Norm(self.momentum, name="norm_1")(out, train))
+        return x + _conv(features, self.convolution, "conv_1")(out)
+
+
+def _conv(features: int, method: str, name: str, stride: int = 1, window: int = 3) -> Conv:
+    padding, init = PADDING if window == 3 else "VALID", seeded(HE)
+    return Conv(features, stride, method, window, padding, with_bias=False, init=init, name=name)
+
 
 __all__ = ["MLP", "ConvNet", "LeNet", "Transformer", "WideResNet"]
 

@@ -27,7 +27,7 @@ from metalearn.models import (
     train_flag,
 )
 from metalearn.models.attention import rotate
-from metalearn.models.chinchilla import SIZES
+from metalearn.models.transformer import SIZES
 from tests.cases import LIBRARIES, Float64, to_float64
 from tests.selection import quick
 
