@@ -24,12 +24,9 @@ from metalearn.datasets.digits import digits
 from metalearn.datasets.few_shot import FewShot
 from metalearn.datasets.images import Images, read_images, with_label_noise
 from metalearn.datasets.omniglot import omniglot
-from metalearn.datasets.quadratics import Quadratics
 from metalearn.datasets.reading import DatasetNotPreparedError, open_source
-from metalearn.datasets.side_by_side import SideBySide
-from metalearn.datasets.sinusoid import Sinusoid
-from metalearn.datasets.text import Text
-from metalearn.datasets.tokens import BYTES, Tokenizer, read_text
+from metalearn.datasets.synthetic import Quadratics, SideBySide, Sinusoid
+from metalearn.datasets.text import BYTES, Text, Tokenizer, read_text
 from metalearn.datasets.training_runs import HeldOut, TrainingRuns
 
 __all__ = [

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from metalearn._utils.checks import pick
-from metalearn.datasets.cache import cache_dir, damaged
 from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
-from metalearn.datasets.reading import DamagedDatasetError, examples, source
+from metalearn.datasets.reading import DamagedDatasetError, cache_dir, damaged, examples, source
 
 DIGITS = {"train": (0, 1, 6, 8, 9), "validation": (2, 5), "test": (3, 4, 7)}
 

@@ -31,9 +31,8 @@ import numpy as np
 
 from metalearn._utils import strict_json
 from metalearn._utils.checks import pick
-from metalearn.datasets.cache import cached
 from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
-from metalearn.datasets.reading import builder_of, check_prepared, examples, source
+from metalearn.datasets.reading import builder_of, cached, check_prepared, examples, source
 
 SIZE = 28  # pixels a side
 CHARACTERS = 1623

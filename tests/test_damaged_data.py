@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from metalearn.datasets import DatasetNotPreparedError, digits, omniglot, open_source, read_text
-from metalearn.datasets.cache import cached
-from metalearn.datasets.reading import DamagedDatasetError, examples
+from metalearn.datasets.reading import DamagedDatasetError, cached, examples
 
 SHARD = "sklearn_digits-train.array_record-00000-of-00001"
 

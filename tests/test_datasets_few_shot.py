@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metalearn.datasets import ClassIndex, FewShot
-from metalearn.datasets.distinct import distinct
+from metalearn.datasets.few_shot import distinct
 
 COUNTS = np.array([6, 9, 20, 6, 11, 7, 8], np.int32)
 

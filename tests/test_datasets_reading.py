@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from metalearn.datasets import DatasetNotPreparedError, omniglot, open_source
-from metalearn.datasets.cache import cached
-from metalearn.datasets.reading import PREPARED_HERE, check_prepared, examples
+from metalearn.datasets.reading import PREPARED_HERE, cached, check_prepared, examples
 
 
 @pytest.fixture(scope="module")
