@@ -15,7 +15,7 @@ from metalearn.algorithms import MAML, squared_error
 from metalearn.engines import MetaGradient
 from metalearn.engines.estimators.inverse_variance import mixed
 from metalearn.experiments import build
-from metalearn.experiments.commands import auto
+from metalearn.experiments.commands import plan as auto
 from metalearn.planning.step_cost import Row
 from tests.cases import ALGORITHMS, ESTIMATORS, MODELS, TASKS, Float64, to_float64
 

@@ -12,7 +12,7 @@ from metalearn import Forward, MixedFlow, Reverse
 from metalearn._utils import device_memory
 from metalearn._utils.device_memory import parse_bytes
 from metalearn.experiments import build
-from metalearn.experiments.commands import auto
+from metalearn.experiments.commands import plan as auto
 from metalearn.experiments.configs import maml_digits
 from metalearn.planning import plan
 from tests.test_cli import call, refused  # noqa: F401

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from metalearn.experiments.commands.workdir import held
+from metalearn.experiments.commands.run import held
 
 
 def test_a_workdir_is_made_and_held_by_one_run_at_a_time(tmp_path):

@@ -1,16 +1,33 @@
-"""`metalearn plan`: what each engine would cost on a config, before it is trained."""
+"""`metalearn plan`: what each engine would cost on a config, before it is trained.
+
+A plan as a table for a person, and as JSON for a program.
+
+`engine="auto"`: the engine that `metalearn plan` would choose, once for a run.
+
+The dataset is read on the host, for its shapes, and the outer step is compiled for shapes
+alone: nothing is put on the device. See `metalearn.planning.plan` for how the choice is made.
+"""
 
 from __future__ import annotations
 
 import copy
+import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
+from metalearn import Trainer
 from metalearn._utils import strict_json
 from metalearn._utils.device_memory import show_bytes
-from metalearn.experiments import build
-from metalearn.experiments.commands import auto, plan_table
+from metalearn.checkpoints.manager import Checkpoints
+from metalearn.experiments import build, devices
+from metalearn.experiments.commands import plan as auto
+from metalearn.experiments.commands import plan as plan_table
+from metalearn.planning.cost import Cost
 from metalearn.planning.plan import Plan, plan, tasks_at_once
-from metalearn.planning.step_cost import Candidate, Costs, Row
+from metalearn.planning.step_cost import Candidate, Costs, Row, changed_fields
+from metalearn.sharding.distributed import agreed, say
 
 
 class Largest(NamedTuple):
@@ -107,3 +124,166 @@ def _flags(row: Row) -> str:
     options = {f"engine_options.{key}": value for key, value in chosen["engine_options"].items()}
     flags = {"engine": chosen["engine"], **options, "chunk": chosen["chunk"]}
     return " ".join(f"--config.{key}={value}" for key, value in flags.items())
+
+
+HEADER = (
+    *("", "engine", "tasks", "memory", "arguments", "temporaries", "output", "of plain"),
+    *("FLOPs", "of plain", "fits"),
+)
+
+
+def to_json(found: Plan, trainer: Trainer) -> dict[str, Any]:
+    """Return a plan as JSON values; sizes are in bytes."""
+    return {
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "budget": found.budget,
+        "tasks_per_step": trainer.tasks_per_step,
+        "inner_steps": found.inner_steps,
+        "plain": _cost_json(found.plain, found.plain),
+        "rows": [_row_json(row, found) for row in found.rows],
+        "chosen": found.rows.index(found.chosen) if found.chosen else None,
+        "why": found.reason() if found.chosen else None,
+        "largest_inner_steps": found.largest_horizon,
+    }
+
+
+def _row_json(row: Row, found: Plan) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        **settings(row),
+        "exact": row.exact,
+        "fits": found.fits(row),
+        "refusal": row.refusal or None,
+        "cost": _cost_json(row.cost, found.plain) if row.cost else None,
+    }
+
+
+def _cost_json(cost: Cost, plain: Cost) -> dict[str, Any]:
+    return {
+        **cost._asdict(),
+        "peak": cost.peak,
+        "peak_of_plain": cost.peak / plain.peak,
+        "flops_of_plain": cost.flops / plain.flops if plain.flops else None,
+    }
+
+
+def table(found: Plan, trainer: Trainer) -> Iterator[str]:
+    """Yield the lines of a table of a plan."""
+    yield (
+        f"{_problem(found, trainer)}; {jax.devices()[0].device_kind}, jax {jax.__version__}; "
+        f"budget {show_bytes(found.budget)}"
+    )
+    yield ""
+    chunk = trainer.batch.at_once
+    refusals = {row.name: row.refusal for row in found.rows if row.refusal}
+    rows = [("", "plain training", str(chunk), *_cells(found.plain, found.plain), "")]
+    rows += [_row_cells(row, found) for row in found.rows if not row.refusal]
+    yield from _aligned([HEADER, *rows])
+    yield ""
+    for name, refusal in refusals.items():
+        yield f"{name} refuses: {refusal.split('. ')[0].rstrip('.')}."
+    yield "Plain training: the same inner loops and the outer loss, run forward; no meta-gradient."
+    yield "tasks: unrolled at once. FLOPs: of matrix products and convolutions, loops included."
+    if any(row.cost and row.cost.counted_on == "jaxpr" for row in found.rows):
+        yield "FLOPs were counted on the jaxpr: this program's products cannot be read off its HLO."
+
+
+def _problem(found: Plan, trainer: Trainer) -> str:
+    steps, tasks = found.inner_steps, trainer.tasks_per_step
+    many = f"{tasks} task{'s' * (tasks != 1)} of {steps} inner step{'s' * (steps != 1)}"
+    return f"An outer step of {many}"
+
+
+def _row_cells(row: Row, found: Plan) -> tuple[str, ...]:
+    mark = "*" if row is found.chosen else ""
+    name = row.name if row.exact else f"{row.name} (inexact)"
+    fits = "yes" if found.fits(row) else "no"
+    assert row.cost is not None
+    return mark, name, str(row.chunk), *_cells(row.cost, found.plain), fits
+
+
+def _cells(cost: Cost, plain: Cost) -> tuple[str, ...]:
+    parts = map(show_bytes, (cost.peak, cost.arguments, cost.temporaries, cost.output))
+    flops = f"{cost.flops / plain.flops:.2f}x" if plain.flops else "-"
+    return *parts, f"{cost.peak / plain.peak:.2f}x", _si(cost.flops), flops
+
+
+def _si(count: float) -> str:
+    """Write a count with an SI prefix: 187,883,520 is "187.9 M"."""
+    prefixes = ("", " k", " M", " G", " T", " P")
+    power = next((i for i in range(len(prefixes)) if count < 1000 ** (i + 1)), len(prefixes) - 1)
+    return f"{count / 1000**power:.{1 if power else 0}f}{prefixes[power]}"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        yield "  ".join([*left, *right]).rstrip()
+
+
+AUTO = "auto"
+
+
+def settled(config: dict[str, Any], checkpoints: pathlib.Path) -> dict[str, Any]:
+    """Return the config of a run, with the engine chosen where it is "auto".
+
+    The choice is made once for a run, before its first checkpoint, and kept in the config
+    that its checkpoints record: a run goes on as it began, on whatever device.
+    """
+    if config["engine"] != AUTO:
+        return config
+    given = sorted(build.set_options(config["engine_options"]))
+    if given:
+        raise ValueError(
+            f'engine="auto" chooses the options of the engine too, but engine_options.{given[0]} '
+            "is set. Leave it unset, or name the engine."
+        )
+    if config.get("segment") is not None:
+        raise ValueError(
+            f'engine="auto" may choose one that keeps what is behind it, and segment='
+            f'{config["segment"]} cuts a run into programs. Name the engine, "forward", or leave '
+            "`segment` unset."
+        )
+    kept = _recorded(checkpoints).get(AUTO)
+    chosen = kept or agreed(_choice(config))
+    say(f"engine: {chosen['why']}{' (chosen when the run began)' if kept else ''}.")
+    return {**config, AUTO: chosen}
+
+
+def _choice(config: Mapping[str, Any]) -> dict[str, Any]:
+    trainer, tasks = abstract(config)
+    found = plan(trainer, tasks)
+    return {**settings(found.choose()), "why": found.reason()}
+
+
+def _recorded(checkpoints: pathlib.Path) -> dict[str, Any]:
+    """Return the config of the newest checkpoint; empty where there is none."""
+    if not checkpoints.is_dir():
+        return {}
+    opened = Checkpoints(checkpoints)
+    record = opened.record()
+    opened.close()
+    return record["config"] if record else {}
+
+
+def abstract(config: Mapping[str, Any]) -> tuple[Trainer, Any]:
+    """Return the trainer of a config, its engine left open, and the shapes of its tasks."""
+    read = []
+
+    def tasks() -> Any:
+        read.append(build.splits(config["dataset"]))
+        return read[-1][:3]
+
+    train, validation, test = jax.eval_shape(tasks)
+    splits = read[-1]._replace(train=train, validation=validation, test=test)
+    open_config = {**config, "engine": "mixed_flow", "engine_options": {}, "segment": None}
+    return build.trainer(open_config, splits, devices.layout(config)), train
+
+
+def settings(row: Row) -> dict[str, Any]:
+    """Return the engine and the chunk of a row as a config names them."""
+    (name,) = [name for name, made in build.ENGINES.items() if made is type(row.engine)]
+    return {"engine": name, "engine_options": changed_fields(row.engine), "chunk": row.chunk}

@@ -5,12 +5,15 @@ workdir/metrics.jsonl  what was logged, one line each
 workdir/test.json      the score on test tasks: mean, 95% interval, tasks
 workdir/pictures/      those that the config names; see metalearn.experiments.pictures
 workdir/wandb/         the W&B run, unless disabled
+
+A run's own directory: made, written to, and held by one process at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,8 +28,7 @@ from metalearn.checkpoints.manager import Checkpoints
 from metalearn.diagnostics import health
 from metalearn.evaluation import Estimate
 from metalearn.experiments import build, devices, pictures
-from metalearn.experiments.commands import auto
-from metalearn.experiments.commands.workdir import held
+from metalearn.experiments.commands import plan as auto
 from metalearn.experiments.seeds import key_of
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
 from metalearn.sharding.distributed import is_first, say
@@ -280,3 +282,31 @@ def _named(path: pathlib.Path) -> Iterator[None]:
 def _write(path: pathlib.Path, found: dict[str, Estimate]) -> None:
     rows = {name: value._asdict() for name, value in found.items()}
     disk.write(path, strict_json.dumps(rows, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+    """Make a workdir and hold it. The system lets go of it however the process ends.
+
+    Raises:
+      ValueError: where it cannot be written to, or another run is being trained in it.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / "lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"The run is to live in {workdir}, which cannot be written to ({error.strerror}). "
+            "Name another place: --workdir=runs/my_run."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another process is training in {workdir}. Wait until it has ended, or name "
+                "another workdir."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
