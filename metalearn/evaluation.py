@@ -15,7 +15,8 @@ from metalearn.algorithm import Algorithm
 from metalearn.engines.base import check_eta
 from metalearn.engines.inner_loop import rollout
 from metalearn.sizes import MOST_TASKS
-from metalearn.tasks import Tasks, draw
+from metalearn.tasks import Tasks, draw_task
+from metalearn.unroll import Eta, Metrics, Unroll
 
 OURS = {"meta_grad_norm", "meta_update_norm", "tasks_reset", "tasks_left_out", "step_skipped"}
 
@@ -32,18 +33,26 @@ class Estimate(NamedTuple):
 
 
 def task_metrics(
-    algorithm: Algorithm, eta: Any, tasks: Tasks, key: jax.Array, steps: int | None = None
-) -> dict[str, Any]:
+    algorithm: Algorithm,
+    eta: Eta,
+    tasks: Tasks,
+    key: jax.Array,
+    steps: int | None = None,
+    transform: Callable[[Unroll], Unroll] | None = None,
+) -> Metrics:
     """Draw one task, run its inner loop and return its outer loss and metrics.
 
-    `steps`: take no more inner steps than the first so many; None: all.
+    Args:
+      algorithm: as it is evaluated.
+      eta: the meta-parameters.
+      tasks: where the task comes from.
+      key: () of the task.
+      steps: take no more inner steps than the first so many; None: all.
+      transform: applied to the unroll; see `metalearn.tasks.draw_task`.
     """
     check_eta(eta)
-    sample_key, unroll_key, batch_key = jax.random.split(key, 3)
-    episode = draw(tasks, sample_key)
-    unroll = algorithm.unroll(episode, unroll_key)
-    batches = jax.tree.map(lambda x: x[:steps], algorithm.batches(episode, batch_key))
-    loss, aux = rollout(unroll, eta, batches)
+    task = draw_task(algorithm, tasks, key, transform)
+    loss, aux = rollout(task.unroll, eta, task.first_batches(steps))
     return merged({"loss": loss}, aux.metrics)
 
 

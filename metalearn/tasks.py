@@ -1,4 +1,4 @@
-"""Where tasks come from: a pure function from a PRNG key to an episode.
+"""Where tasks come from: a pure function from a PRNG key to an episode, and to an unroll.
 
 A task distribution is a pytree (its arrays sit on the device, its numbers are
 static), so it goes through `jit` as an argument, and a run's data is decided by
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from metalearn._utils.checks import first_line
-from metalearn.unroll import Episode
+from metalearn.algorithm import Algorithm
+from metalearn.unroll import Batch, Episode, Unroll, horizon
 
 
 class Tasks(abc.ABC):
@@ -186,3 +188,43 @@ def _check_numbers(where: str, tasks: Any, fields: Sequence[str]) -> None:
             "value, and cannot say a shape or a number of rounds. Make such fields static: "
             "`dataclasses.field(metadata={'static': True})`."
         ) from error
+
+
+class DrawnTask(NamedTuple):
+    """One task, ready to be unrolled."""
+
+    unroll: Unroll
+    batches: Callable[[], Batch]  # () -> what the inner steps read, leaves [T, ...]
+    batches_at: Callable[[jax.Array], Batch]  # numbers of steps [t] -> leaves [t, ...]
+    engine_key: jax.Array  # (), for `MetaGradient.init(engine_key, unroll, eta)`
+
+    def first_batches(self, steps: int | None) -> Batch:
+        """Return what the first `steps` inner steps read; None: all of them."""
+        batches = self.batches()
+        horizon(batches)  # leaves of different lengths would go unnoticed once cut to one length
+        return jax.tree.map(lambda leaf: leaf[:steps], batches)
+
+
+def draw_task(
+    algorithm: Algorithm,
+    tasks: Tasks,
+    key: jax.Array,
+    transform: Callable[[Unroll], Unroll] | None = None,
+) -> DrawnTask:
+    """Return the task that `key` draws, as `algorithm` unrolls it.
+
+    Args:
+      algorithm: what is learned, and what one inner step is.
+      tasks: the distribution to draw from.
+      key: (); the same key draws the same episode, batches and engine key.
+      transform: applied to the unroll, for instance to constrain where inner states lie.
+    """
+    sample_key, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
+    episode = draw(tasks, sample_key)
+    unroll = algorithm.unroll(episode, unroll_key)
+    return DrawnTask(
+        unroll if transform is None else transform(unroll),
+        functools.partial(algorithm.batches, episode, batch_key),
+        functools.partial(algorithm.batches_at, episode, batch_key),
+        engine_key,
+    )

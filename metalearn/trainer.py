@@ -34,12 +34,12 @@ from metalearn.tasks import Tasks, check_tasks
 from metalearn.train_state import TrainState
 from metalearn.training.faults import WATCHED
 from metalearn.training.fit import run
-from metalearn.training.full_unroll import InnerRuns, step_metrics
+from metalearn.training.full_unroll import FullUnroll, step_metrics
 from metalearn.training.options import Fit
 from metalearn.training.outer_loop import Part
-from metalearn.training.segmented_unroll import Segment, SegmentedRuns, spread, steps_taken
+from metalearn.training.segmented_unroll import Segment, SegmentedUnroll, spread, steps_taken
 from metalearn.training.task_batch import TaskBatch
-from metalearn.training.truncated_unroll import TruncatedRuns, Truncation
+from metalearn.training.truncated_unroll import TruncatedUnroll, Truncation
 
 if TYPE_CHECKING:
     from metalearn.checkpoints.manager import Checkpoints
@@ -47,19 +47,31 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Trains the eta of any algorithm, with any engine and any optax optimizer."""
+    """Trains the eta of any algorithm, with any engine and any optax optimizer.
+
+    Args:
+      algorithm: what is learned, and what one inner step is.
+      engine: how the unroll is differentiated.
+      optimizer: the outer one, of optax.
+      tasks_per_step: tasks whose meta-gradients an outer step averages.
+      chunk: tasks unrolled at once on a device; None: all of its share.
+      truncation: truncated unrolls carried across outer steps; None: full unrolls.
+      isolate: leave non-finite tasks out of the mean, as truncated unrolls always do.
+      skip_nonfinite: leave eta unchanged by an outer step that is not finite.
+      layout: over which devices; None: on one.
+      segment: inner steps of one compiled program, for engines that stream (`Forward`). Between
+        two programs the run can be checkpointed, or stopped. None: an outer step is one program.
+    """
 
     algorithm: Algorithm
     engine: MetaGradient = MixedFlow()
-    optimizer: optax.GradientTransformation = optax.adam(1e-3)  # the outer one
+    optimizer: optax.GradientTransformation = optax.adam(1e-3)
     tasks_per_step: int = 16
-    chunk: int | None = None  # tasks unrolled at once; None: all of a step's
-    truncation: Truncation | None = None  # inner runs go on from step to step; None: whole ones
-    isolate: bool = False  # leave out tasks that are not finite, as truncated training always does
-    skip_nonfinite: bool = False  # an outer step that is not finite leaves eta as it was
-    layout: Layout | None = None  # over which devices; None: on one
-    # Inner steps that a program takes, of engines that stream (`Forward`): between two the run
-    # can be checkpointed, or stopped. None: an outer step is one program.
+    chunk: int | None = None
+    truncation: Truncation | None = None
+    isolate: bool = False
+    skip_nonfinite: bool = False
+    layout: Layout | None = None
     segment: int | None = None
 
     def __post_init__(self) -> None:
@@ -98,12 +110,14 @@ class Trainer:
         return TaskBatch(self.tasks_per_step, self.chunk, self.layout)
 
     @functools.cached_property
-    def runs(self) -> InnerRuns:
-        """The inner runs of an outer step."""
-        given = self.algorithm, self.engine, self.batch, self.isolate
+    def unrolls(self) -> FullUnroll:
+        """The unrolls of an outer step: full, truncated or segmented."""
+        fields = self.algorithm, self.engine, self.batch, self.isolate
         if self.truncation is not None:
-            return TruncatedRuns(*given, self.truncation)
-        return InnerRuns(*given) if self.segment is None else SegmentedRuns(*given, self.segment)
+            return TruncatedUnroll(*fields, self.truncation)
+        if self.segment is not None:
+            return SegmentedUnroll(*fields, self.segment)
+        return FullUnroll(*fields)
 
     def init(self, key: jax.Array, tasks: Tasks | None = None) -> TrainState:
         """Return the state before the first outer step.
@@ -130,7 +144,7 @@ class Trainer:
         eta = strong(eta)
         optimizer = strong(start_outer(self.optimizer, eta))
         state = TrainState(jnp.zeros((), jnp.int32), eta, optimizer, run_key)
-        inner = self.runs.begin(eta, tasks, self.task_keys(state))
+        inner = self.unrolls.begin(eta, tasks, self.task_keys(state))
         return dataclasses.replace(state, inner=strong(inner))
 
     @functools.cached_property
@@ -149,23 +163,23 @@ class Trainer:
 
     def parts(self, tasks: Tasks) -> list[Part]:
         """Return the programs of an outer step, in their order: one, or one for each segment."""
-        if not isinstance(self.runs, SegmentedRuns):
+        if not isinstance(self.unrolls, SegmentedUnroll):
             return [Part(self.step)]
         leaves, treedef = jax.tree.flatten(tasks)
         shapes = treedef, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
         if shapes not in self._known_parts:
-            self._known_parts[shapes] = self._cut(self.runs, tasks)
+            self._known_parts[shapes] = self._cut(self.unrolls, tasks)
         return self._known_parts[shapes]
 
     @functools.cached_property
     def _known_parts(self) -> dict[Any, list[Part]]:
         return {}
 
-    def _cut(self, runs: SegmentedRuns, tasks: Tasks) -> list[Part]:
+    def _cut(self, unrolls: SegmentedUnroll, tasks: Tasks) -> list[Part]:
         state = self.shapes(tasks)
         return [
             Part(functools.partial(self._segment, segment=segment), steps)
-            for steps, segment in runs.segments(state.eta, tasks, state.key).items()
+            for steps, segment in unrolls.segments(state.eta, tasks, state.key).items()
         ]
 
     def partway(self, tasks: Tasks) -> TrainState | None:
@@ -197,20 +211,20 @@ class Trainer:
 
     def _step(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = self.task_keys(state)
-        found = self.runs.mean_gradient(state.eta, tasks, keys, state.inner, state.step == 0)
-        return self._updated(state, *found)
+        outputs = self.unrolls.mean_gradient(state.eta, tasks, keys, state.inner, state.step == 0)
+        return self._updated(state, *outputs)
 
     @functools.cached_property
     def _segment(self) -> Callable[..., tuple[TrainState, Any]]:
-        runs = self.runs
-        assert isinstance(runs, SegmentedRuns)
+        unrolls = self.unrolls
+        assert isinstance(unrolls, SegmentedUnroll)
 
         def take(state: TrainState, tasks: Tasks, segment: Segment) -> tuple[TrainState, Any]:
             keys = self.task_keys(state)
-            found, inner = runs.take(segment, state.eta, tasks, keys, state.inner)
-            if found is None:
+            outputs, inner = unrolls.take(segment, state.eta, tasks, keys, state.inner)
+            if outputs is None:
                 return self._constrained(dataclasses.replace(state, inner=inner)), None
-            grads, metrics = found
+            grads, metrics = outputs
             return self._updated(state, grads, metrics, inner)
 
         return jax.jit(take, static_argnames="segment")
@@ -252,9 +266,8 @@ class Trainer:
     ) -> tuple[Any, dict[str, jax.Array]]:
         """Return (meta-gradient like eta, metrics) of the one task that `key` draws."""
         check_tasks("Trainer.task_gradient(tasks=)", tasks)
-        algorithm = self.batch.laid_out(self.algorithm)
         with known(tasks, self.labels_seen):
-            (loss, aux), grads = self.runs.solve(algorithm, eta, tasks, key)
+            (loss, aux), grads = self.unrolls.solve(eta, tasks, key)
         return grads, step_metrics(loss, aux)
 
     @functools.cached_property
@@ -264,12 +277,12 @@ class Trainer:
 
     @functools.cached_property
     def look(self) -> Callable[..., Look]:
-        """Look at one task, for `metalearn.diagnostics.health`: (eta, tasks, key, zeros, steps). Compiled."""
+        """Look at one task, for a health check: (eta, tasks, key, zeros, steps). Compiled."""
         most = None if self.truncation is None else self.truncation.steps
 
         def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = 0, steps: Any = None):
             taken = min((n for n in (steps, most) if n is not None), default=None)
-            return look_at(self.runs.solve, self.algorithm, eta, tasks, key, zeros, taken)
+            return look_at(self.unrolls.solve, eta, tasks, key, zeros, taken)
 
         where = None if self.layout is None else self.layout.replicated
         return jax.jit(look, static_argnames="steps", out_shardings=where)
@@ -351,12 +364,14 @@ class Trainer:
 
     @functools.cached_property
     def _evaluate(self) -> Callable[..., dict[str, jax.Array]]:
-        algorithm = self.batch.laid_out(self.algorithm.evaluation())
+        algorithm, transform = self.algorithm.evaluation(), self.batch.transform
         each = None if self.layout is None else self.layout.each
 
         def on_tasks(shared: Any, keys: jax.Array) -> dict[str, jax.Array]:
             eta, tasks = shared
-            return jax.vmap(lambda key: task_metrics(algorithm, eta, tasks, key))(keys)
+            return jax.vmap(
+                lambda key: task_metrics(algorithm, eta, tasks, key, transform=transform)
+            )(keys)
 
         def on_keys(eta: Any, tasks: Tasks, keys: jax.Array) -> dict[str, jax.Array]:
             shared = eta, tasks

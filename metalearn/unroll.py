@@ -1,4 +1,4 @@
-"""What an algorithm hands to an engine: an inner loop, and the task it runs on.
+"""Interface between algorithms and engines: an inner loop as functions of eta.
 
 Meta-learning is training through training. With meta-parameters eta and inner
 state theta (parameters, optimizer state, statistics, whatever the loop carries),
@@ -10,64 +10,88 @@ state theta (parameters, optimizer state, statistics, whatever the loop carries)
 and an engine returns F and dF/deta. The three functions are all it knows of the
 problem, which is why any algorithm runs under any engine.
 
-An inner loss that is a mean over examples, by construction.
-
-A Hessian product of a mean is the mean of the Hessian products of its parts, so an engine
-may take it a few examples at a time and hold the activations of those alone. It cannot see
-from an arbitrary loss whether that is so: batch statistics, or weights normalised over the
-batch, tie the examples together. Written as the loss of one example, they cannot.
+An inner loss that is a mean over examples may say so (`ExampleMean`). A Hessian product of a
+mean is the mean of the Hessian products of its parts, so an engine may take it a few examples
+at a time and hold the activations of those alone. It cannot see from an arbitrary loss whether
+that is so: batch statistics, or weights normalised over the batch, tie the examples together.
+Written as the loss of one example, they cannot.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from metalearn._utils.trees import select
 
+Eta: TypeAlias = Any  # meta-parameters: a pytree of real floating-point arrays
+InnerState: TypeAlias = Any  # what the inner loop carries from step to step: any pytree
+Batch: TypeAlias = Any  # what inner steps read: any pytree of arrays
+Metrics: TypeAlias = dict[str, jax.Array]  # scalars () by name
+
+
+class GradFn(Protocol):
+    """The `grad` that an inner step receives: a stand-in for `jax.grad`, from the engine."""
+
+    def __call__(
+        self, fun: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+    ) -> Callable[..., Any]:
+        """Return the gradient function of `fun`, which returns a real loss (), or (loss, aux)."""
+
 
 class Unroll(NamedTuple):
-    """An inner loop and the loss of what it ends in, as functions of eta.
+    """An inner loop and the loss of the state it ends in, as functions of eta.
 
     `step` receives `grad`, a stand-in for `jax.grad` (`argnums` and `has_aux`
     included), and takes its inner gradients with it and nothing else: that is how
     an engine changes the way they are differentiated.
 
-    init(eta) -> state: any pytree; theta_0 and whatever else the loop carries.
-    step(eta, state, batch, grad) -> state: one inner step.
-    loss(eta, state) -> (loss (), metrics): the outer loss, and a dictionary of scalars.
-    undo(eta, next state, batch, grad) -> state: where a step can be undone, else None.
-    begins: pytree like eta, the first step that reads each entry; None where all do.
-    resume(state) -> state: how a state carried over from a truncated run begins the next part
-      of it; None: as it is.
+    init: eta -> theta_0, any pytree.
+    step: eta, state, batch, grad -> state, one inner step.
+    loss: eta, state -> (outer loss (), metrics), a dictionary of scalars.
+    undo: eta, next state, batch, grad -> state, the inverse of a step; None where there is none.
+      It takes the gradients that `step` took, at the same points and in the same order. See
+      `metalearn.optimizers.reversible`.
+    begins: pytree like eta, of integers known when tracing: the first inner step that reads each
+      entry. `Forward` skips tangents that are still zero. None: all entries are read at step 0.
+    resume: state -> state, applied to a state carried over from the truncated unroll before, for
+      instance to reset a running sum of losses; None: the state as it is.
     """
 
-    init: Callable[..., Any]  # eta -> state
-    step: Callable[..., Any]  # eta, state, batch, grad -> state
-    loss: Callable[..., Any]  # eta, state -> loss (), metrics: dict of scalars
-    # Where a step can be undone: eta, next state, batch, grad -> state. It takes the gradients
-    # that `step` took, at the same points and in the same order. See `metalearn.optimizers.reversible`.
-    undo: Callable[..., Any] | None = None
-    # Where eta comes into play entry by entry: pytree like eta, of integers known when tracing;
-    # the first step that reads an entry. `Forward` leaves out what has not begun; None: all at 0.
+    init: Callable[[Eta], InnerState]
+    step: Callable[[Eta, InnerState, Batch, GradFn], InnerState]
+    loss: Callable[[Eta, InnerState], tuple[jax.Array, Metrics]]
+    undo: Callable[[Eta, InnerState, Batch, GradFn], InnerState] | None = None
     begins: Any = None
-    # What a part of a truncated run forgets of the part before, such as a sum of losses:
-    # state -> state. See `metalearn.training.truncated_unroll`.
-    resume: Callable[..., Any] | None = None
+    resume: Callable[[InnerState], InnerState] | None = None
 
 
-def going_on(unroll: Unroll, begins: jax.Array, state: Any) -> Unroll:
-    """Return the unroll from `state`, or from its own beginning where `begins` () says so."""
-    resumed = state if unroll.resume is None else unroll.resume(state)
+def resumed(unroll: Unroll, fresh: jax.Array, state: InnerState) -> Unroll:
+    """Return the unroll from `state`, or from its own `init` where `fresh` () is true."""
+    start = state if unroll.resume is None else unroll.resume(state)
 
-    def init(eta: Any) -> Any:
-        return select(begins, unroll.init(eta), resumed)
+    def init(eta: Eta) -> InnerState:
+        return select(fresh, unroll.init(eta), start)
 
-    # When an entry of eta comes into play is no longer known when tracing.
+    # Which step first reads an entry of eta is no longer known when tracing.
     return unroll._replace(init=init, begins=None)
+
+
+def horizon(batches: Batch) -> int:
+    """Return T, the leading axis that all leaves of `batches` share."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
+    lengths = {shape[0] if shape else None for shape in shapes}
+    if len(lengths) != 1 or None in lengths or 0 in lengths:
+        found = sorted(str(shape) for shape in shapes) or "no leaves at all"
+        raise ValueError(
+            "The leaves of `batches` must share a leading axis of T >= 1 inner steps, but their "
+            f"shapes are {found}. An inner loop that reads no data takes `jnp.arange(T)`."
+        )
+    return int(lengths.pop())  # type: ignore[arg-type]
 
 
 class Episode(NamedTuple):

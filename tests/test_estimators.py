@@ -143,8 +143,8 @@ def in_parts(engine, unroll, eta, batches, steps, key=KEY):
     def advance(carry, part):
         (state, reached), (first, batches) = carry, part
         resumed = reached if unroll.resume is None else unroll.resume(reached)
-        going_on = unroll._replace(init=lambda eta: select(first, unroll.init(eta), resumed))
-        (loss, aux), grads = engine.value_and_grad(going_on, eta, batches, state)
+        resumed = unroll._replace(init=lambda eta: select(first, unroll.init(eta), resumed))
+        (loss, aux), grads = engine.value_and_grad(resumed, eta, batches, state)
         return (aux.engine, aux.state), (loss, grads)
 
     carry, seen = jax.lax.scan(advance, (state, unroll.init(eta)), (first, parts))
@@ -225,12 +225,12 @@ def pes_by_hand(engine, unroll, eta, parts):
 
 def test_pes_is_what_it_is_by_hand_whatever_the_state_holds():
     engine, unroll, parts = PES(2, 0.1), noisy(), (BATCHES[:1], BATCHES[1:])
-    state, going_on = engine.init(KEY, unroll, ETA), unroll
+    state, resumed = engine.init(KEY, unroll, ETA), unroll
     shapes = jax.eval_shape(lambda: state)
     for part, (loss, grads, particles) in zip(
         parts, pes_by_hand(engine, unroll, ETA, parts), strict=True
     ):
-        run = jax.jit(functools.partial(engine.value_and_grad, going_on))
+        run = jax.jit(functools.partial(engine.value_and_grad, resumed))
         (our_loss, aux), our_grads = run(ETA, part, state)
         state = aux.engine
         assert jax.eval_shape(lambda: state) == shapes  # noqa: B023
@@ -244,7 +244,7 @@ def test_pes_is_what_it_is_by_hand_whatever_the_state_holds():
         jax.tree.map(np.testing.assert_array_equal, data(aux.state), data(first))
         # Truncated training hands a carried state over: the particles go on from their own.
         lost = jax.tree.map(lambda x: x * jnp.nan if x.dtype == float else x, first)
-        going_on = unroll._replace(init=lambda eta: lost)  # noqa: B023
+        resumed = unroll._replace(init=lambda eta: lost)  # noqa: B023
 
 
 def test_a_new_state_begins_a_new_run_whatever_was_carried():

@@ -27,8 +27,8 @@ from metalearn._utils.checks import at_least
 from metalearn._utils.fields import check_fields
 from metalearn.algorithms.epochs import check_reads, epochs, read
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.engines.base import horizon as length
 from metalearn.model import Model
+from metalearn.unroll import horizon as length
 
 
 class StepLoss(NamedTuple):

@@ -13,18 +13,16 @@ another reason than zeros.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from metalearn.algorithm import Algorithm
-from metalearn.engines import Aux, Inner
-from metalearn.engines.base import horizon
+from metalearn.engines import Inner
 from metalearn.tasks import Tasks
-from metalearn.unroll import Episode, Unroll
+from metalearn.unroll import Unroll
 
 # What a look does to the zeros in inner gradients.
 AS_THEY_ARE, NONE, ONE_A_LEAF, ALL = range(4)
@@ -40,12 +38,8 @@ class Look(NamedTuple):
     inner: Inner  # inner losses and finiteness, [T, n]
 
 
-Solve = Callable[[Algorithm, Any, Tasks, jax.Array], tuple[tuple[jax.Array, Aux], Any]]
-
-
 def look_at(
-    solve: Solve,
-    algorithm: Algorithm,
+    solve: Callable[..., Any],
     eta: Any,
     tasks: Tasks,
     key: jax.Array,
@@ -55,8 +49,7 @@ def look_at(
     """Look at the task that `key` draws.
 
     Args:
-      solve: algorithm, eta, tasks, key -> ((loss (), aux), meta-gradient like eta).
-      algorithm: with the inner loop to look at.
+      solve: eta, tasks, key, transform of the unroll, steps -> ((loss (), aux), meta-gradient).
       eta: where to look.
       tasks: where the task comes from.
       key: draws the task.
@@ -64,40 +57,22 @@ def look_at(
         in each leaf and no other, or all.
       steps: look at no more inner steps than the first so many; None: at all.
     """
-    probed = _Probed(algorithm, jnp.asarray(zeros), steps)
-    (loss, aux), grads = solve(probed, eta, tasks, key)
+    transform = functools.partial(_zeroed, zeros=jnp.asarray(zeros))
+    (loss, aux), grads = solve(eta, tasks, key, transform, steps)
     leaves = jax.tree.leaves(grads)
     finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
     zero = jnp.stack([(leaf == 0).all() for leaf in leaves])
     return Look(loss, finite, zero, aux.inner)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Probed(Algorithm):
-    """Another algorithm with zeros in its inner gradients, or fewer inner steps."""
+def _zeroed(unroll: Unroll, zeros: jax.Array) -> Unroll:
+    """Return an unroll whose inner gradients get a zero in each leaf where `zeros` () says so."""
 
-    algorithm: Algorithm
-    zeros: jax.Array  # (), int: AS_THEY_ARE, NONE, ONE_A_LEAF or ALL
-    steps: int | None
+    def with_zeros(move: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda eta, state, batch, grad: move(eta, state, batch, _with_zeros(grad, zeros))
 
-    def init(self, key: jax.Array) -> Any:
-        return self.algorithm.init(key)
-
-    def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
-        unroll = self.algorithm.unroll(episode, key)
-
-        def probed(move: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda eta, state, batch, grad: move(
-                eta, state, batch, _with_zeros(grad, self.zeros)
-            )
-
-        undo = probed(unroll.undo) if unroll.undo else None
-        return unroll._replace(step=probed(unroll.step), undo=undo)
-
-    def batches(self, episode: Episode, key: jax.Array) -> Any:
-        batches = self.algorithm.batches(episode, key)
-        horizon(batches)  # cut to one length, leaves of different lengths would go unnoticed
-        return jax.tree.map(lambda leaf: leaf[: self.steps], batches)
+    undo = with_zeros(unroll.undo) if unroll.undo else None
+    return unroll._replace(step=with_zeros(unroll.step), undo=undo)
 
 
 def _with_zeros(grad: Callable[..., Any], zeros: jax.Array) -> Callable[..., Any]:

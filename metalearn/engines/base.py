@@ -133,19 +133,6 @@ def outer_loss(unroll: Unroll, eta: Any, state: Any) -> tuple[jax.Array, dict[st
     )
 
 
-def horizon(batches: Any) -> int:
-    """Return T, the leading axis that all leaves of `batches` share."""
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
-    lengths = {shape[0] if shape else None for shape in shapes}
-    if len(lengths) != 1 or None in lengths or 0 in lengths:
-        found = sorted(str(shape) for shape in shapes) or "no leaves at all"
-        raise ValueError(
-            "The leaves of `batches` must share a leading axis of T >= 1 inner steps, but their "
-            f"shapes are {found}. An inner loop that reads no data takes `jnp.arange(T)`."
-        )
-    return int(lengths.pop())  # type: ignore[arg-type]
-
-
 @contextlib.contextmanager
 def going_backwards() -> Iterator[None]:
     """Raise ValueError with the way out where JAX finds a loop that it cannot go back through."""

@@ -25,10 +25,10 @@ from jax.extend.core import Literal
 
 from metalearn._utils.checks import at_least, pick
 from metalearn._utils.trees import is_differentiable
-from metalearn.engines.base import Aux, check_eta, going_backwards, horizon, outer_loss
+from metalearn.engines.base import Aux, check_eta, going_backwards, outer_loss
 from metalearn.engines.grad_recorder import Inner, Recorder, joined
 from metalearn.engines.nested_scan import nested_scan, square_root, within
-from metalearn.unroll import Unroll
+from metalearn.unroll import Unroll, horizon
 
 REMAT = {
     "none": "every step keeps all it computed",

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from metalearn.engines.base import horizon
 from metalearn.engines.grad_recorder import Inner, joined
+from metalearn.unroll import horizon
 
 Step = Callable[[Any, Any], tuple[Any, Inner]]
 

@@ -10,10 +10,10 @@ import jax
 
 from metalearn.algorithm import Algorithm
 from metalearn.engines import MetaGradient
-from metalearn.engines.base import horizon
 from metalearn.evaluation import task_metrics
 from metalearn.planning.cost import Cost, cost
 from metalearn.trainer import Trainer
+from metalearn.unroll import horizon
 
 HORIZON = "inner_steps"  # the field by which an algorithm sets T
 # What an engine raises when it cannot serve a problem, and XLA when it cannot compile it.

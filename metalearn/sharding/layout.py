@@ -34,11 +34,10 @@ from jax.sharding import PartitionSpec as P
 
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import paths
-from metalearn.algorithm import Algorithm
 from metalearn.sharding import partition
 from metalearn.sharding.batched_means import at_once, check_shares, mean_and_each, mean_of_all
 from metalearn.sharding.mesh import TASKS, compiled, here
-from metalearn.unroll import Episode, Unroll
+from metalearn.unroll import Batch, Eta, GradFn, InnerState, Unroll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +150,16 @@ class Layout:
         there = compiled(self.mesh.shape)
         return any(axis in there for _, spec in self.rules for axis in partition.axes(spec))
 
-    def cut_inside(self, algorithm: Algorithm) -> Algorithm:
-        """Return an algorithm whose inner states are cut as the rules say."""
-        return _CutInside(algorithm, self) if self.cuts else algorithm
+    def constrain(self, unroll: Unroll) -> Unroll:
+        """Return an unroll whose inner states are cut as the rules say."""
+
+        def init(eta: Eta) -> InnerState:
+            return self.cut(unroll.init(eta), eta)
+
+        def step(eta: Eta, state: InnerState, batch: Batch, grad: GradFn) -> InnerState:
+            return self.cut(unroll.step(eta, state, batch, grad), eta)
+
+        return unroll._replace(init=init, step=step)
 
     def cut(self, state: Any, eta: Any) -> Any:
         """Return an inner state, cut as the rules say, in a program that maps over tasks."""
@@ -168,37 +174,6 @@ class Layout:
 
         leaves, treedef = jax.tree.flatten(state)
         return jax.tree.unflatten(treedef, map(leaf_cut, paths(state), leaves))
-
-
-@dataclasses.dataclass(frozen=True)
-class _CutInside(Algorithm):
-    """Another algorithm, with its inner states cut as a layout says."""
-
-    algorithm: Algorithm
-    layout: Layout
-
-    def init(self, key: jax.Array) -> Any:
-        return self.algorithm.init(key)
-
-    def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
-        unroll, cut = self.algorithm.unroll(episode, key), self.layout.cut
-
-        def init(eta: Any) -> Any:
-            return cut(unroll.init(eta), eta)
-
-        def step(eta: Any, state: Any, batch: Any, grad: Any) -> Any:
-            return cut(unroll.step(eta, state, batch, grad), eta)
-
-        return unroll._replace(init=init, step=step)
-
-    def batches(self, episode: Episode, key: jax.Array) -> Any:
-        return self.algorithm.batches(episode, key)
-
-    def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Any:
-        return self.algorithm.batches_at(episode, key, steps)
-
-    def evaluation(self) -> Algorithm:
-        return dataclasses.replace(self, algorithm=self.algorithm.evaluation())
 
 
 def abstract(state: Any, shardings: Any) -> Any:

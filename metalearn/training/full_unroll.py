@@ -1,73 +1,55 @@
-"""The inner runs of an outer step, and the mean meta-gradient over its tasks.
+"""Full unrolls: an outer step unrolls every task from its first inner step to its last.
 
-`InnerRuns` are whole: every task of every outer step has a new one, from its beginning to its
-end. Others carry something from program to program, in `TrainState.inner`: runs that go on from
-step to step (`metalearn.training.truncated_unroll`), and whole ones that take several programs
-(`metalearn.training.segmented_unroll`).
-
-What is reported of a task: its outer loss, its inner loop, and what its algorithm adds.
+Three kinds of outer step share an interface. `FullUnroll` carries nothing from one program to
+the next. `metalearn.training.truncated_unroll` carries inner states across outer steps, and
+`metalearn.training.segmented_unroll` across the programs of one outer step; both in
+`TrainState.inner`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from metalearn.algorithm import Algorithm
-from metalearn.engines import Aux, MetaGradient
+from metalearn.engines import Aux, Inner, MetaGradient
 from metalearn.evaluation import merged
-from metalearn.tasks import Tasks, draw
+from metalearn.tasks import DrawnTask, Tasks, draw_task
 from metalearn.training.faults import all_finite, mean_of_finite, or_zero
 from metalearn.training.task_batch import TaskBatch
-from metalearn.unroll import Unroll
+from metalearn.unroll import Eta, Metrics, Unroll
 
-Result = tuple[tuple[jax.Array, Aux], Any]  # ((loss (), aux), meta-gradient)
-
-
-class Posed(NamedTuple):
-    """One task, ready to be unrolled."""
-
-    unroll: Unroll
-    batches: Callable[[], Any]  # () -> leaves [T, ...]
-    batches_at: Callable[[jax.Array], Any]  # numbers of steps [t] -> leaves [t, ...]
-    engine: Any  # the engine's state for its first call
-
-
-def pose(
-    algorithm: Algorithm, engine: MetaGradient, eta: Any, tasks: Tasks, key: jax.Array
-) -> Posed:
-    """Return the task that `key` draws, ready to be unrolled."""
-    sample_key, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
-    episode = draw(tasks, sample_key)
-    unroll = algorithm.unroll(episode, unroll_key)
-    whole = functools.partial(algorithm.batches, episode, batch_key)
-    part = functools.partial(algorithm.batches_at, episode, batch_key)
-    return Posed(unroll, whole, part, engine.init(engine_key, unroll, eta))
+Result: TypeAlias = tuple[tuple[jax.Array, Aux], Eta]  # ((loss (), aux), meta-gradient)
 
 
 @dataclasses.dataclass(frozen=True)
-class InnerRuns:
-    """Whole inner runs, a new one for each task of every outer step."""
+class FullUnroll:
+    """Full unrolls of a batch of tasks, and the mean of their meta-gradients.
+
+    algorithm: what is learned, and what one inner step is.
+    engine: how the unroll is differentiated.
+    batch: the tasks of an outer step, over devices and in chunks.
+    isolate: leave non-finite tasks out of the mean.
+    """
 
     algorithm: Algorithm
     engine: MetaGradient
     batch: TaskBatch
-    isolate: bool  # tasks that are not finite are left out of the mean
+    isolate: bool
 
-    def begin(self, eta: Any, tasks: Tasks | None, keys: jax.Array) -> Any:
-        """Return what a train state carries of inner runs before the first step: nothing."""
+    def begin(self, eta: Eta, tasks: Tasks | None, keys: jax.Array) -> Any:
+        """Return what `TrainState.inner` holds before the first outer step: nothing."""
         del eta, tasks, keys
         return ()
 
     def mean_gradient(
-        self, eta: Any, tasks: Tasks, keys: jax.Array, carried: Any, first: jax.Array
-    ) -> tuple[Any, dict[str, jax.Array], Any]:
-        """Return (meta-gradient, metrics, what is carried on).
+        self, eta: Eta, tasks: Tasks, keys: jax.Array, carried: Any, first: jax.Array
+    ) -> tuple[Eta, Metrics, Any]:
+        """Return (meta-gradient, metrics, what is carried to the next outer step).
 
         Args:
           eta: the meta-parameters.
@@ -78,27 +60,43 @@ class InnerRuns:
         """
         del first
         means = self.batch.mean(self._of_task, (eta, tasks), keys)
-        return *self._of_step(means), carried
+        return *self.of_step(means), carried
 
-    def solve(self, algorithm: Algorithm, eta: Any, tasks: Tasks, key: jax.Array) -> Result:
-        """Return ((loss, aux), meta-gradient) of the whole run of the task that `key` draws."""
-        posed = pose(algorithm, self.engine, eta, tasks, key)
-        return self.engine.value_and_grad(posed.unroll, eta, posed.batches(), posed.engine)
+    def draw(self, tasks: Tasks, key: jax.Array) -> DrawnTask:
+        """Return the task that `key` draws, its inner states laid out as the batch says."""
+        return draw_task(self.algorithm, tasks, key, self.batch.transform)
 
-    def pose(self, eta: Any, tasks: Tasks, key: jax.Array) -> Posed:
-        """Return the task that `key` draws, on the devices of the batch."""
-        return pose(self.batch.laid_out(self.algorithm), self.engine, eta, tasks, key)
+    def solve(
+        self,
+        eta: Eta,
+        tasks: Tasks,
+        key: jax.Array,
+        transform: Callable[[Unroll], Unroll] | None = None,
+        steps: int | None = None,
+    ) -> Result:
+        """Return ((loss, aux), meta-gradient) of the task that `key` draws.
 
-    def _of_task(self, eta: Any, tasks: Tasks, key: jax.Array) -> Any:
-        return self._counted(self.solve(self.batch.laid_out(self.algorithm), eta, tasks, key))
+        Args:
+          eta: the meta-parameters.
+          tasks: where the task comes from.
+          key: () of the task.
+          transform: applied to the unroll; None: the layout of the batch.
+          steps: take no more inner steps than the first so many; None: all.
+        """
+        task = draw_task(self.algorithm, tasks, key, transform or self.batch.transform)
+        state = self.engine.init(task.engine_key, task.unroll, eta)
+        return self.engine.value_and_grad(task.unroll, eta, task.first_batches(steps), state)
 
-    def _counted(self, result: Result) -> Any:
-        """Return what is averaged of a task: (meta-gradient, metrics), and if it counts."""
+    def _of_task(self, eta: Eta, tasks: Tasks, key: jax.Array) -> Any:
+        return self.counted(self.solve(eta, tasks, key))
+
+    def counted(self, result: Result) -> Any:
+        """Return (meta-gradient, metrics) of a task, and with `isolate` whether it is finite."""
         (loss, aux), grads = result
-        found = grads, step_metrics(loss, aux)
-        return or_zero(all_finite(loss, aux, grads), found) if self.isolate else found
+        outputs = grads, step_metrics(loss, aux)
+        return or_zero(all_finite(loss, aux, grads), outputs) if self.isolate else outputs
 
-    def _of_step(self, means: Any) -> tuple[Any, dict[str, jax.Array]]:
+    def of_step(self, means: Any) -> tuple[Eta, Metrics]:
         """Return (meta-gradient, metrics) of an outer step from the means over its tasks."""
         if not self.isolate:
             return means
@@ -106,23 +104,23 @@ class InnerRuns:
         return grads, {**metrics, "tasks_left_out": left_out}
 
 
-def step_metrics(loss: jax.Array, aux: Aux) -> dict[str, jax.Array]:
+def step_metrics(loss: jax.Array, aux: Aux) -> Metrics:
     """Return the metrics of a task in an outer step; see `Trainer.step`."""
-    return merged({"loss": loss, **_inner_metrics(aux)}, aux.metrics)
+    return merged({"loss": loss, **_inner_metrics(aux.inner)}, aux.metrics)
 
 
-def _inner_metrics(aux: Aux) -> dict[str, jax.Array]:
-    losses, finite, update_norm, tangent_norm = aux.inner
+def _inner_metrics(inner: Inner) -> Metrics:
+    losses, finite, update_norm, tangent_norm = inner
     if not losses.size:
         return {}
-    moved = {"inner_update_norm": update_norm.mean()} if update_norm.size else {}
-    pushed = {"inner_tangent_norm": tangent_norm[-1].max()} if tangent_norm.size else {}
-    fine = finite.all(1) & jnp.isfinite(tangent_norm).all(1)
-    return {
+    metrics = {
         "inner_loss_first": losses[0].mean(),
         "inner_loss_last": losses[-1].mean(),
         "inner_finite": finite.mean(),
-        "inner_steps_finite": jnp.cumprod(fine).sum(),
-        **moved,
-        **pushed,
+        "inner_steps_finite": jnp.cumprod(finite.all(1) & jnp.isfinite(tangent_norm).all(1)).sum(),
     }
+    if update_norm.size:
+        metrics["inner_update_norm"] = update_norm.mean()
+    if tangent_norm.size:
+        metrics["inner_tangent_norm"] = tangent_norm[-1].max()
+    return metrics

@@ -1,4 +1,4 @@
-"""Whole inner runs that take several programs: an outer step of hours, a segment at a time.
+"""Segmented unrolls: a full unroll cut into several compiled programs of K inner steps each.
 
 Forward mode stores nothing of the steps behind it, so its loop can stand still between any two
 of them (`Forward.start`, `advance`, `finish`). Cut into segments of K inner steps, an outer step
@@ -21,10 +21,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from metalearn._utils.trees import strong
-from metalearn.engines.base import Streaming, horizon
+from metalearn.engines.base import Streaming
 from metalearn.sharding.mesh import TASKS
-from metalearn.tasks import Tasks
-from metalearn.training.full_unroll import InnerRuns, Posed
+from metalearn.tasks import DrawnTask, Tasks
+from metalearn.training.full_unroll import FullUnroll
+from metalearn.unroll import horizon
 
 
 class Segment(NamedTuple):
@@ -36,8 +37,8 @@ class Segment(NamedTuple):
     until: int  # entries of eta that are first read at this step, or later, do not count yet
 
 
-class Partway(NamedTuple):
-    """An inner run between two segments. In a train state, leaves are [tasks, ...]."""
+class PartialUnroll(NamedTuple):
+    """An unroll between two segments. In a train state, leaves are [tasks, ...]."""
 
     step: jax.Array  # (), int32: inner steps taken
     stream: Any  # the engine's
@@ -45,8 +46,11 @@ class Partway(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmentedRuns(InnerRuns):
-    """Whole inner runs, cut into segments of as many inner steps."""
+class SegmentedUnroll(FullUnroll):
+    """Full unrolls, cut into segments.
+
+    segment: inner steps of a segment; the last one may be shorter.
+    """
 
     segment: int
 
@@ -55,24 +59,24 @@ class SegmentedRuns(InnerRuns):
 
         Shapes will do for the arguments.
         """
-        found: dict[int, Segment] = {}
+        segments: dict[int, Segment] = {}
 
         def cut(eta: Any, tasks: Tasks, key: jax.Array) -> None:
-            posed = self.pose(eta, tasks, key)
-            steps = horizon(jax.eval_shape(posed.batches))
+            task = self.draw(tasks, key)
+            steps = horizon(jax.eval_shape(task.batches))
             if self.segment > steps:
                 raise ValueError(
                     f"A segment of {self.segment} inner steps is longer than the horizon, which "
                     f"is {steps}. Take at most {steps}."
                 )
-            ends = self._engine.ends(posed.unroll, eta, steps)
+            ends = self._engine.ends(task.unroll, eta, steps)
             for start in range(0, steps, self.segment):
                 stop = min(start + self.segment, steps)
                 until = next(end for end in ends if end >= stop)
-                found[stop] = Segment(stop - start, start == 0, stop == steps, until)
+                segments[stop] = Segment(stop - start, start == 0, stop == steps, until)
 
         jax.eval_shape(cut, eta, tasks, key)
-        return found
+        return segments
 
     def take(
         self, segment: Segment, eta: Any, tasks: Tasks, keys: jax.Array, carried: Any
@@ -83,33 +87,34 @@ class SegmentedRuns(InnerRuns):
         """
 
         def on_run(eta: Any, tasks: Tasks, run: tuple[Any, jax.Array]) -> tuple[Any, Any]:
-            return self._take(segment, eta, self.pose(eta, tasks, run[1]), run[0])
+            return self._take(segment, eta, self.draw(tasks, run[1]), run[0])
 
         inputs = () if segment.first else carried, keys
         means, carried = self.batch.mean_and_each(on_run, (eta, tasks), inputs)
-        return self._of_step(means) if segment.last else None, strong(carried)
+        return self.of_step(means) if segment.last else None, strong(carried)
 
-    def _take(self, segment: Segment, eta: Any, posed: Posed, run: Any) -> tuple[Any, Any]:
-        start, stream, seen = self._first(eta, posed) if segment.first else run
-        batches = posed.batches_at(start + jnp.arange(segment.steps, dtype=start.dtype))
-        stream, new = self._engine.advance(posed.unroll, eta, stream, batches, segment.until)
+    def _take(self, segment: Segment, eta: Any, task: DrawnTask, run: Any) -> tuple[Any, Any]:
+        start, stream, seen = self._first(eta, task) if segment.first else run
+        batches = task.batches_at(start + jnp.arange(segment.steps, dtype=start.dtype))
+        stream, new = self._engine.advance(task.unroll, eta, stream, batches, segment.until)
 
         def noted(seen: jax.Array, new: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(seen, new.astype(seen.dtype), start, 0)
 
         seen = jax.tree.map(noted, seen, new)
         if not segment.last:
-            return (), Partway(start + segment.steps, stream, seen)
-        return self._counted(self._engine.finish(posed.unroll, eta, stream, seen)), ()
+            return (), PartialUnroll(start + segment.steps, stream, seen)
+        return self.counted(self._engine.finish(task.unroll, eta, stream, seen)), ()
 
-    def _first(self, eta: Any, posed: Posed) -> Partway:
-        """Return a run before its first step."""
-        stream = self._engine.start(posed.unroll, eta, posed.engine)
+    def _first(self, eta: Any, task: DrawnTask) -> PartialUnroll:
+        """Return an unroll before its first step."""
+        state = self.engine.init(task.engine_key, task.unroll, eta)
+        stream = self._engine.start(task.unroll, eta, state)
         shapes = jax.eval_shape(
-            lambda: self._engine.advance(posed.unroll, eta, stream, posed.batches())[1]
+            lambda: self._engine.advance(task.unroll, eta, stream, task.batches())[1]
         )
         seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return Partway(jnp.zeros((), jnp.int32), stream, seen)
+        return PartialUnroll(jnp.zeros((), jnp.int32), stream, seen)
 
     @property
     def _engine(self) -> Streaming:
@@ -119,7 +124,7 @@ class SegmentedRuns(InnerRuns):
 
 def spread(shardings: Any, engine: Any) -> Any:
     """Return where a train state lies, its tangents as the engine spreads them."""
-    if not isinstance(shardings.inner, Partway):
+    if not isinstance(shardings.inner, PartialUnroll):
         return shardings
     own = engine.sharding.spec if isinstance(engine.sharding, NamedSharding) else ()
     stream = shardings.inner.stream
@@ -133,6 +138,6 @@ def spread(shardings: Any, engine: Any) -> Any:
 
 def steps_taken(carried: Any) -> int:
     """Return the inner steps that the runs of a train state have taken of this outer step."""
-    if not isinstance(carried, Partway):
+    if not isinstance(carried, PartialUnroll):
         return 0
     return int(carried.step.addressable_shards[0].data[0])

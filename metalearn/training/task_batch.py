@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from metalearn.algorithm import Algorithm
 from metalearn.sharding.batched_means import at_once, check_tasks, mean_and_each
 from metalearn.sharding.layout import Layout
+from metalearn.unroll import Unroll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,10 @@ class TaskBatch:
         """Return how many tasks a device unrolls at once."""
         return at_once(self.share, self.chunk)
 
-    def laid_out(self, algorithm: Algorithm) -> Algorithm:
-        """Return an algorithm whose inner states are cut as the layout says."""
-        return algorithm if self.layout is None else self.layout.cut_inside(algorithm)
+    @property
+    def transform(self) -> Callable[[Unroll], Unroll] | None:
+        """What makes an unroll keep its inner states as the layout cuts them; None: nothing."""
+        return self.layout.constrain if self.layout is not None and self.layout.cuts else None
 
     def mean(self, on_task: Callable[..., Any], shared: Any, keys: jax.Array) -> Any:
         """Return the mean of `on_task(*shared, key)` over the keys [size] of tasks."""

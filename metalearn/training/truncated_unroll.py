@@ -1,4 +1,4 @@
-"""Truncated training: eta is updated every K inner steps, and the inner runs go on.
+"""Truncated unrolls: eta is updated every K inner steps, inner states are carried on.
 
 A learned optimizer is meant for runs of thousands of steps. Unrolled whole, one update of eta
 costs one such run, and its derivative through so many steps is often chaotic. So the inner loop
@@ -15,16 +15,13 @@ some long runs (Metz et al. 2020, arXiv:2009.11243).
 What is left out of the derivative biases it towards the short term (Wu et al. 2018,
 arXiv:1803.02021). `metalearn.PES` is unbiased all the same; it costs variance instead.
 
-A task that is no longer finite is left out of the mean, counted (`tasks_reset`) and replaced;
-the others do not notice.
-
-Inner runs that go on from outer step to outer step, a truncation each time.
+Non-finite tasks are masked out of the mean, counted (`tasks_reset`) and replaced; the others are
+not affected.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,13 +30,11 @@ import jax.numpy as jnp
 from metalearn._utils.checks import at_least, is_integer
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import select
-from metalearn.engines import Aux
-from metalearn.engines.base import horizon
 from metalearn.sharding.batched_means import divisors
 from metalearn.tasks import Tasks
 from metalearn.training.faults import all_finite, mean_of_finite, or_zero
-from metalearn.training.full_unroll import InnerRuns, Posed, step_metrics
-from metalearn.unroll import going_on
+from metalearn.training.full_unroll import FullUnroll, step_metrics
+from metalearn.unroll import Eta, InnerState, Metrics, horizon, resumed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,85 +105,44 @@ class Truncation:
         return jnp.where(begins & self.staggered, cut, 1.0)
 
 
-class Carried(NamedTuple):
-    """An inner run between two truncations. In a train state, leaves are [tasks, ...]."""
+class CarriedUnroll(NamedTuple):
+    """An inner loop between two truncations. In a train state, leaves are [tasks, ...]."""
 
     key: jax.Array  # (): it draws the task, its horizon and its batches
     step: jax.Array  # (), int32: inner steps taken
-    horizon: jax.Array  # (), int32: inner steps it will take; 0: a new task is due
-    state: Any  # the inner state
+    horizon: jax.Array  # (), int32: inner steps it will take; 0: a new task is drawn next
+    state: InnerState
     engine: Any  # the engine's own state
 
 
-def due(posed: Posed, eta: Any, key: jax.Array) -> Carried:
-    """Return a run in whose place a new task is due: for its shapes."""
-    none = jnp.zeros((), jnp.int32)
-    return Carried(key, none, none, posed.unroll.init(eta), posed.engine)
-
-
-def advance(
-    truncation: Truncation,
-    solve: Callable[..., tuple[tuple[jax.Array, Aux], Any]],
-    pose_of: Callable[[jax.Array], Posed],
-    eta: Any,
-    carried: Carried,
-    key: jax.Array,
-    share: jax.Array,
-) -> tuple[tuple[tuple[jax.Array, Aux], Any], jax.Array, Carried]:
-    """Unroll the next K steps of a run, or the first of a new one where that is due.
-
-    Args:
-      truncation: how runs are cut.
-      solve: unroll, eta, batches, engine state -> ((loss (), aux), meta-gradient).
-      pose_of: key -> the task, ready to be unrolled.
-      eta: the meta-parameters.
-      carried: where the run stands.
-      key: draws the new task, if one is due.
-      share: (), of the horizon that a new task gets.
-
-    Returns:
-      (((loss, aux), meta-gradient), whether all was finite (), where the run stands now).
-    """
-    ends = carried.step >= carried.horizon
-    key = select(ends, key, carried.key)
-    posed = pose_of(key)
-    longest = horizon(jax.eval_shape(posed.batches))
-    truncation.check(longest)
-    # 2^31 - 1 is no task's: what is drawn here is drawn from nothing else.
-    drawn = truncation.draw(jax.random.fold_in(key, 2**31 - 1), longest, share)
-    last = select(ends, drawn, carried.horizon)
-    start = select(ends, jnp.zeros_like(carried.step), carried.step)
-    batches = posed.batches_at(start + jnp.arange(truncation.steps, dtype=jnp.int32))
-    engine = select(ends, posed.engine, carried.engine)
-    result = solve(going_on(posed.unroll, ends, carried.state), eta, batches, engine)
-    (loss, aux), grads = result
-    finite = all_finite(loss, aux, grads)
-    step = jnp.where(finite, start + truncation.steps, last)
-    return result, finite, Carried(key, step, last, aux.state, aux.engine)
-
-
 @dataclasses.dataclass(frozen=True)
-class TruncatedRuns(InnerRuns):
-    """See `metalearn.training.truncated_unroll`. What is not finite is left out, and its run replaced."""
+class TruncatedUnroll(FullUnroll):
+    """Truncated unrolls carried across outer steps; non-finite tasks are masked and replaced.
+
+    truncation: how many inner steps an outer step takes, and up to which horizons.
+    """
 
     truncation: Truncation
 
-    def begin(self, eta: Any, tasks: Tasks | None, keys: jax.Array) -> Carried:
-        """Return inner runs [tasks] in whose place new tasks are due."""
+    def begin(self, eta: Eta, tasks: Tasks | None, keys: jax.Array) -> CarriedUnroll:
+        """Return placeholders [tasks] of horizon 0, which trigger the drawing of new tasks."""
         if tasks is None:
             raise ValueError(
                 "Truncated training carries inner states from step to step, and their shapes "
                 "are those of the tasks: call `Trainer.init(key, tasks)`."
             )
-        return jax.jit(self._due)(eta, tasks, keys)
 
-    def _due(self, eta: Any, tasks: Tasks, keys: jax.Array) -> Carried:
-        return jax.vmap(lambda key: due(self.pose(eta, tasks, key), eta, key))(keys)
+        def placeholder(eta: Eta, tasks: Tasks, key: jax.Array) -> CarriedUnroll:
+            task, zero = self.draw(tasks, key), jnp.zeros((), jnp.int32)
+            engine = self.engine.init(task.engine_key, task.unroll, eta)
+            return CarriedUnroll(key, zero, zero, task.unroll.init(eta), engine)
+
+        return jax.jit(jax.vmap(placeholder, (None, None, 0)))(eta, tasks, keys)
 
     def mean_gradient(
-        self, eta: Any, tasks: Tasks, keys: jax.Array, carried: Any, first: jax.Array
-    ) -> tuple[Any, dict[str, jax.Array], Carried]:
-        if not isinstance(carried, Carried):
+        self, eta: Eta, tasks: Tasks, keys: jax.Array, carried: Any, first: jax.Array
+    ) -> tuple[Eta, Metrics, CarriedUnroll]:
+        if not isinstance(carried, CarriedUnroll):
             raise ValueError(
                 "This state has no inner runs to go on with: it is not of truncated training. "
                 "Begin with `Trainer.init(key, tasks)` of this trainer."
@@ -200,17 +154,30 @@ class TruncatedRuns(InnerRuns):
         return grads, {**metrics, "tasks_reset": left_out}, carried
 
     def _advance(
-        self, eta: Any, tasks: Tasks, run: tuple[Carried, jax.Array, jax.Array]
-    ) -> tuple[Any, Carried]:
-        """Take the next truncation of a run: ((meta-gradient, metrics, finite), the run then).
+        self, eta: Eta, tasks: Tasks, run: tuple[CarriedUnroll, jax.Array, jax.Array]
+    ) -> tuple[Any, CarriedUnroll]:
+        """Take the next K steps of an unroll, or the first of a new one where its horizon is over.
 
-        What is not finite counts as zero, of a run that does not count.
+        `run`: (where the unroll stands, the key of a new task, the share of its horizon that a
+        new task gets). Returns ((meta-gradient, metrics, finite), where the unroll stands now);
+        a task that is not finite counts as zero, with finite=False.
         """
-
-        def pose_of(key: jax.Array) -> Posed:
-            return self.pose(eta, tasks, key)
-
-        solve = self.engine.value_and_grad
-        result, finite, carried = advance(self.truncation, solve, pose_of, eta, *run)
-        (loss, aux), grads = result
-        return or_zero(finite, (grads, step_metrics(loss, aux))), carried
+        carried, new_key, share = run
+        ends = carried.step >= carried.horizon
+        key = select(ends, new_key, carried.key)
+        task = self.draw(tasks, key)
+        longest = horizon(jax.eval_shape(task.batches))
+        self.truncation.check(longest)
+        # 2^31 - 1 is no task's: what is drawn here is drawn from nothing else.
+        drawn = self.truncation.draw(jax.random.fold_in(key, 2**31 - 1), longest, share)
+        last = select(ends, drawn, carried.horizon)
+        start = select(ends, jnp.zeros_like(carried.step), carried.step)
+        batches = task.batches_at(start + jnp.arange(self.truncation.steps, dtype=jnp.int32))
+        fresh = self.engine.init(task.engine_key, task.unroll, eta)
+        engine = select(ends, fresh, carried.engine)
+        unroll = resumed(task.unroll, ends, carried.state)
+        (loss, aux), grads = self.engine.value_and_grad(unroll, eta, batches, engine)
+        finite = all_finite(loss, aux, grads)
+        step = jnp.where(finite, start + self.truncation.steps, last)
+        after = CarriedUnroll(key, step, last, aux.state, aux.engine)
+        return or_zero(finite, (grads, step_metrics(loss, aux))), after

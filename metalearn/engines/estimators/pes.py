@@ -37,7 +37,7 @@ import jax.numpy as jnp
 
 from metalearn._utils.trees import select, strong
 from metalearn.engines.estimators.antithetic import Antithetic, Particles, mirrored
-from metalearn.unroll import Unroll, going_on
+from metalearn.unroll import Unroll, resumed
 
 
 class Persistent(NamedTuple):
@@ -81,7 +81,7 @@ class PES(Antithetic):
 
     def begun(self, unroll: Unroll, state: Persistent, particle: Any) -> Unroll:
         """Return the unroll from a particle's own state, or from the beginning of a run."""
-        return going_on(unroll, state.fresh, particle)
+        return resumed(unroll, state.fresh, particle)
 
     def after(self, particles: Particles, states: Any) -> Persistent:
         """Return the state of the next truncation of the same run."""

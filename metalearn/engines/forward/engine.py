@@ -35,11 +35,11 @@ import numpy as np
 from metalearn._utils.checks import at_most, counts, is_integer
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import split
-from metalearn.engines.base import Aux, MetaGradient, check_eta, horizon, outer_loss
+from metalearn.engines.base import Aux, MetaGradient, check_eta, outer_loss
 from metalearn.engines.forward.tangents import begins_flat, norms, padded, parts, pushed
 from metalearn.engines.grad_recorder import Inner, joined
 from metalearn.engines.inner_loop import step_body
-from metalearn.unroll import Unroll
+from metalearn.unroll import Unroll, horizon
 
 MOST_DIRECTIONS = 1_000_000
 

@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.trees import split
-from metalearn.engines.base import Aux, check_eta, going_backwards, horizon, outer_loss
+from metalearn.engines.base import Aux, check_eta, going_backwards, outer_loss
 from metalearn.engines.grad_recorder import OneStep, ValueAndGrad, joined
 from metalearn.engines.inner_loop import depends
-from metalearn.unroll import Unroll
+from metalearn.unroll import Unroll, horizon
 
 
 def sweep(
