@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from metalearn import Layout, make_mesh
 from metalearn._utils.checks import at_least, counts
 from metalearn.sharding.batched_means import check_tasks, most_devices
-from metalearn.sharding.mesh import AXES, MODEL, TANGENTS, TASKS, counted, remaining
+from metalearn.sharding.mesh import AXES, MODEL, TANGENTS, TASKS, format_devices, remaining
 from metalearn.sharding.partition import check_rules
 
 DEFAULTS: dict[str, Any] = {TASKS: None, MODEL: 1, TANGENTS: 1, "rules": ()}
@@ -113,7 +113,7 @@ def _most(mesh: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     found = most_devices(config["tasks_per_step"], config["chunk"], there, step)
     if not found:
         raise ValueError(
-            f"tasks_per_step={config['tasks_per_step']} does not divide among {processes} "
-            f"processes with {counted(len(jax.devices()))} in all. Take a multiple of {step}."
+            f"tasks_per_step={config['tasks_per_step']} does not divide among {processes} processes "
+            f"with {format_devices(len(jax.devices()))} in all. Take a multiple of {step}."
         )
     return found

@@ -38,7 +38,7 @@ from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import devices
 from metalearn.loggers import Logger
 from metalearn.planning.cost.collectives import collectives
-from metalearn.planning.step_cost import Candidate, Costs
+from metalearn.planning.step_cost import Candidate, StepCosts
 from metalearn.sharding import distributed as processes
 
 if __name__ == "__main__":  # not where it is imported: that would be everybody's
@@ -258,7 +258,7 @@ def more(directory):
     estimates = [trainer(each).evaluate(eta, TASKS, key(), 20)["loss"] for each in (None, layout)]
     shapes = jax.eval_shape(lambda x: x, TASKS)
     rows = [
-        Costs(m, shapes).row(Candidate(REVERSE), m.batch.at_once)
+        StepCosts(m, shapes).row(Candidate(REVERSE), m.batch.at_once)
         for m in (trainer(), trainer(layout))
     ]
     return {
@@ -316,7 +316,7 @@ def part(directory, port, process):
         "losses": one.losses.tolist(),
         "logged": [trained(made, pathlib.Path(directory), steps) for steps in (2, 4)],
         "first": processes.is_first(),
-        "agreed": processes.agreed({"process": int(process)}),
+        "agreed": processes.broadcast({"process": int(process)}),
         "uneven": [refusal(lambda: make_mesh(3)), refusal(lambda: devices.layout(few))],
     }
 

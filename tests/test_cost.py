@@ -11,7 +11,7 @@ from metalearn import MixedFlow, Reverse, Unroll
 from metalearn.models.transformer import Architecture
 from metalearn.planning.cost import QUICK, cost, hlo, jaxpr
 from metalearn.planning.cost.convolution import Window
-from metalearn.planning.step_cost import spelled
+from metalearn.planning.step_cost import short_repr
 
 LAYERS, BATCH, WIDTH = 7, 32, 64
 WEIGHTS = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)
@@ -180,7 +180,7 @@ def test_a_donated_argument_is_counted_once():
     assert cost(double, INPUTS).peak == cost(double, INPUTS).temporaries + size
 
 
-@pytest.mark.parametrize("engine", [Reverse(), Reverse(remat="step"), MixedFlow()], ids=spelled)
+@pytest.mark.parametrize("engine", [Reverse(), Reverse(remat="step"), MixedFlow()], ids=short_repr)
 def test_program_and_jaxpr_agree_on_a_meta_gradient(engine):
     def step(eta, theta, x, grad):
         grads = grad(lambda theta: jnp.mean((jnp.tanh(x @ theta[0]) @ theta[1]) ** 2))(theta)

@@ -13,7 +13,7 @@ from metalearn import ES, PES, Forward, InverseVariance, MixedFlow, Reverse, Tra
 from metalearn._utils.trees import select
 from metalearn.algorithms import MAML, squared_error
 from metalearn.engines import MetaGradient
-from metalearn.engines.estimators.inverse_variance import mixed
+from metalearn.engines.estimators.inverse_variance import mix_by_inverse_variance
 from metalearn.experiments import build
 from metalearn.experiments.commands import plan as auto
 from metalearn.planning.step_cost import Row
@@ -205,7 +205,7 @@ def pes_by_hand(engine, unroll, eta, parts):
     """Yield (loss, gradient, particles) of each truncation, in Python loops over particles."""
     count, state, particles, xi = engine.pairs, engine.init(KEY, unroll, eta), None, 0.0
     for part in parts:
-        drawn = engine.drawn(eta, state)
+        drawn = engine.draw_particles(eta, state)
         points = [jax.tree.map(lambda x: x[i], drawn.points) for i in range(2 * count)]  # noqa: B023
         flat, unravel = ravel_pytree(eta)
         eps = jnp.stack([ravel_pytree(point)[0] - flat for point in points[:count]])
@@ -295,7 +295,7 @@ def test_loss_metrics_and_inner_losses_are_means_and_one_particle_may_fail_for_a
 
     unroll = Unroll(lambda eta: eta, step, lambda eta, x: (x, {"twice": 2 * x}))
     engine = ES(pairs=2, sigma=0.1)
-    points = engine.drawn(jnp.float64(5.0), KEY).points
+    points = engine.draw_particles(jnp.float64(5.0), KEY).points
     (loss, aux), _ = engine.value_and_grad(unroll, jnp.float64(5.0), BATCHES, KEY)
     np.testing.assert_allclose(loss, (points - 0.4 * points).mean())
     np.testing.assert_allclose(aux.metrics["twice"], 2 * loss)
@@ -303,7 +303,7 @@ def test_loss_metrics_and_inner_losses_are_means_and_one_particle_may_fail_for_a
     np.testing.assert_allclose(aux.inner.losses[0], [(points**2).mean()])
     assert aux.inner.finite.all() and aux.inner.finite.shape == (4, 1)
     eta = jnp.float64(0.01)
-    signs = engine.drawn(eta, KEY).points > 0
+    signs = engine.draw_particles(eta, KEY).points > 0
     assert signs.any() and not signs.all()
     (_, aux), _ = engine.value_and_grad(unroll, eta, BATCHES, KEY)
     assert not jnp.isfinite(aux.inner.losses).any()
@@ -364,9 +364,9 @@ def test_where_the_pathwise_derivative_is_of_no_use_the_weight_is_the_estimators
 
 def test_pathwise_gradients_take_over_where_the_estimates_are_not_finite():
     fine, broken = jnp.array([1.0, 3.0]), jnp.array([1.0, jnp.inf])
-    assert mixed(fine, broken) == (2, 1)
-    assert mixed(broken, fine) == (2, 0)
-    found, _ = mixed(broken, broken)
+    assert mix_by_inverse_variance(fine, broken) == (2, 1)
+    assert mix_by_inverse_variance(broken, fine) == (2, 0)
+    found, _ = mix_by_inverse_variance(broken, broken)
     assert not jnp.isfinite(found)  # nothing is made up
 
 

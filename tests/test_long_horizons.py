@@ -28,7 +28,7 @@ from metalearn.algorithms import Hyperparameter, fds_rule
 from metalearn.engines.forward.tangents import PARTS, Part, parts
 from metalearn.engines.grad_recorder import joined
 from metalearn.engines.inner_loop import state_bytes
-from metalearn.engines.nested_scan import kept, within
+from metalearn.engines.nested_scan import saved_states, segment_lengths
 from metalearn.planning.cost import cost
 from metalearn.training.faults import NonFiniteError
 from tests.selection import quick
@@ -215,14 +215,14 @@ def test_nesting_keeps_to_its_budget_and_to_the_gradient(engine):
     ],
 )
 def test_a_budget_takes_as_few_levels_as_will_do(steps, states, lengths):
-    assert within(steps, 8, 8 * states) == lengths
-    assert kept(steps, len(lengths) + 1) <= states
+    assert segment_lengths(steps, 8, 8 * states) == lengths
+    assert saved_states(steps, len(lengths) + 1) <= states
 
 
 def test_a_budget_that_no_nesting_meets_names_the_least_that_would_do():
     with pytest.raises(ValueError, match="keeps 20 states at least.*that is 2,000 bytes"):
-        within(1000, 100, 1999)
-    assert within(1000, 100, 2000)
+        segment_lengths(1000, 100, 1999)
+    assert segment_lengths(1000, 100, 2000)
 
 
 @pytest.mark.parametrize(

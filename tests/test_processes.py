@@ -151,7 +151,7 @@ def test_two_processes_of_which_one_is_asked_to_stop_both_save_and_leave(tmp_pat
 def test_nothing_is_started_where_nothing_is_asked_for():
     processes.start()
     assert processes.is_first()
-    assert processes.agreed({"a": [1, None]}) == {"a": [1, None]}
+    assert processes.broadcast({"a": [1, None]}) == {"a": [1, None]}
 
 
 def test_a_process_that_is_named_in_part_is_refused():
@@ -185,7 +185,7 @@ def test_a_process_beyond_the_last_is_refused():
 
 
 def test_a_machine_of_no_cluster_is_refused_with_the_way_out():
-    assert processes._unknown({"PATH": "/bin"}) == (
+    assert processes._detection_error({"PATH": "/bin"}) == (
         "--distributed found no cluster: this is not SLURM, Open MPI, Kubernetes or a cloud TPU, "
         f"as far as the environment says. {NAMED}"
     )
@@ -193,7 +193,7 @@ def test_a_machine_of_no_cluster_is_refused_with_the_way_out():
 
 def test_an_allocation_without_srun_is_an_unknown_slurm_layout():
     found = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "2", "PATH": "/bin"}
-    assert processes._unknown(found) == (
+    assert processes._detection_error(found) == (
         "Unknown SLURM layout: found SLURM_JOB_ID=12, SLURM_NTASKS=2; SLURM_STEP_NODELIST, "
         f"SLURM_PROCID, SLURM_LOCALID are missing. {SRUN}"
     )
@@ -201,7 +201,7 @@ def test_an_allocation_without_srun_is_an_unknown_slurm_layout():
 
 def test_slurm_with_a_number_that_is_none_is_an_unknown_layout():
     found = SLURM | {"SLURM_NTASKS": "2(x3)"}
-    assert processes._unknown(found) == (
+    assert processes._detection_error(found) == (
         "Unknown SLURM layout: found SLURM_JOB_ID=12, SLURM_STEP_NODELIST=node[3-4], "
         "SLURM_NTASKS=2(x3), SLURM_PROCID=0, SLURM_LOCALID=0; some of it is no number, or no list "
         f"of nodes. {SRUN}"

@@ -222,23 +222,23 @@ def test_a_rule_that_does_not_divide_a_leaf_of_eta_is_refused(shape):
         f"shape {shape} on the mesh tasks=8 x model=2 x tangents=1. Give that path a rule of its "
         "own before this one: P() for a copy on every device."
     ):
-        partition.of_eta(RULES, sizes, "start/kernel", shape)
+        partition.eta_spec(RULES, sizes, "start/kernel", shape)
 
 
 def test_the_first_rule_that_matches_counts_and_no_match_is_a_copy_on_every_device():
     rules, sizes = (("head/kernel", P()), *RULES), EIGHT | {"model": 2}
-    assert partition.of_eta(rules, sizes, "head/kernel", (3, 4)) == P()
-    assert partition.of_eta(rules, sizes, "body/kernel", (3, 4)) == P(None, "model")
-    assert partition.of_eta(rules, sizes, "body/bias", (4,)) == P()
+    assert partition.eta_spec(rules, sizes, "head/kernel", (3, 4)) == P()
+    assert partition.eta_spec(rules, sizes, "body/kernel", (3, 4)) == P(None, "model")
+    assert partition.eta_spec(rules, sizes, "body/bias", (4,)) == P()
 
 
 def test_what_is_none_of_eta_is_cut_by_its_path_or_as_eta_is_by_its_shape_or_not_at_all():
     sizes = EIGHT | {"model": 2}
     eta = {"kernel": np.ones((3, 4)), "head": np.ones(4), "other": np.ones(6)}
-    alike = partition.by_shape(RULES, sizes, eta)
+    alike = partition.specs_by_shape(RULES, sizes, eta)
 
     def spec(path, shape):
-        return partition.of_other(RULES, sizes, path, shape, alike)
+        return partition.state_spec(RULES, sizes, path, shape, alike)
 
     assert spec("0/mu/kernel", (3, 4)) == P(None, "model")
     assert spec("params/0", (3, 4)) == P(None, "model")

@@ -26,8 +26,8 @@ from metalearn.experiments.commands import plan as auto
 from metalearn.experiments.commands import plan as plan_table
 from metalearn.planning.cost import Cost
 from metalearn.planning.plan import Plan, plan, tasks_at_once
-from metalearn.planning.step_cost import Candidate, Costs, Row, changed_fields
-from metalearn.sharding.distributed import agreed, say
+from metalearn.planning.step_cost import Candidate, Row, StepCosts, changed_fields
+from metalearn.sharding.distributed import broadcast, say
 
 
 class Largest(NamedTuple):
@@ -65,7 +65,7 @@ def largest(config: dict[str, Any], key: str, value: int, found: Plan) -> Larges
 
     def row_of(value: int) -> Row:
         trainer, tasks = auto.abstract(_changed(config, key, value))
-        return Costs(trainer, tasks).row(Candidate(leanest.engine), leanest.chunk)
+        return StepCosts(trainer, tasks).row(Candidate(leanest.engine), leanest.chunk)
 
     row = leanest
     if row_of(2 * value).cost == leanest.cost:
@@ -248,7 +248,7 @@ def settled(config: dict[str, Any], checkpoints: pathlib.Path) -> dict[str, Any]
             "`segment` unset."
         )
     kept = _recorded(checkpoints).get(AUTO)
-    chosen = kept or agreed(_choice(config))
+    chosen = kept or broadcast(_choice(config))
     say(f"engine: {chosen['why']}{' (chosen when the run began)' if kept else ''}.")
     return {**config, AUTO: chosen}
 

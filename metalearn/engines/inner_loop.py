@@ -27,7 +27,7 @@ from metalearn._utils.checks import at_least, pick
 from metalearn._utils.trees import is_differentiable
 from metalearn.engines.base import Aux, check_eta, going_backwards, outer_loss
 from metalearn.engines.grad_recorder import Inner, Recorder, joined
-from metalearn.engines.nested_scan import nested_scan, square_root, within
+from metalearn.engines.nested_scan import nested_scan, segment_lengths, square_root
 from metalearn.unroll import Unroll, horizon
 
 REMAT = {
@@ -149,7 +149,7 @@ def _scan(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inne
         return nested_scan(step, state, batches, [length], remat.policy)
     # What the policy keeps beside a state (inner gradients) counts as much as one.
     held = state_bytes(state) * (1 if remat.policy is None else 2)
-    lengths = within(steps, held, remat.budget)
+    lengths = segment_lengths(steps, held, remat.budget)
     return nested_scan(step, state, batches, lengths, None)
 
 

@@ -1,6 +1,6 @@
 """A scan in segments of segments: how few states the way back can do with.
 
-T steps in segments of b, of which the first state is kept: T / b states, and b more while a
+T steps in segments of b, of which the first state is saved: T / b states, and b more while a
 segment is gone through again. With b = sqrt(T) that is 2 sqrt(T), for one more forward pass.
 Segments of segments go on from there: L levels keep about L T^(1/L) states, and take the
 forward pass L times more than keeping every state does (Griewank 1992; Chen et al. 2016,
@@ -53,13 +53,13 @@ def square_root(steps: int) -> int:
     return math.isqrt(steps - 1) + 1
 
 
-def within(steps: int, state_bytes: int, budget: int) -> list[int]:
+def segment_lengths(steps: int, state_bytes: int, budget: int) -> list[int]:
     """Return the lengths of segments, level by level, that keep few enough states.
 
     Args:
       steps: T.
       state_bytes: of one state.
-      budget: bytes that the kept states may take.
+      budget: bytes that the saved states may take.
 
     Returns:
       As few levels as will do: [] where all T states fit.
@@ -68,10 +68,10 @@ def within(steps: int, state_bytes: int, budget: int) -> list[int]:
       ValueError: where no number of levels would do; it says how much would.
     """
     for levels in range(1, max(steps.bit_length(), 1) + 1):
-        if kept(steps, levels) * state_bytes <= budget:
+        if saved_states(steps, levels) * state_bytes <= budget:
             branch = _branch(steps, levels)
             return [branch**level for level in range(levels - 1, 0, -1)]
-    fewest = min(kept(steps, levels) for levels in range(1, steps.bit_length() + 1))
+    fewest = min(saved_states(steps, levels) for levels in range(1, steps.bit_length() + 1))
     raise ValueError(
         f"A loop of {steps} steps keeps {fewest} states at least, with segments of segments, and "
         f"one takes {state_bytes:,} bytes: that is {fewest * state_bytes:,} bytes, and "
@@ -79,7 +79,7 @@ def within(steps: int, state_bytes: int, budget: int) -> list[int]:
     )
 
 
-def kept(steps: int, levels: int) -> int:
+def saved_states(steps: int, levels: int) -> int:
     """Return the states that so many levels keep at a time."""
     return steps if levels == 1 else levels * _branch(steps, levels)
 

@@ -25,7 +25,7 @@ import jax
 from metalearn._utils.device_memory import device_memory, show_bytes
 from metalearn.engines import Forward, MixedFlow, Reverse
 from metalearn.planning.cost import Cost
-from metalearn.planning.step_cost import Candidate, Costs, Row, sets_horizon
+from metalearn.planning.step_cost import Candidate, StepCosts, Row, sets_horizon
 from metalearn.tasks import Tasks, check_tasks
 from metalearn.trainer import Trainer
 
@@ -137,7 +137,7 @@ def plan(
     check_tasks("plan(tasks=)", tasks)
     candidates = CANDIDATES if candidates is None else candidates
     trainer = dataclasses.replace(trainer, segment=None)  # its memory is that of the uncut loop
-    costs = Costs(trainer, jax.eval_shape(lambda tree: tree, tasks))
+    costs = StepCosts(trainer, jax.eval_shape(lambda tree: tree, tasks))
     chunk = trainer.batch.at_once
     rows = [costs.row(candidate, chunk) for candidate in candidates]
     budget = device_memory() if budget is None else budget
@@ -148,7 +148,7 @@ def plan(
     return _with_largest(found, costs, chunk)
 
 
-def _with_largest(found: Plan, costs: Costs, chunk: int) -> Plan:
+def _with_largest(found: Plan, costs: StepCosts, chunk: int) -> Plan:
     """Add what would fit: more tasks at once than one, or fewer inner steps."""
     leanest = found.leanest
     if leanest is None or any(found.fits(row) for row in found.rows if row.chunk == chunk):

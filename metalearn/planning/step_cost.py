@@ -39,7 +39,7 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         """Return the engine as one writes it, without what is at its default."""
-        return spelled(self.engine)
+        return short_repr(self.engine)
 
     @property
     def peak(self) -> int:
@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
+class StepCosts:
     """The costs of one problem; programs that turn out the same are compiled once."""
 
     trainer: Trainer  # what would train; its own engine does not matter
@@ -86,11 +86,13 @@ class Costs:
 
         return cost(jax.jit(step), state.eta, self.tasks, state.key, known=self.known)
 
-    def with_horizon(self, steps: int) -> Costs:
+    def with_horizon(self, steps: int) -> StepCosts:
         """Return the costs of the same problem with another number of inner steps."""
         change: Callable[..., Algorithm] = dataclasses.replace  # an Algorithm is a dataclass
         algorithm = change(self.trainer.algorithm, **{HORIZON: steps})
-        return Costs(dataclasses.replace(self.trainer, algorithm=algorithm), self.tasks, self.known)
+        return StepCosts(
+            dataclasses.replace(self.trainer, algorithm=algorithm), self.tasks, self.known
+        )
 
     def inner_steps(self) -> int:
         """Return the inner steps of an outer step: T, or those of a truncation."""
@@ -114,11 +116,11 @@ def sets_horizon(algorithm: Any) -> bool:
     return HORIZON in [field.name for field in fields]
 
 
-def spelled(engine: Any) -> str:
+def short_repr(engine: Any) -> str:
     """Write an engine, or any dataclass, without the fields that are at their default.
 
     >>> from metalearn import Reverse
-    >>> spelled(Reverse()), spelled(Reverse(remat="step"))
+    >>> short_repr(Reverse()), short_repr(Reverse(remat="step"))
     ('Reverse()', "Reverse(remat='step')")
     """
     fields = [f"{key}={value!r}" for key, value in changed_fields(engine).items()]

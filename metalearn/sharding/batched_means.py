@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from metalearn._utils.checks import is_integer
 from metalearn._utils.trees import split
-from metalearn.sharding.mesh import counted
+from metalearn.sharding.mesh import format_devices
 from metalearn.sizes import MOST_TASKS
 
 
@@ -74,7 +74,7 @@ def _scaled(total: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x / count, total)
 
 
-def mean_of_all(tree: Any, axis: str, whole: bool = True) -> Any:
+def all_reduce_mean(tree: Any, axis: str, whole: bool = True) -> Any:
     """Return the mean of each leaf over a mesh axis that is mapped by hand.
 
     Args:
@@ -142,12 +142,12 @@ def check_shares(tasks_per_step: int, devices: int, chunk: int | None) -> None:
         near = [str(size) for size in (share * devices, (share + 1) * devices) if size]
         fitting = f"sizes that do are {' and '.join(near)}" if share else f"size is {near[0]}"
         raise ValueError(
-            f"tasks_per_step={tasks_per_step} does not divide by the {counted(devices)} that take "
+            f"tasks_per_step={tasks_per_step} does not divide by the {format_devices(devices)} that take "
             f"tasks. The nearest {fitting}."
         )
     if not _in_chunks(share, chunk):
         raise ValueError(
-            f"tasks_per_step={tasks_per_step} on {counted(devices)} is {share} tasks on each, "
+            f"tasks_per_step={tasks_per_step} on {format_devices(devices)} is {share} tasks on each, "
             f"which do not divide into chunks of {chunk}. Chunks that fit: {divisors(share)}."
         )
 

@@ -101,7 +101,7 @@ def _detect(timeout: int) -> None:
     try:
         jax.distributed.initialize(initialization_timeout=timeout)
     except ValueError as error:
-        raise ValueError(_unknown(os.environ)) from error
+        raise ValueError(_detection_error(os.environ)) from error
     except jax.errors.JaxRuntimeError as error:
         raise ConnectionError(
             f"The processes of this cluster did not meet within {timeout} s "
@@ -109,7 +109,7 @@ def _detect(timeout: int) -> None:
         ) from error
 
 
-def _unknown(environment: Mapping[str, str]) -> str:
+def _detection_error(environment: Mapping[str, str]) -> str:
     """Say what could not be read of the environment."""
     found = {name: environment[name] for name in SLURM if name in environment}
     if not found:
@@ -138,7 +138,7 @@ def say(text: str) -> None:
         disk.tell(text)
 
 
-def agreed(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Return the first process's value (JSON) in all of them."""
     if jax.process_count() == 1:
         return value

@@ -35,8 +35,8 @@ from jax.sharding import PartitionSpec as P
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import paths
 from metalearn.sharding import partition
-from metalearn.sharding.batched_means import at_once, check_shares, mean_and_each, mean_of_all
-from metalearn.sharding.mesh import TASKS, compiled, here
+from metalearn.sharding.batched_means import all_reduce_mean, at_once, check_shares, mean_and_each
+from metalearn.sharding.mesh import TASKS, auto_axes, on_current_mesh
 from metalearn.unroll import Batch, Eta, GradFn, InnerState, Unroll
 
 
@@ -81,16 +81,16 @@ class Layout:
     def shardings(self, state: Any) -> Any:
         """Return where each leaf of a train state lies: a pytree like it, of shardings."""
         rules, sizes = self.rules, self.mesh.shape
-        alike = partition.by_shape(rules, sizes, state.eta)
+        alike = partition.specs_by_shape(rules, sizes, state.eta)
 
         def spec(path: str, shape: tuple[int, ...]) -> P:
             part, _, rest = path.partition("/")
             if part == "eta":
-                return partition.of_eta(rules, sizes, rest, shape)
+                return partition.eta_spec(rules, sizes, rest, shape)
             if part == "optimizer":
-                return partition.of_other(rules, sizes, rest, shape, alike)
+                return partition.state_spec(rules, sizes, rest, shape, alike)
             if part == "inner":
-                return P(TASKS, *partition.of_other(rules, sizes, rest, shape[1:], alike))
+                return P(TASKS, *partition.state_spec(rules, sizes, rest, shape[1:], alike))
             return P()
 
         leaves, treedef = jax.tree.flatten(state)
@@ -125,7 +125,7 @@ class Layout:
 
         def on_device(shared: Any, inputs: Any) -> tuple[Any, Any]:
             mean, each = mean_and_each(functools.partial(function, *shared), inputs, chunk)
-            return mean_of_all(mean, TASKS, whole=not self.cuts), each
+            return all_reduce_mean(mean, TASKS, whole=not self.cuts), each
 
         return self._by_hand(on_device, (P(), P(TASKS)))(shared, inputs)
 
@@ -140,14 +140,14 @@ class Layout:
         What varies over devices is not tracked (`check_vma`): eta would count as the same on all
         of them, and each single use of it would be all-reduced on the way back.
         """
-        manual = set(self.mesh.axis_names) - set(compiled(self.mesh.shape))
+        manual = set(self.mesh.axis_names) - set(auto_axes(self.mesh.shape))
         options: Any = {"in_specs": (P(), P(TASKS)), "out_specs": out, "axis_names": manual}
         return jax.shard_map(function, mesh=self.mesh, check_vma=False, **options)
 
     @property
     def cuts(self) -> bool:
         """Say whether a rule cuts anything at all."""
-        there = compiled(self.mesh.shape)
+        there = auto_axes(self.mesh.shape)
         return any(axis in there for _, spec in self.rules for axis in partition.axes(spec))
 
     def constrain(self, unroll: Unroll) -> Unroll:
@@ -163,14 +163,16 @@ class Layout:
 
     def cut(self, state: Any, eta: Any) -> Any:
         """Return an inner state, cut as the rules say, in a program that maps over tasks."""
-        alike = partition.by_shape(self.rules, self.mesh.shape, eta)
+        alike = partition.specs_by_shape(self.rules, self.mesh.shape, eta)
 
         def leaf_cut(path: str, leaf: Any) -> Any:
             shape = jnp.shape(leaf)
-            spec = partition.of_other(self.rules, self.mesh.shape, path, shape, alike)
+            spec = partition.state_spec(self.rules, self.mesh.shape, path, shape, alike)
             if not partition.axes(spec):
                 return leaf
-            return jax.lax.with_sharding_constraint(leaf, here(NamedSharding(self.mesh, spec)))
+            return jax.lax.with_sharding_constraint(
+                leaf, on_current_mesh(NamedSharding(self.mesh, spec))
+            )
 
         leaves, treedef = jax.tree.flatten(state)
         return jax.tree.unflatten(treedef, map(leaf_cut, paths(state), leaves))

@@ -57,7 +57,7 @@ def remaining(there: int, model: int, tangents: int) -> int:
     each = model * tangents
     if each > 0 and there % each:
         raise ValueError(
-            f"The {counted(there)} there {'is' if there == 1 else 'are'} cannot be cut into groups "
+            f"The {format_devices(there)} there {'is' if there == 1 else 'are'} cannot be cut into groups "
             f"of model={model} x tangents={tangents} = {each}. Choose sizes that divide, or say "
             "how many of the groups there are to be: `tasks`."
         )
@@ -71,7 +71,7 @@ def _check(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> None:
     asked, there = math.prod(map(int, sizes.values())), len(devices)
     if asked > there:
         raise ValueError(
-            f"A mesh of {shown(sizes)} takes {counted(asked)}, but there "
+            f"A mesh of {format_sizes(sizes)} takes {format_devices(asked)}, but there "
             f"{'is' if there == 1 else 'are'} {there} ({devices[0].platform}). Ask for no more, "
             "or leave `tasks` unset to take them all. To try a mesh on a CPU: "
             "XLA_FLAGS=--xla_force_host_platform_device_count=8."
@@ -85,19 +85,19 @@ def _chosen(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> list[jax
     own = [[d for d in devices if d.process_index == process] for process in processes]
     if surplus or share > min(map(len, own)):
         raise ValueError(
-            f"A mesh of {shown(sizes)} takes {counted(math.prod(sizes.values()))}, and "
+            f"A mesh of {format_sizes(sizes)} takes {format_devices(math.prod(sizes.values()))}, and "
             f"{len(processes)} processes with {', '.join(str(len(d)) for d in own)} of them cannot "
             f"give as many each. Choose sizes whose product divides by {len(processes)}."
         )
     return [device for mine in own for device in mine[:share]]
 
 
-def compiled(sizes: Mapping[str, int]) -> list[str]:
+def auto_axes(sizes: Mapping[str, int]) -> list[str]:
     """Return the axes that are left to the compiler: all but that of tasks, if more than 1."""
     return [axis for axis, size in sizes.items() if axis != TASKS and size > 1]
 
 
-def here(sharding: NamedSharding) -> NamedSharding:
+def on_current_mesh(sharding: NamedSharding) -> NamedSharding:
     """Return a sharding as the code that is being traced has to name it.
 
     Where some axes of a mesh are mapped by hand (`jax.shard_map`), what is left to the compiler
@@ -107,19 +107,19 @@ def here(sharding: NamedSharding) -> NamedSharding:
     return sharding if context.empty else NamedSharding(context, sharding.spec)
 
 
-def shown(sizes: Mapping[str, int]) -> str:
+def format_sizes(sizes: Mapping[str, int]) -> str:
     """Write the sizes of a mesh for a person.
 
-    >>> shown({"tasks": 4, "model": 2, "tangents": 1})
+    >>> format_sizes({"tasks": 4, "model": 2, "tangents": 1})
     'tasks=4 x model=2 x tangents=1'
     """
     return " x ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
-def counted(count: int) -> str:
+def format_devices(count: int) -> str:
     """Write a number of devices.
 
-    >>> counted(1), counted(8)
+    >>> format_devices(1), format_devices(8)
     ('1 device', '8 devices')
     """
     return f"{count} device{'s' * (count != 1)}"

@@ -18,11 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from metalearn._utils.checks import unusable
 from metalearn._utils.trees import paths
-from metalearn.sharding.mesh import TASKS, shown
+from metalearn.sharding.mesh import TASKS, format_sizes
 
 Rules = tuple[tuple[str, P], ...]
 Sizes = Mapping[str, int]  # of a mesh, by axis
-Alike = dict[tuple[int, ...], P]
+SpecsByShape = dict[tuple[int, ...], P]
 
 
 def check_rules(rules: Rules, sizes: Sizes) -> None:
@@ -41,23 +41,25 @@ def check_rules(rules: Rules, sizes: Sizes) -> None:
             if axis not in sizes:
                 raise ValueError(
                     f"The rule {pattern!r}: {spec} names the axis {axis!r}, which is not in the "
-                    f"mesh {shown(sizes)}."
+                    f"mesh {format_sizes(sizes)}."
                 )
 
 
-def of_eta(rules: Rules, sizes: Sizes, path: str, shape: tuple[int, ...]) -> P:
+def eta_spec(rules: Rules, sizes: Sizes, path: str, shape: tuple[int, ...]) -> P:
     """Return how a leaf of eta is cut; ValueError where its rule does not divide its shape."""
     spec = _rule(rules, path)
     if not _fits(spec, sizes, shape):
         raise ValueError(
             f"The rule for {path!r} of eta is {spec}, which does not divide its shape {shape} on "
-            f"the mesh {shown(sizes)}. Give that path a rule of its own before this one: P() for "
+            f"the mesh {format_sizes(sizes)}. Give that path a rule of its own before this one: P() for "
             "a copy on every device."
         )
     return spec
 
 
-def of_other(rules: Rules, sizes: Sizes, path: str, shape: tuple[int, ...], alike: Alike) -> P:
+def state_spec(
+    rules: Rules, sizes: Sizes, path: str, shape: tuple[int, ...], alike: SpecsByShape
+) -> P:
     """Return how a leaf that is none of eta's is cut: by its path, or like eta's of its shape.
 
     The state of an optimizer and inner states hold scalars and factors beside arrays like eta, so
@@ -67,11 +69,11 @@ def of_other(rules: Rules, sizes: Sizes, path: str, shape: tuple[int, ...], alik
     return spec if axes(spec) and _fits(spec, sizes, shape) else alike.get(shape, P())
 
 
-def by_shape(rules: Rules, sizes: Sizes, eta: Any) -> Alike:
+def specs_by_shape(rules: Rules, sizes: Sizes, eta: Any) -> SpecsByShape:
     """Return how the leaves of eta are cut by their shape, where all of a shape are cut alike."""
     found: dict[tuple[int, ...], set[P]] = {}
     for path, leaf in zip(paths(eta), jax.tree.leaves(eta), strict=True):
-        found.setdefault(leaf.shape, set()).add(of_eta(rules, sizes, path, leaf.shape))
+        found.setdefault(leaf.shape, set()).add(eta_spec(rules, sizes, path, leaf.shape))
     return {shape: next(iter(specs)) for shape, specs in found.items() if len(specs) == 1}
 
 

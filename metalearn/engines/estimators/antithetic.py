@@ -79,11 +79,11 @@ class Antithetic(MetaGradient):
         """Draw the particles of one call; `state` is the engine's own."""
 
     @abc.abstractmethod
-    def begun(self, unroll: Unroll, state: Any, particle: Any) -> Unroll:
+    def particle_unroll(self, unroll: Unroll, state: Any, particle: Any) -> Unroll:
         """Return the unroll of one particle; `particle` is its slice of `Particles.states`."""
 
     @abc.abstractmethod
-    def after(self, particles: Particles, states: Any) -> Any:
+    def next_state(self, particles: Particles, states: Any) -> Any:
         """Return the engine's next state; `states` [2n, ...] are where the particles ended."""
 
     def value_and_grad(
@@ -97,12 +97,12 @@ class Antithetic(MetaGradient):
         def solve(unroll: Unroll, point: Any) -> tuple[jax.Array, Aux]:
             return rollout(unroll, point, batches)
 
-        particles = self.drawn(eta, state)
-        losses, aux = self.at_each(particles, solve, unroll, state)
-        grads = mean(self.samples(particles, losses))
-        return (losses.mean(), self.summary(particles, aux)), grads
+        particles = self.draw_particles(eta, state)
+        losses, aux = self.at_particles(particles, solve, unroll, state)
+        grads = mean(self.pair_estimates(particles, losses))
+        return (losses.mean(), self.mean_aux(particles, aux)), grads
 
-    def drawn(self, eta: Any, state: Any) -> Particles:
+    def draw_particles(self, eta: Any, state: Any) -> Particles:
         """Draw the particles of one call, or refuse what has no derivative or no key."""
         check_eta(eta)
         if not jax.tree.leaves(state):
@@ -112,17 +112,17 @@ class Antithetic(MetaGradient):
             )
         return self.draw(eta, state)
 
-    def at_each(
+    def at_particles(
         self, particles: Particles, solve: Callable[..., Result], unroll: Unroll, state: Any
     ) -> Result:
         """Return `solve(unroll, point)` of every particle: leaves [2n, ...]."""
 
         def one(point: Any, particle: Any) -> Result:
-            return solve(self.begun(unroll, state, particle), point)
+            return solve(self.particle_unroll(unroll, state, particle), point)
 
         return jax.vmap(one)(particles.points, particles.states)
 
-    def samples(self, particles: Particles, losses: jax.Array) -> Any:
+    def pair_estimates(self, particles: Particles, losses: jax.Array) -> Any:
         """Return what each pair estimates, of losses [2n]: like eta, leaves [n, ...]."""
         plus, minus = losses[: self.pairs], losses[self.pairs :]
         slopes = (plus - minus) / (2 * self.sigma**2)
@@ -132,11 +132,11 @@ class Antithetic(MetaGradient):
 
         return jax.vmap(scaled)(slopes, particles.directions)
 
-    def summary(self, particles: Particles, aux: Aux) -> Aux:
+    def mean_aux(self, particles: Particles, aux: Aux) -> Aux:
         """Return one Aux for all particles, of leaves [2n, ...]."""
         inner = Inner(*(x.all(0) if x.dtype == bool else x.mean(0) for x in aux.inner))
         first = jax.tree.map(lambda x: x[0], aux.state)
-        return Aux(mean(aux.metrics), first, inner, self.after(particles, aux.state))
+        return Aux(mean(aux.metrics), first, inner, self.next_state(particles, aux.state))
 
     def perturbations(self, key: jax.Array, eta: Any) -> Any:
         """Draw eps_i ~ N(0, sigma^2 I): like eta, leaves [n, ...]."""

@@ -50,12 +50,12 @@ class ES(Antithetic):
         directions = self.perturbations(now, eta)
         return Particles(mirrored(eta, directions), directions, (), key)
 
-    def begun(self, unroll: Unroll, state: Any, particle: Any) -> Unroll:
+    def particle_unroll(self, unroll: Unroll, state: Any, particle: Any) -> Unroll:
         """Return the unroll as it is: every particle starts where it says."""
         del state, particle
         return unroll
 
-    def after(self, particles: Particles, states: Any) -> Any:
+    def next_state(self, particles: Particles, states: Any) -> Any:
         """Return the key of the next call."""
         del states
         return particles.key

@@ -104,16 +104,16 @@ class InverseVariance(MetaGradient):
         def solve(unroll: Unroll, point: Any) -> tuple[tuple[jax.Array, Aux], Any]:
             return self.pathwise.value_and_grad(unroll, point, batches)
 
-        particles = self.estimator.drawn(eta, state)
-        (losses, aux), slopes = self.estimator.at_each(particles, solve, unroll, state)
-        estimates = self.estimator.samples(particles, losses)
-        grads, weight = mixed(_mean_of_pairs(slopes), estimates)
-        summary = self.estimator.summary(particles, aux)
+        particles = self.estimator.draw_particles(eta, state)
+        (losses, aux), slopes = self.estimator.at_particles(particles, solve, unroll, state)
+        estimates = self.estimator.pair_estimates(particles, losses)
+        grads, weight = mix_by_inverse_variance(_mean_of_pairs(slopes), estimates)
+        summary = self.estimator.mean_aux(particles, aux)
         metrics = {**summary.metrics, "pathwise_weight": weight}
         return (losses.mean(), summary._replace(metrics=metrics)), grads
 
 
-def mixed(pathwise: Any, estimates: Any) -> tuple[Any, jax.Array]:
+def mix_by_inverse_variance(pathwise: Any, estimates: Any) -> tuple[Any, jax.Array]:
     """Mix the means of samples, of leaves [n, ...], by inverse variance: (mean, weight ()).
 
     The weight is that of `pathwise`: 0 where its variance is not finite, or where it is zero

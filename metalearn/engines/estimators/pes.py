@@ -40,7 +40,7 @@ from metalearn.engines.estimators.antithetic import Antithetic, Particles, mirro
 from metalearn.unroll import Unroll, resumed
 
 
-class Persistent(NamedTuple):
+class PESState(NamedTuple):
     """What PES carries from truncation to truncation, for n pairs."""
 
     key: jax.Array  # (): of the perturbations
@@ -58,7 +58,7 @@ class PES(Antithetic):
       sigma: standard deviation of the perturbations of one truncation, in the units of eta.
     """
 
-    def init(self, key: jax.Array, unroll: Unroll, eta: Any) -> Persistent:
+    def init(self, key: jax.Array, unroll: Unroll, eta: Any) -> PESState:
         """Return the state before the first truncation of a run."""
         count = 2 * self.pairs
 
@@ -69,9 +69,9 @@ class PES(Antithetic):
             return jnp.zeros((self.pairs, *jnp.shape(x)), jnp.result_type(x))
 
         states = jax.tree.map(repeated, strong(unroll.init(eta)))  # for their shapes
-        return Persistent(key, jax.tree.map(zeros, eta), states, jnp.array(True))
+        return PESState(key, jax.tree.map(zeros, eta), states, jnp.array(True))
 
-    def draw(self, eta: Any, state: Persistent) -> Particles:
+    def draw(self, eta: Any, state: PESState) -> Particles:
         """Draw the particles of one truncation, which go on from where they are."""
         key, now = jax.random.split(state.key)
         eps = self.perturbations(now, eta)
@@ -79,10 +79,10 @@ class PES(Antithetic):
         xi = jax.tree.map(jnp.add, before, eps)
         return Particles(mirrored(eta, eps), xi, state.states, key)
 
-    def begun(self, unroll: Unroll, state: Persistent, particle: Any) -> Unroll:
+    def particle_unroll(self, unroll: Unroll, state: PESState, particle: Any) -> Unroll:
         """Return the unroll from a particle's own state, or from the beginning of a run."""
         return resumed(unroll, state.fresh, particle)
 
-    def after(self, particles: Particles, states: Any) -> Persistent:
+    def next_state(self, particles: Particles, states: Any) -> PESState:
         """Return the state of the next truncation of the same run."""
-        return Persistent(particles.key, particles.directions, strong(states), jnp.array(False))
+        return PESState(particles.key, particles.directions, strong(states), jnp.array(False))

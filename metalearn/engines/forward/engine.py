@@ -36,7 +36,7 @@ from metalearn._utils.checks import at_most, counts, is_integer
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import split
 from metalearn.engines.base import Aux, MetaGradient, check_eta, outer_loss
-from metalearn.engines.forward.tangents import begins_flat, norms, padded, parts, pushed
+from metalearn.engines.forward.tangents import first_reads, parts, push, round_up, tangent_norms
 from metalearn.engines.grad_recorder import Inner, joined
 from metalearn.engines.inner_loop import step_body
 from metalearn.unroll import Unroll, horizon
@@ -151,7 +151,9 @@ class Forward(MetaGradient):
             if self.inexact_decay != 1:
                 tangents = [self.inexact_decay * tangent for tangent in tangents]
             state, tangents, inner = self._linear(step, state, eta, tangents, directions)
-            return (state, tangents), inner._replace(tangent_norm=norms(tangents, stream.tangents))
+            return (state, tangents), inner._replace(
+                tangent_norm=tangent_norms(tangents, stream.tangents)
+            )
 
         begun = stream.state, [tangent[:active] for tangent in stream.tangents]
         (state, tangents), inner = jax.lax.scan(move, begun, numbers)
@@ -180,13 +182,13 @@ class Forward(MetaGradient):
     def _begins(self, unroll: Unroll, eta: Any) -> np.ndarray:
         """Return the step at which each direction comes into play; random ones all at once."""
         if self.directions is None:
-            return begins_flat(unroll.begins, eta)
+            return first_reads(unroll.begins, eta)
         return np.zeros(self.directions, int)
 
     def _active(self, unroll: Unroll, eta: Any, until: int | None) -> int:
         begins = self._begins(unroll, eta)
         begun = len(begins) if until is None else int((begins < until).sum())
-        return padded(begun, self.sharding)
+        return round_up(begun, self.sharding)
 
     def _directions(self, unroll: Unroll, eta: Any, key: Any) -> tuple[Any, Any]:
         """Return (pytree like eta with leaves [k, ...], the engine's next state)."""
@@ -203,7 +205,7 @@ class Forward(MetaGradient):
         else:
             key, now = jax.random.split(key)
             rows = jax.random.rademacher(now, (self.directions, flat.size), flat.dtype)
-        surplus = padded(len(rows), self.sharding) - len(rows)
+        surplus = round_up(len(rows), self.sharding) - len(rows)
         return jax.vmap(unravel)(jnp.pad(rows, ((0, surplus), (0, 0)))), key
 
     def _refuse_if_large(self, count: int) -> None:
@@ -234,7 +236,7 @@ class Forward(MetaGradient):
             return new_diff, (new_rest, seen)
 
         new_diff, linear, (new_rest, seen) = jax.linearize(differentiable, diff, eta, has_aux=True)
-        moved = pushed(linear, (tangents, directions), self.chunk, self.sharding)
+        moved = push(linear, (tangents, directions), self.chunk, self.sharding)
         return joins[-1](new_diff, new_rest), moved, seen
 
     def _combine(self, unroll: Unroll, slopes: jax.Array, directions: Any, eta: Any) -> Any:

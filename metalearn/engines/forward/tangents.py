@@ -16,34 +16,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn.sharding.mesh import here
+from metalearn.sharding.mesh import on_current_mesh
 
 Sharding = jax.sharding.Sharding | None
 
 
-def pushed(linear: Callable[..., Any], tangents: Any, chunk: int | None, sharding: Sharding) -> Any:
+def push(linear: Callable[..., Any], tangents: Any, chunk: int | None, sharding: Sharding) -> Any:
     """Apply `linear` to each of k tuples, a tuple of pytrees with leaves [k, ...]."""
-    tangents = placed(tangents, sharding)
+    tangents = place(tangents, sharding)
     if chunk is None:
-        return placed(jax.vmap(linear)(*tangents), sharding)
+        return place(jax.vmap(linear)(*tangents), sharding)
     count = jax.tree.leaves(tangents)[0].shape[0]
     return jax.lax.map(lambda one: linear(*one), tangents, batch_size=min(chunk, count))
 
 
-def placed(tangents: Any, sharding: Sharding) -> Any:
+def place(tangents: Any, sharding: Sharding) -> Any:
     """Spread the leading axis of every leaf over devices."""
-    if sharding is None or shards(sharding) == 1:
+    if sharding is None or shard_count(sharding) == 1:
         return tangents
-    where = here(sharding) if isinstance(sharding, jax.sharding.NamedSharding) else sharding
+    where = (
+        on_current_mesh(sharding) if isinstance(sharding, jax.sharding.NamedSharding) else sharding
+    )
     return jax.lax.with_sharding_constraint(tangents, where)
 
 
-def padded(count: int, sharding: Sharding) -> int:
+def round_up(count: int, sharding: Sharding) -> int:
     """Return the next number of tangents that divides among the devices."""
-    return -(-count // shards(sharding)) * shards(sharding)
+    return -(-count // shard_count(sharding)) * shard_count(sharding)
 
 
-def shards(sharding: Sharding) -> int:
+def shard_count(sharding: Sharding) -> int:
     """Return the number of parts that a leading axis is cut into."""
     if sharding is None:
         return 1
@@ -51,7 +53,7 @@ def shards(sharding: Sharding) -> int:
     return devices // sharding.shard_shape((devices,))[0]
 
 
-def norms(tangents: list[jax.Array], all_of_them: list[jax.Array]) -> jax.Array:
+def tangent_norms(tangents: list[jax.Array], all_of_them: list[jax.Array]) -> jax.Array:
     """Return the norm of each tangent over all leaves [N], zero for those not pushed."""
     if not tangents:
         return jnp.zeros(0)
@@ -82,7 +84,7 @@ class Part(NamedTuple):
     active: int
 
 
-def begins_flat(begins: Any, eta: Any) -> np.ndarray:
+def first_reads(begins: Any, eta: Any) -> np.ndarray:
     """Return the step that first reads each scalar of eta, in the order of `ravel_pytree`."""
     leaves = jax.tree.leaves(eta)
     if begins is None:
