@@ -1,4 +1,4 @@
-"""Forward mode: tangents travel with the inner state. See `engine.py`."""
+"""Forward mode through the inner loop; see `metalearn.engines.forward.engine`."""
 
 from metalearn.engines.forward.engine import Forward
 

@@ -1,20 +1,21 @@
-"""Forward mode through the loop: tangents travel with the state, nothing is stored.
+"""Forward mode through the inner loop: tangents are carried with the inner state.
 
-With S_t = d theta_t / d eta, one column per direction in eta, each inner step pushes
-the state and all columns on together,
+With S_t = d theta_t / d eta, one column (a tangent) per direction in eta, each inner step maps
+the state and all tangents to the next,
 
     S_{t+1} = (d step / d theta) S_t + (d step / d eta) E
 
-and the meta-gradient is (d loss / d theta_T) S_T + d loss / d eta. The primal runs
-once however many columns there are (the step is linearized once), memory is flat in T,
-and the cost is about one step per column: the engine of long horizons with a handful of
-hyperparameters (Franceschi et al. 2017, arXiv:1703.01785; Micaelli & Storkey 2021,
-arXiv:2007.07869). A column of an entry of eta that no step has read yet is zero, and where the
-unroll says so (`Unroll.begins`) it is not pushed.
+where the columns of E are the directions. The meta-gradient is
+(d loss / d theta_T) S_T + d loss / d eta. The step is linearized once, however many tangents
+there are. Memory is flat in T, and the time is about one inner step per tangent and step: the
+engine of long horizons with a handful of hyperparameters (Franceschi et al. 2017,
+arXiv:1703.01785; Micaelli & Storkey 2021, arXiv:2007.07869). The tangent of an entry of eta that
+no step has read yet is zero, and where `Unroll.begins` says so it is not pushed
+(`metalearn.engines.forward.tangents`).
 
-The loop need not run in one call. `start`, `advance` as often as one likes, and `finish` do
-what `value_and_grad` does, and the `Stream` between them is all there is to keep: a run can be
-checkpointed inside a trajectory (`Trainer(segment=)` does).
+The loop may be split over several calls: `start`, then `advance` any number of times, and
+`finish` compute what `value_and_grad` does. The `Stream` between two calls is all that has to be
+saved, so a checkpoint can be written in the middle of an inner loop (`Trainer(segment=)`).
 
 For a large eta, `directions=k` pushes k random directions v with E[v v^T] = I and
 returns the mean of (dF . v) v: unbiased, with a variance of about |eta| / k times the
@@ -39,32 +40,46 @@ from metalearn.engines.base import Aux, MetaGradient, check_eta, outer_loss
 from metalearn.engines.forward.tangents import first_reads, parts, push, round_up, tangent_norms
 from metalearn.engines.grad_recorder import Inner, joined
 from metalearn.engines.inner_loop import step_body
-from metalearn.unroll import Unroll, horizon
+from metalearn.unroll import Batch, Eta, InnerState, Metrics, Unroll, horizon
 
 MOST_DIRECTIONS = 1_000_000
 
 
 class Stream(NamedTuple):
-    """A loop in forward mode that stands between two steps: all it takes to go on."""
+    """An inner loop in forward mode, between two steps.
 
-    state: Any  # theta_t and whatever else the loop carries
-    tangents: list[jax.Array]  # of its float leaves, each [k, ...]
-    directions: Any  # like eta, leaves [k, ...]; in the order in which they come into play
-    engine: Any = ()  # the engine's next state
+    Args:
+      state: theta_t and whatever else the loop carries.
+      tangents: of the float leaves of `state`, each [k, ...].
+      directions: like eta, leaves [k, ...], sorted by the step that first reads each.
+      engine: the engine's state for its next call.
+    """
+
+    state: InnerState
+    tangents: list[jax.Array]
+    directions: Eta
+    engine: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Forward(MetaGradient):
-    """One tangent per meta-parameter (exact), or `directions` random ones (unbiased)."""
+    """Forward mode: one tangent per meta-parameter (exact), or random directions (unbiased).
 
-    directions: int | None = None  # None: all of eta, exactly
-    chunk: int | None = None  # tangents pushed at once; None: all
-    max_directions: int = 1024  # an exact push of more than this is refused
-    # Tangents spread over devices (not with `chunk`) along their leading axis, such as
-    # `NamedSharding(mesh, PartitionSpec("tangents"))`; None: as the compiler pleases.
+    Args:
+      directions: random directions in eta; None: every entry of eta, exactly.
+      chunk: tangents pushed at once; None: all of them.
+      max_directions: the most meta-parameters that are differentiated exactly; more are refused.
+      sharding: of the leading axis of the tangents over devices (not together with `chunk`), such
+        as `NamedSharding(mesh, PartitionSpec("tangents"))`; None: left to the compiler.
+      inexact_decay: multiplies every tangent before each step. Below 1, earlier steps count less
+        and the derivative is biased (MARTHE, Donini et al. 2020, arXiv:1910.08525); 0 is greedy,
+        1 is exact.
+    """
+
+    directions: int | None = None
+    chunk: int | None = None
+    max_directions: int = 1024
     sharding: jax.sharding.Sharding | None = None
-    # What a tangent is multiplied with at each step: below 1 the past fades out of the
-    # derivative, which is then biased (MARTHE, Donini et al. 2020, arXiv:1910.08525); 0 is greedy.
     inexact_decay: float = 1.0
 
     def __post_init__(self) -> None:
@@ -76,8 +91,8 @@ class Forward(MetaGradient):
         counts("Forward", 0, max_directions=self.max_directions)
         if self.chunk is not None and self.sharding is not None:
             raise ValueError(
-                "`Forward(chunk=..., sharding=...)`: tangents are pushed a few at a time, or "
-                "spread over devices all at once. Choose one."
+                "`Forward(chunk=..., sharding=...)`: tangents are pushed in chunks, or all at once "
+                "and sharded over devices. Choose one."
             )
         if not 0 <= self.inexact_decay <= 1:
             raise ValueError(
@@ -85,116 +100,118 @@ class Forward(MetaGradient):
                 "exact."
             )
 
-    def init(self, key: jax.Array, unroll: Unroll, eta: Any) -> Any:
-        """Return the key of the random directions; nothing where the push is exact."""
+    def init(self, key: jax.Array, unroll: Unroll, eta: Eta) -> Any:
+        """Return the key of the random directions; () where the derivative is exact."""
         del unroll, eta
         return () if self.directions is None else key
 
     def value_and_grad(
-        self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
-    ) -> tuple[tuple[jax.Array, Aux], Any]:
+        self, unroll: Unroll, eta: Eta, batches: Batch, state: Any = ()
+    ) -> tuple[tuple[jax.Array, Aux], Eta]:
         """Return ((loss (), aux), meta-gradient like eta)."""
         steps = horizon(batches)
-        stream, seen = self.start(unroll, eta, state), []
+        stream, recorded = self.start(unroll, eta, state), []
         for part in parts(self._begins(unroll, eta), steps):
-            numbers = jnp.arange(part.start, part.stop)  # no copy of the batches themselves
-            stream, inner = self._through(unroll, eta, stream, batches, numbers, part.stop)
-            seen.append(inner)
-        return self.finish(unroll, eta, stream, joined(seen))
+            indices = jnp.arange(part.start, part.stop)  # so that batches are not copied
+            stream, inner = self._scan(unroll, eta, stream, batches, indices, part.stop)
+            recorded.append(inner)
+        return self.finish(unroll, eta, stream, joined(recorded))
 
-    def start(self, unroll: Unroll, eta: Any, state: Any = ()) -> Stream:
+    def start(self, unroll: Unroll, eta: Eta, state: Any = ()) -> Stream:
         """Return the stream before the first step; `state` is the engine's own."""
         check_eta(eta)
         directions, state = self._directions(unroll, eta, state)
 
-        def init(_: Any, eta: Any) -> tuple[Any, Any]:
+        def init(_: Any, eta: Eta) -> tuple[InnerState, None]:
             return unroll.init(eta), None
 
-        first, tangents, _ = self._linear(init, (), eta, [], directions)
-        return Stream(first, tangents, directions, state)
+        theta, tangents, _ = self._push(init, (), eta, [], directions)
+        return Stream(theta, tangents, directions, state)
 
     def advance(
-        self, unroll: Unroll, eta: Any, stream: Stream, batches: Any, until: int | None = None
+        self, unroll: Unroll, eta: Eta, stream: Stream, batches: Batch, until: int | None = None
     ) -> tuple[Stream, Inner]:
-        """Take the next steps: (stream, what the loop saw).
+        """Take the next inner steps: (stream, what was recorded of them).
 
         Args:
-          unroll: as for `start`, and so is eta.
-          eta: the meta-parameters.
-          stream: where the loop stands.
-          batches: leaves [t, ...], of these steps.
-          until: the number of the step after them. Directions that come into play later
-            (`Unroll.begins`) are left alone; None pushes all.
+          unroll: that of `start`.
+          eta: that of `start`.
+          stream: from `start`, or from `advance` before.
+          batches: of these steps, leaves [t, ...].
+          until: the number of inner steps taken so far, with these. Directions that a later step
+            first reads (`Unroll.begins`) are not pushed; None pushes all.
         """
-        return self._through(unroll, eta, stream, batches, jnp.arange(horizon(batches)), until)
+        return self._scan(unroll, eta, stream, batches, jnp.arange(horizon(batches)), until)
 
-    def _through(
+    def _scan(
         self,
         unroll: Unroll,
-        eta: Any,
+        eta: Eta,
         stream: Stream,
-        batches: Any,
-        numbers: jax.Array,
+        batches: Batch,
+        indices: jax.Array,
         until: int | None,
     ) -> tuple[Stream, Inner]:
-        """Take the steps of these numbers."""
-        active = self._active(unroll, eta, until)
+        """Scan over the batches at `indices`, with the tangents that may be non-zero by `until`."""
+        begins = self._begins(unroll, eta)
+        count = len(begins) if until is None else int((begins < until).sum())
+        active = round_up(count, self.sharding)
         directions = jax.tree.map(lambda x: x[:active], stream.directions)
 
-        def move(carry: tuple[Any, list[jax.Array]], number: jax.Array) -> Any:
-            batch = jax.tree.map(lambda x: jnp.asarray(x)[number], batches)
+        def body(carry: tuple[InnerState, list[jax.Array]], index: jax.Array) -> Any:
+            batch = jax.tree.map(lambda x: jnp.asarray(x)[index], batches)
 
-            def step(state: Any, eta: Any) -> tuple[Any, Inner]:
+            def step(state: InnerState, eta: Eta) -> tuple[InnerState, Inner]:
                 return step_body(unroll, eta, jax.value_and_grad)(state, batch)
 
             state, tangents = carry
             if self.inexact_decay != 1:
                 tangents = [self.inexact_decay * tangent for tangent in tangents]
-            state, tangents, inner = self._linear(step, state, eta, tangents, directions)
-            return (state, tangents), inner._replace(
-                tangent_norm=tangent_norms(tangents, stream.tangents)
-            )
+            state, tangents, inner = self._push(step, state, eta, tangents, directions)
+            norms = tangent_norms(tangents, stream.tangents)
+            return (state, tangents), inner._replace(tangent_norm=norms)
 
-        begun = stream.state, [tangent[:active] for tangent in stream.tangents]
-        (state, tangents), inner = jax.lax.scan(move, begun, numbers)
-        later = [tangent[active:] for tangent in stream.tangents]
-        tangents = [jnp.concatenate(pair) for pair in zip(tangents, later, strict=True)]
+        carry = stream.state, [tangent[:active] for tangent in stream.tangents]
+        (state, tangents), inner = jax.lax.scan(body, carry, indices)
+        zeros = [tangent[active:] for tangent in stream.tangents]  # not pushed yet
+        tangents = [jnp.concatenate(pair) for pair in zip(tangents, zeros, strict=True)]
         return stream._replace(state=state, tangents=tangents), inner
 
-    def ends(self, unroll: Unroll, eta: Any, steps: int) -> list[int]:
-        """Return where the parts of T steps end, in their order: at most six."""
+    def ends(self, unroll: Unroll, eta: Eta, steps: int) -> list[int]:
+        """Return the ends of the parts of T steps, ascending, at most six: values for `until`."""
         return [part.stop for part in parts(self._begins(unroll, eta), steps)]
 
     def finish(
-        self, unroll: Unroll, eta: Any, stream: Stream, inner: Inner
-    ) -> tuple[tuple[jax.Array, Aux], Any]:
-        """Return ((loss (), aux), meta-gradient like eta) of a loop that has run."""
-        diff, rest, join = split(stream.state)
+        self, unroll: Unroll, eta: Eta, stream: Stream, inner: Inner
+    ) -> tuple[tuple[jax.Array, Aux], Eta]:
+        """Return ((loss (), aux), meta-gradient like eta) after the last step."""
+        floats, others, join = split(stream.state)
 
-        def outer(diff: list[jax.Array], eta: Any) -> tuple[jax.Array, Any]:
-            return outer_loss(unroll, eta, join(diff, rest))
+        def outer(floats: list[jax.Array], eta: Eta) -> tuple[jax.Array, Metrics]:
+            return outer_loss(unroll, eta, join(floats, others))
 
-        (loss, metrics), cotangents = jax.value_and_grad(outer, (0, 1), has_aux=True)(diff, eta)
+        (loss, metrics), cotangents = jax.value_and_grad(outer, (0, 1), has_aux=True)(floats, eta)
         slopes = _inner_products(cotangents, (stream.tangents, stream.directions))  # [k]
-        grads = self._combine(unroll, slopes, stream.directions, eta)
+        grads = self._gradient(unroll, slopes, stream.directions, eta)
         return (loss, Aux(metrics, stream.state, inner, stream.engine)), grads
 
-    def _begins(self, unroll: Unroll, eta: Any) -> np.ndarray:
-        """Return the step at which each direction comes into play; random ones all at once."""
+    def _begins(self, unroll: Unroll, eta: Eta) -> np.ndarray:
+        """Return the step that first reads each direction [k]; random ones are read at step 0."""
         if self.directions is None:
             return first_reads(unroll.begins, eta)
         return np.zeros(self.directions, int)
 
-    def _active(self, unroll: Unroll, eta: Any, until: int | None) -> int:
-        begins = self._begins(unroll, eta)
-        begun = len(begins) if until is None else int((begins < until).sum())
-        return round_up(begun, self.sharding)
-
-    def _directions(self, unroll: Unroll, eta: Any, key: Any) -> tuple[Any, Any]:
-        """Return (pytree like eta with leaves [k, ...], the engine's next state)."""
+    def _directions(self, unroll: Unroll, eta: Eta, key: Any) -> tuple[Eta, Any]:
+        """Return (directions like eta with leaves [k, ...], the engine's next state)."""
         flat, unravel = jax.flatten_util.ravel_pytree(eta)
         if self.directions is None:
-            self._refuse_if_large(flat.size)
+            if flat.size > self.max_directions:
+                raise ValueError(
+                    "`Forward()` pushes one tangent per meta-parameter, but `eta` has "
+                    f"{flat.size:,} of them (max_directions={self.max_directions}). Use "
+                    "`MixedFlow()` for a problem of this size, `Forward(directions=k)` for an "
+                    "unbiased estimate, or raise `max_directions` if the memory is there."
+                )
             order = np.argsort(self._begins(unroll, eta), kind="stable")
             rows, key = jnp.eye(flat.size, dtype=flat.dtype)[order], ()
         elif isinstance(key, tuple):
@@ -208,46 +225,50 @@ class Forward(MetaGradient):
         surplus = round_up(len(rows), self.sharding) - len(rows)
         return jax.vmap(unravel)(jnp.pad(rows, ((0, surplus), (0, 0)))), key
 
-    def _refuse_if_large(self, count: int) -> None:
-        if count > self.max_directions:
-            raise ValueError(
-                f"`Forward()` pushes one tangent per meta-parameter, but `eta` has {count:,} of "
-                f"them (max_directions={self.max_directions}). Use `MixedFlow()` for a problem "
-                "of this size, `Forward(directions=k)` for an unbiased estimate, or raise "
-                "`max_directions` if the memory is there."
-            )
-
-    def _linear(
+    def _push(
         self,
-        function: Callable[[Any, Any], tuple[Any, Any]],
+        function: Callable[[Any, Eta], tuple[InnerState, Any]],
         state: Any,
-        eta: Any,
+        eta: Eta,
         tangents: list[jax.Array],
-        directions: Any,
-    ) -> tuple[Any, list[jax.Array], Any]:
-        """Apply `function` to (state, eta) once, and its derivative to every tangent."""
-        diff, rest, join = split(state)
+        directions: Eta,
+    ) -> tuple[InnerState, list[jax.Array], Any]:
+        """Linearize `function` at (state, eta) and push every tangent through it.
+
+        Args:
+          function: state, eta -> (next state, aux).
+          state: its first argument.
+          eta: its second.
+          tangents: of the float leaves of `state`, each [k, ...].
+          directions: the tangents of eta, leaves [k, ...].
+
+        Returns:
+          (next state, the tangents of its float leaves, aux).
+        """
+        floats, others, join = split(state)
         joins = []
 
-        def differentiable(diff: list[jax.Array], eta: Any) -> Any:
-            new, seen = function(join(diff, rest), eta)
-            new_diff, new_rest, new_join = split(new)
-            joins.append(new_join)
-            return new_diff, (new_rest, seen)
+        def on_floats(floats: list[jax.Array], eta: Eta) -> Any:
+            next_state, aux = function(join(floats, others), eta)
+            next_floats, next_others, next_join = split(next_state)
+            joins.append(next_join)
+            return next_floats, (next_others, aux)
 
-        new_diff, linear, (new_rest, seen) = jax.linearize(differentiable, diff, eta, has_aux=True)
-        moved = push(linear, (tangents, directions), self.chunk, self.sharding)
-        return joins[-1](new_diff, new_rest), moved, seen
+        next_floats, linear, (next_others, aux) = jax.linearize(
+            on_floats, floats, eta, has_aux=True
+        )
+        next_tangents = push(linear, (tangents, directions), self.chunk, self.sharding)
+        return joins[-1](next_floats, next_others), next_tangents, aux
 
-    def _combine(self, unroll: Unroll, slopes: jax.Array, directions: Any, eta: Any) -> Any:
-        """Turn directional derivatives [k] into a gradient like eta."""
-        drawn = self.directions
-        if drawn is None:
+    def _gradient(self, unroll: Unroll, slopes: jax.Array, directions: Eta, eta: Eta) -> Eta:
+        """Return the gradient, like eta, of directional derivatives [k]."""
+        count = self.directions
+        if count is None:
             flat, unravel = jax.flatten_util.ravel_pytree(eta)
             order = np.argsort(self._begins(unroll, eta), kind="stable")
             return unravel(slopes[np.argsort(order)].astype(flat.dtype))
         return jax.tree.map(
-            lambda v: (jnp.tensordot(slopes, v, 1) / drawn).astype(v.dtype), directions
+            lambda v: (jnp.tensordot(slopes, v, 1) / count).astype(v.dtype), directions
         )
 
 
