@@ -417,14 +417,14 @@ def test_a_row_of_a_plan_is_named_as_a_config_names_it():
 
 @pytest.mark.parametrize("engine", [ES, PES])
 def test_no_pairs_are_refused(engine):
-    message = f"`{engine.__name__}(pairs=0)`: the loss is looked at in pairs of points, eta + eps"
+    message = f"`{engine.__name__}(pairs=0)`: the loss is evaluated at pairs of points, eta + eps"
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         engine(pairs=0)
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_sigma_that_divides_by_nothing_is_refused(sigma):
-    message = f"`PES(sigma={sigma})` is the standard deviation of perturbations of eta, by whose"
+    message = f"`PES(sigma={sigma})` is the standard deviation of perturbations of eta, and "
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         PES(sigma=sigma)
 
@@ -449,7 +449,7 @@ def test_an_eta_without_a_derivative_is_refused(engine):
 
 
 def test_a_mixture_refuses_one_pair_and_what_is_no_estimator():
-    message = "`InverseVariance` takes variances over pairs, and `ES(pairs=1, sigma=0.01)` has but"
+    message = "`InverseVariance` takes variances over pairs, and `ES(pairs=1, sigma=0.01)` has only"
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         InverseVariance(ES())
     message = "`InverseVariance(estimator=)` takes `ES(pairs=n)` or `PES(pairs=n)`, not Reverse("

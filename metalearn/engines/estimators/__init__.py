@@ -1,4 +1,4 @@
-"""Estimators: meta-gradients from outer losses at perturbed eta."""
+"""Estimators of the meta-gradient from outer losses at perturbed eta."""
 
 from metalearn.engines.estimators.es import ES
 from metalearn.engines.estimators.inverse_variance import InverseVariance

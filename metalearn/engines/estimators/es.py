@@ -1,18 +1,20 @@
-"""Evolution strategies: the derivative of a smoothed loss, from losses alone.
+"""Evolution strategies: the meta-gradient of a smoothed loss, from losses alone.
 
     dF/deta  ~  mean_i (F(eta + eps_i) - F(eta - eps_i)) / (2 sigma^2) eps_i
 
-with eps_i ~ N(0, sigma^2 I); `metalearn.engines.estimators.antithetic` derives it. The inner loop need not
-be differentiable, nor differentiable to any use: after long unrolls the loss is often chaotic in
-eta, its derivative explodes, and that of the smoothed loss does not. The price is variance: it
-grows with the size of eta, so this is for hyperparameters and small learned optimizers.
+with eps_i ~ N(0, sigma^2 I); see `metalearn.engines.estimators.antithetic` for the derivation. The
+inner loop need not be differentiable. Where it is, the derivative may still be useless: after a
+long unroll the loss is often chaotic in eta and its derivative explodes, while that of the
+smoothed loss does not. The variance grows with the size of eta, so this engine is for
+hyperparameters and small learned optimizers.
 
 | n pairs | memory                     | time, in forward passes of the loop | bias       |
 |---------|----------------------------|-------------------------------------|------------|
 | `ES`    | 2n inner states, flat in T | 2n                                  | O(sigma^2) |
 
-Truncated, every particle starts from the one carried state, which then counts as a constant: the
-estimate is biased towards the short term, as truncated backpropagation is. `PES` is not.
+In truncated unrolls every particle starts from the one carried inner state, which is treated as a
+constant. The estimate is then biased towards the short term, like truncated backpropagation;
+`PES` is not.
 
 References: Rechenberg 1973; Nesterov and Spokoiny 2017 (their Gaussian smoothing); Salimans et al.
 2017, "Evolution Strategies as a Scalable Alternative to Reinforcement Learning"
@@ -22,40 +24,40 @@ References: Rechenberg 1973; Nesterov and Spokoiny 2017 (their Gaussian smoothin
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 
 from metalearn.engines.estimators.antithetic import Antithetic, Particles, mirrored
-from metalearn.unroll import Unroll
+from metalearn.unroll import Eta, InnerState, Unroll
 
 
 @dataclasses.dataclass(frozen=True)
 class ES(Antithetic):
-    """Antithetic evolution strategies: unbiased for the smoothed loss of a whole unroll.
+    """Antithetic evolution strategies: unbiased for the smoothed loss of a full unroll.
 
     Args:
-      pairs: n, of perturbations that mirror each other; 2n inner loops run, all at once.
-      sigma: standard deviation of the perturbations, in the units of eta.
+      pairs: n, mirrored pairs of perturbations; 2n inner loops run, all at once.
+      sigma: standard deviation of the perturbations, in the units of eta. Large: a smoother loss,
+        and a bias of O(sigma^2). Small: differences of losses are lost to rounding.
     """
 
-    def init(self, key: jax.Array, unroll: Unroll, eta: Any) -> Any:
+    def init(self, key: jax.Array, unroll: Unroll, eta: Eta) -> jax.Array:
         """Return the key of the perturbations."""
         del unroll, eta
         return key
 
-    def draw(self, eta: Any, state: Any) -> Particles:
-        """Draw the particles of one call; they carry nothing from call to call."""
+    def draw(self, eta: Eta, state: jax.Array) -> Particles:
+        """Draw the particles of one call; no inner states are carried from call to call."""
         key, now = jax.random.split(state)
         directions = self.perturbations(now, eta)
         return Particles(mirrored(eta, directions), directions, (), key)
 
-    def particle_unroll(self, unroll: Unroll, state: Any, particle: Any) -> Unroll:
-        """Return the unroll as it is: every particle starts where it says."""
+    def particle_unroll(self, unroll: Unroll, state: jax.Array, particle: InnerState) -> Unroll:
+        """Return the unroll unchanged: every particle starts from its `init`."""
         del state, particle
         return unroll
 
-    def next_state(self, particles: Particles, states: Any) -> Any:
+    def next_state(self, particles: Particles, states: InnerState) -> jax.Array:
         """Return the key of the next call."""
         del states
         return particles.key
