@@ -220,7 +220,7 @@ def test_a_budget_takes_as_few_levels_as_will_do(steps, states, lengths):
 
 
 def test_a_budget_that_no_nesting_meets_names_the_least_that_would_do():
-    with pytest.raises(ValueError, match="keeps 20 states at least.*that is 2,000 bytes"):
+    with pytest.raises(ValueError, match="saves at least 20 states.*that is 2,000 bytes"):
         segment_lengths(1000, 100, 1999)
     assert segment_lengths(1000, 100, 2000)
 

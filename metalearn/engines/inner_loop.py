@@ -1,16 +1,15 @@
-"""The inner loop as a scan, and what of it is kept for the way back.
+"""The inner loop as a scan, and which of its residuals are saved for the backward pass.
 
-Reverse mode reads every step again, backwards. Keeping what each step computed costs
-O(T) activations; keeping only the states costs one more forward pass. So does keeping the
-state of every sqrt(T)-th step and, while the steps from one to the next are gone through again,
-all that these compute: memory O(sqrt(T)) (Chen et al. 2016, arXiv:1604.06174). Keeping only
-their states then, too, costs one more pass (Griewank 1992).
+The backward pass visits every inner step in reverse. Saving all residuals of each step costs O(T)
+activations; saving only the inner states costs one more forward pass. So does saving every
+sqrt(T)-th state and recomputing the steps in between with all their residuals, one segment after
+the other: memory O(sqrt(T)) (Chen et al. 2016, arXiv:1604.06174). Saving only states within a
+segment, too, costs one more forward pass (Griewank 1992).
 
-Where theta_0 does not depend on eta, nothing upstream of the first step needs a derivative
-with respect to it. A scan computes it all the same, since its steps are all alike; a first
-step taken apart from the scan ("peeled") does not.
-
-Whether a function's result depends on its argument, read off its jaxpr.
+Where theta_0 does not depend on eta, the backward pass can stop before the first step: no
+derivative with respect to theta_0 is needed. A scan computes it all the same, because its steps
+are all alike. A first step outside the scan (`peel`) does not; `depends` reads off the jaxpr of
+`Unroll.init` whether this is allowed.
 """
 
 from __future__ import annotations
@@ -27,50 +26,56 @@ from metalearn._utils.checks import at_least, pick
 from metalearn._utils.trees import is_differentiable
 from metalearn.engines.base import Aux, check_eta, going_backwards, outer_loss
 from metalearn.engines.grad_recorder import Inner, Recorder, joined
-from metalearn.engines.nested_scan import nested_scan, segment_lengths, square_root
-from metalearn.unroll import Unroll, horizon
+from metalearn.engines.nested_scan import Body, nested_scan, segment_lengths, square_root
+from metalearn.unroll import Batch, Eta, InnerState, Unroll, horizon
 
 REMAT = {
-    "none": "every step keeps all it computed",
-    "step": "every step keeps its state",
-    "segments": "about every sqrt(T)-th step keeps its state; between two, steps keep all again",
-    "nested": "about every sqrt(T)-th step keeps its state; between two, steps keep theirs again",
+    "none": "all residuals of every step are saved",
+    "step": "the state of every step is saved",
+    "segments": "about every sqrt(T)-th state is saved; all residuals of one segment at a time",
+    "nested": "about every sqrt(T)-th state is saved; the states of one segment at a time",
 }
 SEGMENTED = ("segments", "nested")
-Body = Callable[[Any, Any], tuple[Any, Inner]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Remat:
-    """What of the loop is kept for the way back."""
+    """Rematerialisation: which residuals of the loop are saved for the backward pass.
 
-    mode: str = "none"  # one of REMAT
-    segment: int | None = None  # SEGMENTED: steps between kept states; None: sqrt(T)
-    budget: int | None = None  # "nested": bytes for kept states, instead of a segment
-    peel: bool = False  # take the first step apart, where theta_0 does not depend on eta
-    # "step" and "nested": of `jax.checkpoint`, what is kept beside states.
+    Args:
+      mode: one of `REMAT`.
+      segment: "segments" and "nested": inner steps between saved states; None: sqrt(T).
+      budget: "nested": bytes that the saved states may take, instead of a segment.
+      peel: take the first step outside the scan, where theta_0 does not depend on eta.
+      policy: "step" and "nested": of `jax.checkpoint`: which residuals are saved besides states.
+    """
+
+    mode: str = "none"
+    segment: int | None = None
+    budget: int | None = None
+    peel: bool = False
     policy: Callable[..., bool] | None = None
 
     def __post_init__(self) -> None:
         pick(REMAT, self.mode, "remat")
         if self.segment is not None and self.mode not in SEGMENTED:
             raise ValueError(
-                f"`segment` is the number of inner steps between kept states of remat='nested' or "
+                f"`segment` is the number of inner steps between saved states of remat='nested' or "
                 f"'segments', and cannot be {self.segment} with remat={self.mode!r}."
             )
         at_least("remat", 0, budget=self.budget)
         if self.budget is not None and (self.mode != "nested" or self.segment is not None):
             raise ValueError(
-                "`budget` chooses the segments of remat='nested' by the bytes that kept states may "
-                f"take; it cannot be {self.budget} with remat={self.mode!r} and "
+                "`budget` chooses the segments of remat='nested' by the bytes that saved states "
+                f"may take; it cannot be {self.budget} with remat={self.mode!r} and "
                 f"segment={self.segment}."
             )
 
 
-def step_body(unroll: Unroll, eta: Any, value_and_grad: Callable[..., Any]) -> Body:
-    """Return one inner step as a scan body: state, batch -> state, what it saw."""
+def step_body(unroll: Unroll, eta: Eta, value_and_grad: Callable[..., Any]) -> Body:
+    """Return one inner step as a scan body: state, batch -> next state, what was recorded."""
 
-    def body(state: Any, batch: Any) -> tuple[Any, Inner]:
+    def body(state: InnerState, batch: Batch) -> tuple[InnerState, Inner]:
         recorder = Recorder(value_and_grad)
         after = unroll.step(eta, state, batch, recorder.grad)
         return after, recorder.inner(state, after)
@@ -80,15 +85,15 @@ def step_body(unroll: Unroll, eta: Any, value_and_grad: Callable[..., Any]) -> B
 
 def backpropagate(
     unroll: Unroll,
-    eta: Any,
-    batches: Any,
+    eta: Eta,
+    batches: Batch,
     value_and_grad: Callable[..., Any],
     remat: Remat,
-) -> tuple[tuple[jax.Array, Aux], Any]:
+) -> tuple[tuple[jax.Array, Aux], Eta]:
     """Return ((loss (), aux), meta-gradient like eta), by reverse mode over the loop."""
     check_eta(eta)
 
-    def objective(eta: Any) -> tuple[jax.Array, Aux]:
+    def objective(eta: Eta) -> tuple[jax.Array, Aux]:
         return rollout(unroll, eta, batches, value_and_grad, remat)
 
     with going_backwards():
@@ -97,8 +102,8 @@ def backpropagate(
 
 def rollout(
     unroll: Unroll,
-    eta: Any,
-    batches: Any,
+    eta: Eta,
+    batches: Batch,
     value_and_grad: Callable[..., Any] = jax.value_and_grad,
     remat: Remat = Remat(),
 ) -> tuple[jax.Array, Aux]:
@@ -111,50 +116,47 @@ def rollout(
     return loss, Aux(metrics, state, inner)
 
 
-def scan(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inner]:
-    """Scan `body` over the T slices of `batches`."""
+def scan(body: Body, state: InnerState, batches: Batch, remat: Remat) -> tuple[InnerState, Inner]:
+    """Scan `body` over the T slices of `batches`: (state after T steps, what was recorded)."""
     if horizon(batches) == 1:
         return _once(body, state, batches, remat)
     if not remat.peel:
         return _scan(body, state, batches, remat)
-    head, tail = (jax.tree.map(lambda x, part=part: x[part], batches) for part in _PEELED)
+    head = jax.tree.map(lambda x: x[:1], batches)
+    tail = jax.tree.map(lambda x: x[1:], batches)
     state, first = _once(body, state, head, remat)
-    rest = dataclasses.replace(remat, peel=False)
-    state, inner = scan(body, state, tail, rest)
+    state, inner = scan(body, state, tail, dataclasses.replace(remat, peel=False))
     return state, joined([first, inner])
 
 
-_PEELED = slice(0, 1), slice(1, None)
-
-
-def _once(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inner]:
-    """Take the only step without a loop, which would copy all it keeps for the way back."""
+def _once(body: Body, state: InnerState, batches: Batch, remat: Remat) -> tuple[InnerState, Inner]:
+    """Take a single step without a scan, which would copy all residuals of that step."""
     if remat.mode in ("step", "nested"):
         body = jax.checkpoint(body, policy=remat.policy)
     state, inner = body(state, jax.tree.map(lambda x: x[0], batches))
     return state, jax.tree.map(lambda x: x[None], inner)
 
 
-def _scan(body: Body, state: Any, batches: Any, remat: Remat) -> tuple[Any, Inner]:
+def _scan(body: Body, state: InnerState, batches: Batch, remat: Remat) -> tuple[InnerState, Inner]:
     steps = horizon(batches)
     length = remat.segment or square_root(steps)
     if remat.mode == "none" or (remat.mode == "segments" and length >= steps):
         return jax.lax.scan(body, state, batches)
-    if remat.mode == "segments":  # no policy: to keep gradients of all segments would be T g
+    if remat.mode == "segments":  # no policy: it would save T inner gradients
         return nested_scan(body, state, batches, [length], None)
     step = jax.checkpoint(body, policy=remat.policy, prevent_cse=False)
     if remat.mode == "step":
         return jax.lax.scan(step, state, batches)
     if remat.budget is None:
         return nested_scan(step, state, batches, [length], remat.policy)
-    # What the policy keeps beside a state (inner gradients) counts as much as one.
-    held = state_bytes(state) * (1 if remat.policy is None else 2)
-    lengths = segment_lengths(steps, held, remat.budget)
+    # The residuals that the policy saves with a state (inner gradients) take as much again.
+    saved = state_bytes(state) * (1 if remat.policy is None else 2)
+    lengths = segment_lengths(steps, saved, remat.budget)
     return nested_scan(step, state, batches, lengths, None)
 
 
-def state_bytes(state: Any) -> int:
-    """Return the bytes of a state."""
+def state_bytes(state: InnerState) -> int:
+    """Return the bytes of an inner state."""
     shapes = jax.tree.leaves(jax.eval_shape(lambda tree: tree, state))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes)
 
@@ -162,10 +164,11 @@ def state_bytes(state: Any) -> int:
 def depends(function: Callable[[Any], Any], argument: Any) -> bool:
     """Say whether a floating-point leaf of `function(argument)` may depend on `argument`.
 
-    Never wrongly no: an operation passes dependence on from any input to all its outputs.
+    Conservative: no false negatives. All outputs of an operation count as dependent if any of its
+    inputs does.
     """
     jaxpr = jax.make_jaxpr(function)(argument).jaxpr
-    if jaxpr.effects:  # a reference may carry it where no variable does
+    if jaxpr.effects:  # a mutable reference may pass a value on where no variable does
         return True
     reached = set(jaxpr.invars)
     for equation in jaxpr.eqns:

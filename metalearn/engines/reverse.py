@@ -1,19 +1,18 @@
-"""Reverse mode through the loop: what `jax.grad` of an unrolled inner loop does.
+"""Reverse mode through the inner loop: `jax.grad` of the unrolled loop.
 
-One backward pass gives the derivative for any number of meta-parameters. It needs
-every step again on the way back, and `remat` says what is kept and what is
-recomputed. With T inner steps, |theta| the size of the inner state and A the
-activations of one step:
+One backward pass gives the derivative for any number of meta-parameters. It needs the
+residuals of every inner step, and `remat` says which are saved and which are recomputed.
+With T inner steps, |theta| the size of the inner state and A the activations of one step:
 
-| remat      | memory                   | extra work               |
+| remat      | memory                   | extra time               |
 |------------|--------------------------|--------------------------|
 | "none"     | T (A + |theta|)          | none                     |
 | "step"     | T |theta| + A            | one more forward loop    |
 | "segments" | sqrt(T) (A + 2 |theta|)  | one more forward loop    |
 | "nested"   | 2 sqrt(T) |theta| + A    | two more forward loops   |
 
-With a `budget`, "nested" goes as deep as it must and no deeper: L levels keep L T^(1/L)
-states and take L more forward loops.
+With a `budget`, "nested" takes the fewest levels of segments that fit: L levels save
+L T^(1/L) states and take L more forward loops.
 
 References: Maclaurin et al. 2015 (arXiv:1502.03492); Franceschi et al. 2017
 (arXiv:1703.01785) for reverse against forward; Chen et al. 2016 (arXiv:1604.06174).
@@ -30,7 +29,7 @@ from metalearn._utils.checks import at_least
 from metalearn._utils.fields import check_fields
 from metalearn.engines.base import Aux, MetaGradient
 from metalearn.engines.inner_loop import Remat, backpropagate
-from metalearn.unroll import Unroll
+from metalearn.unroll import Batch, Eta, Unroll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +38,10 @@ class Reverse(MetaGradient):
 
     Args:
       remat: "none", "step", "segments" or "nested".
-      segment: "segments" and "nested": inner steps between kept states; None: sqrt(T).
-      budget: "nested": bytes that kept states of one task may take at a time, instead of a segment.
-      peel: take the first step apart where theta_0 does not depend on eta: fewer FLOPs, one more
-        step to compile. Off: this engine is the textbook's.
+      segment: "segments" and "nested": inner steps between saved states; None: sqrt(T).
+      budget: "nested": bytes that the saved states of one task may take, instead of a segment.
+      peel: take the first step outside the scan where theta_0 does not depend on eta: fewer FLOPs,
+        one more step to compile. Off by default: then this is textbook backpropagation.
     """
 
     remat: str = "none"
@@ -56,8 +55,8 @@ class Reverse(MetaGradient):
         self._remat()
 
     def value_and_grad(
-        self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
-    ) -> tuple[tuple[jax.Array, Aux], Any]:
+        self, unroll: Unroll, eta: Eta, batches: Batch, state: Any = ()
+    ) -> tuple[tuple[jax.Array, Aux], Eta]:
         """Return ((loss (), aux), meta-gradient like eta)."""
         return backpropagate(unroll, eta, batches, jax.value_and_grad, self._remat())
 
