@@ -142,8 +142,8 @@ def in_parts(engine, unroll, eta, batches, steps, key=KEY):
 
     def advance(carry, part):
         (state, reached), (first, batches) = carry, part
-        resumed = reached if unroll.resume is None else unroll.resume(reached)
-        resumed = unroll._replace(init=lambda eta: select(first, unroll.init(eta), resumed))
+        start = reached if unroll.resume is None else unroll.resume(reached)
+        resumed = unroll._replace(init=lambda eta: select(first, unroll.init(eta), start))
         (loss, aux), grads = engine.value_and_grad(resumed, eta, batches, state)
         return (aux.engine, aux.state), (loss, grads)
 
