@@ -1,15 +1,14 @@
-"""A function over a batch, its results averaged, all at once or a chunk at a time.
+"""Means over the tasks of an outer step: over chunks on a device, and over devices.
 
-Chunks bound memory, and on a CPU they are often faster too: the activations of a few
-tasks stay in cache. Results agree up to the order of a floating-point sum.
+The tasks of an outer step divide among the devices (a device's share), and a share into chunks.
 
-The average over devices, in one piece: a message costs its latency however short it is.
-
-A meta-gradient has a leaf for every array of eta, and there are a dozen metrics. One all-reduce
-each would be a hundred waits for the slowest device. Laid end to end in one vector, they are one.
-The vector has the widest dtype among them, so none loses digits.
-
-How the tasks of an outer step divide among devices, and each device's share into chunks.
+- A chunk is vmapped, and chunks are scanned. Chunks bound memory, and on a CPU they are often
+  faster too, because the activations of a few tasks stay in the cache. Results agree up to the
+  order of a floating-point sum.
+- The mean over devices is one all-reduce of one vector. A message costs its latency however short
+  it is. With one all-reduce for every leaf of a meta-gradient and every metric, an outer step
+  would wait for the slowest device a hundred times. The vector has the widest dtype of its parts,
+  so none loses precision.
 """
 
 from __future__ import annotations
@@ -28,75 +27,73 @@ from metalearn.sharding.mesh import format_devices
 from metalearn.sizes import MOST_TASKS
 
 
-def mean_over(function: Callable[[Any], Any], inputs: Any, chunk: int | None) -> Any:
-    """Return the mean of `function` over the leading axis of `inputs`, leaves [n, ...].
-
-    `chunk` must divide n; None takes all n at once. Integer and boolean results are
-    averaged as floats.
-    """
-    return mean_and_each(lambda one: (function(one), ()), inputs, chunk)[0]
-
-
 def mean_and_each(
     function: Callable[[Any], tuple[Any, Any]], inputs: Any, chunk: int | None
 ) -> tuple[Any, Any]:
-    """Return (the mean of what `function` returns first, what it returns second: [n, ...])."""
+    """Apply `function` to every input; return the mean of its first output, and all the second.
+
+    Args:
+      function: input -> (output to average, output to return for each input). Integer and boolean
+        outputs are averaged as float32.
+      inputs: leaves [n, ...].
+      chunk: inputs that are vmapped at once, a divisor of n; None: all n.
+
+    Returns:
+      (means, second outputs with leaves [n, ...]).
+    """
     count = jax.tree.leaves(inputs)[0].shape[0]
     if chunk is None or chunk == count:
         total, each = _sum_and_each(function, inputs)
-        return _scaled(total, count), each
+        return _divide(total, count), each
 
-    def add(total: Any, part: Any) -> tuple[Any, Any]:
-        summed, each = _sum_and_each(function, part)
+    def add(total: Any, inputs: Any) -> tuple[Any, Any]:
+        summed, each = _sum_and_each(function, inputs)
         return jax.tree.map(jnp.add, total, summed), each
 
-    parts = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), inputs)
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes, _ = jax.eval_shape(lambda part: _sum_and_each(function, part), first)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), inputs)
+    first = jax.tree.map(lambda x: x[0], chunks)
+    shapes, _ = jax.eval_shape(lambda inputs: _sum_and_each(function, inputs), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, each = jax.lax.scan(add, zeros, parts)
-    return _scaled(total, count), jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), each)
+    total, each = jax.lax.scan(add, zeros, chunks)
+    return _divide(total, count), jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), each)
 
 
-def _sum_and_each(function: Callable[[Any], tuple[Any, Any]], part: Any) -> tuple[Any, Any]:
-    if jax.tree.leaves(part)[0].shape[0] == 1:  # a plain matmul beats a batched one of size 1
-        summed, each = function(jax.tree.map(lambda x: x[0], part))
-        return jax.tree.map(_as_float, summed), jax.tree.map(lambda x: x[None], each)
-    averaged, each = jax.vmap(function)(part)
-    return jax.tree.map(lambda x: _as_float(x).sum(0), averaged), each
+def _sum_and_each(function: Callable[[Any], tuple[Any, Any]], inputs: Any) -> tuple[Any, Any]:
+    if jax.tree.leaves(inputs)[0].shape[0] == 1:  # a plain matmul is faster than a batch of one
+        outputs, each = function(jax.tree.map(lambda x: x[0], inputs))
+        return jax.tree.map(_as_float, outputs), jax.tree.map(lambda x: x[None], each)
+    outputs, each = jax.vmap(function)(inputs)
+    return jax.tree.map(lambda x: _as_float(x).sum(0), outputs), each
 
 
 def _as_float(x: jax.Array) -> jax.Array:
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 
-def _scaled(total: Any, count: int) -> Any:
+def _divide(total: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x / count, total)
 
 
 def all_reduce_mean(tree: Any, axis: str, whole: bool = True) -> Any:
-    """Return the mean of each leaf over a mesh axis that is mapped by hand.
+    """Return the mean of each leaf over a manual axis of a mesh (`jax.shard_map`).
 
     Args:
       tree: leaves of inexact dtypes.
-      axis: its name.
-      whole: whether each device has all of every leaf. Where some are cut along another axis,
-        laying them end to end would gather them: arrays then travel one by one, and the scalars
-        together.
+      axis: the name of the axis.
+      whole: whether every leaf is whole on each device: all leaves then share one all-reduce. If
+        some are sharded along another axis, concatenating them would gather them: only the
+        scalars then share an all-reduce.
     """
-    together, alone, join = split(tree, lambda leaf: whole or not leaf.ndim)
-    return join(_end_to_end(together, axis), [jax.lax.pmean(leaf, axis) for leaf in alone])
-
-
-def _end_to_end(leaves: list[jax.Array], axis: str) -> list[jax.Array]:
-    if not leaves:
-        return []
-    dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
-    packed = jnp.concatenate([leaf.ravel().astype(dtype) for leaf in leaves])
-    ends = itertools.accumulate(leaf.size for leaf in leaves)
-    parts = jnp.split(jax.lax.pmean(packed, axis), list(ends)[:-1])
-    pairs = zip(parts, leaves, strict=True)
-    return [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in pairs]
+    packed, single, join = split(tree, lambda leaf: whole or not leaf.ndim)
+    means = []
+    if packed:
+        dtype = jnp.result_type(*(leaf.dtype for leaf in packed))
+        vector = jnp.concatenate([leaf.ravel().astype(dtype) for leaf in packed])
+        ends = itertools.accumulate(leaf.size for leaf in packed)
+        parts = jnp.split(jax.lax.pmean(vector, axis), list(ends)[:-1])
+        pairs = zip(parts, packed, strict=True)
+        means = [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in pairs]
+    return join(means, [jax.lax.pmean(leaf, axis) for leaf in single])
 
 
 SHOWN = 16  # of the numbers that fit
@@ -136,33 +133,33 @@ def divisors(number: int) -> str:
 
 
 def check_shares(tasks_per_step: int, devices: int, chunk: int | None) -> None:
-    """Raise ValueError where tasks do not divide among devices, or a share into chunks."""
+    """Raise ValueError if tasks do not divide among devices, or a share into chunks."""
     share, surplus = divmod(tasks_per_step, devices)
     if surplus:
-        near = [str(size) for size in (share * devices, (share + 1) * devices) if size]
-        fitting = f"sizes that do are {' and '.join(near)}" if share else f"size is {near[0]}"
+        sizes = [str(size) for size in (share * devices, (share + 1) * devices) if size]
+        nearest = f"sizes that do are {' and '.join(sizes)}" if share else f"size is {sizes[0]}"
         raise ValueError(
-            f"tasks_per_step={tasks_per_step} does not divide by the {format_devices(devices)} that take "
-            f"tasks. The nearest {fitting}."
+            f"tasks_per_step={tasks_per_step} does not divide by the {format_devices(devices)} "
+            f"that take tasks. The nearest {nearest}."
         )
     if not _in_chunks(share, chunk):
         raise ValueError(
-            f"tasks_per_step={tasks_per_step} on {format_devices(devices)} is {share} tasks on each, "
-            f"which do not divide into chunks of {chunk}. Chunks that fit: {divisors(share)}."
+            f"tasks_per_step={tasks_per_step} on {format_devices(devices)} is {share} tasks on "
+            f"each, which do not divide into chunks of {chunk}. Chunks that fit: {divisors(share)}."
         )
 
 
-def most_devices(tasks_per_step: int, chunk: int | None, there: int, processes: int = 1) -> int:
-    """Return the most devices that tasks divide among, as many of each process; 0: none.
+def most_devices(tasks_per_step: int, chunk: int | None, devices: int, processes: int = 1) -> int:
+    """Return the most devices, equally many of each process, that tasks divide among; 0: none.
 
     >>> most_devices(16, None, 8), most_devices(10, None, 8), most_devices(9, None, 8, processes=2)
     (8, 5, 0)
-    >>> most_devices(24, 4, 4)  # 6 tasks on each of 4 devices are no whole chunks of 4
+    >>> most_devices(24, 4, 4)  # 6 tasks on each of 4 devices do not divide into chunks of 4
     3
     """
     fitting = [
         count
-        for count in range(processes, there + 1, processes)
+        for count in range(processes, devices + 1, processes)
         if tasks_per_step % count == 0 and _in_chunks(tasks_per_step // count, chunk)
     ]
     return max(fitting, default=0)

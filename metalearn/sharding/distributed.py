@@ -1,11 +1,12 @@
-"""One run in several processes: how they find each other, and which of them speaks.
+"""One run in several processes: how they connect, and what only the first of them does.
 
-Each process runs the same program and owns the devices of its machine; together they are one
-mesh (`metalearn.sharding.mesh`). They meet at a coordinator, a port of process 0's machine. `jax` finds it
-by itself on SLURM, Open MPI, Kubernetes and cloud TPUs; anywhere else it has three arguments.
+Each process runs the same program and owns the devices of its machine; the devices of all
+processes are one mesh (`metalearn.sharding.mesh`). The processes connect to a coordinator, a port
+on the machine of process 0. `jax` detects it on SLURM, Open MPI, Kubernetes and cloud TPUs;
+elsewhere three arguments name it.
 
-All of them take part in what is computed and in saving a checkpoint, whose directory they share.
-What is printed, logged and written besides is the first one's.
+All processes compute, and all save checkpoints, to a directory that they share. Only the first
+one prints, logs and writes other files.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jax.experimental import multihost_utils
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import first_line
 
-# What jax reads of SLURM; `srun` sets them all for each process it starts.
+# The variables of SLURM that jax reads; `srun` sets all of them for each process it starts.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 NAMED = (
     "Or name the processes: --coordinator=HOST:PORT --processes=N --process=I, with I from 0 to "
@@ -38,25 +39,25 @@ def start(
     detect: bool = False,
     timeout: int = 300,
 ) -> None:
-    """Join the other processes of a run; before anything is computed. Nothing by default.
+    """Connect to the other processes of a run, before any computation. By default does nothing.
 
     Args:
       coordinator: "host:port" of process 0.
-      processes: how many there are.
-      process: which of them this is, from 0.
-      detect: find all three: SLURM, Open MPI, Kubernetes, cloud TPUs.
-      timeout: seconds to wait for the others.
+      processes: the number of processes.
+      process: the index of this process, from 0.
+      detect: detect all three, on SLURM, Open MPI, Kubernetes or cloud TPUs.
+      timeout: seconds to wait for the other processes.
 
     Raises:
-      ValueError: if they do not fit together, or nothing is found.
-      ConnectionError: if the others do not come.
+      ValueError: if the arguments do not fit together, or no cluster is detected.
+      ConnectionError: if the other processes do not connect in time.
     """
-    given = {"coordinator": coordinator, "processes": processes, "process": process}
-    if all(value is None for value in given.values()):
+    options = {"coordinator": coordinator, "processes": processes, "process": process}
+    if all(value is None for value in options.values()):
         if detect:
             _detect(timeout)
         return
-    _check(given, detect)
+    _check(options, detect)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -73,9 +74,9 @@ def start(
         ) from error
 
 
-def _check(given: Mapping[str, Any], detect: bool) -> None:
-    coordinator, processes, process = given.values()
-    missing = [f"--{name}" for name, value in given.items() if value is None]
+def _check(options: Mapping[str, Any], detect: bool) -> None:
+    coordinator, processes, process = options.values()
+    missing = [f"--{name}" for name, value in options.items() if value is None]
     if missing:
         raise ValueError(
             "--coordinator, --processes and --process belong together: "
@@ -110,39 +111,41 @@ def _detect(timeout: int) -> None:
 
 
 def _detection_error(environment: Mapping[str, str]) -> str:
-    """Say what could not be read of the environment."""
-    found = {name: environment[name] for name in SLURM if name in environment}
-    if not found:
+    """Return the error text for an environment in which jax detects no cluster."""
+    variables = {name: environment[name] for name in SLURM if name in environment}
+    if not variables:
         return (
             "--distributed found no cluster: this is not SLURM, Open MPI, Kubernetes or a cloud "
             f"TPU, as far as the environment says. {NAMED}"
         )
-    shown = ", ".join(f"{name}={value}" for name, value in found.items())
-    missing = [name for name in SLURM if name not in found]
-    lacks = f"{', '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing"
-    what = lacks if missing else "some of it is no number, or no list of nodes"
+    values = ", ".join(f"{name}={value}" for name, value in variables.items())
+    missing = [name for name in SLURM if name not in variables]
+    reason = f"{', '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing"
+    if not missing:
+        reason = "some of it is no number, or no list of nodes"
     return (
-        f"Unknown SLURM layout: found {shown}; {what}. `srun` sets all of {', '.join(SLURM)} for "
-        f"every process that it starts, so start with `srun metalearn ... --distributed`. {NAMED}"
+        f"Unknown SLURM layout: found {values}; {reason}. `srun` sets all of {', '.join(SLURM)} "
+        "for every process that it starts, so start with `srun metalearn ... --distributed`. "
+        f"{NAMED}"
     )
 
 
 def is_first() -> bool:
-    """Say whether this process is the one that prints, logs and writes."""
+    """Say whether this is the first process, which prints, logs and writes."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """Print a line above a progress bar, in the first process alone."""
+    """Print a line above a progress bar, in the first process only."""
     if is_first():
         disk.tell(text)
 
 
 def broadcast(value: Any) -> Any:
-    """Return the first process's value (JSON) in all of them."""
+    """Return the value of the first process, a JSON value, in all processes."""
     if jax.process_count() == 1:
         return value
     text = np.frombuffer(strict_json.dumps(value).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.resize(text, length)  # that of the others is not read
+    padded = np.resize(text, length)  # the same shape everywhere; only the first one's is read
     return strict_json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))

@@ -1,23 +1,24 @@
-"""Where the arrays of a run lie: the layout of an outer step over a mesh of devices.
+"""The layout of an outer step over a mesh of devices: how its arrays and its tasks are sharded.
 
 With n devices along the axis "tasks", every device draws and unrolls its own tasks_per_step / n
-tasks and averages them, and one all-reduce averages the averages:
+tasks and averages their meta-gradients, and one all-reduce averages these:
 
-    g = 1/n sum_i g_i          |eta| numbers and the metrics, once in an outer step
+    g = 1/n sum_i g_i          |eta| numbers and the metrics, once per outer step
 
-The task-sharded memory (inner states, activations, what is kept for the way back) falls to 1/n;
-eta, the outer optimizer's state and the data are on every device. The outer update is computed
-on each of them, from the same numbers.
+The memory of the tasks (inner states, activations, residuals for the backward pass) falls to 1/n.
+Eta, the state of the outer optimizer and the data are replicated. Every device computes the same
+outer update.
 
-An eta that is too large for a device is cut along the axis "model" (FSDP, Zhao et al. 2023,
-arXiv:2304.11277; ZeRO, Rajbhandari et al. 2019, arXiv:1910.02054). Rules (`metalearn.sharding.partition`)
-say how:
+An eta that is too large for one device is sharded along the axis "model" (FSDP, Zhao et al. 2023,
+arXiv:2304.11277; ZeRO, Rajbhandari et al. 2019, arXiv:1910.02054) by rules
+(`metalearn.sharding.partition`):
 
     Layout(make_mesh(model=2), rules=(("embedding", P("model")), ("kernel$", P(None, "model"))))
 
-They hold for eta, where they have to fit; and, where they fit, for the state of the outer
-optimizer, whose paths end in those of eta, and for inner states, by path or by being of the shape
-of a leaf of eta. What no rule matches is whole on every device. The compiler does the rest.
+The rules must divide the leaves of eta that they match. Where they divide, they also hold for the
+state of the outer optimizer, whose paths end in those of eta, and for inner states, by path or
+because a leaf has the shape of a leaf of eta. An array that no rule matches is replicated. The
+compiler partitions the computation.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from metalearn.unroll import Batch, Eta, GradFn, InnerState, Unroll
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh with an axis "tasks", and rules for what is cut along its other axes.
+    """A mesh with an axis "tasks", and rules for arrays that are sharded along its other axes.
 
     Args:
-      mesh: of `metalearn.make_mesh`, or any whose axes are left to the compiler.
-      rules: (regular expression, how a leaf with such a path is cut); the first match counts.
+      mesh: from `metalearn.make_mesh`, or any with an axis "tasks" and axes of type `Auto`.
+      rules: (regular expression of paths, `PartitionSpec`) each; the first match counts.
     """
 
     mesh: Mesh
@@ -71,26 +72,26 @@ class Layout:
 
     @property
     def devices(self) -> int:
-        """Return how many devices, or groups of them, take tasks of their own."""
+        """Return the number of devices, or groups of devices, that unroll tasks of their own."""
         return self.mesh.shape[TASKS]
 
     def check(self, tasks_per_step: int, chunk: int | None) -> None:
-        """Raise ValueError where the tasks of a step do not divide among the devices."""
+        """Raise ValueError if the tasks of an outer step do not divide among the devices."""
         check_shares(tasks_per_step, self.devices, chunk)
 
     def shardings(self, state: Any) -> Any:
-        """Return where each leaf of a train state lies: a pytree like it, of shardings."""
+        """Return the sharding of each leaf of a train state: a pytree like it."""
         rules, sizes = self.rules, self.mesh.shape
-        alike = partition.specs_by_shape(rules, sizes, state.eta)
+        eta_specs = partition.specs_by_shape(rules, sizes, state.eta)
 
         def spec(path: str, shape: tuple[int, ...]) -> P:
             part, _, rest = path.partition("/")
             if part == "eta":
                 return partition.eta_spec(rules, sizes, rest, shape)
             if part == "optimizer":
-                return partition.state_spec(rules, sizes, rest, shape, alike)
+                return partition.state_spec(rules, sizes, rest, shape, eta_specs)
             if part == "inner":
-                return P(TASKS, *partition.state_spec(rules, sizes, rest, shape[1:], alike))
+                return P(TASKS, *partition.state_spec(rules, sizes, rest, shape[1:], eta_specs))
             return P()
 
         leaves, treedef = jax.tree.flatten(state)
@@ -99,46 +100,55 @@ class Layout:
 
     @property
     def replicated(self) -> NamedSharding:
-        """Return the sharding of what every device has a whole copy of."""
+        """Return the sharding of an array with a copy on every device."""
         return NamedSharding(self.mesh, P())
 
     def replicate(self, tree: Any) -> Any:
-        """Return a pytree of arrays with a copy on every device, of every process.
+        """Return a pytree of arrays with a copy on every device of every process.
 
-        In each process it has to hold the same numbers. What lies there already stays.
+        The values must be the same in every process. Arrays that are replicated already are not
+        copied.
         """
-        return jax.tree.map(functools.partial(_put, where=self.replicated), tree)
+
+        def put(leaf: Any) -> Any:
+            if isinstance(leaf, jax.Array) and leaf.sharding == self.replicated:
+                return leaf
+            # Not by `device_put`, which sends it to all processes to compare.
+            return jax.jit(_identity, out_shardings=self.replicated)(leaf)
+
+        return jax.tree.map(put, tree)
 
     def mean_and_each(
         self, function: Callable[..., tuple[Any, Any]], shared: Any, inputs: Any, chunk: int | None
     ) -> tuple[Any, Any]:
-        """Do what `metalearn.sharding.batched_means.mean_and_each` does, every device with its own inputs.
+        """Do `metalearn.sharding.batched_means.mean_and_each` with the inputs sharded over "tasks".
 
         Args:
-          function: (*shared, input) -> what is averaged, what is returned of each.
-          shared: what every device has all of; inside, nothing of outside may be closed over.
+          function: (*shared, input) -> (output to average, output to return for each input). It
+            must not close over traced values.
+          shared: a tuple of pytrees that are replicated over "tasks".
           inputs: leaves [n, ...].
-          chunk: as many at once on a device.
+          chunk: inputs that are vmapped at once on a device; None: all of its share.
         """
-        own = jax.tree.leaves(inputs)[0].shape[0] // self.devices
-        chunk = at_once(own, chunk)
+        share = jax.tree.leaves(inputs)[0].shape[0] // self.devices
+        chunk = at_once(share, chunk)
 
         def on_device(shared: Any, inputs: Any) -> tuple[Any, Any]:
             mean, each = mean_and_each(functools.partial(function, *shared), inputs, chunk)
             return all_reduce_mean(mean, TASKS, whole=not self.cuts), each
 
-        return self._by_hand(on_device, (P(), P(TASKS)))(shared, inputs)
+        return self._shard_map(on_device, (P(), P(TASKS)))(shared, inputs)
 
     def each(self, function: Callable[[Any, Any], Any], shared: Any, inputs: Any) -> Any:
-        """Return `function` of inputs [n, ...], every device with its own; all of it on each."""
-        found = self._by_hand(function, P(TASKS))(shared, inputs)
-        return jax.lax.with_sharding_constraint(found, self.replicated)
+        """Return function(shared, inputs [n, ...]), computed by shards and then replicated."""
+        outputs = self._shard_map(function, P(TASKS))(shared, inputs)
+        return jax.lax.with_sharding_constraint(outputs, self.replicated)
 
-    def _by_hand(self, function: Callable[..., Any], out: Any) -> Callable[..., Any]:
-        """Map over the axis of tasks; what is cut along other axes is left to the compiler.
+    def _shard_map(self, function: Callable[..., Any], out: Any) -> Callable[..., Any]:
+        """Map over the axis "tasks"; the compiler partitions along the other axes.
 
-        What varies over devices is not tracked (`check_vma`): eta would count as the same on all
-        of them, and each single use of it would be all-reduced on the way back.
+        Without `check_vma`: with it eta would count as equal on all devices, and the backward pass
+        would all-reduce the cotangent of every single use of it.
         """
         manual = set(self.mesh.axis_names) - set(auto_axes(self.mesh.shape))
         options: Any = {"in_specs": (P(), P(TASKS)), "out_specs": out, "axis_names": manual}
@@ -146,53 +156,45 @@ class Layout:
 
     @property
     def cuts(self) -> bool:
-        """Say whether a rule cuts anything at all."""
-        there = auto_axes(self.mesh.shape)
-        return any(axis in there for _, spec in self.rules for axis in partition.axes(spec))
+        """Say whether any rule shards along an axis larger than 1."""
+        auto = auto_axes(self.mesh.shape)
+        return any(axis in auto for _, spec in self.rules for axis in partition.axes(spec))
 
     def constrain(self, unroll: Unroll) -> Unroll:
-        """Return an unroll whose inner states are cut as the rules say."""
+        """Return the unroll with its inner states sharded by the rules."""
 
         def init(eta: Eta) -> InnerState:
-            return self.cut(unroll.init(eta), eta)
+            return self._constrain_state(unroll.init(eta), eta)
 
         def step(eta: Eta, state: InnerState, batch: Batch, grad: GradFn) -> InnerState:
-            return self.cut(unroll.step(eta, state, batch, grad), eta)
+            return self._constrain_state(unroll.step(eta, state, batch, grad), eta)
 
         return unroll._replace(init=init, step=step)
 
-    def cut(self, state: Any, eta: Any) -> Any:
-        """Return an inner state, cut as the rules say, in a program that maps over tasks."""
-        alike = partition.specs_by_shape(self.rules, self.mesh.shape, eta)
+    def _constrain_state(self, state: InnerState, eta: Eta) -> InnerState:
+        """Return an inner state sharded by the rules, in a program that maps over tasks."""
+        eta_specs = partition.specs_by_shape(self.rules, self.mesh.shape, eta)
 
-        def leaf_cut(path: str, leaf: Any) -> Any:
+        def constrain(path: str, leaf: Any) -> Any:
             shape = jnp.shape(leaf)
-            spec = partition.state_spec(self.rules, self.mesh.shape, path, shape, alike)
+            spec = partition.state_spec(self.rules, self.mesh.shape, path, shape, eta_specs)
             if not partition.axes(spec):
                 return leaf
-            return jax.lax.with_sharding_constraint(
-                leaf, on_current_mesh(NamedSharding(self.mesh, spec))
-            )
+            sharding = on_current_mesh(NamedSharding(self.mesh, spec))
+            return jax.lax.with_sharding_constraint(leaf, sharding)
 
         leaves, treedef = jax.tree.flatten(state)
-        return jax.tree.unflatten(treedef, map(leaf_cut, paths(state), leaves))
+        return jax.tree.unflatten(treedef, map(constrain, paths(state), leaves))
 
 
 def abstract(state: Any, shardings: Any) -> Any:
-    """Return the shapes of a train state, and where its leaves lie."""
+    """Return the shapes of a train state, with the shardings of its leaves."""
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
         shardings,
     )
 
 
-def _put(leaf: Any, where: NamedSharding) -> Any:
-    """Place an array. Not by `device_put`, which sends it to all processes to compare."""
-    if isinstance(leaf, jax.Array) and leaf.sharding == where:
-        return leaf
-    return jax.jit(_same, out_shardings=where)(leaf)
-
-
-def _same(leaf: Any) -> Any:
+def _identity(leaf: Any) -> Any:  # one function, so that `jax.jit` compiles it once per shape
     return leaf

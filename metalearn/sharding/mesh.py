@@ -1,12 +1,12 @@
-"""The devices of a run as a grid, of all its processes.
+"""The mesh of a run: the devices of all its processes as a grid.
 
-A mesh has three axes, each of them often 1:
+A mesh has three axes, often of size 1:
 
-    tasks      every device takes its own tasks, and one all-reduce adds up what they found
-    model      eta, and inner states like it, are cut into pieces (see `metalearn.sharding`)
-    tangents   the tangents of `Forward` are spread (see `metalearn.engines.forward.tangents`)
+    tasks      data parallel: each device unrolls its own tasks, one all-reduce averages the results
+    model      eta, and inner states like it, are sharded (see `metalearn.sharding.partition`)
+    tangents   the tangents of `Forward` are sharded (see `metalearn.engines.forward.tangents`)
 
-With several processes each gives as many devices as the others, or it would have no part in a run.
+Every process contributes the same number of devices.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def make_mesh(
     """Return a mesh of `tasks` x `model` x `tangents` devices.
 
     Args:
-      tasks: the size of that axis; None: as many as `devices` have room for.
-      model: the size of that axis.
-      tangents: the size of that axis.
-      devices: those to take from; None: all there are, of all processes.
+      tasks: size of the axis "tasks"; None: all of `devices`, divided by the other two sizes.
+      model: size of the axis "model".
+      tangents: size of the axis "tangents".
+      devices: the devices to choose from; None: all devices of all processes.
 
     Raises:
-      ValueError: if that is more devices than there are, or processes give different numbers.
+      ValueError: if there are too few devices, or processes would contribute different numbers.
     """
     devices = jax.devices() if devices is None else list(devices)
     for axis, size in zip(AXES, (tasks, model, tangents), strict=True):
@@ -49,66 +49,67 @@ def make_mesh(
     sizes = dict(zip(AXES, (tasks, model, tangents), strict=True))
     _check(sizes, devices)
     auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, auto, devices=_chosen(devices, sizes))
+    return jax.make_mesh(tuple(sizes.values()), AXES, auto, devices=_select(devices, sizes))
 
 
-def remaining(there: int, model: int, tangents: int) -> int:
-    """Return how many devices are left for tasks; ValueError where they do not divide."""
-    each = model * tangents
-    if each > 0 and there % each:
+def remaining(devices: int, model: int, tangents: int) -> int:
+    """Return the size that is left for the axis "tasks"; ValueError if devices do not divide."""
+    group = model * tangents
+    if group > 0 and devices % group:
         raise ValueError(
-            f"The {format_devices(there)} there {'is' if there == 1 else 'are'} cannot be cut into groups "
-            f"of model={model} x tangents={tangents} = {each}. Choose sizes that divide, or say "
-            "how many of the groups there are to be: `tasks`."
+            f"The {format_devices(devices)} there {'is' if devices == 1 else 'are'} cannot be cut "
+            f"into groups of model={model} x tangents={tangents} = {group}. Choose sizes that "
+            "divide, or say how many of the groups there are to be: `tasks`."
         )
-    return there // max(each, 1)
+    return devices // max(group, 1)
 
 
 def _check(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> None:
     low = [f"{axis}={size}" for axis, size in sizes.items() if size < 1]
     if low:
         raise ValueError(f"An axis of a mesh has at least one device, not {', '.join(low)}.")
-    asked, there = math.prod(map(int, sizes.values())), len(devices)
-    if asked > there:
+    required, available = math.prod(map(int, sizes.values())), len(devices)
+    if required > available:
         raise ValueError(
-            f"A mesh of {format_sizes(sizes)} takes {format_devices(asked)}, but there "
-            f"{'is' if there == 1 else 'are'} {there} ({devices[0].platform}). Ask for no more, "
-            "or leave `tasks` unset to take them all. To try a mesh on a CPU: "
+            f"A mesh of {format_sizes(sizes)} takes {format_devices(required)}, but there "
+            f"{'is' if available == 1 else 'are'} {available} ({devices[0].platform}). Ask for no "
+            "more, or leave `tasks` unset to take them all. To try a mesh on a CPU: "
             "XLA_FLAGS=--xla_force_host_platform_device_count=8."
         )
 
 
-def _chosen(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> list[jax.Device]:
-    """Return the first devices of each process, as many of each."""
+def _select(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> list[jax.Device]:
+    """Return the devices of a mesh: the first ones of each process, equally many of each."""
     processes = sorted({device.process_index for device in devices})
-    share, surplus = divmod(math.prod(sizes.values()), len(processes))
+    count = math.prod(sizes.values())
+    share, surplus = divmod(count, len(processes))
     own = [[d for d in devices if d.process_index == process] for process in processes]
     if surplus or share > min(map(len, own)):
         raise ValueError(
-            f"A mesh of {format_sizes(sizes)} takes {format_devices(math.prod(sizes.values()))}, and "
+            f"A mesh of {format_sizes(sizes)} takes {format_devices(count)}, and "
             f"{len(processes)} processes with {', '.join(str(len(d)) for d in own)} of them cannot "
             f"give as many each. Choose sizes whose product divides by {len(processes)}."
         )
-    return [device for mine in own for device in mine[:share]]
+    return [device for local in own for device in local[:share]]
 
 
 def auto_axes(sizes: Mapping[str, int]) -> list[str]:
-    """Return the axes that are left to the compiler: all but that of tasks, if more than 1."""
+    """Return the axes that the compiler partitions: those larger than 1, other than "tasks"."""
     return [axis for axis, size in sizes.items() if axis != TASKS and size > 1]
 
 
 def on_current_mesh(sharding: NamedSharding) -> NamedSharding:
-    """Return a sharding as the code that is being traced has to name it.
+    """Return the sharding on the mesh of the current trace.
 
-    Where some axes of a mesh are mapped by hand (`jax.shard_map`), what is left to the compiler
-    belongs to another mesh: the same devices, and other types of axes.
+    Inside `jax.shard_map`, constraints on the axes that the compiler partitions must name the
+    abstract mesh of the trace: the same devices, with other types of axes.
     """
     context = jax.sharding.get_abstract_mesh()
     return sharding if context.empty else NamedSharding(context, sharding.spec)
 
 
 def format_sizes(sizes: Mapping[str, int]) -> str:
-    """Write the sizes of a mesh for a person.
+    """Format the sizes of a mesh.
 
     >>> format_sizes({"tasks": 4, "model": 2, "tangents": 1})
     'tasks=4 x model=2 x tangents=1'
@@ -117,7 +118,7 @@ def format_sizes(sizes: Mapping[str, int]) -> str:
 
 
 def format_devices(count: int) -> str:
-    """Write a number of devices.
+    """Format a number of devices.
 
     >>> format_devices(1), format_devices(8)
     ('1 device', '8 devices')
