@@ -113,7 +113,8 @@ def _most(mesh: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     found = most_devices(config["tasks_per_step"], config["chunk"], there, step)
     if not found:
         raise ValueError(
-            f"tasks_per_step={config['tasks_per_step']} does not divide among {processes} processes "
-            f"with {format_devices(len(jax.devices()))} in all. Take a multiple of {step}."
+            f"tasks_per_step={config['tasks_per_step']} does not divide among {processes} "
+            f"processes with {format_devices(len(jax.devices()))} in all. Take a multiple "
+            f"of {step}."
         )
     return found

@@ -37,7 +37,7 @@ from metalearn import (
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import devices
 from metalearn.loggers import Logger
-from metalearn.planning.cost.collectives import collectives
+from metalearn.planning.cost.hlo import collectives
 from metalearn.planning.step_cost import Candidate, StepCosts
 from metalearn.sharding import distributed as processes
 

@@ -1,4 +1,4 @@
-"""How much memory there is, and how people write amounts of it."""
+"""The memory of a device, and amounts of memory as text."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ UNITS = {
     **{"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
     **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
 }
-_CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")  # Linux: what a container may take
+_CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")  # Linux: the limit of a container
 
 
 def device_memory(device: jax.Device | None = None) -> int:
-    """Return the bytes that a device can hold: its allocator's limit, or the host's memory."""
+    """Return the bytes of memory of a device: the limit of its allocator, or the host's memory."""
     device = device or jax.local_devices()[0]
-    found = (device.memory_stats() or {}).get("bytes_limit")
-    return int(found) if found else host_memory()
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return int(limit) if limit else host_memory()
 
 
 def host_memory() -> int:
-    """Return the bytes of memory of this machine, or of the container if that is less."""
+    """Return the bytes of memory of this machine, or of its container if that is less."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _CGROUP.read_text().strip() if _CGROUP.is_file() else "max"
     return min(installed, int(limit)) if limit.isdecimal() else installed
 
 
 def parse_bytes(text: str) -> int:
-    """Read an amount of memory: "40GiB" (binary), "512MB" (decimal), "1.5e9" (bytes).
+    """Parse an amount of memory: "40GiB" (binary), "512MB" (decimal), "1.5e9" (bytes).
 
     >>> parse_bytes("40GiB"), parse_bytes("512 MB"), parse_bytes("1.5e9")
     (42949672960, 512000000, 1500000000)
@@ -50,7 +50,7 @@ def parse_bytes(text: str) -> int:
 
 
 def show_bytes(count: float) -> str:
-    """Write an amount of memory for a person.
+    """Format an amount of memory.
 
     >>> show_bytes(512), show_bytes(1536), show_bytes(3 * 2**30)
     ('512 B', '1.5 KiB', '3.0 GiB')

@@ -1,1 +1,1 @@
-"""What a run would cost, before it runs: memory, FLOPs, and the choice of an engine."""
+"""Cost of an outer step before it runs: memory, FLOPs, and the choice of an engine."""

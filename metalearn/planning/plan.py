@@ -1,17 +1,17 @@
-"""What each engine would cost on a problem, before anything is allocated; and which to take.
+"""The memory and FLOPs of an outer step with each engine, and the choice of an engine.
 
-The memory of a meta-gradient grows with the inner steps, the activations and the way the
-derivative travels, and is found out by running out of it. But the outer step is one
-program, and its compiler knows: it is compiled for shapes alone, once for each engine and
-setting, and asked for its memory and its FLOPs (`metalearn.planning.cost`).
+The memory of a meta-gradient depends on the number of inner steps, the activations and the
+engine, and is hard to predict by hand. But an outer step is one compiled program: it is compiled
+for shapes only, once per engine and setting, and the compiler reports its memory and its FLOPs
+(`metalearn.planning.cost`). Nothing is allocated or run.
 
-Both are set beside *plain training*: the same inner loops on the same tasks, run forward
-with ordinary inner gradients and judged by the outer loss, with no meta-gradient and no
-outer update. That is what the training would cost without the meta-.
+Both are compared with *plain training*: the same inner loops on the same tasks, run forward with
+ordinary inner gradients and evaluated by the outer loss, without a meta-gradient or an outer
+update.
 
-Of the exact settings that fit, the one with the fewest FLOPs is chosen. Settings within 1%
-of it count as equal; of those, the one that takes most tasks at once, then the one with the
-least memory. The figures are those of this backend, device and version of jax.
+Of the exact settings that fit the memory, the one with the fewest FLOPs is chosen. Settings
+within 1% of it count as equal; of those, the one with the most tasks at once, then the one with
+the least memory. The numbers hold for this backend, device and version of jax.
 """
 
 from __future__ import annotations
@@ -50,46 +50,54 @@ CANDIDATES = (
 
 
 class BudgetError(ValueError):
-    """No exact engine fits the memory there is."""
+    """No exact engine fits the memory budget."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What was found: a row for each engine and setting, and what to take of them."""
+    """The costs of all engines and settings on a problem, and the choice among them.
+
+    Args:
+      rows: one for each engine, setting and chunk.
+      plain: the cost of plain training, with the trainer's own chunk.
+      budget: bytes of memory.
+      inner_steps: T, or the inner steps of a truncated unroll.
+      largest_horizon: if no exact row fits and the algorithm has a field for T: the most inner
+        steps that would fit, or 0. None otherwise.
+    """
 
     rows: list[Row]
-    plain: Cost  # of plain training, with the trainer's own chunk
-    budget: int  # bytes
-    inner_steps: int = 1  # T
-    # Where nothing fits, and the algorithm sets T: the most inner steps that would, or 0.
+    plain: Cost
+    budget: int
+    inner_steps: int = 1
     largest_horizon: int | None = None
 
     def fits(self, row: Row) -> bool:
-        """Say whether a row's memory is within the budget."""
+        """Say whether the memory of a row is within the budget."""
         return row.cost is not None and row.peak <= self.budget
 
     @property
     def leanest(self) -> Row | None:
-        """Return the exact row with the least memory; None where all engines refuse."""
-        served = [row for row in self.rows if row.exact and row.cost is not None]
-        return min(served, key=lambda row: row.peak, default=None)
+        """Return the exact row with the least memory; None if all engines refuse."""
+        compiled = [row for row in self.rows if row.exact and row.cost is not None]
+        return min(compiled, key=lambda row: row.peak, default=None)
 
     @property
     def chosen(self) -> Row | None:
-        """Return the row to take; None where nothing fits."""
+        """Return the chosen row; None if no exact row fits."""
         fitting = [row for row in self.rows if row.exact and self.fits(row)]
         fewest = min((row.flops for row in fitting), default=0)
         equal = [row for row in fitting if row.flops <= EQUAL * fewest]
         return max(equal, key=lambda row: (row.chunk, -row.peak), default=None)
 
     def choose(self) -> Row:
-        """Return the row to take, or raise BudgetError with the least that would do."""
+        """Return the chosen row, or raise BudgetError with the least memory that would fit."""
         if self.chosen is None:
             raise BudgetError(self._nothing_fits())
         return self.chosen
 
     def reason(self) -> str:
-        """Say what is chosen, and why, in a sentence."""
+        """Return a sentence: which row is chosen, and why."""
         row = self.choose()
         times = row.flops / max(self.plain.flops, 1)
         return (
@@ -124,52 +132,53 @@ def plan(
     budget: int | None = None,
     all_chunks: bool = False,
 ) -> Plan:
-    """Compile the outer step with each engine and say what it costs. Nothing is allocated.
+    """Compile the outer step with each engine and return the costs. Nothing is allocated.
 
     Args:
-      trainer: what would train; its own engine does not matter.
-      tasks: as `Trainer.step` takes them, or their shapes.
-      candidates: engines and settings, each a compilation; None is `CANDIDATES`.
-      budget: bytes; None is the memory of the device.
-      all_chunks: look at one task at a time too, even where all at once fit. Otherwise
-        fewer tasks at once are tried where nothing fits.
+      trainer: the trainer; its own engine is not read.
+      tasks: as for `Trainer.step`, or their shapes.
+      candidates: engines and settings, each compiled once per chunk; None: `CANDIDATES`.
+      budget: bytes; None: the memory of the device.
+      all_chunks: also compile with one task at a time if a row fits with all tasks at once.
+        By default smaller chunks are tried only if none fits.
     """
     check_tasks("plan(tasks=)", tasks)
     candidates = CANDIDATES if candidates is None else candidates
-    trainer = dataclasses.replace(trainer, segment=None)  # its memory is that of the uncut loop
+    # A segment takes the memory of the full unroll.
+    trainer = dataclasses.replace(trainer, segment=None)
     costs = StepCosts(trainer, jax.eval_shape(lambda tree: tree, tasks))
     chunk = trainer.batch.at_once
     rows = [costs.row(candidate, chunk) for candidate in candidates]
     budget = device_memory() if budget is None else budget
-    found = Plan(rows, costs.plain(), budget, costs.inner_steps())
-    if chunk > 1 and (all_chunks or found.chosen is None):
+    result = Plan(rows, costs.plain(), budget, costs.inner_steps())
+    if chunk > 1 and (all_chunks or result.chosen is None):
         rows = rows + [costs.row(candidate, 1) for candidate in candidates]
-        found = dataclasses.replace(found, rows=rows)
-    return _with_largest(found, costs, chunk)
+        result = dataclasses.replace(result, rows=rows)
+    return _with_largest(result, costs, chunk)
 
 
-def _with_largest(found: Plan, costs: StepCosts, chunk: int) -> Plan:
-    """Add what would fit: more tasks at once than one, or fewer inner steps."""
-    leanest = found.leanest
-    if leanest is None or any(found.fits(row) for row in found.rows if row.chunk == chunk):
-        return found
+def _with_largest(result: Plan, costs: StepCosts, chunk: int) -> Plan:
+    """Add what fits of the leanest engine: the largest chunk, or else the largest horizon."""
+    leanest = result.leanest
+    if leanest is None or any(result.fits(row) for row in result.rows if row.chunk == chunk):
+        return result
     candidate = Candidate(leanest.engine)
-    if found.chosen is None:
+    if result.chosen is None:
         if not sets_horizon(costs.trainer.algorithm):
-            return found
-        most = largest(
-            range(1, found.inner_steps),
-            lambda steps: found.fits(costs.with_horizon(steps).row(candidate, leanest.chunk)),
+            return result
+        steps = largest(
+            range(1, result.inner_steps),
+            lambda steps: result.fits(costs.with_horizon(steps).row(candidate, leanest.chunk)),
         )
-        return dataclasses.replace(found, largest_horizon=most or 0)
+        return dataclasses.replace(result, largest_horizon=steps or 0)
     divisors = [n for n in range(2, chunk) if costs.trainer.batch.share % n == 0]
-    between = largest(divisors, lambda n: found.fits(costs.row(candidate, n)))
+    between = largest(divisors, lambda n: result.fits(costs.row(candidate, n)))
     rows = [] if between is None else [costs.row(candidate, between)]
-    return dataclasses.replace(found, rows=found.rows + rows)
+    return dataclasses.replace(result, rows=result.rows + rows)
 
 
 def largest(values: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Return the largest of ascending values that fits, where no larger one fits again.
+    """Return the largest of ascending values that fits; if one does not fit, no larger one does.
 
     >>> largest([1, 2, 4, 8], lambda n: n < 5), largest([8, 9], lambda n: n < 5)
     (4, None)
@@ -179,7 +188,7 @@ def largest(values: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 
 def tasks_at_once(chunk: int) -> str:
-    """Write a chunk for a person.
+    """Format a chunk.
 
     >>> tasks_at_once(1), tasks_at_once(16)
     ('1 task at a time', '16 tasks at once')

@@ -1,4 +1,4 @@
-"""What an outer step costs with an engine: compiled for shapes, never run."""
+"""The cost of an outer step with each engine: compiled for shapes, never run."""
 
 from __future__ import annotations
 
@@ -16,65 +16,84 @@ from metalearn.trainer import Trainer
 from metalearn.unroll import horizon
 
 HORIZON = "inner_steps"  # the field by which an algorithm sets T
-# What an engine raises when it cannot serve a problem, and XLA when it cannot compile it.
+# Errors of an engine that cannot differentiate a problem, or of XLA that cannot compile it.
 REFUSALS = (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError)
 
 
 class Candidate(NamedTuple):
-    """An engine with its settings."""
+    """An engine with its settings.
+
+    Args:
+      engine: the engine.
+      exact: whether its meta-gradient is exact; an inexact one is listed but never chosen.
+    """
 
     engine: MetaGradient
-    exact: bool = True  # an inexact one is shown, and never chosen
+    exact: bool = True
 
 
 class Row(NamedTuple):
-    """One engine and setting, and what an outer step with it costs."""
+    """The cost of an outer step with one engine and one chunk.
+
+    Args:
+      engine: the engine.
+      exact: whether its meta-gradient is exact.
+      chunk: tasks unrolled at once.
+      cost: of the compiled outer step; None: the engine refuses the problem.
+      refusal: the text of its error; "" if there is none.
+    """
 
     engine: MetaGradient
     exact: bool
-    chunk: int  # tasks unrolled at once
-    cost: Cost | None  # None: the engine refuses
-    refusal: str = ""  # its reason
+    chunk: int
+    cost: Cost | None
+    refusal: str = ""
 
     @property
     def name(self) -> str:
-        """Return the engine as one writes it, without what is at its default."""
+        """Return the engine's repr without the fields that are at their default."""
         return short_repr(self.engine)
 
     @property
     def peak(self) -> int:
-        """Return the bytes of an outer step, of a row that is not a refusal."""
+        """Return the peak bytes of an outer step; only if `cost` is not None."""
         assert self.cost is not None, self.refusal
         return self.cost.peak
 
     @property
     def flops(self) -> int:
-        """Return the FLOPs of an outer step, of a row that is not a refusal."""
+        """Return the FLOPs of an outer step; only if `cost` is not None."""
         assert self.cost is not None, self.refusal
         return self.cost.flops
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """The costs of one problem; programs that turn out the same are compiled once."""
+    """The cost of the outer steps of one problem, per candidate engine.
 
-    trainer: Trainer  # what would train; its own engine does not matter
-    tasks: Any  # shapes
+    Args:
+      trainer: the trainer; its own engine is not read.
+      tasks: the tasks, or their shapes.
+      known: costs by program text, read and extended, so that equal programs are compiled once.
+    """
+
+    trainer: Trainer
+    tasks: Any
     known: dict[str, Cost] = dataclasses.field(default_factory=dict)
 
     def row(self, candidate: Candidate, chunk: int) -> Row:
-        """Return what an outer step costs with a candidate, or why it refuses."""
+        """Return the cost of an outer step with a candidate, or the text of its refusal."""
         engine, exact = candidate
         trainer = dataclasses.replace(self.trainer, engine=engine, chunk=chunk)
         state = self._state()
         try:
-            found = cost(trainer.step, state, self.tasks, known=self.known)
+            step_cost = cost(trainer.step, state, self.tasks, known=self.known)
         except REFUSALS as error:
             return Row(engine, exact, chunk, None, str(error).strip())
-        return Row(engine, exact, chunk, found)
+        return Row(engine, exact, chunk, step_cost)
 
     def plain(self) -> Cost:
-        """Return what plain training costs: the inner loops and the outer loss, run forward."""
+        """Return the cost of plain training: the inner loops and the outer loss, forward only."""
         trainer, state = self.trainer, self._state()
 
         def on_task(eta: Any, tasks: Any, key: jax.Array) -> dict[str, Any]:
@@ -87,7 +106,7 @@ class StepCosts:
         return cost(jax.jit(step), state.eta, self.tasks, state.key, known=self.known)
 
     def with_horizon(self, steps: int) -> StepCosts:
-        """Return the costs of the same problem with another number of inner steps."""
+        """Return the `StepCosts` of the same problem with another number of inner steps."""
         change: Callable[..., Algorithm] = dataclasses.replace  # an Algorithm is a dataclass
         algorithm = change(self.trainer.algorithm, **{HORIZON: steps})
         return StepCosts(
@@ -95,13 +114,13 @@ class StepCosts:
         )
 
     def inner_steps(self) -> int:
-        """Return the inner steps of an outer step: T, or those of a truncation."""
+        """Return the inner steps of an outer step: T, or those of a truncated unroll."""
 
         def batches(tasks: Any, key: jax.Array) -> Any:
             return self.trainer.algorithm.batches(tasks.sample(key), key)
 
-        whole = horizon(jax.eval_shape(batches, self.tasks, self._state().key))
-        return self._truncated() or whole
+        steps = horizon(jax.eval_shape(batches, self.tasks, self._state().key))
+        return self._truncated() or steps
 
     def _truncated(self) -> int | None:
         return None if self.trainer.truncation is None else self.trainer.truncation.steps
@@ -117,7 +136,7 @@ def sets_horizon(algorithm: Any) -> bool:
 
 
 def short_repr(engine: Any) -> str:
-    """Write an engine, or any dataclass, without the fields that are at their default.
+    """Return the repr of an engine, or any dataclass, without fields at their default.
 
     >>> from metalearn import Reverse
     >>> short_repr(Reverse()), short_repr(Reverse(remat="step"))
@@ -128,6 +147,6 @@ def short_repr(engine: Any) -> str:
 
 
 def changed_fields(engine: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that are not at their default."""
+    """Return the fields of a dataclass that are not at their default, by name."""
     values = {field: getattr(engine, field.name) for field in dataclasses.fields(engine)}
     return {field.name: value for field, value in values.items() if value != field.default}

@@ -1,13 +1,13 @@
-"""What a compiled program costs, before it runs: its memory and its FLOPs.
+"""The memory and FLOPs of a compiled program, before it runs.
 
-Memory is what XLA's buffer assignment says it will ask the device for. FLOPs are those
-of matrix products and convolutions, with every loop counted as often as it runs;
-elementwise work is left out. All arguments may be shapes: nothing is allocated.
+Memory is that of XLA's buffer assignment. FLOPs are those of matrix products and convolutions,
+with the body of a loop times its number of steps; elementwise operations are not counted. All
+arguments may be shapes: nothing is allocated.
 
 >>> import jax, jax.numpy as jnp
 >>> square = jax.ShapeDtypeStruct((64, 64), jnp.float32)
->>> found = cost(jax.jit(lambda a, b: a @ b), square, square)
->>> found.flops == 2 * 64**3, found.arguments, found.output
+>>> product = cost(jax.jit(lambda a, b: a @ b), square, square)
+>>> product.flops == 2 * 64**3, product.arguments, product.output
 (True, 32768, 16384)
 """
 
@@ -19,36 +19,46 @@ import jax
 
 from metalearn.planning.cost import hlo, jaxpr
 
-# On a CPU most of a compilation is LLVM's, which comes after XLA has laid out the memory.
+# On a CPU most of the compile time is LLVM's, after XLA has assigned the buffers.
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 class Cost(NamedTuple):
-    """What one call of a compiled program takes. Bytes are of one device."""
+    """The memory and FLOPs of one call of a compiled program. Bytes are those of one device.
 
-    flops: int  # of matrix products and convolutions
-    arguments: int  # bytes
-    temporaries: int  # bytes: what lives and dies within the call
-    output: int  # bytes
-    aliased: int  # bytes of the output that take the place of arguments (donated)
-    counted_on: str  # "program", or "jaxpr" where the program's calls cannot be read
+    Args:
+      flops: of matrix products and convolutions.
+      arguments: bytes.
+      temporaries: bytes that are allocated and freed within the call.
+      output: bytes.
+      aliased: bytes of the output that reuse those of donated arguments.
+      counted_on: where FLOPs were counted: "program" (HLO), or "jaxpr" if its custom calls cannot
+        be read.
+    """
+
+    flops: int
+    arguments: int
+    temporaries: int
+    output: int
+    aliased: int
+    counted_on: str
 
     @property
     def peak(self) -> int:
-        """Return the bytes that the call holds: arguments, temporaries and output."""
+        """Return the peak bytes of the call: arguments, temporaries and output."""
         return self.arguments + self.temporaries + self.output - self.aliased
 
 
 def cost(jitted: Any, *args: Any, known: dict[str, Cost] | None = None) -> Cost:
-    """Compile for these arguments, or for their shapes, and return what a call costs.
+    """Compile for these arguments, or for their shapes, and return the cost of a call.
 
     Args:
-      jitted: what `jax.jit` returned.
+      jitted: a function from `jax.jit`.
       *args: its arguments: pytrees of arrays, or of `jax.ShapeDtypeStruct`.
-      known: costs by program, read and added to: the same program is compiled once.
+      known: costs by program text, read and extended, so that equal programs are compiled once.
 
     Warns:
-      UserWarning: where a loop with FLOPs in it has no known number of steps.
+      UserWarning: if the number of steps of a loop that contains FLOPs is not known.
     """
     traced = jitted.trace(*args)
     lowered = traced.lower()

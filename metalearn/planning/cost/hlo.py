@@ -1,16 +1,18 @@
-"""The FLOPs of a compiled program, read off its HLO text.
+"""The FLOPs and the collectives of a compiled program, read from its HLO text.
 
-XLA's own `cost_analysis()` counts the body of a loop once, and a meta-gradient is all
-loops. Here a `while` counts its body as often as the compiler says it runs
-(`known_trip_count`, which every `lax.scan` has), a fusion or call as what it holds, a
-conditional as its dearest branch. What is counted are matrix products and convolutions:
+XLA's own `cost_analysis()` counts the body of a loop once, and a meta-gradient consists of loops.
+Here the body of a `while` is multiplied with its number of steps (`known_trip_count`, which every
+`lax.scan` has), a fusion or call counts as the computation it calls, and a conditional as its most
+expensive branch. Only matrix products and convolutions are counted:
 
     dot           2 x outputs x length of the contraction
-    convolution   2 x outputs x kernel, less what falls on padding (`convolution.py`)
+    convolution   2 x outputs x kernel, without padding (`metalearn.planning.cost.convolution`)
 
-On a GPU a matrix product may be a call into cuBLAS, whose configuration says what it
-contracts. A call whose name says that it multiplies, and nothing else can be read of,
-raises `UnreadableError`: the caller counts on the jaxpr instead (`jaxpr.py`).
+On a GPU a matrix product may be a call of cuBLAS, whose configuration names the contracted axes.
+For a custom call whose name says that it multiplies matrices, but whose text does not say which,
+`UnreadableError` is raised, and FLOPs are counted on the jaxpr (`metalearn.planning.cost.jaxpr`).
+
+Collectives are the instructions by which devices exchange data, such as an all-reduce.
 """
 
 from __future__ import annotations
@@ -25,42 +27,86 @@ from typing import NamedTuple
 from metalearn.planning.cost import convolution
 
 _HEADER = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{$")
-_LEFT = re.compile(r"\s+(?:ROOT )?%?(\S+) = (.*)$")
+_ASSIGNMENT = re.compile(r"\s+(?:ROOT )?%?(\S+) = (.*)$")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 _CALLED = re.compile(r"\b(?:calls|to_apply|branch_computations|\w+_computation)=(\{[^}]*\}|\S+)")
+_COLLECTIVE = re.compile(
+    r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+_TYPE = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
 _MULTIPLIES = re.compile(r"gemm|matmul|conv|dot|attention|fmha|triton|mosaic|tpu_custom", re.I)
 
 Shape = tuple[int, ...]
 
 
 class UnreadableError(ValueError):
-    """A custom call multiplies matrices, and its text does not say which."""
+    """A custom call multiplies matrices, but its text does not say which."""
 
 
 class Instruction(NamedTuple):
-    """One line of HLO: %name = shape opcode(operands), attributes."""
+    """One line of HLO: %name = shape opcode(operands), attributes.
+
+    Args:
+      name: of the result.
+      shape: of the result; if that is a tuple, of its first element.
+      opcode: such as "dot".
+      operands: their names.
+      attributes: the rest of the line.
+    """
 
     name: str
-    shape: Shape  # of the result; of its first part, where that is a tuple
+    shape: Shape
     opcode: str
     operands: list[str]
     attributes: str
+
+
+class Collective(NamedTuple):
+    """One instruction by which a group of devices exchanges data.
+
+    Args:
+      kind: such as "all-reduce".
+      size: bytes of the result, on one device.
+    """
+
+    kind: str
+    size: int
+
+
+def collectives(text: str) -> list[Collective]:
+    """Return the collectives of `compiled.as_text()`; one inside a loop counts once.
+
+    >>> collectives("  %sum = (f32[3,4]{1,0}, s32[]) all-reduce(%a, %b), channel_id=1")
+    [Collective(kind='all-reduce', size=52)]
+    """
+    return [Collective(kind, _bytes(types)) for types, kind in _COLLECTIVE.findall(text)]
+
+
+def _bytes(types: str) -> int:
+    """Return the bytes of the HLO types in a text, such as "(f32[3,4]{1,0}, s32[])"."""
+    return sum(
+        # pred[] has no number of bits, and takes a byte.
+        max(int(bits or 8) // 8, 1) * math.prod(_integers(dimensions))
+        for _, bits, dimensions in _TYPE.findall(types)
+    )
 
 
 def flops(text: str) -> int:
     """Return the FLOPs of `compiled.as_text()`: matrix products and convolutions.
 
     Raises:
-      UnreadableError: for a custom call that multiplies and cannot be read.
+      UnreadableError: for a custom call that multiplies matrices and cannot be read.
     """
     entry, computations = _parse(text)
 
     @functools.cache
-    def of(computation: str) -> int:
-        shapes = {i.name: i.shape for i in computations[computation]}
-        return sum(_flops(i, shapes, of) for i in computations[computation])
+    def flops_of(computation: str) -> int:
+        shapes = {instruction.name: instruction.shape for instruction in computations[computation]}
+        return sum(
+            _flops(instruction, shapes, flops_of) for instruction in computations[computation]
+        )
 
-    return of(entry)
+    return flops_of(entry)
 
 
 def unknown_loop(count: int) -> None:
@@ -78,12 +124,12 @@ def _parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
     computations: dict[str, list[Instruction]] = {}
     current: list[Instruction] = []
     for line in text.splitlines():
-        header, left = _HEADER.match(line), _LEFT.match(line)
+        header, assignment = _HEADER.match(line), _ASSIGNMENT.match(line)
         if header:
             current = computations[header[2]] = []
             entry = header[2] if header[1] else entry
-        elif left:
-            current.append(_instruction(left[1], left[2]))
+        elif assignment:
+            current.append(_instruction(assignment[1], assignment[2]))
     return entry, computations
 
 
@@ -98,38 +144,38 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _shape(text: str) -> Shape:
-    found = re.search(r"\[([\d,]*)\]", text)
-    return _integers(found[1]) if found else ()
+    dimensions = re.search(r"\[([\d,]*)\]", text)
+    return _integers(dimensions[1]) if dimensions else ()
 
 
 def _integers(text: str) -> Shape:
     return tuple(map(int, re.findall(r"\d+", text)))
 
 
-def _flops(i: Instruction, shapes: dict[str, Shape], of: Callable[[str], int]) -> int:
-    if i.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
-        return _dot(i.shape, shapes[i.operands[0]], contracted[1] if contracted else "")
-    if i.opcode == "convolution":
-        return _convolution(i, *(shapes[name] for name in i.operands))
-    if i.opcode == "custom-call":
-        return _custom_call(i, shapes)
-    if i.opcode == "while":
-        return _while(i, of)
-    inside = [of(name) for name in _called(i)]
-    return max(inside, default=0) if i.opcode == "conditional" else sum(inside)
+def _flops(
+    instruction: Instruction, shapes: dict[str, Shape], flops_of: Callable[[str], int]
+) -> int:
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        return _dot(
+            instruction.shape, shapes[instruction.operands[0]], contracted[1] if contracted else ""
+        )
+    if instruction.opcode == "convolution":
+        return _convolution(instruction, *(shapes[name] for name in instruction.operands))
+    if instruction.opcode == "custom-call":
+        return _custom_call(instruction, shapes)
+    if instruction.opcode == "while":
+        return _while(instruction, flops_of)
+    names = ",".join(_CALLED.findall(instruction.attributes))
+    called = [flops_of(name) for name in re.findall(r"[^\s,%{}]+", names)]
+    return max(called, default=0) if instruction.opcode == "conditional" else sum(called)
 
 
-def _called(i: Instruction) -> list[str]:
-    names = ",".join(_CALLED.findall(i.attributes))
-    return re.findall(r"[^\s,%{}]+", names)
-
-
-def _while(i: Instruction, of: Callable[[str], int]) -> int:
-    body = re.search(r"\bbody=%?([^\s,]+)", i.attributes)
-    assert body is not None, i
-    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes)
-    count = of(body[1])
+def _while(instruction: Instruction, flops_of: Callable[[str], int]) -> int:
+    body = re.search(r"\bbody=%?([^\s,]+)", instruction.attributes)
+    assert body is not None, instruction
+    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.attributes)
+    count = flops_of(body[1])
     if trips is None and count:
         unknown_loop(count)
     return count * int(trips[1]) if trips else count
@@ -139,20 +185,20 @@ def _dot(result: Shape, lhs: Shape, contracted: str) -> int:
     return 2 * math.prod(result) * math.prod(lhs[axis] for axis in _integers(contracted))
 
 
-def _custom_call(i: Instruction, shapes: dict[str, Shape]) -> int:
-    target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
+def _custom_call(instruction: Instruction, shapes: dict[str, Shape]) -> int:
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
     if target is None or not _MULTIPLIES.search(target[1]):
         return 0
-    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.attributes)
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
     if contracted is None:
         raise UnreadableError(f"The FLOPs of a call of {target[1]!r} cannot be read off the HLO.")
-    return _dot(i.shape, shapes[i.operands[0]], contracted[1])
+    return _dot(instruction.shape, shapes[instruction.operands[0]], contracted[1])
 
 
-def _convolution(i: Instruction, lhs: Shape, rhs: Shape) -> int:
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
-    assert labels is not None, i
-    window = re.search(r"window=\{([^}]*)\}", i.attributes)
+def _convolution(instruction: Instruction, lhs: Shape, rhs: Shape) -> int:
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None, instruction
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
     sizes = {key: value.split("x") for key, value in fields.items()}
 
@@ -163,7 +209,7 @@ def _convolution(i: Instruction, lhs: Shape, rhs: Shape) -> int:
         convolution.Window(
             lhs[labels[1].index(str(axis))],
             rhs[labels[2].index(str(axis))],
-            i.shape[labels[3].index(str(axis))],
+            instruction.shape[labels[3].index(str(axis))],
             field("stride", axis, 1),
             field("pad", axis, 0),
             field("lhs_dilate", axis, 1),
@@ -171,5 +217,8 @@ def _convolution(i: Instruction, lhs: Shape, rhs: Shape) -> int:
         )
         for axis in range(len(sizes.get("size", [])))
     ]
-    batch, features = i.shape[labels[3].index("b")], i.shape[labels[3].index("f")]
+    batch, features = (
+        instruction.shape[labels[3].index("b")],
+        instruction.shape[labels[3].index("f")],
+    )
     return convolution.flops(batch, features, rhs[labels[2].index("i")], windows)

@@ -1,8 +1,8 @@
-"""The FLOPs of a traced function, read off its jaxpr once dead code is gone.
+"""The FLOPs of a traced function, counted on its jaxpr after dead code elimination.
 
-What XLA will do beside (common subexpressions, products by one) is not known here, so
-this is an upper bound, as a rule a close one. It is what is left where the compiled
-program hides its products in calls that cannot be read.
+XLA's further optimizations (common subexpressions, products by one) are not included, so this is
+an upper bound, usually a close one. It is the fallback where the compiled program has custom
+calls whose matrix products cannot be read (`metalearn.planning.cost.hlo`).
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def _equation(eqn: Any) -> int:
         if count:
             unknown_loop(count)
         return count
-    inside = sum(map(_flops, _jaxprs(params.values())))
-    return inside * params["length"] if name == "scan" else inside
+    called = sum(map(_flops, _jaxprs(params.values())))
+    return called * params["length"] if name == "scan" else called
 
 
 def _jaxprs(values: Any) -> Iterator[Jaxpr]:
-    """Yield what an equation calls: a jaxpr among its parameters, however wrapped."""
+    """Yield the jaxprs among the parameters of an equation, in nested tuples and lists too."""
     for value in values:
         if isinstance(value, ClosedJaxpr):
             yield value.jaxpr
