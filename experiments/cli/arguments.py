@@ -18,7 +18,7 @@ import ml_collections
 from metalearn._utils.checks import nearest, pick
 from metalearn.experiments.cli import values
 
-CONFIGS = pathlib.Path(__file__).parent / "configs"
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 JSON = pathlib.Path(__file__).parent / "json_config.py"  # reads the path that is its option
 
 
