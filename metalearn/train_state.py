@@ -1,4 +1,4 @@
-"""What an outer training run is made of: all of it, and nothing else, is checkpointed."""
+"""The state of an outer training run: all of it, and nothing else, is checkpointed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metalearn.unroll import Eta
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """A pytree. The data of step n is drawn from `fold_in(key, n)`, so it is in here too."""
+    """The state between two outer steps, a pytree.
 
-    step: jax.Array  # (), int32: outer steps taken
-    eta: Any  # the meta-parameters
-    optimizer: Any  # the outer optimizer's state
-    key: jax.Array  # (), PRNG key of the run; constant
-    # The inner runs between two truncations, leaves [tasks, ...]; nothing in full unrolls.
+    The tasks of step n are drawn from `fold_in(key, n)`, so the state decides them too.
+
+    Args:
+      step: (), int32: outer steps taken.
+      eta: the meta-parameters.
+      optimizer: the outer optimizer's state.
+      key: (), PRNG key of the run; constant.
+      inner: inner states carried across truncations or segments, leaves [tasks, ...]; `()` for
+        full unrolls.
+      pace: (), float32: outer updates are multiplied by it; below 1 once a run has backed off.
+    """
+
+    step: jax.Array
+    eta: Eta
+    optimizer: Any
+    key: jax.Array
     inner: Any = ()
-    # (), float32: what outer updates are multiplied with; below 1 once a run has backed off.
     pace: Any = dataclasses.field(default_factory=lambda: jnp.ones((), jnp.float32))

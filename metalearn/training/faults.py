@@ -1,21 +1,20 @@
-"""What a run does when something goes wrong on the way, and when it has seen enough of it.
+"""The policy on non-finite numbers: of an outer step, of a task, and of inner loops that diverge.
 
-Of an outer step whose loss or meta-gradient is NaN or infinite there are four things to make:
+An outer step whose loss or meta-gradient is NaN or infinite has one of four outcomes:
 
-    "stop"      the run ends, with what was seen; its last checkpoint is from before the step
-    "skip"      eta stays as it was, and the next step has other tasks
-    "back_off"  back to the last good checkpoint, and on from there with smaller outer updates
-    "pass"      nothing: the outer optimizer sees it, and may have a rule for it (`fds_rule`)
+    "stop"      training ends with an error; the last checkpoint is from before the step
+    "skip"      eta is left unchanged, and the next step draws other tasks
+    "back_off"  training resumes from the last good checkpoint with smaller outer updates
+    "pass"      the outer optimizer gets the numbers as they are, for rules that handle them
+                (`fds_rule`)
 
-Skipping suits a rare bad batch, backing off a run that has become unstable. Both end in a stop
-when it happens too often. An inner loop that diverges while all numbers stay finite is seen by
-its losses, and reported once.
+Skipping suits a rare bad batch, backing off a run that has become unstable. Both end training
+when they happen too often. Inner loops that diverge while all numbers stay finite are detected
+by their losses, and reported once.
 
-Tasks that are not finite are left out: one bad task need not spoil the mean of a batch.
-
-A task whose inner run explodes has a NaN for a meta-gradient, and so has the mean over its
-batch. Left out, its result counts as zero of a task that does not count, and the mean is over
-the others. How many were left out is a metric: what is never looked at is never mended.
+One non-finite task makes the mean meta-gradient of its batch NaN. With `isolate`, and in
+truncated training, non-finite tasks are masked: divide by the finite count. How many tasks were
+masked is a metric (`tasks_left_out`, `tasks_reset`).
 """
 
 from __future__ import annotations
@@ -43,21 +42,21 @@ class NonFiniteError(FloatingPointError):
 
 
 class DivergedError(FloatingPointError):
-    """The inner loss ended far above where it began, step after step."""
+    """The inner loss ended far above its first value in several outer steps in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Faults:
-    """What to do about which fault.
+    """What to do about non-finite outer steps and diverging inner loops.
 
     Args:
-      nonfinite: about a loss or meta-gradient that is NaN or infinite: "stop", "skip",
+      nonfinite: for a loss or meta-gradient that is NaN or infinite: "stop", "skip",
         "back_off" or "pass".
-      most: steps skipped in a row, or back-offs in all, after which the run stops.
-      shrink: each back-off multiplies all later outer updates by this.
-      diverged: about inner runs that diverge: "warn", "stop" or "pass".
-      ratio: they do where the mean inner loss ends above so many times where it began,
-      patience: so many outer steps in a row.
+      most: skipped steps in a row, or back-offs in total, after which training stops.
+      shrink: each back-off multiplies all later outer updates by this, between 0 and 1.
+      diverged: for inner loops that diverge: "warn", "stop" or "pass".
+      ratio: an inner loop diverges where its last mean loss is above `ratio` times its first,
+      patience: in so many outer steps in a row.
     """
 
     nonfinite: str = "stop"
@@ -85,12 +84,12 @@ class Faults:
 
 
 def broken(values: Mapping[str, float]) -> list[str]:
-    """Return the names of those metrics of an outer step that must be finite and are not."""
+    """Return the names of the metrics of an outer step that must be finite and are not."""
     return [name for name in WATCHED if not math.isfinite(values[name])]
 
 
 class Watch:
-    """Counts the faults of one run."""
+    """Counts the faults of one run and decides what to do about the next."""
 
     def __init__(self, faults: Faults):
         self.faults = faults
@@ -99,7 +98,7 @@ class Watch:
         self._told = False
 
     def answer(self, step_is_broken: bool, pace: float) -> str:
-        """Note an outer step; return what is to be done: "pass", "skip", "back_off" or "stop"."""
+        """Count an outer step; return "pass", "skip", "back_off" or "stop"."""
         self._skipped = self._skipped + 1 if step_is_broken else 0
         policy = self.faults.nonfinite if step_is_broken else "pass"
         enough = {
@@ -109,13 +108,13 @@ class Watch:
         return "stop" if enough.get(policy, False) else policy
 
     def pace(self, pace: float) -> float | None:
-        """Return the smaller pace after a back-off; None where it is one back-off too many."""
+        """Return the smaller pace after a back-off; None after the last back-off allowed."""
         smaller = pace * self.faults.shrink
         least = self.faults.shrink**self.faults.most
         return smaller if smaller > least * (1 - 1e-5) else None
 
     def diverges(self, step: int, values: Mapping[str, float]) -> str | None:
-        """Note an outer step; return what to say where inner runs have diverged, once a run."""
+        """Count an outer step; return a message where inner loops diverge, once a run."""
         first, last = values.get("inner_loss_first"), values.get("inner_loss_last")
         if self.faults.diverged == "pass" or first is None or last is None:
             return None
@@ -133,9 +132,9 @@ class Watch:
 
 
 def all_finite(loss: jax.Array, aux: Aux, grads: Any) -> jax.Array:
-    """Say whether loss, metrics, meta-gradient and all that the inner loop saw are finite: ().
+    """Return whether loss, metrics, meta-gradient and inner losses are finite: (), bool.
 
-    Of the meta-gradient it is the squared norm that has to be, with room for the sum over tasks.
+    Of the meta-gradient the squared norm must be finite, with room for the sum over tasks.
     """
     seen = [
         loss,
@@ -147,18 +146,18 @@ def all_finite(loss: jax.Array, aux: Aux, grads: Any) -> jax.Array:
     return jnp.stack([*fine, aux.inner.finite.all()]).all()
 
 
-def or_zero(finite: jax.Array, found: Any) -> tuple[Any, ...]:
-    """Return (*found, finite), with zeros for a task that is not finite."""
-    kept = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), found)
-    return (*kept, finite)
+def or_zero(finite: jax.Array, outputs: Any) -> tuple[Any, ...]:
+    """Return (*outputs, finite), the outputs zero for a task that is not finite."""
+    masked = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), outputs)
+    return (*masked, finite)
 
 
 def mean_of_finite(means: Any, tasks: int) -> tuple[Any, dict[str, jax.Array], jax.Array]:
-    """Return (meta-gradient, metrics, number of tasks left out ()).
+    """Return (meta-gradient, metrics, number of masked tasks ()).
 
-    `means` are those of what `or_zero` returned, over all tasks: (meta-gradient, metrics, share
-    that is finite). Where none is, the metrics are NaN, for all to see, and the meta-gradient
-    is zero.
+    `means` are the means of `or_zero` over all tasks: (meta-gradient, metrics, finite share).
+    Non-finite tasks are masked; divide by the finite count. Where no task is finite, the metrics
+    are NaN and the meta-gradient is zero.
     """
     grads, metrics, finite = means
     some = jnp.maximum(finite, 1 / tasks)

@@ -1,4 +1,4 @@
-"""The bars of a run: its outer steps, and the inner ones of an outer step in segments."""
+"""Progress bars: outer steps, and inner steps of an outer step that is cut into segments."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from tqdm import tqdm
 
 
 class Bars:
-    """What a run shows of how far it is."""
+    """The progress bars of a run."""
 
     def __init__(self, outer: tqdm, inner: tqdm | None):
         self._outer, self._inner = outer, inner
 
     def step_done(self, loss: float) -> None:
-        """Show one outer step more."""
+        """Advance the bar of outer steps by one."""
         self._outer.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._outer.update()
 
     def back_to(self, step: int) -> None:
-        """Show that a run has gone back to an outer step."""
+        """Set the bar of outer steps back to `step`."""
         self._outer.n = step
 
     def inner_done(self, steps: int) -> None:
-        """Show how many inner steps of its outer step a run has taken."""
+        """Set the bar of inner steps to `steps` of the current outer step."""
         if self._inner is None:
             return
         if steps < self._inner.n:
@@ -42,10 +42,10 @@ def bars(
 
     Args:
       steps: outer steps of the run.
-      done: of them, before it goes on.
-      tasks: of an outer step.
-      inner_steps: of an outer step, where it is taken in segments; None: no bar of its own.
-      shown: whether anything is.
+      done: outer steps taken before.
+      tasks: tasks of an outer step.
+      inner_steps: inner steps of an outer step that is cut into segments; None: no inner bar.
+      shown: whether bars are shown at all.
     """
     options: dict[str, Any] = {
         "disable": not shown,

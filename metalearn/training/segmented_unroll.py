@@ -1,13 +1,13 @@
 """Segmented unrolls: a full unroll cut into several compiled programs of K inner steps each.
 
-Forward mode stores nothing of the steps behind it, so its loop can stand still between any two
-of them (`Forward.start`, `advance`, `finish`). Cut into segments of K inner steps, an outer step
-shows how far it is, can be checkpointed in mid-trajectory, and stops where it is asked to. The
-result is that of the uncut loop, to rounding.
+Forward mode saves no residuals of earlier steps, so its loop can be interrupted between any two
+steps (`Forward.start`, `advance`, `finish`). Cut into segments of K inner steps, an outer step
+reports its progress, can be checkpointed in mid-trajectory, and can be stopped by a signal. The
+result equals that of the uncut loop, to rounding.
 
-A segment is compiled for its length and for the tangents that it pushes: those of windows that
-begin after it are left alone. There are at most six such numbers of tangents
-(`metalearn.engines.forward.tangents`), and so, with the first and the last, at most eight programs.
+A segment is compiled for its length and for the number of tangents it pushes: tangents that are
+still zero are skipped. There are at most six such numbers (`metalearn.engines.forward.tangents`),
+and so, with the first and the last segment, at most eight programs.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from metalearn.unroll import horizon
 
 
 class Segment(NamedTuple):
-    """Some inner steps of a run, one after the other; those that are equal share a program."""
+    """Consecutive inner steps of one program; equal segments share a compiled program."""
 
-    steps: int  # how many
-    first: bool  # the run begins with them
-    last: bool  # the run ends with them
-    until: int  # entries of eta that are first read at this step, or later, do not count yet
+    steps: int  # the length of the segment
+    first: bool  # whether it is the first of the unroll
+    last: bool  # whether it is the last
+    until: int  # tangents of entries of eta first read at this step or later are skipped
 
 
 class PartialUnroll(NamedTuple):
     """An unroll between two segments. In a train state, leaves are [tasks, ...]."""
 
     step: jax.Array  # (), int32: inner steps taken
-    stream: Any  # the engine's
-    seen: Any  # what the loop saw until now, leaves [T, ...]
+    stream: Any  # the engine's state of the loop
+    inner: Any  # inner losses and norms recorded so far, leaves [T, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,9 @@ class SegmentedUnroll(FullUnroll):
     segment: int
 
     def segments(self, eta: Any, tasks: Tasks, key: jax.Array) -> dict[int, Segment]:
-        """Return the segments of a run by the inner steps that are behind it then.
+        """Return the segments of an unroll, by the number of inner steps taken after each.
 
-        Shapes will do for the arguments.
+        The arguments may be shapes.
         """
         segments: dict[int, Segment] = {}
 
@@ -81,9 +81,10 @@ class SegmentedUnroll(FullUnroll):
     def take(
         self, segment: Segment, eta: Any, tasks: Tasks, keys: jax.Array, carried: Any
     ) -> tuple[Any, Any]:
-        """Take a segment of every run: ((meta-gradient, metrics) at the last, the runs then).
+        """Advance every task by a segment: (outputs, what is carried to the next segment).
 
-        Nothing is `carried` into the first segment, and nothing out of the last.
+        `outputs` are (meta-gradient, metrics) after the last segment, else None. `carried` is
+        ignored by the first segment, and `()` after the last.
         """
 
         def on_run(eta: Any, tasks: Tasks, run: tuple[Any, jax.Array]) -> tuple[Any, Any]:
@@ -94,17 +95,17 @@ class SegmentedUnroll(FullUnroll):
         return self.of_step(means) if segment.last else None, strong(carried)
 
     def _take(self, segment: Segment, eta: Any, task: DrawnTask, run: Any) -> tuple[Any, Any]:
-        start, stream, seen = self._first(eta, task) if segment.first else run
+        start, stream, inner = self._first(eta, task) if segment.first else run
         batches = task.batches_at(start + jnp.arange(segment.steps, dtype=start.dtype))
         stream, new = self._engine.advance(task.unroll, eta, stream, batches, segment.until)
 
-        def noted(seen: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(seen, new.astype(seen.dtype), start, 0)
+        def written(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 0)
 
-        seen = jax.tree.map(noted, seen, new)
+        inner = jax.tree.map(written, inner, new)
         if not segment.last:
-            return (), PartialUnroll(start + segment.steps, stream, seen)
-        return self.counted(self._engine.finish(task.unroll, eta, stream, seen)), ()
+            return (), PartialUnroll(start + segment.steps, stream, inner)
+        return self.counted(self._engine.finish(task.unroll, eta, stream, inner)), ()
 
     def _first(self, eta: Any, task: DrawnTask) -> PartialUnroll:
         """Return an unroll before its first step."""
@@ -113,8 +114,8 @@ class SegmentedUnroll(FullUnroll):
         shapes = jax.eval_shape(
             lambda: self._engine.advance(task.unroll, eta, stream, task.batches())[1]
         )
-        seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return PartialUnroll(jnp.zeros((), jnp.int32), stream, seen)
+        inner = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return PartialUnroll(jnp.zeros((), jnp.int32), stream, inner)
 
     @property
     def _engine(self) -> Streaming:
@@ -123,7 +124,7 @@ class SegmentedUnroll(FullUnroll):
 
 
 def spread(shardings: Any, engine: Any) -> Any:
-    """Return where a train state lies, its tangents as the engine spreads them."""
+    """Return the shardings of a train state, with tangents sharded as the engine says."""
     if not isinstance(shardings.inner, PartialUnroll):
         return shardings
     own = engine.sharding.spec if isinstance(engine.sharding, NamedSharding) else ()
@@ -137,7 +138,7 @@ def spread(shardings: Any, engine: Any) -> Any:
 
 
 def steps_taken(carried: Any) -> int:
-    """Return the inner steps that the runs of a train state have taken of this outer step."""
+    """Return how many inner steps of the current outer step a carried state has taken."""
     if not isinstance(carried, PartialUnroll):
         return 0
     return int(carried.step.addressable_shards[0].data[0])

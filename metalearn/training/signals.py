@@ -1,8 +1,8 @@
-"""Being asked to stop: by a scheduler that wants the machine (SIGTERM), or a hand (SIGINT).
+"""Stopping on a signal: SIGTERM from a scheduler, or SIGINT from the keyboard.
 
-The signal is noted, the outer step that is under way ends, the run saves and leaves. A second
-signal is not held back. Of several processes any one may be asked, and all must stop after
-the same step: there JAX's own service for pre-emption agrees on it (SIGTERM alone).
+On the first signal the current outer step is finished, the run is saved and ends. A second
+signal has its usual effect. Where several processes share a run, any of them may get the signal
+and all must stop after the same step: JAX's pre-emption service synchronises them (SIGTERM only).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import jax
 from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes
 
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[Callable[[int], str | None]]:
-    """Give a function of the outer step that says by what a stop was asked for, or None.
+    """Yield a function: outer step -> the name of the signal that asks to stop, or None.
 
-    For the main thread, as all that handles signals.
+    Signal handlers can be installed from the main thread only.
     """
     if jax.process_count() > 1:  # whose SIGTERM JAX listens for, if nobody else does
         yield _agreed
@@ -50,5 +50,5 @@ def asked_to_stop() -> Iterator[Callable[[int], str | None]]:
 
 
 def _agreed(step: int) -> str | None:
-    """Say whether all processes are to stop after this step, since one was asked to."""
+    """Return "SIGTERM" where all processes are to stop after this step, else None."""
     return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None

@@ -1,4 +1,4 @@
-"""The tasks of an outer step, over devices and in chunks: what is done to each, and its mean."""
+"""The tasks of an outer step, mapped over devices and in chunks, and averaged."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from metalearn.unroll import Unroll
 
 @dataclasses.dataclass(frozen=True)
 class TaskBatch:
-    """How many tasks an outer step takes, how many of them at once, and on which devices."""
+    """The batch of tasks of an outer step.
+
+    Args:
+      size: tasks of an outer step.
+      chunk: tasks unrolled at once on a device; None: all of its share.
+      layout: over which devices; None: one.
+    """
 
     size: int
-    chunk: int | None = None  # tasks unrolled at once on a device; None: all of its share
-    layout: Layout | None = None  # None: one device
+    chunk: int | None = None
+    layout: Layout | None = None
 
     def check(self) -> None:
         """Raise ValueError where the tasks do not divide into devices and chunks."""
@@ -30,22 +36,22 @@ class TaskBatch:
 
     @property
     def devices(self) -> int:
-        """Return how many devices, or groups of them, take tasks of their own."""
+        """Return the number of devices, or groups of devices, among which tasks are divided."""
         return 1 if self.layout is None else self.layout.devices
 
     @property
     def share(self) -> int:
-        """Return how many tasks of a step a device takes."""
+        """Return the number of tasks of a device in an outer step."""
         return self.size // self.devices
 
     @property
     def at_once(self) -> int:
-        """Return how many tasks a device unrolls at once."""
+        """Return the number of tasks that a device unrolls at once."""
         return at_once(self.share, self.chunk)
 
     @property
     def transform(self) -> Callable[[Unroll], Unroll] | None:
-        """What makes an unroll keep its inner states as the layout cuts them; None: nothing."""
+        """The transform of unrolls that constrains inner states to the layout; None: no constraint."""
         return self.layout.constrain if self.layout is not None and self.layout.cuts else None
 
     def mean(self, on_task: Callable[..., Any], shared: Any, keys: jax.Array) -> Any:
@@ -55,12 +61,13 @@ class TaskBatch:
     def mean_and_each(
         self, function: Callable[..., tuple[Any, Any]], shared: Any, inputs: Any
     ) -> tuple[Any, Any]:
-        """Return the mean of what `function(*shared, input)` returns first, and each second.
+        """Return (mean over tasks, stacked over tasks) of the two outputs of `function`.
 
         Args:
-          function: applied to every task; nothing that is traced may be closed over.
-          shared: a tuple of what all tasks have.
-          inputs: what they do not: leaves [size, ...].
+          function: (*shared, input) -> (averaged output, stacked output), applied to every task;
+            it may close over nothing that is traced.
+          shared: a tuple of arguments that all tasks share.
+          inputs: arguments of each task, leaves [size, ...].
         """
         if self.layout is None:
             return mean_and_each(functools.partial(function, *shared), inputs, self.chunk)

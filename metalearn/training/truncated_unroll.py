@@ -1,19 +1,19 @@
 """Truncated unrolls: eta is updated every K inner steps, inner states are carried on.
 
-A learned optimizer is meant for runs of thousands of steps. Unrolled whole, one update of eta
-costs one such run, and its derivative through so many steps is often chaotic. So the inner loop
-is cut into truncations of K steps: each outer step unrolls the next K steps of every task from
-where they stand, and takes the outer loss of where they end,
+A learned optimizer is meant for thousands of inner steps. With full unrolls, one update of eta
+costs one such inner loop, and its derivative through so many steps is often chaotic. So the inner
+loop is cut into truncations of K steps: each outer step unrolls the next K steps of every task
+from its carried inner state, and takes the outer loss at the end of the truncation,
 
     theta_{(i+1)K} = K steps from theta_{iK}, a constant            dF/deta through those K alone
 
-A task goes on up to its horizon N and is then replaced by a new one. All tasks of a batch would
-end together: staggered, the first horizons are cut to shares of their length, so that every
-outer step sees tasks of all ages. Horizons drawn log-uniformly show eta many beginnings and
-some long runs (Metz et al. 2020, arXiv:2009.11243).
+A task is unrolled up to its horizon N and then replaced by a new one. So that not all tasks of a
+batch end together, the first horizons are staggered: cut to fractions of their length. Horizons
+drawn log-uniformly train eta on many beginnings and some long inner loops (Metz et al. 2020,
+arXiv:2009.11243).
 
-What is left out of the derivative biases it towards the short term (Wu et al. 2018,
-arXiv:1803.02021). `metalearn.PES` is unbiased all the same; it costs variance instead.
+Ignoring the derivative through earlier truncations biases the meta-gradient towards the short
+term (Wu et al. 2018, arXiv:1803.02021). `metalearn.PES` is unbiased, at the cost of variance.
 
 Non-finite tasks are masked out of the mean, counted (`tasks_reset`) and replaced; the others are
 not affected.
@@ -39,17 +39,18 @@ from metalearn.unroll import Eta, InnerState, Metrics, horizon, resumed
 
 @dataclasses.dataclass(frozen=True)
 class Truncation:
-    """How inner runs are cut. T, the longest horizon, is the algorithm's own number of steps.
+    """How unrolls are truncated. The longest horizon T is the algorithm's own number of steps.
 
-    The outer loss is taken at the end of every truncation, not of the run alone. What `init`
-    does to it is seen by reverse and forward engines in the first truncation of a run alone: a
-    learned initialisation is better trained on whole runs, or by `PES`.
+    The outer loss is taken at the end of every truncation. Reverse and forward engines see how
+    `init` depends on eta in the first truncation of a task only: a learned initialisation is
+    better trained with full unrolls, or by `PES`.
 
     Args:
       steps: K, inner steps between two updates of eta. Divides T.
-      shortest: horizons are drawn log-uniformly from here to T, as multiples of K; None: all T.
-      staggered: the first horizons are cut to shares of their length, so that tasks end at
-        different times.
+      shortest: horizons are drawn log-uniformly between `shortest` and T, as multiples of K;
+        None: all horizons are T.
+      staggered: cut the first horizons to fractions of their length, so that tasks end at
+        different outer steps.
     """
 
     steps: int
@@ -68,7 +69,7 @@ class Truncation:
             )
 
     def check(self, horizon: int) -> None:
-        """Raise ValueError where a run of `horizon` steps cannot be cut like this."""
+        """Raise ValueError where `horizon` inner steps cannot be truncated like this."""
         if self.steps > horizon:
             raise ValueError(
                 f"A truncation of {self.steps} inner steps is longer than the horizon, which is "
@@ -86,7 +87,7 @@ class Truncation:
             )
 
     def draw(self, key: jax.Array, longest: int, share: jax.Array) -> jax.Array:
-        """Draw the horizon of a new task: (), int32, a multiple of K; `share` () cuts it."""
+        """Draw the horizon of a new task: (), int32, a multiple of K, times `share` ()."""
         # In truncations, from the fewest that reach `shortest`; rounded down from below one more
         # than the most, so that each number has its share. A little keeps 2 from becoming 1.99999.
         most = longest // self.steps
@@ -97,7 +98,7 @@ class Truncation:
         return jnp.maximum(cut, 1).astype(jnp.int32) * self.steps
 
     def shares(self, tasks: int, begins: jax.Array) -> jax.Array:
-        """Return the share of its horizon that each task gets [tasks]: all, but at the beginning.
+        """Return the fraction of its horizon that each task gets [tasks]; 1 after the first step.
 
         `begins`: (), bool: whether this is the first outer step.
         """
