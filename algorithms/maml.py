@@ -16,7 +16,8 @@ Finn, Abbeel and Levine 2017 (arXiv:1703.03400). Three relatives are options, an
 
 The inner optimizer sees the model's own tree, so its labels and masks go by path
 (`optax.multi_transform`, `optax.masked`, `optax.adamw(mask=)`); what does not adapt is an
-`optax.MaskedNode` there, as `optax.masked` has it. What else it may ask for: `metalearn.optimizers.updates`.
+`optax.MaskedNode` there, as `optax.masked` has it. What else it may ask
+for: `metalearn.optimizers.updates`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class MAML(Algorithm):
     # update, so give that a rate of one: `optax.sgd(1.0)`.
     learned_rates: float | None = None
     first_order: bool = False
-    # The parameter paths that adapt: a regular expression, see `metalearn._utils.checks.unusable`; "": all
+    # The parameter paths that adapt: a regular expression, see `checks.unusable`; "": all
     adapt: str = ""
     batch_norm: str = "transductive"  # see `metalearn.algorithms.batch_norm`
 

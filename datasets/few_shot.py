@@ -12,12 +12,11 @@ examples of any other type are used as they are. What is drawn depends on the
 key alone. A batch of tasks is a `vmap` over keys, and costs about as much as writing
 its pixels in float32 (`python -m metalearn.experiments.benchmarks.sampler`).
 
-Drawing k distinct integers below n inside jit, by shifted integers.
-
-The i-th draw is uniform over the n - i integers not yet taken. Rather than list them
-(a permutation of n: 4,112 values to keep 5) or retry, draw r from 0 .. n - i - 1 and
-shift it past those taken: with c_0 < c_1 < ... the integers taken so far, c_j - j of
-the free integers lie below c_j, hence the r-th free integer is
+`distinct` draws k distinct integers below n inside jit, by shifted integers. The i-th draw is
+uniform over the n - i integers not yet taken. Rather than list them (a permutation of n: 4,112
+values to keep 5) or retry, draw r from 0 .. n - i - 1 and shift it past those taken: with c_0 <
+c_1 < ... the integers taken so far, c_j - j of the free integers lie below c_j, hence the r-th
+free integer is
 
     r + |{j : c_j - j <= r}|.
 

@@ -10,15 +10,13 @@ A dataset's folder names the Python class of each of its features, and TFDS woul
 module of one that it does not know. A dataset that names any but TFDS's own is refused before
 TFDS opens it, so that reading one runs no code that came with it.
 
-The directory where prepared arrays are kept between runs.
-
-Decoding 32,460 drawings takes seconds and reading the array they make takes
-milliseconds, so the array is kept as one .npy file. It appears under its name only
-when it is whole (written aside, then renamed), so processes may race for it; and its
-name says all that its content depends on, so that a stale one is never read. One that
-cannot be read, cut short by a full disk perhaps, is built again, with a warning, and so is
-one that is an array of another type or shape than was asked for. Nothing in a file is ever
-executed: arrays of Python objects (pickle) are refused.
+Prepared arrays are cached between runs. Decoding 32,460 drawings takes seconds and reading the
+array they make takes milliseconds, so the array is kept as one .npy file. It appears under its
+name only when it is whole (written aside, then renamed), so processes may race for it; and its
+name says all that its content depends on, so that a stale one is never read. One that cannot be
+read, cut short by a full disk perhaps, is built again, with a warning, and so is one that is an
+array of another type or shape than was asked for. Nothing in a file is ever executed: arrays of
+Python objects (pickle) are refused.
 """
 
 from __future__ import annotations

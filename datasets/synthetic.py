@@ -1,18 +1,16 @@
-"""Quadratic bowls: the inner tasks on which optimizers can be checked by hand.
+"""Tasks that need no data: quadratic bowls, sinusoids, and several distributions side by side.
 
-A task is L(theta) = mean of a_i (theta_i - c_i)^2 / 2 with curvatures a_i log-uniform in a
+`Quadratics`: L(theta) = mean of a_i (theta_i - c_i)^2 / 2 with curvatures a_i log-uniform in a
 range and a normal minimum c. The ratio of the range is the condition number, which is what
 makes a bowl hard for an optimizer with one learning rate.
 
-Sinusoid regression, the first experiment of MAML (Finn et al. 2017, arXiv:1703.03400).
+`Sinusoid`, the first experiment of MAML (Finn et al. 2017, arXiv:1703.03400): one sine wave,
+y = A sin(x - phi), with its amplitude A and phase phi drawn per task; the learner gets a few points
+of it and is judged on others of the same wave. It is small enough that a mistake in a meta-gradient
+shows within seconds on a CPU. No fixed function does well: the mean over tasks is close to zero
+everywhere, so a learner that does not adapt predicts about nothing.
 
-A task is one sine wave, y = A sin(x - phi), with its amplitude A and phase phi drawn
-per task; the learner sees a few points of it and is judged on others of the same wave.
-It is analytic, so it needs no data, and small enough that a mistake in a
-meta-gradient shows within seconds on a CPU. No fixed function does well: the mean over
-tasks is close to zero everywhere, so whoever does not adapt predicts about nothing.
-
-Several distributions over tasks at once: a task has one of each.
+`SideBySide`: a task has one episode of each of several distributions.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""From a text to tokens: what is read, and how it is cut into integers.
-
-Bytes need no training, no file and no unknown token: 256 of them write any text. A
-tokenizer of your own is a function from a string to integers, with its vocabulary's size.
-
-Language modelling as a task: a model is trained on one text and judged on another.
+"""Language modelling as a task: a model is trained on one text and judged on another.
 
 An episode draws, per inner step, a batch of windows of the training text (support), and
 windows of held-out text (query). A window never crosses from one piece of the text into the
@@ -13,6 +8,9 @@ windows of a corrupted copy of it, flagged as such, join the query to measure by
 
 The tokens live on the device and windows are gathered inside jit: what is drawn depends on
 the key alone. A window of S tokens is S + 1 of the text; targets are inputs moved by one.
+
+Tokens are bytes by default: no training, no file and no unknown token, 256 of them write any
+text. A tokenizer of your own is a function from a string to integers, with its vocabulary's size.
 """
 
 from __future__ import annotations

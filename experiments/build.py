@@ -67,7 +67,7 @@ OPTIMIZERS = {
     "sgd": optax.sgd,
     "adam": optax.adam,
     "adamw": optax.adamw,
-    "reversible_adam": reversible.adam,  # its steps can be undone, see metalearn.optimizers.reversible
+    "reversible_adam": reversible.adam,  # its steps can be undone
     "rmsprop": optax.rmsprop,
     "adagrad": optax.adagrad,
     "lion": optax.lion,

@@ -5,7 +5,7 @@ of it later looks like a diverged run. What the labels go up to is known on the 
 (`Tasks.label_range`), how many outputs there are when the loss is traced, and only there. So
 those who train say what is known (`known`), and a loss says what it is traced with (`compare`):
 
-    with known(tasks, seen):            # Trainer.fit, Trainer.evaluate, metalearn.diagnostics.health
+    with known(tasks, seen):            # Trainer.fit, Trainer.evaluate, health checks
         step(state, tasks)              # traces `cross_entropy`, which calls `compare`
 
 A program that was compiled before is not traced again, so the outputs that were seen are kept.

@@ -20,8 +20,8 @@ import optax
 from metalearn._utils.device_memory import device_memory, show_bytes
 from metalearn._utils.trees import is_array
 from metalearn.algorithm import Algorithm
-from metalearn.engines.base import horizon
 from metalearn.tasks import Tasks
+from metalearn.unroll import horizon
 
 MOST_TASKS = 10_000_000  # of an outer step, or an evaluation: each has a key, and a share of a day
 

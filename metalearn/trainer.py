@@ -304,8 +304,8 @@ class Trainer:
     ) -> TrainState:
         """Train for `steps` outer steps, or from the newest checkpoint up to there.
 
-        `options` are those of `metalearn.training.options.Fit`: `held_out`, `eval_every`, `eval_tasks`,
-        `log_every`, `check_every`, `faults`, `asked_to_stop`, `progress`.
+        `options` are those of `metalearn.training.options.Fit`: `held_out`, `eval_every`,
+        `eval_tasks`, `log_every`, `check_every`, `faults`, `asked_to_stop`, `progress`.
         """
         held_out = options.pop("held_out", None)
         check_tasks("Trainer.fit(tasks=)", tasks)

@@ -9,7 +9,7 @@ are 1.4 to 5.9 times as fast with a kernel per task, and about even with one ker
 A patch matrix holds kernel_h * kernel_w copies of the image, so large images go back to
 `lax.conv_general_dilated`; and a model that is never adapted per task may do so by choice.
 
-The arithmetic of batch normalisation, for layers that keep statistics their own way.
+The arithmetic of batch normalisation is here too, for layers that keep statistics their own way.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""What our Haiku networks do their own way: convolution, normalisation, initial values.
+"""The networks of the few-shot literature, two of image classification, and wide residual networks.
 
-Wide residual networks in Haiku; `metalearn.models.layouts` says what they are.
-
-The networks of the few-shot literature, and two of image classification, in Haiku.
+In Haiku, with our own convolution, normalisation and initial values (`metalearn.models.layouts`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Wide residual networks in Flax linen; `metalearn.models.layouts` says what they are.
+"""The networks of the few-shot literature, two of image classification, and wide residual networks.
 
-The networks of the few-shot literature, and two of image classification, in Flax linen.
+In Flax linen; `metalearn.models.layouts` says what they are made of.
 """
 
 from __future__ import annotations

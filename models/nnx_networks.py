@@ -1,8 +1,7 @@
-"""What our NNX networks do their own way: batch normalisation.
+"""The networks of the few-shot literature, two of image classification, and wide residual networks.
 
-Wide residual networks in Flax NNX; `metalearn.models.layouts` says what they are.
-
-The networks of the few-shot literature, and two of image classification, in Flax NNX.
+In Flax NNX, with our own batch normalisation; `metalearn.models.layouts` says what they are made
+of.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ What is learned is a coordinate x, and the space says what it stands for:
 A value is kept in its range; its derivative passes at the bounds, so that it can come back.
 `metalearn.algorithms.in_ranges` keeps x itself from running away behind them.
 
-Where a hyperparameter goes, by name: the optimizer, the objective or the augmentation.
+`place` finds by name whether a hyperparameter is an argument of the optimizer, of the objective or
+of the augmentation.
 """
 
 from __future__ import annotations

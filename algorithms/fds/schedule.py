@@ -1,8 +1,6 @@
-"""A learned schedule, to take away: a plain function of the step, and JSON.
+"""Learned schedules: constant over windows of inner steps, as plain functions of the step.
 
-optax.sgd(learned["learning_rate"].stretched(50_000))
-
-Windows: the stretches of an inner training run over which a hyperparameter is constant.
+    optax.sgd(learned["learning_rate"].stretched(50_000))
 
 T inner steps in N windows: window i holds the steps from edges[i] to edges[i + 1]. A
 hyperparameter of each step on its own has a hypergradient so noisy that it cannot be

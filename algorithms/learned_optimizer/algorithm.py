@@ -10,7 +10,7 @@ What the optimizer is, is an `UpdateRule`; what it trains is a `Problem`. Both a
 rule learns on any problem, or on several side by side (`Together`).
 
 A run of T steps unrolled whole is the exact derivative and costs T steps for one update of eta;
-`Trainer(truncation=Truncation(K))` updates it every K. See `metalearn.training.truncated_unroll` for what that
+`Trainer(truncation=Truncation(K))` updates it every K. See `metalearn.Truncation` for what that
 costs in bias, and `metalearn.PES` for an estimator without it. The mean is then that over the
 steps of a truncation.
 

@@ -3,10 +3,10 @@
     save_optimizer("learned.safetensors", rule, eta)
     optimizer = load_optimizer("learned.safetensors")          # anywhere optax is used
 
-The file is safetensors: eta's arrays under their pytree paths, and as metadata a schema
-version, the version of metalearn, the rule as JSON (`metalearn.algorithms.learned_optimizer.rule_json`) and a
-SHA-256 of all of it. Reading it runs no code of the file's. The digest finds damage,
-not malice: anyone can write a file whose digest is right.
+The file is safetensors: eta's arrays under their pytree paths, and as metadata a schema version,
+the version of metalearn, the rule as JSON (`rule_json`) and a SHA-256 of all of it. Reading it
+runs no code of the file's. The digest finds damage, not malice: anyone can write a file whose
+digest is right.
 """
 
 from __future__ import annotations

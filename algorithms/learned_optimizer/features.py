@@ -1,4 +1,4 @@
-"""What a learned optimizer may look at: features of every parameter of a tensor.
+"""Features of every parameter of a tensor: the inputs of a learned optimizer.
 
 A feature is a part. It holds slots for a tensor (running means, say), and at every step turns
 them and the gradient into values, k per parameter: [k, *shape], features first, so that each
@@ -16,9 +16,8 @@ be 1e8 at each of T steps: a gradient, or a parameter, below 1e-8 is noise and h
 All is computed in float32, or float64 for parameters of that, whatever the dtype of the
 parameters, and for tensors of any rank.
 
-Second moments of a matrix from those of its rows and columns, as a feature.
-
-Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) keeps running means of the squared gradient
+`FactoredMoments` are second moments of a matrix from those of its rows and columns. Adafactor
+(Shazeer & Stern 2018, arXiv:1804.04235) keeps running means of the squared gradient
 over each row and over each column, n + m numbers for a matrix of n m, and takes
 
     v_ij = row_i column_j / mean(row)
@@ -26,7 +25,8 @@ over each row and over each column, n + m numbers for a matrix of n m, and takes
 in the place of the second moment. For tensors of higher rank, rows and columns are those of
 the two longest axes; tensors of rank 0 and 1 have the full second moment in the place of both.
 
-What the steps of a learned optimizer may be multiplied with: features of one value.
+Step factors (`ParameterScale`, `ReciprocalRoot`) are features of one value by which the steps of a
+learned optimizer are multiplied.
 """
 
 from __future__ import annotations

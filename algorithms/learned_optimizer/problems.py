@@ -1,4 +1,4 @@
-"""What a learned optimizer trains: a fresh theta, and the loss of a step. Each a small class.
+"""Problems that a learned optimizer trains: a fresh theta, and the loss of a step.
 
 A problem holds functions alone; the data come with the episode, so a problem goes with a
 distribution over tasks:
@@ -10,7 +10,7 @@ distribution over tasks:
 | `Quadratic`    | `Quadratics`                            | curvatures [d], minimum [d]        |
 | `Together`     | `SideBySide`                            | {name: support}                    |
 
-Several problems side by side: one learned optimizer is trained on a mixture.
+`Together` trains one learned optimizer on a mixture of problems.
 """
 
 from __future__ import annotations

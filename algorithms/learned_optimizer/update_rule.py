@@ -10,7 +10,7 @@ parameter alike; `metalearn.algorithms.LearnedOptimizer` trains any of them.
 References: Andrychowicz et al. 2016 (arXiv:1606.04474); Metz et al. 2020 (arXiv:2009.11243)
 and 2022 (arXiv:2203.11860).
 
-The parameters an update rule can move: floating-point arrays, whatever their rank.
+An update rule moves floating-point arrays of any rank; other leaves pass through unchanged.
 """
 
 from __future__ import annotations

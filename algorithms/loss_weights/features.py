@@ -1,4 +1,4 @@
-"""What a weighting may look at: features of the examples of a batch, by name.
+"""Features of the examples of a batch, by name: the inputs of a learned loss weight.
 
 A feature is a fact about an example, not a way for the inner gradient to reach it, so no
 derivative by theta passes through a weight in the inner step. The one feature of
@@ -13,7 +13,7 @@ Meta-Weight-Net (Shu et al. 2019, arXiv:1902.07379) is the loss of the example.
 | "position"     | 1       | place in the sequence, from -1 to 1                          |
 | "source"       | sources | which source the example is of, one-hot                      |
 
-How well a score separates two groups: the area under the ROC curve, inside jit.
+`auc` measures how well a score separates two groups: the area under the ROC curve, inside jit.
 """
 
 from __future__ import annotations

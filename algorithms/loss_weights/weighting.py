@@ -17,12 +17,8 @@ References: Ren et al. 2018 (arXiv:1803.09050) and Shu et al. 2019 (arXiv:1902.0
 normalise over the batch; Kemaev et al. 2025 (arXiv:2505.00793) for weights of a language
 model's data.
 
-What a learned loss weight must not be, found out before anything is trained.
-
-Inside a compiled step nothing can be raised, and there it would be too late: a negative
-weight raises its token's loss without bound, and weights that are all zero have no
-derivative to come back by. So the function from scores to weights has to be positive
-throughout, which can be seen beforehand, whatever the scores become in training.
+A function from scores to weights is checked before training: inside a compiled step nothing can
+be raised. It has to be positive for any score.
 """
 
 from __future__ import annotations

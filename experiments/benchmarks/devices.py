@@ -40,7 +40,6 @@ from metalearn.datasets import FewShot, digits
 from metalearn.experiments.benchmarks.horizons import table
 from metalearn.models import Functions
 from metalearn.planning.cost import cost
-from metalearn._utils.device_memory import show_bytes
 from metalearn.planning.cost.hlo import collectives
 from metalearn.sharding import distributed as processes
 

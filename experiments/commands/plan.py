@@ -1,11 +1,9 @@
-"""`metalearn plan`: what each engine would cost on a config, before it is trained.
-
-A plan as a table for a person, and as JSON for a program.
-
-`engine="auto"`: the engine that `metalearn plan` would choose, once for a run.
+"""`metalearn plan` and `engine="auto"`: the cost of each engine on a config, before training.
 
 The dataset is read on the host, for its shapes, and the outer step is compiled for shapes
 alone: nothing is put on the device. See `metalearn.planning.plan` for how the choice is made.
+A plan is printed as a table, or as JSON. `engine="auto"` takes the engine that the plan would
+choose, once for a run.
 """
 
 from __future__ import annotations
@@ -22,8 +20,6 @@ from metalearn._utils import strict_json
 from metalearn._utils.device_memory import show_bytes
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import build, devices
-from metalearn.experiments.commands import plan as auto
-from metalearn.experiments.commands import plan as plan_table
 from metalearn.planning.cost import Cost
 from metalearn.planning.plan import Plan, plan, tasks_at_once
 from metalearn.planning.step_cost import Candidate, Row, StepCosts, changed_fields
@@ -42,15 +38,15 @@ def show(config: Any, budget: int | None, as_json: bool, key: str | None = None)
     """Print the plan of a config: a table, or JSON alone. BudgetError where nothing fits."""
     plain = build.to_json(config)
     value = None if key is None else _value(plain, key)
-    trainer, tasks = auto.abstract(plain)
+    trainer, tasks = abstract(plain)
     found = plan(trainer, tasks, budget=budget, all_chunks=True)
     most = None if key is None or value is None else largest(plain, key, value, found)
     if as_json:
-        values = plan_table.to_json(found, trainer)
+        values = to_json(found, trainer)
         print(strict_json.dumps({**values, "largest": most and most._asdict()}, indent=2))
         found.choose()
         return
-    print("\n".join(plan_table.table(found, trainer)))
+    print("\n".join(table(found, trainer)))
     if most is not None and found.leanest is not None:
         print(f"\n{_said(most, found.leanest, found.budget)}")
     row = found.choose()
@@ -64,7 +60,7 @@ def largest(config: dict[str, Any], key: str, value: int, found: Plan) -> Larges
         return None
 
     def row_of(value: int) -> Row:
-        trainer, tasks = auto.abstract(_changed(config, key, value))
+        trainer, tasks = abstract(_changed(config, key, value))
         return StepCosts(trainer, tasks).row(Candidate(leanest.engine), leanest.chunk)
 
     row = leanest
@@ -120,7 +116,7 @@ def _changed(config: dict[str, Any], key: str, value: int) -> dict[str, Any]:
 
 def _flags(row: Row) -> str:
     """Return the command-line options that make a config take the engine of a row."""
-    chosen = auto.settings(row)
+    chosen = settings(row)
     options = {f"engine_options.{key}": value for key, value in chosen["engine_options"].items()}
     flags = {"engine": chosen["engine"], **options, "chunk": chosen["chunk"]}
     return " ".join(f"--config.{key}={value}" for key, value in flags.items())

@@ -6,7 +6,7 @@ workdir/test.json      the score on test tasks: mean, 95% interval, tasks
 workdir/pictures/      those that the config names; see metalearn.experiments.pictures
 workdir/wandb/         the W&B run, unless disabled
 
-A run's own directory: made, written to, and held by one process at a time.
+A workdir is held by one process at a time.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def maml() -> ml_collections.ConfigDict:
     config.algorithm = ml_collections.ConfigDict()
     config.algorithm.name = "maml"
     config.algorithm.objective = "cross_entropy"
-    # The inner one. Adam and its relatives need `eps_root`, such as 1e-8; see metalearn.diagnostics.health.
+    # The inner one. Adam and its relatives need `eps_root`, such as 1e-8.
     config.algorithm.optimizer = {"name": "sgd", "learning_rate": 0.4}
     config.algorithm.optimizer.eps_root = placeholder(float)
     config.algorithm.inner_steps = 1

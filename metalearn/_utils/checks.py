@@ -1,11 +1,8 @@
-"""Checks that many constructors make of their numbers, each refusal in the same words.
+"""Checks of arguments, with the same words for the same refusal.
 
-`what` is what got the value, as its user writes it: "MAML", "Text". None is a value that is
-not set, and passes, but where a count is needed.
-
-Looking a name up in a table, and saying which names there are where it is not one.
-
-What others' errors say, made short enough to be a part of ours.
+`what` is the class or function that got the value, as its user writes it: "MAML", "Text". None
+is a value that is not set, and passes, except where a count is needed. `pick` looks up a name in
+a table; `first_line` shortens the text of another library's error.
 """
 
 from __future__ import annotations

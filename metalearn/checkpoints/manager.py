@@ -1,9 +1,9 @@
 """Checkpoints: the whole of a run, and a record of what it was made of.
 
 A checkpoint holds the train state (eta, outer optimizer, key, step, inner runs between two
-truncations) and a record (`metalearn.checkpoints.record`). A save is written aside and renamed, so a
-kill at any moment leaves the one before, and it is written beside the training. Loading runs
-no code. The newest few are kept, and the best if there is a metric to tell.
+truncations) and a record (`metalearn.checkpoints.record`). A save is written aside and renamed,
+so a kill at any moment leaves the one before, and it is written beside the training. Loading
+runs no code. The newest few are kept, and the best if there is a metric to tell.
 
 An outer step that is taken in segments can be saved between two of them, in `within/`: the
 newest of these counts where it is of a later moment than the newest whole step.

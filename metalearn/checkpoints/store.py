@@ -1,17 +1,17 @@
-"""Where checkpoints are: Orbax, and what it needs around it for disks that fail.
+"""Storage of checkpoints: Orbax, digests of its files, and damaged or unwritable disks.
 
-A save begins now and ends beside the training. When its files are whole, their digests are
-written (`metalearn.checkpoints.digests`). A step whose files are not what was written, or whose record is
-not one of its number, counts as damaged: it is not offered any more, and moved out of the way
+A save begins now and is written in the background. When its files are complete, their digests
+are written (`metalearn.checkpoints.digests`). A step whose files differ from their digests, or
+whose record has another number, counts as damaged: it is not offered any more, and moved aside
 when a new save may need its place.
 
-A run may train beside a process that reads: what was listed is gone when it is read, and newer
-ones are there. So whatever cannot be read is looked for again before it counts.
+Another process may read while a run trains: a listed step may be deleted before it is read, and
+newer ones may appear. So the directory is listed again before a step that cannot be read counts
+as damaged.
 
-Checkpoints inside an outer step that takes several programs: the newest counts.
-
-They have a place of their own, since the numbers of the others are outer steps. Here they are
-numbered as they come.
+Checkpoints inside an outer step that is cut into segments have a directory of their own, since
+the numbers of the others are outer steps: they are numbered in the order of saving, and the
+newest counts.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""The `grad` that a step receives: it differentiates, and notes what it saw.
+"""The `grad` that an inner step receives: it differentiates and records.
 
-An inner loop that diverges, or one whose gradients are not finite, shows here and
-nowhere else: the outer loss may look healthy for a while. Each engine brings its own
-way of taking an inner value and gradient; recording is the same for all.
+`Recorder` hands out `grad` and records inner losses and the finiteness of inner gradients. An
+inner loop that diverges, or whose gradients are not finite, shows there first: the outer loss may
+look healthy for a while. Each engine brings its own `value_and_grad`; recording is the same for
+all.
 
-Inner gradients recorded on the way forward and played back on the way back.
+`Tape` and `Playback` record the inner gradients of a step in the forward pass and replay them in
+the backward pass. A step that is run again for its derivative needs the values of its inner
+gradients, and their derivative, but no second evaluation of the loss.
 
-A step that is run again for its derivative needs its gradients' values, and their own
-derivative, but no second evaluation of the loss: the tape gives it the values.
-
-One inner step forward, back through its derivative, and undone.
+`OneStep` is one inner step of an explicit reverse scan: forward, backward, and undone.
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ class OneStep:
             raise ValueError(
                 "remat='inexact_reconstruct' computes each inner state from the next, but this "
                 "algorithm's `Unroll` has no `undo`. Use an inner optimizer that can be undone "
-                "(`metalearn.optimizers.reversible`), give the unroll an `undo`, or use remat='nested'."
+                "(`metalearn.optimizers.reversible`), give the unroll an `undo`, or use "
+                "remat='nested'."
             )
         tape = Tape()
         recorder = Recorder(tape.recording(self.value_and_grad))

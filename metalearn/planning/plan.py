@@ -25,7 +25,7 @@ import jax
 from metalearn._utils.device_memory import device_memory, show_bytes
 from metalearn.engines import Forward, MixedFlow, Reverse
 from metalearn.planning.cost import Cost
-from metalearn.planning.step_cost import Candidate, StepCosts, Row, sets_horizon
+from metalearn.planning.step_cost import Candidate, Row, StepCosts, sets_horizon
 from metalearn.tasks import Tasks, check_tasks
 from metalearn.trainer import Trainer
 

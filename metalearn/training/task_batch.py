@@ -51,7 +51,7 @@ class TaskBatch:
 
     @property
     def transform(self) -> Callable[[Unroll], Unroll] | None:
-        """The transform of unrolls that constrains inner states to the layout; None: no constraint."""
+        """The transform of unrolls that constrains inner states to the layout; None: nothing."""
         return self.layout.constrain if self.layout is not None and self.layout.cuts else None
 
     def mean(self, on_task: Callable[..., Any], shared: Any, keys: jax.Array) -> Any:

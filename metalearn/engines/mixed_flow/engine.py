@@ -75,9 +75,9 @@ class MixedFlow(MetaGradient):
       remat: as above.
       segment: inner steps between kept states. "nested" and "segments": None is sqrt(T).
         "inexact_reconstruct": between anchors, None is 32. It undoes steps (`Unroll.undo`, see
-        `metalearn.optimizers.reversible`), and what rounding adds grows geometrically from an anchor back:
-        the meta-gradient is off by 1e-5 with 16 and 3e-5 with 32 in float32, against 6e-6 of
-        exact modes (docs/results.md).
+        `metalearn.optimizers.reversible`), and rounding errors grow geometrically from an anchor
+        backwards: the meta-gradient is off by 1e-5 with 16 and 3e-5 with 32 in float32, against
+        6e-6 of exact modes (docs/results.md).
       budget: "nested": bytes that kept states of one task may take at a time, instead of a
         segment. Inner gradients are then taken again rather than kept (see
         `metalearn.engines.nested_scan`).

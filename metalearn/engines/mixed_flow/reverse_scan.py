@@ -1,18 +1,15 @@
-"""The way back through the loop written out, for keeping less than the states themselves.
+"""An explicit reverse scan over inner steps, for saving less than the inner states themselves.
 
-`jax.checkpoint` keeps values or computes them again. Here the backward loop is explicit,
+`jax.checkpoint` saves residuals or recomputes them. Here the backward loop is explicit,
 
     c_t  =  (d theta_{t+1} / d theta_t)^T c_{t+1}        c_T = dF / d theta_T
     dF/deta  =  sum_t (d theta_{t+1} / d eta)^T c_{t+1}  + direct terms
 
-so that the state it needs at step t may come from elsewhere (`kept.py`). Inner gradients are
-recorded and played back (`tape.py`), so that no loss is evaluated again for them. The first
-step is taken apart: where theta_0 does not depend on eta, c_0 is not computed.
-
-Ways of having the inner states again on the way back through the loop.
-
-`Copies` keeps all T of them, and the inner gradients, somewhere cheaper: in host memory, or
-in low precision. `Anchors` keeps every k-th and undoes the steps in between.
+so that the inner state it needs at step t may come from elsewhere: `Copies` saves all T of them,
+and the inner gradients, in host memory or in low precision; `Anchors` saves every k-th and undoes
+the steps in between. Inner gradients are recorded in the forward pass and replayed in the
+backward pass, so that no loss is evaluated again for them. The first step is peeled: where theta_0
+does not depend on eta, c_0 is not computed.
 """
 
 from __future__ import annotations
