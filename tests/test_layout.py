@@ -1,0 +1,107 @@
+"""A reader who knows the field finds the file of a feature by the names of folders and modules."""
+
+import ast
+import pathlib
+
+import pytest
+
+import metalearn
+
+ROOT = pathlib.Path(metalearn.__file__).parent.parent
+
+# What a reader looks for: the file it is in, and a name that is defined there.
+FEATURES = {
+    "the interface between algorithms and engines": ("metalearn/unroll.py", "Unroll"),
+    "the base class of algorithms": ("metalearn/algorithm.py", "Algorithm"),
+    "drawing a task": ("metalearn/tasks.py", "draw_task"),
+    "the trainer": ("metalearn/trainer.py", "Trainer"),
+    "confidence intervals of an evaluation": ("metalearn/evaluation.py", "Estimate"),
+    "reverse mode": ("metalearn/engines/reverse.py", "Reverse"),
+    "forward mode": ("metalearn/engines/forward/engine.py", "Forward"),
+    "mixed flow": ("metalearn/engines/mixed_flow/engine.py", "MixedFlow"),
+    "Hessian products in micro-batches": (
+        "metalearn/engines/mixed_flow/micro_batches.py",
+        "value_and_grad",
+    ),
+    "evolution strategies": ("metalearn/engines/estimators/es.py", "ES"),
+    "persistent evolution strategies": ("metalearn/engines/estimators/pes.py", "PES"),
+    "rematerialisation of the inner loop": ("metalearn/engines/inner_loop.py", "Remat"),
+    "truncated unrolls": ("metalearn/training/truncated_unroll.py", "Truncation"),
+    "what happens on a non-finite step": ("metalearn/training/faults.py", "Faults"),
+    "stopping on a signal": ("metalearn/training/signals.py", "asked_to_stop"),
+    "saving and restoring a run": ("metalearn/checkpoints/manager.py", "Checkpoints"),
+    "the health check": ("metalearn/diagnostics/health.py", "check"),
+    "the memory and FLOPs of each engine": ("metalearn/planning/plan.py", "plan"),
+    "optimizers whose derivative is finite at zero": (
+        "metalearn/optimizers/differentiable.py",
+        "differentiable_at_zero",
+    ),
+    "reversible Adam": ("metalearn/optimizers/reversible.py", "adam"),
+    "a mesh of devices": ("metalearn/sharding/mesh.py", "make_mesh"),
+    "MAML": ("algorithms/maml.py", "MAML"),
+    "what batch normalisation does in the inner loop": (
+        "algorithms/batch_norm.py",
+        "batch_norm_policy",
+    ),
+    "hyperparameter schedules by FDS": ("algorithms/fds/algorithm.py", "FDS"),
+    "exporting a learned optimizer": (
+        "algorithms/learned_optimizer/export.py",
+        "save_optimizer",
+    ),
+    "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
+}
+
+# Folders inside metalearn, from those that import to those that are imported.
+FLOORS = (
+    ("planning",),
+    ("trainer",),
+    ("training",),
+    ("diagnostics", "checkpoints", "loggers"),
+    ("evaluation", "labels"),
+    ("sizes", "engines", "sharding", "optimizers"),
+    ("tasks", "train_state"),
+    ("algorithm",),
+    ("unroll",),
+    ("_utils",),
+    ("model",),
+)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_is_in_the_file_that_its_name_says(feature):
+    path, name = FEATURES[feature]
+    tree = ast.parse((ROOT / path).read_text())
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert name in defined, f"{name} is no longer in {path}: keep the map true."
+
+
+def folder_of(module):
+    return module.split(".")[1]
+
+
+def imports_of(path):
+    """Return the modules of metalearn that a file imports, at its top or in a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("metalearn"):
+            if node.module == "metalearn":
+                yield from (f"metalearn.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_imports_inside_metalearn_run_one_way():
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    upwards = []
+    for path in sorted((ROOT / "metalearn").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        own = parts[1]
+        if own in ("__init__", "__main__", "algorithms", "models", "datasets", "experiments"):
+            continue
+        for module in imports_of(path):
+            other = folder_of(module)
+            if other in floor and floor[other] < floor[own]:
+                upwards.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert {p.stem for p in (ROOT / "metalearn").glob("*.py")} - {"__init__", "__main__"} <= set(
+        floor
+    )
+    assert not upwards, upwards
