@@ -12,7 +12,7 @@ from metalearn.engines import (
 )
 from metalearn.sharding.layout import Layout
 from metalearn.sharding.mesh import make_mesh
-from metalearn.tasks import Tasks
+from metalearn.tasks import DrawnTask, Tasks, draw_task
 from metalearn.trainer import Trainer
 from metalearn.training.faults import Faults
 from metalearn.training.truncated_unroll import Truncation
@@ -22,6 +22,7 @@ __all__ = [
     "ES",
     "PES",
     "Algorithm",
+    "DrawnTask",
     "Episode",
     "ExampleMean",
     "Faults",
@@ -35,6 +36,7 @@ __all__ = [
     "Trainer",
     "Truncation",
     "Unroll",
+    "draw_task",
     "make_mesh",
 ]
 
