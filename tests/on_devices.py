@@ -35,9 +35,9 @@ from metalearn import (
     make_mesh,
 )
 from metalearn.checkpoints.manager import Checkpoints
+from metalearn.cost.hlo import collectives
 from metalearn.experiments import devices
 from metalearn.loggers import Logger
-from metalearn.planning.cost.hlo import collectives
 from metalearn.planning.step_cost import Candidate, StepCosts
 from metalearn.sharding import distributed as processes
 

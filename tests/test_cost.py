@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from metalearn import MixedFlow, Reverse, Unroll
+from metalearn.cost import QUICK, cost, hlo, jaxpr
+from metalearn.cost.convolution import Window
 from metalearn.models.transformer import Architecture
-from metalearn.planning.cost import QUICK, cost, hlo, jaxpr
-from metalearn.planning.cost.convolution import Window
 from metalearn.planning.step_cost import short_repr
 
 LAYERS, BATCH, WIDTH = 7, 32, 64

@@ -62,7 +62,7 @@ FLOORS = (
     ("tasks", "train_state"),
     ("algorithm",),
     ("unroll",),
-    ("_utils",),
+    ("cost", "_utils"),
     ("model",),
 )
 

@@ -25,11 +25,11 @@ from metalearn import (
     Unroll,
 )
 from metalearn.algorithms import Hyperparameter, fds_rule
+from metalearn.cost import cost
 from metalearn.engines.forward.tangents import PARTS, Part, parts
 from metalearn.engines.grad_recorder import joined
 from metalearn.engines.inner_loop import state_bytes
 from metalearn.engines.nested_scan import saved_states, segment_lengths
-from metalearn.planning.cost import cost
 from metalearn.training.faults import NonFiniteError
 from tests.selection import quick
 from tests.test_fds import KEY, _episode, flat, make, solve
@@ -311,7 +311,7 @@ PROGRAM = """
     from jax.flatten_util import ravel_pytree
     from metalearn import Forward
     from metalearn.algorithms import Hyperparameter
-    from metalearn.planning.cost import cost
+    from metalearn.cost import cost
     from metalearn.algorithms import FDS, sgd
     from metalearn.models import Functions
     from tests.test_fds import KEY, _episode

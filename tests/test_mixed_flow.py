@@ -322,7 +322,7 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 
 def test_a_peeled_first_step_saves_its_hessian_product():
-    from metalearn.planning.cost import cost
+    from metalearn.cost import cost
 
     algorithm, episode = rates(steps=2, model=network(jnp.float32))
     key = jax.random.key(0)

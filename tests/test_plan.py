@@ -10,8 +10,8 @@ import pytest
 from metalearn import Algorithm, Forward, MixedFlow, Reverse, Trainer
 from metalearn._utils.device_memory import device_memory, host_memory, parse_bytes, show_bytes
 from metalearn.algorithms import MAML, squared_error
+from metalearn.cost import Cost, cost
 from metalearn.engines import MetaGradient
-from metalearn.planning.cost import Cost, cost
 from metalearn.planning.plan import CANDIDATES, BudgetError, Plan, plan
 from metalearn.planning.step_cost import Candidate, Row
 from tests.cases import ENGINES, MODELS, TASKS

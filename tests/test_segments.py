@@ -13,8 +13,8 @@ import pytest
 from metalearn import Algorithm, Episode, Faults, Forward, MixedFlow, Tasks, Trainer, Truncation
 from metalearn.algorithms.fds import schedule as windows
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
+from metalearn.cost import cost
 from metalearn.experiments.commands import run
-from metalearn.planning.cost import cost
 from metalearn.training.faults import NonFiniteError
 from metalearn.training.outer_loop import Interrupted
 from metalearn.training.progress import Bars, bars

@@ -36,11 +36,11 @@ from metalearn._utils import strict_json
 from metalearn._utils.device_memory import show_bytes
 from metalearn._utils.trees import size
 from metalearn.algorithms import MAML
+from metalearn.cost import cost
+from metalearn.cost.hlo import collectives
 from metalearn.datasets import FewShot, digits
 from metalearn.experiments.benchmarks.horizons import table
 from metalearn.models import Functions
-from metalearn.planning.cost import cost
-from metalearn.planning.cost.hlo import collectives
 from metalearn.sharding import distributed as processes
 
 SETTINGS = {"1 device": (1, 1), "8 devices": (1, 8), "2 processes x 4": (2, 4)}

@@ -33,12 +33,12 @@ import optax
 
 from metalearn import Algorithm, Episode, MetaGradient, MixedFlow, Reverse
 from metalearn.algorithms import MAML, LearningRates, LossWeights, TokenWeights
+from metalearn.cost import Cost, cost
 from metalearn.datasets.text import Windows
 from metalearn.experiments.benchmarks import lines
 from metalearn.models import Functions
 from metalearn.models.transformer import Architecture
 from metalearn.optimizers import reversible
-from metalearn.planning.cost import Cost, cost
 from metalearn.planning.step_cost import REFUSALS
 
 AXES = {"T": 2, "batch": 4, "length": 256, "layers": 12, "width": 64}

@@ -38,10 +38,10 @@ import jax
 
 from metalearn import Episode, Forward, MetaGradient, MixedFlow, Reverse, Tasks
 from metalearn.algorithms import FDS
+from metalearn.cost import Cost, cost
 from metalearn.engines.inner_loop import rollout
 from metalearn.experiments import build
 from metalearn.experiments.configs import fds_digits
-from metalearn.planning.cost import Cost, cost
 
 PLAIN = "plain training"
 ENGINES: dict[str, MetaGradient | None] = {

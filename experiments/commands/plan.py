@@ -19,8 +19,8 @@ from metalearn import Trainer
 from metalearn._utils import strict_json
 from metalearn._utils.device_memory import show_bytes
 from metalearn.checkpoints.manager import Checkpoints
+from metalearn.cost import Cost
 from metalearn.experiments import build, devices
-from metalearn.planning.cost import Cost
 from metalearn.planning.plan import Plan, plan, tasks_at_once
 from metalearn.planning.step_cost import Candidate, Row, StepCosts, changed_fields
 from metalearn.sharding.distributed import broadcast, say

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from metalearn import MetaGradient, Tasks
 from metalearn.algorithms import FDS
+from metalearn.cost import cost
 from metalearn.engines.inner_loop import rollout
-from metalearn.planning.cost import cost
 
 
 class Score(NamedTuple):

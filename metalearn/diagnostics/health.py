@@ -14,9 +14,10 @@ step. It is a warning where only an exact zero would, or a gradient of zeros alo
 will meet one, a tanh network will not, and an algorithm does not say which it has. The reason
 that is given is found by looking again, at the same inner loop with other zeros in its gradients.
 
-An engine that takes Jacobians of inner gradients for symmetric (`MixedFlow`) is asked which of
-them it does not, and why: a note, since the result is exact and only the memory is more. Of the
-others the symmetry is measured on the task (`metalearn.diagnostics.symmetry`): a warning where it is not there.
+An engine that assumes symmetric Jacobians of inner gradients (`MixedFlow`) is asked for which inner
+gradients it does not, and why: a note, since the result is exact and only costs more memory. The
+symmetry of the others is measured on the task (`metalearn.diagnostics.symmetry`): a warning where
+a Jacobian is not symmetric.
 
 `diagnose` says the same of an outer step that has failed: which task, where, from which
 inner step on.

@@ -1,8 +1,8 @@
 """Whether the Jacobian of an inner gradient is symmetric, measured on one task.
 
-`MixedFlow` takes it to be, but for inner losses with derivative rules that do not count as
-derivatives (`metalearn.engines.mixed_flow.custom_rules`). What it believes of a rule was found out with
-made-up numbers, or declared; here it is put to the test with those of a task. With J the
+`MixedFlow` assumes that it is, except for inner losses with derivative rules that do not count as
+derivatives (`metalearn.engines.mixed_flow.custom_rules`). What it assumes of a rule was probed with
+random numbers, or declared; here it is tested with the numbers of a task. With J the
 Jacobian of g, two random vectors u and v tell,
 
     u^T J v  =  v^T J u
@@ -27,8 +27,7 @@ from metalearn.algorithm import Algorithm
 from metalearn.engines import MetaGradient
 from metalearn.engines.mixed_flow.custom_rules import Plan, Rule
 from metalearn.engines.mixed_flow.forward_over_reverse import Call, hoist
-from metalearn.tasks import Tasks
-from metalearn.training.full_unroll import pose
+from metalearn.tasks import Tasks, draw_task
 
 STEPS = 2  # inner steps that are looked at
 
@@ -80,16 +79,16 @@ class _Seen:
 
 def _worst(algorithm: Algorithm, seen: _Seen, eta: Any, tasks: Tasks, key: jax.Array) -> jax.Array:
     """Return the largest asymmetry of a task, in units of its tolerance: ()."""
-    posed = pose(algorithm, seen.engine, eta, tasks, key)
-    batches = jax.tree.map(lambda leaf: leaf[:STEPS], posed.batches())
+    task = draw_task(algorithm, tasks, key)
+    batches = task.first_batches(STEPS)
 
     def move(carry: tuple[Any, jax.Array], batch: Any) -> tuple[Any, None]:
         state, worst = carry
         measuring = _Measuring(seen)
-        state = posed.unroll.step(eta, state, batch, measuring.grad)
+        state = task.unroll.step(eta, state, batch, measuring.grad)
         return (state, jnp.stack([worst, *measuring.asymmetries]).max()), None
 
-    start = posed.unroll.init(eta), jnp.zeros((), jnp.float32)
+    start = task.unroll.init(eta), jnp.zeros((), jnp.float32)
     (_, worst), _ = jax.lax.scan(move, start, batches)
     return worst
 

@@ -13,8 +13,8 @@ The first three agree to rounding: each is the derivative of the loop as JAX dif
 inner gradients as they stand. Where a function in an inner loss has a derivative rule of its own
 that is no derivative (a straight-through estimator, a clipped gradient), the inner gradient is
 not the gradient of anything, and they agree all the same; `MixedFlow` then saves no memory on it
-(`metalearn.engines.mixed_flow.custom_rules`, docs/custom_rules.md). What they cannot agree on is a rule that
-the user declares a derivative though it is none, or one that is a derivative wherever it was
+(`metalearn.engines.mixed_flow.custom_rules`, docs/custom_rules.md). What they cannot agree on is a
+rule that the user declares a derivative though it is none, or one that is a derivative wherever it was
 tried and none where a run uses it: `metalearn.diagnostics.health` measures that on a task.
 
 The others estimate: from losses alone, for loops whose derivative is of no use, or (`PES`) from
@@ -58,7 +58,7 @@ class MetaGradient(abc.ABC):
     def plan(self, call: Any) -> Plan:
         """Say what of an inner gradient's Jacobian is taken for symmetric, and why not all.
 
-        `call`: a `metalearn.engines.mixed_flow.forward_over_reverse.Call`. For engines that commute.
+        `call`: a `mixed_flow.forward_over_reverse.Call`. For engines that commute.
         """
         raise NotImplementedError(f"`{type(self).__name__}` differentiates inner gradients as is.")
 

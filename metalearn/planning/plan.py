@@ -3,7 +3,7 @@
 The memory of a meta-gradient depends on the number of inner steps, the activations and the
 engine, and is hard to predict by hand. But an outer step is one compiled program: it is compiled
 for shapes only, once per engine and setting, and the compiler reports its memory and its FLOPs
-(`metalearn.planning.cost`). Nothing is allocated or run.
+(`metalearn.cost`). Nothing is allocated or run.
 
 Both are compared with *plain training*: the same inner loops on the same tasks, run forward with
 ordinary inner gradients and evaluated by the outer loss, without a meta-gradient or an outer
@@ -23,8 +23,8 @@ from collections.abc import Callable, Sequence
 import jax
 
 from metalearn._utils.device_memory import device_memory, show_bytes
+from metalearn.cost import Cost
 from metalearn.engines import Forward, MixedFlow, Reverse
-from metalearn.planning.cost import Cost
 from metalearn.planning.step_cost import Candidate, Row, StepCosts, sets_horizon
 from metalearn.tasks import Tasks, check_tasks
 from metalearn.trainer import Trainer

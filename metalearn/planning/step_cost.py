@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 
 from metalearn.algorithm import Algorithm
+from metalearn.cost import Cost, cost
 from metalearn.engines import MetaGradient
 from metalearn.evaluation import task_metrics
-from metalearn.planning.cost import Cost, cost
 from metalearn.trainer import Trainer
 from metalearn.unroll import horizon
 

@@ -3,8 +3,8 @@
 `jax.custom_jvp` and `jax.custom_vjp` let a function say what its derivative is, and it need not
 be one: straight-through estimators, clipped and reversed gradients, surrogate gradients. The
 engines differentiate the inner gradient once more as it stands, whatever it is. Only a short cut
-that takes its Jacobian for symmetric (`metalearn.engines.mixed_flow.forward_over_reverse`) has to know, and this is
-where it asks. A rule counts as a derivative if
+that assumes a symmetric Jacobian (`metalearn.engines.mixed_flow.forward_over_reverse`) has to
+know, and this is where it asks. A rule counts as a derivative if
 
 - it is one of JAX's own that are known to be (relu, logaddexp, the determinant, ...);
 - or it was tried (`rule_probe`), and is one wherever it was;

@@ -16,7 +16,7 @@ remat="segments" or a `budget`, where that would be the most of what is kept.
 They commute where g is the gradient of L as JAX differentiates it. A function in L with a
 derivative rule of its own that is no derivative (a straight-through estimator, a clipped or a
 reversed gradient, a surrogate gradient) makes g the gradient of nothing. Rules are found and
-tried out when a program is traced (`metalearn.engines.mixed_flow.custom_rules`): an inner gradient that
+probed when a program is traced (`metalearn.engines.mixed_flow.custom_rules`): an inner gradient that
 passes one that is none, or may be none, is differentiated as it stands, by reverse over reverse.
 That is exact too, and takes the memory that `Reverse("step")` takes for it.
 

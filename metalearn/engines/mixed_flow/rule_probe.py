@@ -32,7 +32,7 @@ import numpy as np
 from jax.extend import core
 
 from metalearn._utils.trees import is_differentiable
-from metalearn.planning.cost.jaxpr import flops
+from metalearn.cost.jaxpr import flops
 
 # What is larger is not tried: a trial is to cost a second at most.
 LARGEST = 2**23  # numbers that go in and come out

@@ -6,11 +6,11 @@ Here the body of a `while` is multiplied with its number of steps (`known_trip_c
 expensive branch. Only matrix products and convolutions are counted:
 
     dot           2 x outputs x length of the contraction
-    convolution   2 x outputs x kernel, without padding (`metalearn.planning.cost.convolution`)
+    convolution   2 x outputs x kernel, without padding (`metalearn.cost.convolution`)
 
 On a GPU a matrix product may be a call of cuBLAS, whose configuration names the contracted axes.
 For a custom call whose name says that it multiplies matrices, but whose text does not say which,
-`UnreadableError` is raised, and FLOPs are counted on the jaxpr (`metalearn.planning.cost.jaxpr`).
+`UnreadableError` is raised, and FLOPs are counted on the jaxpr (`metalearn.cost.jaxpr`).
 
 Collectives are the instructions by which devices exchange data, such as an all-reduce.
 """
@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
-from metalearn.planning.cost import convolution
+from metalearn.cost import convolution
 
 _HEADER = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{$")
 _ASSIGNMENT = re.compile(r"\s+(?:ROOT )?%?(\S+) = (.*)$")

@@ -2,7 +2,7 @@
 
 XLA's further optimizations (common subexpressions, products by one) are not included, so this is
 an upper bound, usually a close one. It is the fallback where the compiled program has custom
-calls whose matrix products cannot be read (`metalearn.planning.cost.hlo`).
+calls whose matrix products cannot be read (`metalearn.cost.hlo`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
-from metalearn.planning.cost import convolution
-from metalearn.planning.cost.hlo import unknown_loop
+from metalearn.cost import convolution
+from metalearn.cost.hlo import unknown_loop
 
 
 def flops(closed: ClosedJaxpr) -> int:

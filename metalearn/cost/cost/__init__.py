@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from metalearn.planning.cost import hlo, jaxpr
+from metalearn.cost import hlo, jaxpr
 
 # On a CPU most of the compile time is LLVM's, after XLA has assigned the buffers.
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
