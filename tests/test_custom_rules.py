@@ -23,9 +23,9 @@ from metalearn import (
 )
 from metalearn.datasets import Sinusoid
 from metalearn.diagnostics.health import HealthWarning, check
-from metalearn.engines.mixed_flow.custom_rules import Plan, plan
+from metalearn.engines.custom_rules import Plan, plan
 from metalearn.engines.mixed_flow.forward_over_reverse import Call, hoist
-from metalearn.engines.mixed_flow.rule_probe import Verdict
+from metalearn.engines.rule_probe import Verdict
 from metalearn.experiments import build
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -193,7 +193,7 @@ def test_an_asymmetric_rule_does_harm_where_it_is_commuted():
     """What all this is for: that the samples are wrong if their rules are believed."""
     wrong = Plan(())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metalearn.engines.mixed_flow.custom_rules.plan", lambda *_: wrong)
+        patch.setattr("metalearn.engines.custom_rules.plan", lambda *_: wrong)
         values = [float(solve(MixedFlow(), unroll_of(loss))) for loss, _ in SAMPLES.values()]
     np.testing.assert_allclose(values, [-0.035835, -0.383766], atol=1e-6)
 
@@ -544,7 +544,7 @@ def test_a_primitive_of_ones_own_is_tried_as_a_rule_is():
 
 
 def test_a_trial_is_made_once_for_all_uses_of_a_function(monkeypatch):
-    from metalearn.engines.mixed_flow import rule_probe
+    from metalearn.engines import rule_probe
 
     runs = []
     compared = rule_probe._compared

@@ -38,7 +38,7 @@ import numpy as np
 from metalearn.diagnostics import probe
 from metalearn.diagnostics.probe import Look
 from metalearn.diagnostics.symmetry import Symmetry
-from metalearn.engines.mixed_flow.custom_rules import listed
+from metalearn.engines.custom_rules import listed
 from metalearn.labels import Seen, beyond, known
 from metalearn.tasks import Tasks, check_tasks, draw
 from metalearn.train_state import TrainState

@@ -1,7 +1,7 @@
 """Whether the Jacobian of an inner gradient is symmetric, measured on one task.
 
 `MixedFlow` assumes that it is, except for inner losses with derivative rules that do not count as
-derivatives (`metalearn.engines.mixed_flow.custom_rules`). What it assumes of a rule was probed with
+derivatives (`metalearn.engines.custom_rules`). What it assumes of a rule was probed with
 random numbers, or declared; here it is tested with the numbers of a task. With J the
 Jacobian of g, two random vectors u and v tell,
 
@@ -25,7 +25,7 @@ from jax.extend.core import get_opaque_trace_state
 from metalearn._utils.trees import is_differentiable, split
 from metalearn.algorithm import Algorithm
 from metalearn.engines import MetaGradient
-from metalearn.engines.mixed_flow.custom_rules import Plan, Rule
+from metalearn.engines.custom_rules import Plan, Rule
 from metalearn.engines.mixed_flow.forward_over_reverse import Call, hoist
 from metalearn.tasks import Tasks, draw_task
 

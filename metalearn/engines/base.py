@@ -13,14 +13,12 @@ The first three agree to rounding: each is the derivative of the loop as JAX dif
 inner gradients as they stand. Where a function in an inner loss has a derivative rule of its own
 that is no derivative (a straight-through estimator, a clipped gradient), the inner gradient is
 not the gradient of anything, and they agree all the same; `MixedFlow` then saves no memory on it
-(`metalearn.engines.mixed_flow.custom_rules`, docs/custom_rules.md). What they cannot agree on is a
-rule that the user declares a derivative though it is none, or one that is a derivative wherever it was
-tried and none where a run uses it: `metalearn.diagnostics.health` measures that on a task.
+(`metalearn.engines.custom_rules`, docs/custom_rules.md). They may disagree on a rule that the user
+declares a derivative though it is none, or one that is a derivative wherever it was probed and none
+where a run uses it: `metalearn.diagnostics.health` measures that on a task.
 
 The others estimate: from losses alone, for loops whose derivative is of no use, or (`PES`) from
 truncated unrolls without their bias. An engine that cannot serve a problem refuses at trace time.
-
-What an engine refuses before it starts, each with the way out.
 """
 
 from __future__ import annotations
@@ -33,8 +31,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from metalearn.engines.custom_rules import Plan
 from metalearn.engines.grad_recorder import Inner
-from metalearn.engines.mixed_flow.custom_rules import Plan
 from metalearn.unroll import Unroll
 
 

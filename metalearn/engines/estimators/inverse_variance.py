@@ -40,9 +40,9 @@ import jax.numpy as jnp
 
 from metalearn._utils.fields import check_fields
 from metalearn.engines.base import Aux, MetaGradient
+from metalearn.engines.custom_rules import Plan
 from metalearn.engines.estimators.antithetic import Antithetic, mean
 from metalearn.engines.estimators.es import ES
-from metalearn.engines.mixed_flow.custom_rules import Plan
 from metalearn.engines.mixed_flow.engine import MixedFlow
 from metalearn.unroll import Batch, Eta, Unroll
 

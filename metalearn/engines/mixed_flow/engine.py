@@ -16,7 +16,7 @@ remat="segments" or a `budget`, where that would be the most of what is kept.
 They commute where g is the gradient of L as JAX differentiates it. A function in L with a
 derivative rule of its own that is no derivative (a straight-through estimator, a clipped or a
 reversed gradient, a surrogate gradient) makes g the gradient of nothing. Rules are found and
-probed when a program is traced (`metalearn.engines.mixed_flow.custom_rules`): an inner gradient that
+probed when a program is traced (`metalearn.engines.custom_rules`): an inner gradient that
 passes one that is none, or may be none, is differentiated as it stands, by reverse over reverse.
 That is exact too, and takes the memory that `Reverse("step")` takes for it.
 
@@ -41,10 +41,11 @@ import jax
 
 from metalearn._utils.checks import at_least, pick
 from metalearn._utils.fields import check_fields
+from metalearn.engines import custom_rules
 from metalearn.engines.base import Aux, MetaGradient
 from metalearn.engines.inner_loop import REMAT, Remat, backpropagate
-from metalearn.engines.mixed_flow import custom_rules, micro_batches
 from metalearn.engines.mixed_flow import forward_over_reverse as commuted
+from metalearn.engines.mixed_flow import micro_batches
 from metalearn.engines.mixed_flow.reverse_scan import Anchors, in_bfloat16, on_host, sweep
 from metalearn.unroll import Unroll
 

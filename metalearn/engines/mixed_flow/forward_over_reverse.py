@@ -40,7 +40,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from metalearn._utils.trees import is_array, is_differentiable, split
-from metalearn.engines.mixed_flow import custom_rules
+from metalearn.engines import custom_rules
 
 INNER_GRADIENT = "metalearn_inner_gradient"
 

@@ -27,7 +27,7 @@ import jax
 from jax.extend import core
 
 from metalearn._utils.trees import is_differentiable
-from metalearn.engines.mixed_flow.rule_probe import Trial, Verdict, trial
+from metalearn.engines.rule_probe import Trial, Verdict, trial
 
 ALL = "*"
 
