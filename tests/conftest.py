@@ -8,7 +8,11 @@ import pytest
 
 # Most of a test's time is LLVM's, on programs that then run for milliseconds. XLA's own
 # passes, and with them memory and FLOPs, are as ever.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1",  # two workers have a core each
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,7 +21,7 @@ import pytest
 import metalearn
 from metalearn.checkpoints import record as run_record
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints, DamagedError
-from metalearn.checkpoints.record import difference
+from metalearn.checkpoints.record import difference, same_config
 from metalearn.train_state import TrainState
 
 
@@ -121,6 +121,14 @@ def test_a_run_with_another_config_is_refused_with_the_difference(opened, tmp_pa
     )
     with pytest.raises(ChangedConfigError, match=f"^{re.escape(expected)}$"):
         opened(new).restore(a_state())
+
+
+def test_a_key_of_a_later_version_that_is_not_set_is_no_other_config():
+    found = {"config": {"engine_options": {"remat": "step"}, "seed": 0}}
+    assert same_config(found, {"engine_options": {"remat": "step", "true_rules": None}, "seed": 0})
+    named = {"remat": "step", "true_rules": ["attention"]}
+    assert not same_config(found, {"engine_options": named, "seed": 0})
+    assert not same_config(found, {"engine_options": {"remat": None}, "seed": 0})
 
 
 def test_keys_that_a_later_version_brings_change_nothing_while_they_are_unset(opened):

@@ -53,7 +53,7 @@ JOINT = frozenset(
     "reduce_max reduce_min reduce_prod cummax cummin cumprod cumlogsumexp custom_jvp_call".split()
 )
 # and those whose derivative is not finite where values of a matrix coincide:
-DECOMPOSITIONS = frozenset("svd eigh cholesky".split())
+DECOMPOSITIONS = frozenset("svd eigh qr cholesky".split())
 # What has functions of its own among its parameters:
 CALLS = (
     primitives.scan_p,
@@ -70,9 +70,9 @@ def differentiable_at_zero(
     """Return the same optimizer, each slope that is infinite or NaN replaced by 0.
 
     The operations of an update are the same, in the same order, and so are their derivatives
-    wherever those are finite. Where a gradient has been zero since the first step, Adam's
-    update has the derivative lr / eps that it tends to as the gradient does; clipping by a norm
-    that is zero is the identity, and so is its derivative.
+    wherever those are finite, to rounding. Where a gradient has been zero since the first step,
+    Adam's update has the derivative lr / eps that it tends to as the gradient does; clipping by a
+    norm that is zero is the identity, and so is its derivative.
 
     Loops, branches, `jit` and `jax.checkpoint` inside an update are included. A `custom_jvp` or
     `custom_vjp` inside keeps its own rule as it is.
@@ -257,16 +257,20 @@ def _joint(apply: Callable[..., Any], primals: Sequence[Any], tangents: Sequence
 def _decomposition(
     apply: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Tangent]
 ) -> Any:
-    """Return the tangents of a decomposition; 0 for all of it where one is not finite."""
+    """Return the tangents of a decomposition; 0 for a factor that has one that is not finite."""
     (x,), (dx,) = primals, tangents
-    trial = jax.jvp(apply, (x,), (jnp.ones_like(x),))[1]
-    ok = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trial)]).all()
     rows, columns = x.shape[-2:]
     distinct = jnp.eye(rows, columns, dtype=x.dtype) * (
         1 + jax.lax.broadcasted_iota(x.dtype, (rows, columns), 1)
     )
-    beside = jnp.where(ok, x, jnp.broadcast_to(distinct, x.shape))
-    return jax.tree.map(lambda t: jnp.where(ok, t, 0), jax.jvp(apply, (beside,), (dx,))[1])
+    trial, treedef = jax.tree.flatten(jax.jvp(apply, (x,), (jnp.ones_like(x),))[1])
+    factors = []
+    for i, factor in enumerate(trial):
+        ok = jnp.isfinite(factor).all()
+        beside = jnp.where(ok, x, jnp.broadcast_to(distinct, x.shape))
+        tangent = jax.tree.leaves(jax.jvp(apply, (beside,), (dx,))[1])[i]
+        factors.append(jnp.where(ok, tangent, 0))
+    return jax.tree.unflatten(treedef, factors)
 
 
 def _slope(apply: Callable[..., Any], operands: Sequence[Any], index: int) -> jax.Array:
