@@ -335,6 +335,29 @@ def test_true_derivatives_are_told_from_others_and_commute(name, dtype):
     assert not planned(TRUE[name], jnp.array([0.3, -1.0, 2.0], dtype)).rules
 
 
+TRUSTED = {
+    "relu": lambda x: jax.nn.relu(x) + jax.nn.relu6(x),
+    "softmax": jax.nn.softmax,
+    "log1mexp": lambda x: jax.nn.log1mexp(x),
+    "logaddexp": lambda x: jnp.logaddexp(x, x[::-1]) + jnp.logaddexp2(x, x[::-1]),
+    "logit": jax.scipy.special.logit,
+    "xlogy": lambda x: jax.scipy.special.xlogy(x, x[::-1]),
+    "xlog1py": lambda x: jax.scipy.special.xlog1py(x, x[::-1]),
+    "entropy": jax.scipy.special.entr,
+    "log_ndtr": jax.scipy.special.log_ndtr,
+    "determinants": lambda x: (
+        jnp.linalg.det(jnp.outer(x, x) + jnp.diag(x))
+        + jnp.linalg.slogdet(jnp.outer(x, x[::-1]) + jnp.diag(x))[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRUSTED)
+def test_what_is_trusted_of_jax_is_a_derivative_when_it_is_tried(name, monkeypatch):
+    monkeypatch.setattr("metalearn.engines.custom_rules.TRUSTED", {})
+    assert not planned(lambda x: TRUSTED[name](x).sum(), jnp.array([0.3, 0.5, 0.6])).rules
+
+
 @pytest.mark.parametrize("name", ["softplus", "softmax", "attention", "logsumexp"])
 def test_true_derivatives_are_told_in_half_precision_too(name):
     x = jnp.array([0.3, -1.0, 2.0], jnp.bfloat16)

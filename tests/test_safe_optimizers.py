@@ -325,6 +325,20 @@ def test_a_complex_gradient_that_is_zero_is_clipped_like_a_real_one():
     np.testing.assert_allclose(jax.grad(size)(7.0), 0.0, atol=1e-12)
 
 
+def test_the_factors_of_a_decomposition_are_differentiated_where_they_can_be():
+    def factor(i):
+        made = differentiable_at_zero(optax.stateless(lambda x, _: jnp.linalg.svd(x)[i]))
+        return lambda x: made.update(x, made.init(x))[0]
+
+    zero, other = jnp.zeros((2, 2)), jnp.array([[1.0, 2.0], [3.0, 5.0]])
+    for x in (zero, other):  # singular values have a derivative at zero, singular vectors none
+        expected = jax.jacrev(lambda x: jnp.linalg.svd(x)[1])(x)
+        np.testing.assert_allclose(jax.jacrev(factor(1))(x), expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_array_equal(jax.jacrev(factor(0))(zero), 0)
+    expected = jax.jacrev(lambda x: jnp.linalg.svd(x)[0])(other)
+    np.testing.assert_allclose(jax.jacrev(factor(0))(other), expected, rtol=1e-12, atol=1e-14)
+
+
 def test_second_derivatives_are_those_of_the_limit():
     optimizer = differentiable_at_zero(optax.adam(0.1, eps=1e-3))
 

@@ -26,7 +26,6 @@ import argparse
 import functools
 import inspect
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -90,7 +89,7 @@ def optimizers() -> dict[str, Row]:
     )
     scalings_of_contrib = (
         "normalize scale_by_acprop scale_by_ademamix scale_by_adopt scale_by_cocob "
-        "scale_by_galore scale_by_muon scale_by_simplified_ademamix"
+        "scale_by_galore scale_by_simplified_ademamix"
     )
     value = ("value",)
     rows = {name: rated(getattr(optax, name)) for name in plain.split()}
@@ -149,12 +148,13 @@ def optimizers() -> dict[str, Row]:
     return rows | {f"contrib.{name}": row for name, row in named.items()}
 
 
-# Not tried. These have the derivative of what they are made of, or of a constant factor:
+# Not tried. These have the derivative of what they are made of, or of a constant factor, or are
+# tried as a part (scale_by_muon takes matrices alone):
 MADE_OF_OTHERS = frozenset(
-    "chain conditionally_mask conditionally_transform flatten freeze inject_hyperparams "
-    "inject_stateful_hyperparams masked measure_with_ema multi_transform named_chain partition "
-    "scale scale_by_learning_rate scale_by_schedule selective_transform set_to_zero snapshot "
-    "stateless stateless_with_tree_map with_extra_args_support".split()
+    "chain conditionally_mask conditionally_transform contrib.scale_by_muon flatten freeze "
+    "inject_hyperparams inject_stateful_hyperparams masked measure_with_ema multi_transform "
+    "named_chain partition scale scale_by_learning_rate scale_by_schedule selective_transform "
+    "set_to_zero snapshot stateless stateless_with_tree_map with_extra_args_support".split()
 )
 # these take a gradient per example, or parameters of their own:
 NOT_INNER = frozenset(("contrib.dpsgd", "contrib.differentially_private_aggregate", "lookahead"))
@@ -299,11 +299,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     jax.config.update("jax_disable_most_optimizations", True)  # small programs, compiled once
     print(f"optax {optax.__version__}, jax {jax.__version__}\n", flush=True)
-    found = {}
+    print(table("optimizer", COLUMNS, {}), flush=True)
     for name in given.only:
-        found[f"`{name}`"] = cells(rows[name])
-        print(".", end="", file=sys.stderr, flush=True)
-    print(table("optimizer", COLUMNS, found))
+        print(f"| `{name}` | {' | '.join(cells(rows[name]))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ DIVERGES = (
     "The inner loop diverges, or its data are not finite: lower the inner learning rate, clip "
     "the inner gradients, or take fewer inner steps."
 )
-OUTER = "Look at the `loss` of the algorithm's unroll, and at the data it reads."
+OUTER = ": look at the `loss` of the algorithm's unroll, and at the data it reads."
 
 GROWN = 1e8  # the norm of a tangent from which on it is overflowing
 
@@ -245,9 +245,10 @@ def _trouble(seen: Look, names: Sequence[str], labels: str, look: Callable[..., 
     if overflow:
         return overflow
     if not jnp.isfinite(seen.loss):
+        undefined = _undefined(look)
         return (
             f"the outer loss is {float(seen.loss)}, though every inner loss and gradient is finite"
-            f". {_undefined(look) or OUTER}"
+            + (f". {undefined}" if undefined else OUTER)
         )
     if not seen.finite.all():
         return (
