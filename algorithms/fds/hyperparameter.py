@@ -48,13 +48,17 @@ class Hyperparameter:
     shape: tuple[int, ...] = ()  # of one value, such as (classes,)
 
     def __post_init__(self) -> None:
-        check_windows(self.windows)
+        try:
+            check_windows(self.windows)
+        except ValueError as error:
+            what = f"`Hyperparameter(windows={self.windows!r:.80})`"
+            raise ValueError(f"{what}: {error}") from error
         check_fields(self, "windows", "shape")
         pick(SPACES, self.space, "space")
         if not isinstance(self.shape, tuple) or not all(map(is_integer, self.shape)):
             raise ValueError(
-                "The shape of a hyperparameter is a tuple of sizes, such as (classes,), not "
-                f"{self.shape!r:.80}."
+                f"`Hyperparameter(shape={self.shape!r:.80})`: The shape of a hyperparameter is a "
+                f"tuple of sizes, such as (classes,), not {self.shape!r:.80}."
             )
         starts = np.atleast_1d(np.asarray(self.start, float))
         if not self.low < self.high:

@@ -48,7 +48,10 @@ class Schedule:
     def __post_init__(self) -> None:
         for field, value in (("edges", self.edges), ("values", self.values)):
             if not isinstance(value, tuple):
-                raise ValueError(f"The {field} of a schedule are a tuple, not {value!r:.80}.")
+                raise ValueError(
+                    f"`Schedule({field}=...)`: The {field} of a schedule are a tuple, not "
+                    f"{value!r:.80}."
+                )
         if len(self.edges) != len(self.values) + 1:
             raise ValueError(
                 f"A schedule has one edge more than values, not {len(self.edges)} edges and "

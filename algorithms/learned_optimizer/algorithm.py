@@ -81,7 +81,10 @@ class LearnedOptimizer(Algorithm):
                 "`TunedRule(optax.adam, {'learning_rate': Hyperparameter(...)})`."
             )
         if not is_integer(self.horizon) or self.horizon < 1:
-            raise ValueError(f"An inner run takes at least one step, not horizon={self.horizon}.")
+            raise ValueError(
+                f"`LearnedOptimizer(horizon={self.horizon})`: An inner run takes at least one step"
+                f", not horizon={self.horizon}."
+            )
 
     def init(self, key: jax.Array) -> Any:
         """Return the optimizer before it is trained."""

@@ -67,7 +67,7 @@ class Faults:
     patience: int = 3
 
     def __post_init__(self) -> None:
-        check_fields(self, "most", "patience")
+        check_fields(self)
         pick(dict.fromkeys(NONFINITE), self.nonfinite, "way with steps that are not finite")
         pick(dict.fromkeys(DIVERGED), self.diverged, "way with inner runs that diverge")
         if not 0 < self.shrink < 1:

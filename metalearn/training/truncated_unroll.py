@@ -60,7 +60,10 @@ class Truncation:
     def __post_init__(self) -> None:
         check_fields(self, "steps", "shortest")
         if not is_integer(self.steps) or self.steps < 1:
-            raise ValueError(f"A truncation takes at least one inner step, not {self.steps}.")
+            raise ValueError(
+                f"`Truncation(steps={self.steps})`: A truncation takes at least one inner step, "
+                f"not {self.steps}."
+            )
         at_least("Truncation", 1, shortest=self.shortest)
         if self.shortest is not None and self.shortest < self.steps:
             raise ValueError(
