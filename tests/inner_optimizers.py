@@ -1,7 +1,12 @@
 """The optimizers of optax as inner ones, and what becomes of a meta-gradient through them."""
 
+import pathlib
+import re
+
 import optax
 from optax import contrib
+
+TABLE = pathlib.Path(__file__).parent.parent / "docs" / "optimizers.md"
 
 FINITE = {
     "sgd": optax.sgd(0.1),
@@ -56,3 +61,9 @@ NAN = {
 UNDEFINED_AT_ALL_ZERO = {
     "normalized": optax.chain(contrib.normalize(), optax.sgd(0.1)),
 }
+
+
+def documented():
+    """Return the rows of the documentation's table: (name, cells)."""
+    rows = re.findall(r"^\| `(.+?)` \| (.*) \|$", TABLE.read_text(), re.MULTILINE)
+    return [(name, [cell.strip() for cell in cells.split(" | ")]) for name, cells in rows]

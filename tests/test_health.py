@@ -16,6 +16,7 @@ from metalearn import Algorithm, Episode, Forward, MixedFlow, Reverse, Tasks, Tr
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
 from metalearn.diagnostics.health import ROOT, HealthError, HealthWarning, Report, check
+from metalearn.experiments.benchmarks import optimizers as table
 from metalearn.models import Functions
 from metalearn.optimizers.differentiable import differentiable_at_zero
 from metalearn.training.faults import NonFiniteError
@@ -25,6 +26,7 @@ from tests.inner_optimizers import (
     NAN_AT_ALL_ZERO,
     NAN_AT_ZERO,
     UNDEFINED_AT_ALL_ZERO,
+    documented,
 )
 from tests.test_cli import SINUSOID, call
 
@@ -304,6 +306,30 @@ def test_a_task_whose_support_is_masked_fails_clipping_and_the_message_mends_it(
     mended = with_masks(differentiable_at_zero(CLIPPED), engine)
     state = mended.fit(Masked(), 2, key=KEY, progress=False)
     assert int(state.step) == 2 and jnp.isfinite(state.eta.params).all()
+
+
+REASONS = {
+    "finite": HEALTHY,
+    "NaN always": "no zero in any inner gradient",
+    "NaN: all zero": "takes a norm of a gradient that is all zero",
+    "NaN: all zero (update)": "update itself is not finite",
+}
+# The table is of a matrix and a vector, which these leave to Adam; here there is a matrix alone.
+MATRICES = ("contrib.galore", "contrib.scale_by_galore", "contrib.muon")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name, row in table.optimizers().items() if not row.extra]
+)
+def test_health_says_of_every_optimizer_what_the_table_says(name):
+    optimizer = table.optimizers()[name].make()
+    as_it_is, _, wrapped, *_ = dict(documented())[name]
+    reason = "An infinite derivative of the inner optimizer"
+    expected = REASONS["NaN: all zero"] if name in MATRICES else REASONS.get(as_it_is, reason)
+    assert expected in str(checked(trainer(optimizer, inner_steps=4)))
+    mended = str(checked(trainer(differentiable_at_zero(optimizer), inner_steps=4)))
+    assert REASONS[wrapped] in mended
 
 
 def test_an_update_that_is_nan_on_a_masked_task_is_not_blamed_on_divergence():

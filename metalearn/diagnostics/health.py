@@ -54,9 +54,9 @@ ROOT = (
 )
 NORM = (
     "The inner optimizer takes a norm of a gradient that is all zero, whose derivative is infinite "
-    "there, or divides by it in a branch that is not used (clipping by a norm, lars, lamb, "
-    f"novograd). `eps_root` does not mend that: {WRAP}. A norm that `step` takes itself needs "
-    "sqrt(sum(g**2) + 1e-12)."
+    "there, or divides by such a zero in a branch that is not used (clipping by a norm, lars, "
+    "lamb, novograd, lbfgs), or decomposes a matrix of zeros (galore). `eps_root` does not mend "
+    f"that: {WRAP}. A norm that `step` takes itself needs sqrt(sum(g**2) + 1e-12)."
 )
 ALWAYS = (
     "It is so with no zero in any inner gradient too, so the inner optimizer takes a root of a "
