@@ -319,6 +319,7 @@ MATRICES = ("contrib.galore", "contrib.scale_by_galore", "contrib.muon")
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of optax, on its own arguments
 @pytest.mark.parametrize(
     "name", [name for name, row in table.optimizers().items() if not row.extra]
 )
