@@ -603,7 +603,10 @@ def checked(loss, engine):
     return check(trainer, trainer.init(jax.random.key(0)), Sinusoid())
 
 
-FINE = "Health: the meta-gradient is finite, with a zero in every inner gradient too."
+FINE = (
+    "Health: the meta-gradient is finite, with a zero in every inner gradient too, and with all of "
+    "them zero."
+)
 
 
 def test_health_notes_which_functions_are_not_commuted_and_what_they_cost():

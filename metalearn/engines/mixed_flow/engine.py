@@ -10,7 +10,7 @@ keeps all its intermediates for it. But second derivatives commute:
 one `jvp` of a gradient, which needs no memory beyond a forward-mode sweep of an
 ordinary backward pass. Everything else in the step (an optax update, say) is mostly
 elementwise and differentiated as usual. The inner gradients themselves are kept by name
-through the checkpoint of each step, so that the way back never computes them again; but for
+through the checkpoint of each step, so that the backward pass never computes them again; but for
 remat="segments" or a `budget`, where that would be the most of what is kept.
 
 They commute where g is the gradient of L as JAX differentiates it. A function in L with a
@@ -105,6 +105,7 @@ class MixedFlow(MetaGradient):
     true_rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        custom_rules.check_names("MixedFlow", self.true_rules)
         check_fields(self, "micro_batches", "segment")
         pick({**REMAT, RECONSTRUCT: Anchors}, self.remat, "remat")
         pick(STORES, self.store, "store")
@@ -113,7 +114,6 @@ class MixedFlow(MetaGradient):
                 f"store={self.store!r} is for what remat='step' keeps, not for {self.remat!r}."
             )
         at_least("MixedFlow", 1, micro_batches=self.micro_batches, segment=self.segment)
-        custom_rules.check_names("MixedFlow", self.true_rules)
         if self.remat == RECONSTRUCT and self.budget is not None:
             raise ValueError("`budget` is for remat='nested'; anchors take a `segment`.")
         if self.remat != RECONSTRUCT:
