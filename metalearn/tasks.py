@@ -205,6 +205,11 @@ class DrawnTask(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[:steps], batches)
 
 
+def draw_episode(tasks: Tasks, key: jax.Array) -> Episode:
+    """Return the episode of the task that `draw_task` draws with the same key."""
+    return draw(tasks, jax.random.split(key, 4)[0])
+
+
 def draw_task(
     algorithm: Algorithm,
     tasks: Tasks,
@@ -219,8 +224,8 @@ def draw_task(
       key: (); the same key draws the same episode, batches and engine key.
       transform: applied to the unroll, for instance to constrain where inner states lie.
     """
-    sample_key, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
-    episode = draw(tasks, sample_key)
+    _, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
+    episode = draw_episode(tasks, key)
     unroll = algorithm.unroll(episode, unroll_key)
     return DrawnTask(
         unroll if transform is None else transform(unroll),

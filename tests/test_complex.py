@@ -1,4 +1,4 @@
-"""Complex parameters in an inner state: gradients, norms, and whole runs."""
+"""Complex parameters in an inner state: gradients, norms, and training."""
 
 import dataclasses
 

@@ -74,10 +74,10 @@ class DomainWeights(Weighting):
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenWeights(Weighting):
-    """A small network on the features of each token. See `loss_features` for their names."""
+class _FeatureWeights(Weighting):
+    """A small network on features of the batch; what it scores is the subclass's."""
 
-    features: tuple[str, ...] = ("loss", "position")
+    features: tuple[str, ...]
     hidden: tuple[int, ...] = (16,)
     sources: int = 0  # how many there are, for the feature "source"
 
@@ -90,6 +90,13 @@ class TokenWeights(Weighting):
     def init(self, key: jax.Array) -> list[dict[str, jax.Array]]:
         """Return the layers; the last is zero, so that all scores are."""
         return init_mlp(key, (width(self.features, self.sources), *self.hidden, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenWeights(_FeatureWeights):
+    """A small network on the features of each token, by the names of `loss_weights.features`."""
+
+    features: tuple[str, ...] = ("loss", "position")
 
     def __call__(self, eta: Any, seen: Seen) -> jax.Array:
         """Score every token: [batch, S]."""
@@ -97,22 +104,10 @@ class TokenWeights(Weighting):
 
 
 @dataclasses.dataclass(frozen=True)
-class ExampleWeights(Weighting):
+class ExampleWeights(_FeatureWeights):
     """A small network on the mean over the tokens of an example's features."""
 
     features: tuple[str, ...] = ("example_loss", "spread")
-    hidden: tuple[int, ...] = (16,)
-    sources: int = 0  # how many there are, for the feature "source"
-
-    def __post_init__(self) -> None:
-        check_fields(self, "features")
-        check_names(type(self).__name__, self.features)
-        width(self.features, self.sources)
-        widths(type(self).__name__, hidden=self.hidden)
-
-    def init(self, key: jax.Array) -> list[dict[str, jax.Array]]:
-        """Return the layers; the last is zero, so that all scores are."""
-        return init_mlp(key, (width(self.features, self.sources), *self.hidden, 1))
 
     def __call__(self, eta: Any, seen: Seen) -> jax.Array:
         """Score every example: [batch, 1]."""

@@ -40,7 +40,7 @@ from metalearn.diagnostics.probe import Look
 from metalearn.diagnostics.symmetry import Symmetry
 from metalearn.engines.custom_rules import listed
 from metalearn.labels import Seen, beyond, known
-from metalearn.tasks import Tasks, check_tasks, draw
+from metalearn.tasks import Tasks, check_tasks, draw_episode
 from metalearn.train_state import TrainState
 
 STEPS = 5  # inner steps of a check: enough for every optimizer of optax to show itself
@@ -184,7 +184,7 @@ def _labels(trainer: Looks, tasks: Tasks, key: jax.Array, seen: Look) -> str:
     losses = np.asarray(seen.inner.losses)
     if np.isfinite(losses).all() and jnp.isfinite(seen.loss):
         return ""
-    return beyond(draw(tasks, jax.random.split(key, 4)[0]), trainer.labels_seen)  # as `pose` does
+    return beyond(draw_episode(tasks, key), trainer.labels_seen)
 
 
 def _at_zeros(look: Callable[..., Look], names: Sequence[str]) -> list[str]:

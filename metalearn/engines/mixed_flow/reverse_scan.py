@@ -77,7 +77,7 @@ Bars = tuple[list[jax.Array], Any]  # cotangents of the state's float leaves, an
 
 
 class Kept(abc.ABC):
-    """What is kept of a loop over batches [T, ...] for the way back. T >= 1."""
+    """Which residuals of a loop over batches [T, ...] are saved for the backward pass. T >= 1."""
 
     @abc.abstractmethod
     def forward(self, step: OneStep, state: Any, batches: Any) -> tuple[Any, Any, Any]:
