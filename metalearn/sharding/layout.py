@@ -30,7 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from metalearn._utils.fields import check_fields
@@ -50,7 +50,7 @@ class Layout:
       rules: (regular expression of paths, `PartitionSpec`) each; the first match counts.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: partition.Rules = ()
 
     def __post_init__(self) -> None:
