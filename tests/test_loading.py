@@ -17,7 +17,7 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from metalearn.algorithms import Hyperparameter, TunedRule, load_optimizer, save_optimizer
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets.reading import cached
-from metalearn.experiments import json_config
+from metalearn.experiments.cli import json_config
 from metalearn.train_state import TrainState
 
 work = pathlib.Path(tempfile.mkdtemp())
