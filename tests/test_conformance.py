@@ -23,7 +23,7 @@ from metalearn.engines.inner_loop import rollout
 from metalearn.model import Model
 from tests import cases
 from tests.cases import ALGORITHMS, ENGINES, ESTIMATORS, LIBRARIES, MODELS, TASKS
-from tests.selection import quick
+from tests.helpers.selection import quick
 
 pytestmark = pytest.mark.usefixtures("x64")
 PAIRS = [(name, library) for name in ALGORITHMS for library in LIBRARIES]

@@ -1,0 +1,361 @@
+"""From a config to objects: every packaged config, and every name in every table."""
+
+import importlib
+import math
+import os
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+import pytest
+
+from metalearn import Reverse
+from metalearn.experiments import build, language, training_runs
+from metalearn.experiments.cli import arguments
+from tests.helpers.selection import quick
+
+SMALL = {
+    "tasks_per_step": 2,
+    "chunk": None,
+    "dataset.queries": 2,
+    "dataset.eval_queries": 2,
+    "model.filters": 2,
+    "model.blocks": 1,
+    "model.hidden": (4,),
+    "model.width": 4,
+    "dataset.length": 8,
+    "dataset.batch": 2,
+    "dataset.steps": 7,
+    "dataset.eval_steps": 7,
+    "truncation.steps": 7,
+    "dataset.probes": 2,
+    "dataset.eval_probes": 2,
+    "algorithm.horizon": 7,
+    "algorithm.batch": 2,
+}
+INPUTS = {
+    "mlp": jax.ShapeDtypeStruct((1, 1), jnp.float32),
+    "conv_net": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),
+    "le_net": jax.ShapeDtypeStruct((1, 12, 12, 1), jnp.float32),
+    "wide_res_net": jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32),
+    "transformer": jax.ShapeDtypeStruct((1, 6), jnp.int32),
+}
+SIZES: dict[str, dict] = {
+    "mlp": {"hidden": [4]},
+    "conv_net": {"filters": 2, "blocks": 1},
+    "le_net": {"convolution": "lax"},
+    "wide_res_net": {"depth": 10},
+    "transformer": {"width": 4, "layers": 2, "heads": 2},
+}
+TABLES = {
+    "engine": build.ENGINES,
+    "optimizer": build.OPTIMIZERS,
+    "schedule": build.SCHEDULES,
+    "objective": build.OBJECTIVES,
+    "network": build.NETWORKS,
+    "algorithm": build.ALGORITHMS,
+    "model library": build.LIBRARIES,
+    "dataset": build.DATASETS,
+}
+
+
+def module(name):
+    return importlib.import_module(f"metalearn.experiments.configs.{name}")
+
+
+def small(name, **overrides) -> ml_collections.ConfigDict:
+    config = module(name).get_config()
+    present = {key: value for key, value in SMALL.items() if _has(config, key)}
+    config.update_from_flattened_dict({**present, **overrides})
+    return config
+
+
+def _has(config, path):
+    """Say whether a config has a size; where it is 0 or None, what it counts is not there."""
+    for key in path.split("."):
+        if key not in config:
+            return False
+        config = config[key]
+    return config not in (0, None)
+
+
+RUNS = {"text", "training_run", "optimizer_runs"}  # datasets of training runs
+
+
+def skip_without(dataset, tfds=None):
+    where = os.environ.get("TFDS_DATA_DIR")
+    folder = {"omniglot": "omniglot", "text": "tiny_shakespeare"}.get(dataset)
+    if dataset == "training_run" and tfds != "digits":
+        folder = tfds
+    if folder and not (where and (pathlib.Path(where) / folder).is_dir()):
+        pytest.skip(f"TFDS_DATA_DIR does not hold {folder}")
+
+
+def splits(network, outputs=3) -> build.Splits:
+    """The part of a dataset that a model is built from."""
+    return build.Splits(None, None, None, INPUTS[network], outputs)  # type: ignore[arg-type]
+
+
+def model(network, library):
+    return build.model({"name": network, "library": library, **SIZES[network]}, splits(network))
+
+
+def takes_a_step(config):
+    plain = build.to_json(config)
+    data = build.splits(plain["dataset"])
+    trainer = build.trainer(plain, data)
+    before = trainer.init(jax.random.key(plain["seed"]), data.train)
+    after, metrics = trainer.step(before, data.train)
+    assert all(math.isfinite(value) for value in metrics.values()), metrics
+    assert int(after.step) == 1
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.eta, after.eta)
+    assert any(jax.tree.leaves(moved))
+    return trainer, data, after
+
+
+QUICK = ("fds_digits", "maml_digits", "maml_omniglot", "maml_sinusoid")
+
+
+@pytest.mark.parametrize("name", quick(arguments.packaged(), lambda name: name in QUICK))
+def test_a_packaged_config_builds_and_takes_a_step(name):
+    config = small(name)
+    skip_without(config.dataset.name, config.dataset.get("tfds"))
+    takes_a_step(config)
+
+
+@pytest.mark.parametrize("library", build.LIBRARIES)
+def test_digits_train_and_evaluate_with_every_model_library(library):
+    config = small("maml_digits", **{"model.library": library, "engine": "reverse"})
+    trainer, data, state = takes_a_step(config)
+    found = trainer.evaluate(state.eta, data.test, jax.random.key(1), 4)
+    assert found["loss"].tasks == 4 and 0.0 <= found["accuracy"].mean <= 1.0
+
+
+@pytest.mark.parametrize("name", arguments.packaged())
+def test_a_config_file_opens_with_its_card(name):
+    card = module(name).__doc__ or ""
+    assert re.match(r"\S.*\.\n\n", card), "a first sentence that says what it is"
+    assert re.search(r"^Reproduces +\w", card, re.MULTILINE)
+    command = re.search(r"^Command +(.+(?:\n  .*)*)", card, re.MULTILINE)
+    assert command and f"--config={name} " in command[1]
+    assert re.search(r"^Takes +\w.*(core|CPU)", card, re.MULTILINE), "hardware and time"
+    assert re.search(r"^Expect +(\d|not measured)", card, re.MULTILINE), "the score"
+
+
+def test_a_config_becomes_plain_json_with_lists_for_tuples():
+    plain = build.to_json(module("maml_sinusoid").get_config())
+    assert plain["model"] == {"name": "mlp", "library": "linen", "hidden": [40, 40]}
+    assert plain["chunk"] is None and plain["optimizer"]["learning_rate"] == 1e-3
+
+
+def test_every_table_of_the_module_is_in_this_test():
+    found = [v for name, v in vars(build).items() if name.isupper() and isinstance(v, dict)]
+    assert sorted(map(id, found)) == sorted(map(id, TABLES.values()))
+
+
+def _asks(what):
+    """A function that builds something of which only the name of a `what` is wrong."""
+    mlp = {"name": "mlp", "library": "linen"}
+    sgd = {"name": "sgd", "learning_rate": 0.1}
+    maml = {"name": "maml", "optimizer": sgd}
+    return {
+        "engine": lambda name: build.engine(name),
+        "optimizer": lambda name: build.optimizer({**sgd, "name": name}),
+        "schedule": lambda name: build.outer_optimizer({**sgd, "schedule": name}, 10),
+        "objective": lambda name: build.algorithm({**maml, "objective": name}, None),
+        "network": lambda name: build.model({**mlp, "name": name}, splits("mlp")),
+        "algorithm": lambda name: build.algorithm({**maml, "name": name}, None),
+        "model library": lambda name: build.model({**mlp, "library": name}, splits("mlp")),
+        "dataset": lambda name: build.splits({"name": name}),
+    }[what]
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_a_name_in_no_table_is_refused_with_those_there_are(what):
+    known = ", ".join(sorted(TABLES[what]))
+    expected = f"No {what} is called 'x_y'. There are: {known}."
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        _asks(what)("x_y")
+
+
+@pytest.mark.parametrize("name", build.ENGINES)
+def test_every_engine_builds(name):
+    assert isinstance(build.engine(name), build.ENGINES[name])
+
+
+def test_an_engine_is_built_with_its_options():
+    assert build.engine("reverse", {"remat": "step"}) == Reverse(remat="step")
+
+
+@pytest.mark.parametrize("schedule", build.SCHEDULES)
+@pytest.mark.parametrize("name", build.OPTIMIZERS)
+def test_every_optimizer_moves_against_the_gradient_on_every_schedule(name, schedule):
+    config = {"name": name, "learning_rate": 0.5, "schedule": schedule}
+    optimizer = build.outer_optimizer(config, steps=10)
+    eta = jnp.ones(2)
+    updates, _ = optimizer.update(jnp.array([1.0, -1.0]), optimizer.init(eta), eta)
+    moved = optax.apply_updates(eta, updates)
+    assert moved[0] < 1.0 < moved[1]
+
+
+def test_the_cosine_schedule_ends_at_zero_after_the_outer_steps_and_the_constant_one_stays():
+    assert build.SCHEDULES["constant"](0.5, 10) == 0.5
+    rate = build.SCHEDULES["cosine"](0.5, 10)
+    assert [round(float(rate(step)), 6) for step in (0, 5, 10)] == [0.5, 0.25, 0.0]
+
+
+@pytest.mark.parametrize("name", build.OBJECTIVES)
+def test_every_objective_goes_with_every_algorithm(name):
+    inner = {"name": "sgd", "learning_rate": 0.1}
+    own = {"loss_weights", "fds", "learned_optimizer"}
+    for algorithm in build.ALGORITHMS.keys() - own:  # they have their own
+        config = {"name": algorithm, "objective": name, "optimizer": inner}
+        made = build.algorithm(config, model("mlp", "linen"))
+        assert made.objective is build.OBJECTIVES[name]
+
+
+@pytest.mark.parametrize("library", build.LIBRARIES)
+@pytest.mark.parametrize("network", build.NETWORKS)
+def test_every_network_of_every_library_fits_its_dataset(network, library):
+    made = model(network, library)
+    batch = jax.ShapeDtypeStruct((5, *INPUTS[network].shape[1:]), INPUTS[network].dtype)
+
+    def outputs(x):
+        params, state = made.init(jax.random.key(0))
+        return made.apply(params, state, x, train=True, key=jax.random.key(1))[0]
+
+    per_token = (6,) if network == "transformer" else ()
+    assert jax.eval_shape(outputs, batch).shape == (5, *per_token, 3)
+
+
+@pytest.mark.parametrize("name", sorted(build.DATASETS.keys() - RUNS))
+def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name):
+    skip_without(name)
+    config = {"name": name, "shots": 1, "queries": 2, "eval_queries": 3}
+    if name != "sinusoid":
+        config |= {"ways": 4, "rotations": True}
+    data = build.splits(config)
+    keys = jax.random.key(0), jax.random.key(0), jax.random.key(0)
+    tasks = data.train, data.validation, data.test
+    episodes = [jax.eval_shape(t.sample, key) for t, key in zip(tasks, keys, strict=True)]
+    per_query = 1 if name == "sinusoid" else 4
+    for episode, queries in zip(episodes, (2, 3, 3), strict=True):
+        inputs, targets = episode.query
+        assert inputs.shape == (queries * per_query, *data.inputs.shape[1:])
+        assert targets.shape[0] == queries * per_query
+    assert data.outputs == (1 if name == "sinusoid" else 4)
+
+
+def test_training_runs_tell_the_inner_loop_wrong_labels_and_judge_by_right_ones():
+    config = build.to_json(
+        small("fds_digits", **{"dataset.validation": 20, "dataset.held_out": 0.0})
+    )
+    config = config["dataset"]
+    data = build.splits(config)
+    assert data.inputs.shape == (1, 8, 8, 1) and data.outputs == 10
+    support, query = data.train.sample(jax.random.key(0))
+    assert query[2].shape == (20,) and support[2].shape == (1280,)
+    assert 0.25 < (support[1] != query[1]).mean() < 0.35
+    final = data.test.sample(jax.random.key(0))
+    assert final.support[2].shape == (1300,) and final.query[2].shape == (497,)
+    assert (final.support[1] == support[1]).all()
+
+
+def fds_config(**options):
+    return {**build.to_json(small("fds_digits"))["algorithm"], **options}
+
+
+def test_fds_is_built_with_what_is_learned_and_what_stays():
+    made = build.algorithm(fds_config(augment="jitter"), model("mlp", "linen"))
+    assert made.hyperparameters["learning_rate"].windows == 7
+    assert made.augment is training_runs.AUGMENTATIONS["jitter"]
+    windows = {"low": 0.0, "high": 1.0, "windows": [0, 3, 7], "start": [0.1, 0.2]}
+    config = fds_config(hyperparameters={"momentum": windows})
+    config["optimizer"] = {"name": "sgd", "learning_rate": 0.5}
+    made = build.algorithm(config, model("mlp", "linen"))
+    assert made.hyperparameters["momentum"].windows == (0, 3, 7)
+    assert made.optimizer.keywords == {"learning_rate": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "table", "what"),
+    [
+        ({"optimizer": {"name": "x_y"}}, training_runs.OPTIMIZERS, "optimizer"),
+        ({"objective": "x_y"}, training_runs.OBJECTIVES, "objective"),
+        ({"augment": "x_y"}, training_runs.AUGMENTATIONS, "augmentation"),
+    ],
+)
+def test_the_parts_of_fds_are_refused_by_name(options, table, what):
+    known = ", ".join(sorted(table))
+    with pytest.raises(ValueError, match=f"^No {what} is called 'x_y'. There are: {known}.$"):
+        build.algorithm(fds_config(**options), None)
+
+
+def test_the_outer_optimizer_of_fds_keeps_hyperparameters_in_their_ranges():
+    learner = build.algorithm(fds_config(), model("mlp", "linen"))
+    eta = learner.init(jax.random.key(0))
+    far = {"name": "sgd", "learning_rate": 1e6, "schedule": "constant"}
+    for config in (far, {"name": "fds_rule", "share": 9.0, "schedule": "linear", "guarded": False}):
+        optimizer = build.outer_optimizer(config, 10, learner)
+        down = jax.tree.map(jnp.ones_like, eta)
+        state, value = optimizer.init(eta), jnp.asarray(1.0)
+        updates, _ = optimizer.update(down, state, eta, value=value)
+        lowest = {name: h.bounds()[0] for name, h in learner.hyperparameters.items()}
+        for name, x in optax.apply_updates(eta, updates).items():
+            assert jnp.allclose(x, lowest[name], rtol=1e-4)
+
+
+def text_config(**options):
+    return build.to_json(small("loss_weights_shakespeare", **options))
+
+
+def test_a_text_trains_for_the_steps_of_training_and_is_evaluated_for_more():
+    skip_without("text")
+    lengths = {"dataset.steps": 2, "dataset.eval_steps": 7, "dataset.eval_queries": 3}
+    plain = text_config(**lengths)
+    data = build.splits(plain["dataset"])
+    key = jax.random.key(0)
+    assert data.inputs.shape == (1, 8) and data.outputs == 256
+    assert (data.train.train.tokens == data.test.train.tokens).all()
+    for tasks, steps, queries in ((data.train, 2, 4), (data.validation, 7, 5), (data.test, 7, 5)):
+        support, query = jax.eval_shape(tasks.sample, key)
+        assert support.inputs.shape == (steps, 2, 8) and query.inputs.shape == (queries, 8)
+
+
+@pytest.mark.parametrize("name", language.WEIGHTINGS)
+def test_every_weighting_builds_with_its_options(name):
+    options = {"domains": 5} if name == "domain" else {"hidden": [3, 2]}
+    made = language.weighting({"name": name, "sources": None, **options})
+    assert made == language.WEIGHTINGS[name](
+        **({"domains": 5} if name == "domain" else {"hidden": (3, 2)})
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "table", "what"),
+    [
+        ("weighting", language.WEIGHTINGS, "weighting"),
+        ("squash", language.SQUASHES, "squash"),
+        ("normalize", language.NORMALIZATIONS, "normalization"),
+    ],
+)
+def test_the_parts_of_a_loss_weight_are_refused_by_name(key, table, what):
+    config = text_config()["algorithm"]
+    config[key] = {"name": "x_y"} if key == "weighting" else "x_y"
+    known = ", ".join(sorted(table))
+    with pytest.raises(ValueError, match=f"^No {what} is called 'x_y'. There are: {known}.$"):
+        build.algorithm(config, None)
+
+
+def test_an_option_that_a_weighting_has_not_is_refused_with_those_it_has():
+    with pytest.raises(ValueError, match="The weighting 'domain' has no option 'hidden'. It has:"):
+        language.weighting({"name": "domain", "domains": 2, "hidden": [3]})
+
+
+def test_a_corrupted_share_of_zero_is_clean_text():
+    config = {"share": 0.0, "kinds": ["random"], "probability": 0.5, "seed": 0}
+    assert language.corruption(config) is None
+    assert language.corruption({**config, "share": 0.2}).kinds == ("random",)

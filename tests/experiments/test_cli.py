@@ -1,0 +1,351 @@
+"""The command line: what a user types, what comes back, and how soon."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from absl import flags
+
+from metalearn.experiments import build
+from metalearn.experiments.cli import arguments
+from metalearn.experiments.main import COMMANDS, main
+
+# ml-collections loads config files in a way that Python has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
+
+DIGITS = ("train", "--config=maml_digits", "--config.wandb.mode=disabled")
+SINUSOID = (
+    *("train", "--config=maml_sinusoid", "--config.steps=2", "--config.test_tasks=4"),
+    *("--config.eval_every=1", "--config.eval_tasks=4", "--config.log_every=1"),
+    *("--config.tasks_per_step=2", "--config.engine=reverse", "--config.wandb.mode=disabled"),
+    "--config.health=False",  # a program more to compile; diagnostics/test_health.py has it on
+)
+
+
+def call(*words: object) -> int:
+    """Call `main` as a process would: once, with flags that nothing has touched."""
+    argv = ["metalearn", *map(str, words)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)  # ml-collections looks for overrides there
+        try:
+            return main(argv)
+        finally:
+            flags.FLAGS.unparse_flags()
+            for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+                delattr(flags.FLAGS, name)
+
+
+def process(*words: object, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "metalearn", *map(str, words)]
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
+    )
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function that expects a command line to be refused, and returns the message."""
+
+    def refuse(*words):
+        assert call(*words) == 2
+        captured = capsys.readouterr()
+        shown = captured.err.rpartition("\nmetalearn: ")
+        assert shown[1], captured.err
+        assert "Traceback" not in captured.err and captured.out == ""
+        message, hint, _ = shown[2].strip().rpartition("\n(--traceback shows where.)")
+        assert hint
+        return message
+
+    return refuse
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> pathlib.Path:
+    """The workdir of a run of two steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "sinusoid"
+    assert call(*SINUSOID, "--noprogress", f"--workdir={workdir}") == 0
+    return workdir
+
+
+@pytest.mark.parametrize("words", [(), ("help",), ("--help",), ("-h",)])
+def test_help_lists_the_commands_and_the_packaged_configs(words, capsys):
+    assert call(*words) == 0
+    shown = capsys.readouterr().out
+    assert "metalearn train --config=" in shown and "metalearn eval " in shown
+    assert re.search(rf"Commands: {', '.join(sorted(COMMANDS))}\.", shown)
+    assert re.search(rf"Packaged configs: {', '.join(arguments.packaged())}\.", shown)
+
+
+def test_an_unknown_command_is_refused_with_the_nearest_one(refused):
+    there_are = "There are: draw, eval, export, plan, train."
+    expected = f"No command is called 'trian'. Did you mean 'train'? {there_are}"
+    assert refused("trian") == expected
+
+
+def test_an_unknown_config_is_refused_with_the_packaged_ones(refused, tmp_path):
+    packaged = ", ".join(arguments.packaged())
+    message = refused("train", "--config=maml_digit", f"--workdir={tmp_path}")
+    assert message == (
+        f"No config is called 'maml_digit'. Did you mean 'maml_digits'? There are: {packaged}."
+    )
+
+
+def test_a_config_file_that_is_not_there_is_refused(refused, tmp_path):
+    message = refused("train", "--config=nowhere/mine.py", f"--workdir={tmp_path}")
+    assert message == (
+        "There is no config file nowhere/mine.py. A name without `.py` finds a packaged config: "
+        f"{', '.join(arguments.packaged())}."
+    )
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_one(refused, tmp_path):
+    wrong = "--config.optimizer.learning_rat=0.1"
+    message = refused(*DIGITS, f"--workdir={tmp_path}", wrong)
+    assert message.startswith(
+        "The config has no key 'optimizer.learning_rat'. "
+        "Did you mean 'optimizer.learning_rate'? There are: algorithm.adapt, "
+    )
+    assert "dataset.ways" in message and message.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("--config.dataset=digits", "dataset"),  # not a leaf
+        ("-config.engin=reverse", "engin"),
+        ("--noconfig.algorithm.first_orde", "algorithm.first_orde"),
+    ],
+)
+def test_a_key_that_is_no_leaf_of_the_config_is_refused_however_it_is_set(
+    refused, tmp_path, word, key
+):
+    message = refused(*DIGITS, f"--workdir={tmp_path}", word)
+    assert message.startswith(f"The config has no key {key!r}.")
+
+
+def test_an_unknown_engine_is_refused_with_those_there_are(refused, tmp_path):
+    message = refused(*SINUSOID, f"--workdir={tmp_path}", "--config.engine=revers")
+    known = ", ".join(sorted(build.ENGINES))
+    assert message == f"No engine is called 'revers'. Did you mean 'reverse'? There are: {known}."
+
+
+def test_an_unknown_dataset_is_refused_with_those_there_are(refused, tmp_path):
+    message = refused(*DIGITS, f"--workdir={tmp_path}", "--config.dataset.name=cifar10")
+    known = ", ".join(sorted(build.DATASETS))
+    assert message == f"No dataset is called 'cifar10'. There are: {known}."
+
+
+def test_a_command_without_a_workdir_is_refused(refused):
+    expected = "Say where the run lives, or is to live: --workdir=runs/my_run."
+    assert refused(*DIGITS) == expected
+    assert refused("eval") == expected
+
+
+def test_training_without_a_config_is_refused_with_the_packaged_ones(refused, tmp_path):
+    assert refused("train", f"--workdir={tmp_path}") == (
+        "`metalearn train` needs a config: --config=NAME, --config=FILE.py or "
+        f"--config=FILE.json. Packaged: {', '.join(arguments.packaged())}."
+    )
+
+
+@pytest.mark.parametrize("wrong", ["steps=many", "steps=1.5", "optimizer.learning_rate=fast"])
+def test_a_value_of_the_wrong_type_is_refused_by_key(refused, tmp_path, wrong):
+    message = refused(*DIGITS, f"--workdir={tmp_path}", f"--config.{wrong}")
+    key, _, value = wrong.partition("=")
+    assert message.startswith(f"config.{key} takes a")
+    assert message.endswith(f", not {value!r}.")
+
+
+def test_an_unknown_flag_is_refused_with_the_nearest_one(refused, tmp_path):
+    message = refused(*DIGITS, f"--workdr={tmp_path}")
+    assert message == "Unknown command line flag 'workdr'. Did you mean: workdir ?"
+
+
+def test_an_unknown_wandb_mode_is_refused_with_those_there_are(refused, tmp_path):
+    message = refused(*SINUSOID, f"--workdir={tmp_path}", "--config.wandb.mode=of")
+    assert message == "W&B's mode is 'of'. It can be: auto, online, offline, disabled."
+
+
+def test_an_engine_that_cannot_serve_the_problem_says_so_in_a_paragraph(refused, tmp_path):
+    message = refused(*SINUSOID, f"--workdir={tmp_path}", "--config.engine=forward", "--noprogress")
+    assert message.startswith("`Forward()` pushes one tangent per meta-parameter, but `eta` has ")
+    assert "1,761 of them" in message and "Use `MixedFlow()`" in message
+    assert "\n" not in message
+
+
+def test_more_ways_than_there_are_classes_are_refused_in_a_paragraph(refused, tmp_path):
+    message = refused(*DIGITS, f"--workdir={tmp_path}", "--config.dataset.ways=50")
+    assert message.startswith("In the train split: `FewShot` got ways=50, but the index has 20 ")
+    assert "\n" not in message
+
+
+def test_a_loss_that_diverges_is_reported_in_a_paragraph(refused, tmp_path):
+    wrong = "--config.algorithm.optimizer.learning_rate=1e30"
+    message = refused(*SINUSOID, f"--workdir={tmp_path}", "--noprogress", wrong)
+    assert re.match(r"`loss` became (nan|inf) at outer step 1, ", message)
+    assert "\n" not in message
+    (row,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(row)["step"] == 1
+
+
+def test_traceback_flag_shows_where_an_error_was_raised(tmp_path):
+    wrong = "--config.dataset.name=mnist"
+    with pytest.raises(ValueError, match="No dataset is called 'mnist'"):
+        call(*DIGITS, f"--workdir={tmp_path}", wrong, "--traceback")
+
+
+def test_a_config_file_of_ones_own_is_read_and_overridden(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from metalearn.experiments.configs import maml_sinusoid\n\n\n"
+        "def get_config(seed='0'):\n"
+        "    config = maml_sinusoid.get_config()\n"
+        "    config.seed = int(seed)\n"
+        "    return config\n"
+    )
+    options = [word for word in SINUSOID if not word.startswith(("train", "--config="))]
+    workdir = tmp_path / "run"
+    words = (f"--config={mine}:7", *options, "--config.model.hidden=(3, 5)", "--noprogress")
+    assert call("train", *words, f"--workdir={workdir}") == 0
+    (record,) = (workdir / "checkpoints").glob("2/record/metadata")
+    config = json.loads(record.read_text())["config"]
+    assert config["seed"] == 7 and config["steps"] == 2 and config["model"]["hidden"] == [3, 5]
+
+
+def test_training_leaves_the_score_on_test_tasks_and_the_metrics(finished):
+    score = json.loads((finished / "test.json").read_text())
+    assert score["loss"]["tasks"] == 4 and score["loss"]["ci95"] > 0
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert [row["step"] for row in rows if "eval/loss" in row] == [1, 2]
+
+
+def test_eval_prints_the_metrics_of_a_run_with_their_intervals(finished, capsys):
+    assert call("eval", f"--workdir={finished}", "--tasks=4") == 0
+    first, loss = capsys.readouterr().out.splitlines()
+    assert first == f"{finished}, outer step 2, on test tasks:"
+    score = json.loads((finished / "test.json").read_text())["loss"]
+    interval = f"{score['mean']:.4f} +- {score['ci95']:.4f}"
+    assert loss.split() == ["loss", *interval.split(), "(95%", "interval,", "4", "tasks)"]
+
+
+def test_eval_where_no_run_is_says_so(refused, tmp_path):
+    workdir = tmp_path / "nothing"
+    assert refused("eval", f"--workdir={workdir}") == (
+        f"There is no run in {workdir}: no {workdir / 'checkpoints'}. Train one with "
+        f"`metalearn train --config=NAME --workdir={workdir}`."
+    )
+    assert not workdir.exists()
+
+
+def test_eval_of_a_run_without_a_checkpoint_says_so(refused, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    expected = f"The run in {tmp_path} has no checkpoint yet. Train it further."
+    assert refused("eval", f"--workdir={tmp_path}") == expected
+
+
+def test_a_finished_run_says_so_and_only_evaluates(finished, capsys):
+    files = ("test.json", "metrics.jsonl")
+    before = [(finished / name).read_bytes() for name in files]
+    checkpoint = finished / "checkpoints" / "2"
+    written = checkpoint.stat().st_mtime_ns
+    assert call(*SINUSOID, f"--workdir={finished}") == 0
+    shown = capsys.readouterr()
+    expected = f"The run in {finished} has taken its 2 outer steps: evaluating it.\n"
+    assert shown.out.startswith(expected) and "eval/loss" not in shown.out
+    assert [(finished / name).read_bytes() for name in files] == before
+    assert checkpoint.stat().st_mtime_ns == written
+
+
+def test_another_config_in_the_workdir_of_a_run_is_refused_with_the_difference(refused, finished):
+    message = refused(*SINUSOID, f"--workdir={finished}", "--config.seed=1")
+    assert message.startswith(f"The run in {finished / 'checkpoints'} was started with another ")
+    assert "\n  config.seed: 0 -> 1\n" in message
+
+
+def test_a_run_is_trained_for_longer_and_judged_by_its_best_where_asked(refused, tmp_path, capsys):
+    best = "--config.checkpoint_best=min eval/loss"
+    words = (*SINUSOID, "--noprogress", f"--workdir={tmp_path}", best)
+    assert call(*words) == 0
+    capsys.readouterr()
+    assert refused(*words, "--config.steps=3").count("\n  config.") == 1
+    assert call(*words, "--config.steps=3", "--allow-config-change") == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+    assert list(losses) == [1, 2, 3]
+    capsys.readouterr()
+    assert call("eval", f"--workdir={tmp_path}", "--tasks=4", "--best") == 0
+    lowest = min(losses, key=losses.get)
+    assert capsys.readouterr().out.startswith(f"{tmp_path}, outer step {lowest}, on test tasks:")
+
+
+def test_a_best_that_nothing_judges_is_refused(refused, tmp_path):
+    words = ("--config.checkpoint_best=max eval/accuracy", "--config.eval_every=0")
+    assert refused(*DIGITS, f"--workdir={tmp_path / 'run'}", *words) == (
+        "checkpoint_best='max eval/accuracy' is judged by evaluations on the way, and eval_every "
+        "is 0. Set it, to outer steps from one to the next."
+    )
+
+
+def test_a_process_with_a_mistake_ends_with_status_2_and_a_message_alone(tmp_path):
+    done = process("train", "--config=maml_digits", f"--workdir={tmp_path}", "--config.step=1")
+    assert done.returncode == 2 and done.stdout == ""
+    message = "\nmetalearn: The config has no key 'step'. Did you mean 'steps'? There are: "
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 3
+
+
+def test_an_unprepared_omniglot_is_refused_at_once_with_the_command_that_prepares_it(tmp_path):
+    nowhere = tmp_path / "tfds"
+    nowhere.mkdir()
+    began = time.monotonic()
+    done = process(
+        *("train", "--config=maml_omniglot", f"--workdir={tmp_path / 'run'}"),
+        TFDS_DATA_DIR=str(nowhere),
+    )
+    assert time.monotonic() - began < 30
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    command = f"python -m metalearn.datasets.prepare omniglot --data-dir={nowhere}"
+    assert f"The dataset 'omniglot' is not prepared: there is no {nowhere}" in done.stderr
+    assert command in done.stderr
+
+
+def test_a_config_may_follow_after_a_space(refused):
+    message = refused("train", "--config", "maml_digits", "--config.stepz=1", "--workdir=w")
+    assert message.startswith("The config has no key 'stepz'. Did you mean 'steps'?")
+
+
+def test_a_word_that_is_no_option_is_refused(refused, tmp_path):
+    message = refused(*SINUSOID, f"--workdir={tmp_path}", "config.steps=1")
+    assert message.startswith("'config.steps=1' is not an option: those begin with two dashes")
+
+
+def test_help_is_given_wherever_it_is_asked_for(capsys):
+    assert call("train", "--help") == 0
+    assert "--traceback" in capsys.readouterr().out
+
+
+def test_engine_options_are_set_from_the_command_line(refused, tmp_path):
+    words = (*SINUSOID, f"--workdir={tmp_path}", "--noprogress")
+    message = refused(*words, "--config.engine_options.chunk=2")
+    assert call(*words, "--config.engine_options.remat=step") == 0
+    known = ["remat", "segment", "budget", "peel"]
+    assert message == (
+        f"The engine 'reverse' has no option 'chunk'. It has: {known}. What a config has set for "
+        "another engine is cleared by --config.engine_options.KEY= with nothing behind it."
+    )
+    assert call(*words, "--config.engine_options.remat=", "--allow-config-change") == 0
+
+
+def test_the_split_with_too_few_classes_is_named(refused, tmp_path):
+    message = refused(*DIGITS, f"--workdir={tmp_path}", "--config.dataset.ways=10")
+    assert message.startswith("In the validation split: `FewShot` got ways=10")

@@ -1,0 +1,207 @@
+"""LeNet and the wide residual network: the same in three libraries, and twice differentiable."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from metalearn._utils.trees import size
+from metalearn.models import (
+    NNX,
+    Haiku,
+    Linen,
+    haiku_networks,
+    linen_networks,
+    nnx_networks,
+    train_flag,
+)
+from metalearn.models.layouts import wide_blocks
+from tests.cases import LIBRARIES, Float64
+from tests.helpers.selection import quick
+
+pytestmark = pytest.mark.usefixtures("x64")
+KEY = jax.random.key(0)
+SMALL = (6, 5, 2)
+
+
+def network(library, name, image, outputs=10, **options):
+    inputs = jax.ShapeDtypeStruct((1, *image), jnp.float32)
+    if library == "linen":
+        return Linen(getattr(linen_networks, name)(outputs, **options), inputs, train_flag)
+    if library == "nnx":
+        build = getattr(nnx_networks, name)
+        return NNX(lambda rngs: build(image, outputs, **options, rngs=rngs), train_flag)
+    build = getattr(haiku_networks, name)
+    return Haiku(lambda x, train: build(outputs, **options)(x, train), inputs, train_flag)
+
+
+def images(n, shape):
+    return jax.random.normal(jax.random.key(2), (n, *shape), jnp.float32)
+
+
+def generic(params):
+    """Fill by shape: the same in all libraries, as kernels differ in shape and biases are alike."""
+    return jax.tree.map(
+        lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params
+    )
+
+
+# With w = 1, a 3x3 convolution of a to b features has 9ab parameters, a normalisation 2a:
+#   stem             9*3*16                                            =     432
+#   group 1, twice   (32 + 9*16*16) * 2                    =  4,672, * 2 =   9,344
+#   group 2, first   32 + 9*16*32 + 64 + 9*32*32 + 16*32   = 14,432
+#            second  (64 + 9*32*32) * 2                    = 18,560      =  32,992
+#   group 3, first   64 + 9*32*64 + 128 + 9*64*64 + 32*64  = 57,536
+#            second  (128 + 9*64*64) * 2                   = 73,984      = 131,520
+#   norm and head    128 + 64*10 + 10                                  =     778
+WRN_16_1 = 432 + 9_344 + 32_992 + 131_520 + 778
+# LeNet: 25*6 + 6, 25*6*16 + 16, 5*5*16*120 + 120, 120*84 + 84, 84*10 + 10.
+LENET = 156 + 2_416 + 48_120 + 10_164 + 850
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    ("name", "image", "parameters"),
+    [("WideResNet", (32, 32, 3), WRN_16_1), ("LeNet", (28, 28, 1), LENET)],
+)
+def test_a_network_has_the_parameters_counted_by_hand(library, name, image, parameters):
+    model = network(library, name, image)
+    params, state = jax.eval_shape(model.init, KEY)
+    assert size(params) == parameters
+    x = jax.ShapeDtypeStruct((7, *image), jnp.float32)
+    outputs, new = jax.eval_shape(functools.partial(model.apply, train=True), params, state, x)
+    assert outputs.shape == (7, 10) and outputs.dtype == jnp.float32
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+
+
+def test_those_counts_are_the_published_ones():
+    assert (WRN_16_1, LENET) == (175_066, 61_706)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "train"),
+    [
+        ("WideResNet", SMALL, {"depth": 10, "width": 2}, True),
+        ("WideResNet", SMALL, {"depth": 10}, False),
+        ("LeNet", (13, 12, 2), {}, True),
+    ],
+)
+def test_the_networks_of_all_libraries_compute_the_same(name, image, options, train):
+    outputs = {}
+    for library in LIBRARIES:
+        model = Float64(network(library, name, image, 3, **options))
+        params, state = jax.jit(model.init)(KEY)
+        apply = jax.jit(functools.partial(model.apply, train=train))
+        outputs[library], _ = apply(generic(params), state, images(4, image))
+    assert outputs["linen"].shape == (4, 3) and jnp.isfinite(outputs["linen"]).all()
+    assert (jnp.ptp(outputs["linen"], axis=0) > 1e-3).all()
+    for library in ("nnx", "haiku"):
+        np.testing.assert_allclose(outputs[library], outputs["linen"], rtol=1e-7)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_batch_statistics_change_in_training_and_are_used_out_of_it(library):
+    model = network(library, "WideResNet", SMALL, depth=10, momentum=0.5)
+    params, state = jax.jit(model.init)(KEY)
+    train, evaluate = (jax.jit(functools.partial(model.apply, train=t)) for t in (True, False))
+    x = 3 + images(4, SMALL)
+    _, new = train(params, state, x)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), new, state)
+    assert len(jax.tree.leaves(moved)) == 2 * 7 and all(jax.tree.leaves(moved))
+    before, same = evaluate(params, state, x)
+    after, kept = evaluate(params, new, x)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), (same, kept), (state, new)))
+    assert (before != after).any()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_initial_kernels_are_those_of_he(library):
+    model = network(library, "WideResNet", SMALL, depth=10)
+    params, _ = jax.jit(model.init)(KEY)
+    (kernel,) = (leaf for leaf in jax.tree.leaves(params) if leaf.shape == (3, 3, 64, 64))
+    np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 64)), rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("library", "method"),
+    quick([("linen", "patches"), ("nnx", "lax"), ("haiku", "lax")], lambda name, _: name == "nnx"),
+)
+def test_forward_over_reverse_agrees_with_reverse_over_reverse(library, method):
+    model = network(library, "WideResNet", SMALL, 3, depth=10, convolution=method)
+    params, state = jax.jit(model.init)(KEY)
+    flat, unravel = ravel_pytree(params)
+    direction, x = jax.random.normal(KEY, flat.shape, flat.dtype), images(4, SMALL)
+
+    def loss(flat):
+        outputs, _ = model.apply(unravel(flat), state, x, train=True)
+        return -jax.nn.log_softmax(outputs)[:, 1].mean()
+
+    def forward(flat):
+        return jax.jvp(jax.grad(loss), (flat,), (direction,))[1]
+
+    def reverse(flat):
+        return jax.grad(lambda flat: jax.grad(loss)(flat) @ direction)(flat)
+
+    ours, theirs = jax.jit(forward)(flat), jax.jit(reverse)(flat)
+    assert ours.dtype == jnp.float32 and jnp.isfinite(ours).all()
+    assert jnp.linalg.norm(ours) > 1e-3
+    assert jnp.linalg.norm(ours - theirs) < 1e-4 * jnp.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("name", ["WideResNet", "LeNet"])
+def test_the_convolution_method_reaches_every_convolution(library, name):
+    def convolutions(method):
+        model = network(library, name, (12, 12, 1), convolution=method)
+        params, state = jax.eval_shape(model.init, KEY)
+        apply = functools.partial(model.apply, train=True)
+        x = jnp.zeros((2, 12, 12, 1), jnp.float32)
+        return str(jax.make_jaxpr(apply)(params, state, x)).count("conv_general_dilated[")
+
+    assert convolutions("patches") == 0
+    assert convolutions("lax") == {"LeNet": 2, "WideResNet": 1 + 12 + 2}[name]
+
+
+def refused(message):
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}")  # JAX may append a note
+
+
+@pytest.mark.parametrize(
+    ("depth", "near"), [(15, "10 or 16"), (17, "16 or 22"), (4, "10"), (-3, "10")]
+)
+def test_a_depth_that_is_not_6n_plus_4_is_refused_with_the_nearest(depth, near):
+    message = (
+        f"`WideResNet` got depth={depth}, but its depth is 6n + 4: three groups of n blocks of two "
+        f"convolutions, and four layers more. Pass depth={near}."
+    )
+    with refused(message):
+        wide_blocks(depth, 1)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_every_library_refuses_a_wrong_depth(library):
+    with pytest.raises(ValueError, match=r"^`WideResNet` got depth=12, .*depth=10 or 16\."):
+        network(library, "WideResNet", SMALL, depth=12).init(KEY)
+
+
+def test_a_width_below_one_is_refused():
+    message = (
+        "`WideResNet` got width=0, but it multiplies 16, 32 and 64 features. Pass a positive "
+        "integer, such as width=1."
+    )
+    with refused(message):
+        wide_blocks(16, 0)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_lenet_refuses_an_image_that_its_pools_would_use_up(library):
+    message = (
+        "`LeNet` got images of 8 x 28, of which its convolutions and pools leave nothing. Pad or "
+        "enlarge them to 12 x 12 at least, or take a `ConvNet`."
+    )
+    with refused(message):
+        network(library, "LeNet", (8, 28, 1)).init(KEY)
