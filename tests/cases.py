@@ -106,7 +106,7 @@ def _functions() -> Model:
     return Functions(init, lambda params, x: jnp.tanh(x @ params["body"]) @ params["head"])
 
 
-def _mlp(library: str, width: int = 1) -> Model:
+def mlp(library: str, width: int = 1) -> Model:
     """A tanh network from [n, width] to [n, width], by default of 10 parameters."""
     inputs, size = jax.ShapeDtypeStruct((1, width), jnp.float32), {"outputs": width, "hidden": (3,)}
     smooth = {"activation": jnp.tanh}
@@ -131,7 +131,7 @@ def conv_net(library: str, image=IMAGE, outputs=WAYS, filters=2, blocks=1, **opt
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tokenwise(Model):
+class Tokenwise(Model):
     """A network [n, 4] -> [n, 4], applied to every token of [batch, S] on its own."""
 
     model: Model
@@ -147,7 +147,7 @@ class _Tokenwise(Model):
 
 MODELS: dict[str, Model] = {
     "Functions": _functions(),
-    **{f"{library}-MLP": _mlp(library) for library in LIBRARIES},
+    **{f"{library}-MLP": mlp(library) for library in LIBRARIES},
     **{f"{library}-ConvNet": conv_net(library, momentum=0.5) for library in LIBRARIES},
 }
 
@@ -227,9 +227,9 @@ class AlgorithmCase:
     def problem(self, library: str) -> tuple[Any, Any]:
         """Return (algorithm, tasks)."""
         if self.network == "language":
-            return self.make(Float64(_Tokenwise(_mlp(library, width=4)))), TASKS["Text"]
+            return self.make(Float64(Tokenwise(mlp(library, width=4)))), TASKS["Text"]
         if self.network == "classifier":
-            return self.make(Float64(_mlp(library, width=5))), TASKS["TrainingRuns"]
+            return self.make(Float64(mlp(library, width=5))), TASKS["TrainingRuns"]
         model = Float64(MODELS[f"{library}-{self.network}"])
         objective, tasks = cross_entropy, TASKS["FewShot"]
         if self.network == "MLP":

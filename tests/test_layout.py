@@ -2,12 +2,14 @@
 
 import ast
 import pathlib
+import textwrap
 
 import pytest
 
 import metalearn
 
 ROOT = pathlib.Path(metalearn.__file__).parent.parent
+TESTS = pathlib.Path(__file__).parent
 
 # What a reader looks for: the file it is in, and a name that is defined there.
 FEATURES = {
@@ -105,3 +107,66 @@ def test_imports_inside_metalearn_run_one_way():
         floor
     )
     assert not upwards, upwards
+
+
+def imported_test_files(source):
+    """Return the test files that a source imports, in programs inside its strings too."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = f"tests.{node.module}" if node.level else node.module
+            names.update(f"{package}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and "import" in str(node.value):
+            try:
+                names |= imported_test_files(textwrap.dedent(node.value))
+            except (SyntaxError, TypeError):  # prose, or bytes
+                continue
+    return {name for name in names if name.startswith("tests.") and ".test_" in name}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import tests.training.test_fit",
+        "from tests.training import (\n    test_fit,\n)",
+        "def late():\n    from tests.training.test_fit import clock",
+        "from .test_fit import clock",
+        "from . import test_fit",
+        "PROGRAM = '''\n    import sys\n    from tests.training.test_fit import clock\n'''",
+    ],
+)
+def test_an_import_of_a_test_file_is_seen(source):
+    assert imported_test_files(source)
+
+
+def test_no_test_file_is_imported():
+    files = sorted(
+        set(TESTS.rglob("*.py")) - {pathlib.Path(__file__)}
+    )  # it holds the samples above
+    assert len(files) > 50
+    imports = [
+        f"{file.relative_to(TESTS)} imports {name}"
+        for file in files
+        for name in sorted(imported_test_files(file.read_text()))
+    ]
+    assert not imports, "Move what tests share to tests/helpers, and fixtures to a conftest.py."
+
+
+def folders_without_source(tests):
+    """Return the folders of tests, except the helpers, that are no folder of metalearn."""
+    folders = {file.parent.relative_to(tests) for file in tests.rglob("*.py")}
+    there = ROOT / "metalearn"
+    return sorted(str(f) for f in folders - {pathlib.Path("helpers")} if not (there / f).is_dir())
+
+
+def test_folders_of_tests_mirror_the_source():
+    assert folders_without_source(TESTS) == [], "Name folders of tests as the source does."
+
+
+def test_a_folder_of_tests_without_a_source_is_seen(tmp_path):
+    for folder in ("engines", "engines/forward", "algorithms/fds", "helpers", "motors", "fds"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "test_x.py").touch()
+    assert folders_without_source(tmp_path) == ["fds", "motors"]

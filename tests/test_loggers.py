@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -17,6 +16,7 @@ from metalearn.datasets import Sinusoid
 from metalearn.evaluation import Estimate
 from metalearn.loggers import ConsoleLogger, JsonlLogger, WandbLogger
 from metalearn.models import Functions
+from tests.helpers.wandb_runs import records_of
 
 TABLE = {"loss": Estimate(1.25, 0.5, 600), "accuracy": Estimate(0.75, 0.125, 600)}
 
@@ -192,13 +192,6 @@ def wandb(nobody):
     wandb.teardown()
 
 
-def inspect(run: pathlib.Path) -> list[dict]:
-    """The records of an offline run, as W&B's own reader prints them."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def without_underscores(record: dict) -> dict:
     return {name: value for name, value in record.items() if not name.startswith("_")}
 
@@ -229,7 +222,7 @@ def test_an_offline_wandb_run_holds_the_config_the_scalars_by_step_and_the_table
     checkpoints.close()
 
     (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    records = inspect(run)
+    records = records_of(run)
     (started,) = (record["run"] for record in records if record["type"] == "run")
     assert without_underscores(started["config"]["update"]) == config
     assert started["project"] == "metalearn"
@@ -284,7 +277,7 @@ def test_where_the_wandb_server_does_not_answer_the_run_is_logged_offline(
     said = capsys.readouterr().out
     assert "W&B does not answer" in said
     (run,) = tmp_path.glob("wandb/offline-run-*")
-    history = [row["history"] for row in inspect(run) if row["type"] == "history"]
+    history = [row["history"] for row in records_of(run) if row["type"] == "history"]
     assert history[0]["item"]["loss"] == 0.5
 
 
@@ -295,7 +288,7 @@ def test_a_run_that_failed_is_marked_as_such(wandb, tmp_path, fails, code):
     logger.log(1, {"loss": 0.5})
     logger.abandon() if fails else logger.finish()
     (run,) = tmp_path.glob("wandb/offline-run-*")
-    (end,) = [record["exit"] for record in inspect(run) if record["type"] == "exit"]
+    (end,) = [record["exit"] for record in records_of(run) if record["type"] == "exit"]
     assert end["exit_code"] == code
 
 
@@ -326,7 +319,7 @@ def test_auto_mode_is_offline_for_somebody_not_logged_in_and_asks_nothing(nobody
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == ("", "")
     (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    assert any(record["type"] == "history" for record in inspect(run))
+    assert any(record["type"] == "history" for record in records_of(run))
 
 
 WITHOUT = """

@@ -45,7 +45,7 @@ from metalearn.sharding.batched_means import divisors
 from metalearn.training.faults import Faults
 from metalearn.training.options import Fit
 from tests.cases import MODELS
-from tests.experiments.test_build import small
+from tests.helpers.small_configs import small
 
 KEY = jax.random.key(0)
 MODEL = MODELS["Functions"]

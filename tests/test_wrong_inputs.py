@@ -582,7 +582,7 @@ def test_so_they_are_by_other_losses():
     with said(ValueError, "has 3 outputs, and `weighted_cross_entropy` takes labels from 0"):
         Trainer(algorithm).evaluate(algorithm.init(KEY), wrong, KEY, 2)
     text = cases.TASKS["Text"]
-    algorithm = LossWeights(cases._Tokenwise(cases._mlp("linen", 4)), TokenWeights())
+    algorithm = LossWeights(cases.Tokenwise(cases.mlp("linen", 4)), TokenWeights())
     assert text.label_range() == (0, 3)
     with said(ValueError, "from 0 to 3, but the network has 2 outputs, and `LossWeights` takes"):
         Trainer(dataclasses.replace(algorithm, model=linear_on_tokens(2))).evaluate(

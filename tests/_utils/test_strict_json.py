@@ -14,7 +14,7 @@ from metalearn.evaluation import Estimate
 from metalearn.experiments.commands import run
 from metalearn.experiments.pictures import schedules
 from metalearn.loggers import JsonlLogger, read_lines
-from tests.checkpoints.test_hostile import saved
+from tests.helpers.checkpoints import saved
 
 
 def strictly(text):

@@ -9,12 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -22,35 +19,7 @@ import metalearn
 from metalearn.checkpoints import record as run_record
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints, DamagedError
 from metalearn.checkpoints.record import difference, same_config
-from metalearn.train_state import TrainState
-
-
-class Eta(NamedTuple):
-    params: Any
-    rates: Any
-
-
-def a_state(seed=0, step=3) -> TrainState:
-    """A state with a leaf of every kind there is, after one update so that none is zero."""
-    key = jax.random.key(seed)
-    w, b, low = jax.random.normal(key, (3, 2))
-    params = {"w": w.at[0].set(-0.0), "b": [b, None], "low": low.astype(jnp.bfloat16)}
-    eta = Eta(params, (jnp.float32(1e-40), jnp.arange(2, dtype=jnp.float16)))
-    schedule = optax.cosine_decay_schedule(1e-3, 10)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    _, state = optimizer.update(eta, optimizer.init(eta), eta)
-    return TrainState(jnp.asarray(step, jnp.int32), eta, state, jax.random.fold_in(key, 7))
-
-
-def bits(tree):
-    """The leaves of a pytree, as (path, type, bytes)."""
-
-    def raw(leaf):
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
-
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(p), leaf.shape, str(leaf.dtype), raw(leaf)) for p, leaf in leaves]
+from tests.helpers.checkpoints import a_state, bits, flip_a_bit, largest_file
 
 
 @pytest.fixture
@@ -189,19 +158,6 @@ def several(opened, tmp_path, steps=(1, 2, 3), **options):
         checkpoints.save(a_state(seed=step, step=step), step, {"step": step})
     checkpoints.close()
     return tmp_path / "run"
-
-
-def largest_file(directory):
-    """The file with most of the arrays in it."""
-    files = [p for p in (directory / "state").rglob("*") if p.is_file()]
-    return max(files, key=lambda p: p.stat().st_size)
-
-
-def flip_a_bit(directory):
-    path = largest_file(directory)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def cut(directory):
@@ -358,7 +314,7 @@ def test_a_checkpoint_of_an_older_schema_is_read(schema, opened, tmp_path):
 
 FULL = """
 import resource, signal, sys
-from tests.checkpoints.test_checkpoints import a_state
+from tests.helpers.checkpoints import a_state
 from metalearn.checkpoints.manager import Checkpoints
 checkpoints = Checkpoints(sys.argv[1], every=1, keep=5)
 checkpoints.save(a_state(step=1), 1, {})

@@ -14,9 +14,9 @@ from metalearn.checkpoints.manager import Checkpoints
 from metalearn.evaluation import Estimate
 from metalearn.experiments.commands import run
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger
-from tests.checkpoints.test_hostile import restored, state_at
-from tests.experiments.test_cli import SINUSOID, call
-from tests.training.test_fit import clock, fit
+from tests.helpers.checkpoints import restored, state_at
+from tests.helpers.clock import clock, fit
+from tests.helpers.command_line import SINUSOID, call
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 

@@ -23,8 +23,8 @@ from metalearn.checkpoints.manager import (
 from metalearn.checkpoints.store import Store, UnreadableError
 from metalearn.experiments.commands import run
 from metalearn.train_state import TrainState
-from tests.checkpoints.test_checkpoints import bits
-from tests.experiments.test_cli import SINUSOID, call
+from tests.helpers.checkpoints import bits, restored, saved, state_at
+from tests.helpers.command_line import SINUSOID, call
 
 
 @pytest.fixture(autouse=True)
@@ -39,28 +39,6 @@ def in_time():
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
-
-
-def state_at(step, optimizer=None, inner=()):
-    optimizer = optimizer or optax.adam(0.1)
-    eta = {"w": jnp.arange(3.0) + step, "b": jnp.zeros(())}
-    state = TrainState(jnp.asarray(step, jnp.int32), eta, optimizer.init(eta), jax.random.key(0))
-    return dataclasses.replace(state, inner=inner)
-
-
-def saved(directory, steps=(1, 2, 3), optimizer=None, inner=(), **options):
-    """Save a checkpoint at each step; return the directory."""
-    with contextlib.closing(Checkpoints(directory, keep=len(steps), **options)) as checkpoints:
-        for step in steps:
-            metrics = {"eval/loss": 1 / step}
-            checkpoints.save(state_at(step, optimizer, inner), step, {}, metrics)
-    return directory
-
-
-def restored(directory, state=None, **options):
-    """The outer step that is gone on from."""
-    with contextlib.closing(Checkpoints(directory, **options)) as checkpoints:
-        return int(checkpoints.restore(state or state_at(0))[0].step)
 
 
 def edit(place, change):

@@ -15,7 +15,7 @@ import pytest
 
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import build
-from tests.checkpoints.test_checkpoints import bits
+from tests.helpers.checkpoints import bits
 
 STEPS, EVERY = 150, 10
 COMMAND = (

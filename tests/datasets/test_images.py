@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import re
 
 import numpy as np
 import pytest
@@ -16,14 +15,11 @@ from metalearn.datasets import (
     read_images,
     with_label_noise,
 )
+from tests.helpers.refusals import refused
 
 CLASSES = 5
 FIRST_DIGITS = [4, 2, 4, 7, 8, 7, 4, 6, 6, 4, 1, 3]
 LABELLED = Images(np.zeros([1000, 2, 2, 1], np.uint8), np.arange(1000, dtype=np.int32) % CLASSES)
-
-
-def refused(message):
-    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
 
 
 def prepared(name, folder=""):

@@ -1,7 +1,5 @@
 """A task that is a whole training run: which rows it draws, and what it refuses."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +7,11 @@ import pytest
 
 from metalearn import Episode
 from metalearn.datasets import HeldOut, Images, TrainingRuns
+from tests.helpers.refusals import refused
 
 KEY = jax.random.key(0)
 INPUTS = np.arange(10 * 4, dtype=np.uint8).reshape(10, 2, 2)
 TARGETS = np.arange(10, dtype=np.int32) % 3
-
-
-def refused(message):
-    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
 
 
 def runs(validation=3):

@@ -20,7 +20,7 @@ from metalearn.experiments.benchmarks import optimizers as table
 from metalearn.models import Functions
 from metalearn.optimizers.differentiable import differentiable_at_zero
 from metalearn.training.faults import NonFiniteError
-from tests.experiments.test_cli import SINUSOID, call
+from tests.helpers.command_line import SINUSOID, call
 from tests.helpers.inner_optimizers import (
     FINITE,
     NAN,

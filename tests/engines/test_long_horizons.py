@@ -31,7 +31,7 @@ from metalearn.engines.grad_recorder import joined
 from metalearn.engines.inner_loop import state_bytes
 from metalearn.engines.nested_scan import saved_states, segment_lengths
 from metalearn.training.faults import NonFiniteError
-from tests.algorithms.fds.test_fds import KEY, _episode, flat, make, solve
+from tests.helpers.fds import KEY, flat, make, make_episode, solve
 from tests.helpers.selection import quick
 
 LEARNED = {
@@ -44,7 +44,7 @@ LEARNED = {
 
 
 def test_a_stream_that_was_saved_in_mid_trajectory_goes_on_as_if_it_had_not_been(tmp_path):
-    algorithm, engine, episode = make(LEARNED, 30), Forward(), _episode()
+    algorithm, engine, episode = make(LEARNED, 30), Forward(), make_episode()
     eta = algorithm.init(KEY)
     unroll, batches = algorithm.unroll(episode, KEY), algorithm.batches(episode, KEY)
     advance = jax.jit(
@@ -98,7 +98,7 @@ def test_parts_push_the_fewest_tangents_that_will_do():
 
 
 def test_windows_that_have_not_begun_cost_nothing_and_change_nothing():
-    algorithm, episode = make(LEARNED, 28), _episode()
+    algorithm, episode = make(LEARNED, 28), make_episode()
     eta = algorithm.init(KEY)
 
     def program(begins):
@@ -116,7 +116,7 @@ def test_windows_that_have_not_begun_cost_nothing_and_change_nothing():
 
 
 def test_begins_of_another_shape_are_refused():
-    algorithm, episode = make(LEARNED, 28), _episode()
+    algorithm, episode = make(LEARNED, 28), make_episode()
     eta = algorithm.init(KEY)
     unroll = algorithm.unroll(episode, KEY)._replace(
         begins={"learning_rate": np.zeros(3), "momentum": np.zeros(1)}
@@ -127,7 +127,7 @@ def test_begins_of_another_shape_are_refused():
 
 
 def test_batches_may_be_numpy_arrays():
-    algorithm, episode = make(LEARNED, 7), _episode()
+    algorithm, episode = make(LEARNED, 7), make_episode()
     eta = algorithm.init(KEY)
     batches = jax.tree.map(np.asarray, algorithm.batches(episode, KEY))
     _, grads = Forward().value_and_grad(algorithm.unroll(episode, KEY), eta, batches)
@@ -151,7 +151,7 @@ def test_an_outer_step_of_fds_compiles_once():
 
 
 def test_memory_of_forward_mode_does_not_grow_with_the_horizon_but_for_indices():
-    episode, temporaries, indices = _episode(), [], []
+    episode, temporaries, indices = make_episode(), [], []
     for horizon in (200, 20_000):
         algorithm = make(LEARNED, horizon)
 
@@ -186,7 +186,7 @@ def test_a_decay_of_one_is_exact_and_of_zero_sees_the_last_step_alone():
 
 @pytest.mark.parametrize("engine", quick([Reverse, MixedFlow], lambda e: e is MixedFlow))
 def test_nesting_keeps_to_its_budget_and_to_the_gradient(engine):
-    algorithm, episode = make(LEARNED, 120), _episode()
+    algorithm, episode = make(LEARNED, 120), make_episode()
     eta = algorithm.init(KEY)
     state = state_bytes(algorithm.unroll(episode, KEY).init(eta))
     expected, temporaries = flat(solve(algorithm, Reverse(), eta)[1]), []
@@ -299,8 +299,8 @@ def test_a_run_that_explodes_is_skipped_where_asked_and_nothing_is_lost():
 class Runs(Tasks):
     def sample(self, key):
         del key
-        inputs, targets, rows = _episode().support
-        return Episode((inputs, targets, rows), _episode().query)
+        inputs, targets, rows = make_episode().support
+        return Episode((inputs, targets, rows), make_episode().query)
 
 
 # Devices.
@@ -314,7 +314,7 @@ PROGRAM = """
     from metalearn.cost import cost
     from metalearn.algorithms import FDS, sgd
     from metalearn.models import Functions
-    from tests.algorithms.fds.test_fds import KEY, _episode
+    from tests.helpers.fds import KEY, make_episode
     jax.config.update("jax_enable_x64", True)
     mesh = Mesh(np.array(jax.devices()), ("tangents",))
     spread = NamedSharding(mesh, PartitionSpec("tangents"))
@@ -328,7 +328,7 @@ PROGRAM = """
 
     def program(engine):
         def run(eta):
-            episode = _episode()
+            episode = make_episode()
             unroll = algorithm.unroll(episode, KEY)
             return engine.value_and_grad(unroll, eta, algorithm.batches(episode, KEY))
         return jax.jit(run)

@@ -1,14 +1,10 @@
 """From a config to objects: every packaged config, and every name in every table."""
 
-import importlib
 import math
-import os
-import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 import pytest
 
@@ -16,26 +12,8 @@ from metalearn import Reverse
 from metalearn.experiments import build, language, training_runs
 from metalearn.experiments.cli import arguments
 from tests.helpers.selection import quick
+from tests.helpers.small_configs import module, skip_without, small
 
-SMALL = {
-    "tasks_per_step": 2,
-    "chunk": None,
-    "dataset.queries": 2,
-    "dataset.eval_queries": 2,
-    "model.filters": 2,
-    "model.blocks": 1,
-    "model.hidden": (4,),
-    "model.width": 4,
-    "dataset.length": 8,
-    "dataset.batch": 2,
-    "dataset.steps": 7,
-    "dataset.eval_steps": 7,
-    "truncation.steps": 7,
-    "dataset.probes": 2,
-    "dataset.eval_probes": 2,
-    "algorithm.horizon": 7,
-    "algorithm.batch": 2,
-}
 INPUTS = {
     "mlp": jax.ShapeDtypeStruct((1, 1), jnp.float32),
     "conv_net": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),
@@ -62,36 +40,7 @@ TABLES = {
 }
 
 
-def module(name):
-    return importlib.import_module(f"metalearn.experiments.configs.{name}")
-
-
-def small(name, **overrides) -> ml_collections.ConfigDict:
-    config = module(name).get_config()
-    present = {key: value for key, value in SMALL.items() if _has(config, key)}
-    config.update_from_flattened_dict({**present, **overrides})
-    return config
-
-
-def _has(config, path):
-    """Say whether a config has a size; where it is 0 or None, what it counts is not there."""
-    for key in path.split("."):
-        if key not in config:
-            return False
-        config = config[key]
-    return config not in (0, None)
-
-
 RUNS = {"text", "training_run", "optimizer_runs"}  # datasets of training runs
-
-
-def skip_without(dataset, tfds=None):
-    where = os.environ.get("TFDS_DATA_DIR")
-    folder = {"omniglot": "omniglot", "text": "tiny_shakespeare"}.get(dataset)
-    if dataset == "training_run" and tfds != "digits":
-        folder = tfds
-    if folder and not (where and (pathlib.Path(where) / folder).is_dir()):
-        pytest.skip(f"TFDS_DATA_DIR does not hold {folder}")
 
 
 def splits(network, outputs=3) -> build.Splits:

@@ -9,35 +9,16 @@ import sys
 import time
 
 import pytest
-from absl import flags
 
 from metalearn.experiments import build
 from metalearn.experiments.cli import arguments
-from metalearn.experiments.main import COMMANDS, main
+from metalearn.experiments.main import COMMANDS
+from tests.helpers.command_line import SINUSOID, call
 
 # ml-collections loads config files in a way that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 
 DIGITS = ("train", "--config=maml_digits", "--config.wandb.mode=disabled")
-SINUSOID = (
-    *("train", "--config=maml_sinusoid", "--config.steps=2", "--config.test_tasks=4"),
-    *("--config.eval_every=1", "--config.eval_tasks=4", "--config.log_every=1"),
-    *("--config.tasks_per_step=2", "--config.engine=reverse", "--config.wandb.mode=disabled"),
-    "--config.health=False",  # a program more to compile; diagnostics/test_health.py has it on
-)
-
-
-def call(*words: object) -> int:
-    """Call `main` as a process would: once, with flags that nothing has touched."""
-    argv = ["metalearn", *map(str, words)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)  # ml-collections looks for overrides there
-        try:
-            return main(argv)
-        finally:
-            flags.FLAGS.unparse_flags()
-            for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-                delattr(flags.FLAGS, name)
 
 
 def process(*words: object, **env: str) -> subprocess.CompletedProcess:
@@ -50,23 +31,6 @@ def process(*words: object, **env: str) -> subprocess.CompletedProcess:
         timeout=120,
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
     )
-
-
-@pytest.fixture
-def refused(capsys):
-    """A function that expects a command line to be refused, and returns the message."""
-
-    def refuse(*words):
-        assert call(*words) == 2
-        captured = capsys.readouterr()
-        shown = captured.err.rpartition("\nmetalearn: ")
-        assert shown[1], captured.err
-        assert "Traceback" not in captured.err and captured.out == ""
-        message, hint, _ = shown[2].strip().rpartition("\n(--traceback shows where.)")
-        assert hint
-        return message
-
-    return refuse
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import strategies as st
 
 from metalearn.experiments.cli import arguments, json_config
-from tests.experiments.test_build import skip_without
 from tests.helpers import config_cases
 from tests.helpers.config_cases import Case
 from tests.helpers.refused_configs import KEPT
 from tests.helpers.selection import quick
+from tests.helpers.small_configs import skip_without
 
 NAMES = sorted(arguments.packaged(), reverse=True)  # what comes first is tried most: MAML is quick
 CHEAP = ["maml_sinusoid", "maml_digits", "fds_digits"]  # a second a case, and no text

@@ -14,7 +14,7 @@ from metalearn.experiments.cli import arguments
 from metalearn.experiments.commands import run
 from metalearn.experiments.training_runs import kept
 from metalearn.training.outer_loop import EVALUATION
-from tests.experiments.test_build import skip_without, small
+from tests.helpers.small_configs import skip_without, small
 
 KEY = jax.random.key(0)
 

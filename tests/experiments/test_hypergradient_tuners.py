@@ -9,8 +9,8 @@ from metalearn import Forward, MixedFlow, Reverse
 from metalearn.algorithms import Hyperparameter
 from metalearn.experiments.tuners.fds import Hypergradients
 from metalearn.experiments.tuners.online import Online, constant
-from tests.experiments.test_tuners import KEY, T, problem, problem_of
 from tests.helpers.selection import quick
+from tests.helpers.tuning import KEY, T, problem, problem_of
 
 
 def slow_start():

@@ -7,10 +7,8 @@ import pytest
 
 from metalearn.experiments import build, devices
 from metalearn.experiments.cli import arguments, json_config, values
-from tests.experiments import test_cli
-from tests.experiments.test_cli import SINUSOID, call
+from tests.helpers.command_line import SINUSOID, call
 
-refused = test_cli.refused  # the fixture
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 
 

@@ -16,8 +16,8 @@ from metalearn.experiments.commands import run
 from metalearn.experiments.configs import fds_digits
 from metalearn.experiments.pictures import schedules, tangents
 from metalearn.loggers import Logger
-from tests.experiments.test_cli import call
-from tests.test_loggers import inspect
+from tests.helpers.command_line import call
+from tests.helpers.wandb_runs import records_of
 
 # ml-collections loads config files in a way that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
@@ -57,7 +57,7 @@ def test_a_run_draws_what_its_config_names_and_logs_it(workdir):
     (logged,) = workdir.glob("wandb/offline-run-*")
     images = logged.glob("files/media/images/pictures/*.png")
     assert sorted(re.sub(r"_\d+_[0-9a-f]+$", "", path.stem) for path in images) == DRAWN
-    *_, last = (record["history"] for record in inspect(logged) if record["type"] == "history")
+    *_, last = (record["history"] for record in records_of(logged) if record["type"] == "history")
     row = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"]["num"] == row.pop("step") == 2
     assert row.items() <= last["item"].items()  # no picture has taken the place of a number

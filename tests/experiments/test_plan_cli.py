@@ -15,7 +15,7 @@ from metalearn.experiments import build
 from metalearn.experiments.commands import plan as auto
 from metalearn.experiments.configs import maml_digits
 from metalearn.planning import plan
-from tests.experiments.test_cli import call, refused  # noqa: F401
+from tests.helpers.command_line import call
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 

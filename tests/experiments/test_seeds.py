@@ -11,11 +11,9 @@ from metalearn.experiments import build
 from metalearn.experiments.cli import arguments, values
 from metalearn.experiments.commands import run
 from metalearn.experiments.seeds import key_of
-from tests.experiments import test_cli
-from tests.experiments.test_build import small
-from tests.experiments.test_cli import SINUSOID
+from tests.helpers.command_line import SINUSOID
+from tests.helpers.small_configs import small
 
-refused = test_cli.refused  # the fixture
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 BELOW = (0, 1, 7, 2**31 - 1, 2**31, 2**32 - 1)
 ABOVE = (2**32, 2**32 + 7, 2**33, 2**63 - 1)

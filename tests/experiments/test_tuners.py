@@ -12,16 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metalearn.algorithms import FDS, Hyperparameter, cross_entropy, sgd
-from metalearn.datasets import HeldOut, TrainingRuns, read_images
+from metalearn.algorithms import Hyperparameter, cross_entropy, sgd
 from metalearn.experiments.tuners.black_box import BOHB, BayesianOptimization, Hyperband
 from metalearn.experiments.tuners.fixed import Cosine, LearningRateFree
 from metalearn.experiments.tuners.problem import Problem, Score
 from metalearn.experiments.tuners.random_search import Ledger, RandomSearch
-from metalearn.models import Functions
+from tests.helpers.tuning import KEY, T, problem, problem_of
 
-T = 12
-KEY = jax.random.key(0)
 SMALL = Hyperband(batch=2, rungs=2)
 RACES = [4, 4, 4, 12, 12, 12]  # of SMALL: 3 runs of 4 steps and 1 of 12; 2 of 12
 TUNERS = {
@@ -36,12 +33,6 @@ TUNERS = {
 SEARCHES = ("RandomSearch", "BayesianOptimization", "Hyperband", "BOHB")
 
 
-class Compiled(Problem):
-    """A problem that compiles each of its programs once for all tests."""
-
-    validator = functools.cache(Problem.validator)
-
-
 class Bowl(Problem):
     """Nothing is trained: the loss is the distance from 0.2, and nearly as much when short."""
 
@@ -54,18 +45,6 @@ class Bowl(Problem):
         return validate
 
 
-def network():
-    def init(key):
-        return {"w": 0.1 * jax.random.normal(key, (64, 10)), "b": jnp.zeros((1, 10))}
-
-    return Functions(init, lambda p, x: x.reshape(len(x), -1) @ p["w"] + p["b"])
-
-
-def smoothed(outputs, targets, smoothing=0.0):
-    loss, metrics = cross_entropy(outputs, targets)
-    return loss - smoothing * jax.nn.log_softmax(outputs).mean(), metrics
-
-
 def fragile(outputs, targets):
     loss, metrics = cross_entropy(outputs, targets)
     return jnp.where(loss < 5, loss, jnp.nan), metrics
@@ -74,23 +53,6 @@ def fragile(outputs, targets):
 def hopeless(outputs, targets):
     loss, metrics = cross_entropy(outputs, targets)
     return loss * jnp.nan, metrics
-
-
-def problem_of(hyperparameters, horizon=T, kind=Compiled, **settings):
-    algorithm = FDS(network(), hyperparameters, horizon, 8, **{"optimizer": sgd, **settings})
-    images, labels = (x[:80] for x in read_images("digits"))
-    final = HeldOut.create(images[20:], labels[20:], images[:20], labels[:20])
-    return kind(algorithm, TrainingRuns.create(images, labels, validation=20), final)
-
-
-@functools.cache
-def problem():
-    hyperparameters = {
-        "learning_rate": Hyperparameter(1e-3, 1.0, start=0.01, windows=3, space="log"),
-        "momentum": Hyperparameter(0.0, 0.95, windows=2),
-        "smoothing": Hyperparameter(0.0, 0.5, start=0.1),
-    }
-    return problem_of(hyperparameters, objective=smoothed, eval_horizon=2 * T)
 
 
 def bowl(windows=2, horizon=27):

@@ -28,7 +28,7 @@ from metalearn.experiments.main import REPORTED
 from metalearn.loggers import WandbLogger
 from metalearn.training.faults import DIVERGED, NONFINITE, Faults
 from metalearn.training.options import Fit
-from tests.experiments.test_build import SMALL
+from tests.helpers.small_configs import SMALL
 
 ROOT = pathlib.Path(metalearn.__file__).parent.parent
 BILLION = 10**9

@@ -10,6 +10,7 @@ The last line of the output is JSON. Numbers are in float64.
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -47,6 +48,12 @@ if __name__ == "__main__":  # not where it is imported: that would be everybody'
 
 WIDTH, HIDDEN, STEPS = 8, 32, 12
 RULES = (("kernel$", P(None, "model")), ("head$", P("model")))
+
+
+def environment(count):
+    """The environment of a process with so many devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 @jax.tree_util.register_dataclass

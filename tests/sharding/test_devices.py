@@ -1,8 +1,6 @@
 """One device or eight: the same run, in an eighth of the memory, with one message a step."""
 
 import json
-import os
-import re
 import subprocess
 import sys
 
@@ -20,15 +18,10 @@ from metalearn.experiments.configs import maml_sinusoid
 from metalearn.sharding import partition
 from metalearn.sharding.batched_means import check_shares
 from tests.cases import MODELS
-from tests.helpers.on_devices import RULES
+from tests.helpers.on_devices import RULES, environment
+from tests.helpers.refusals import refused
 
 EIGHT = {"tasks": 8, "model": 1, "tangents": 1}
-
-
-def environment(count):
-    """The environment of a process with so many devices."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def told(what, directory):
@@ -130,12 +123,8 @@ def test_a_plan_is_of_the_memory_of_one_device(more):
 # What cannot be, on the one device of this process.
 
 
-def refuses(message):
-    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
-
-
 def test_more_devices_than_there_are_is_refused_with_the_count():
-    with refuses(
+    with refused(
         "A mesh of tasks=8 x model=1 x tangents=1 takes 8 devices, but there is 1 (cpu). Ask for "
         "no more, or leave `tasks` unset to take them all. To try a mesh on a CPU: "
         "XLA_FLAGS=--xla_force_host_platform_device_count=8."
@@ -144,12 +133,12 @@ def test_more_devices_than_there_are_is_refused_with_the_count():
 
 
 def test_an_axis_without_devices_is_refused():
-    with refuses("An axis of a mesh has at least one device, not model=0, tangents=-1."):
+    with refused("An axis of a mesh has at least one device, not model=0, tangents=-1."):
         make_mesh(1, model=0, tangents=-1)
 
 
 def test_devices_that_cannot_be_cut_into_groups_are_refused():
-    with refuses(
+    with refused(
         "The 1 device there is cannot be cut into groups of model=2 x tangents=3 = 6. Choose sizes "
         "that divide, or say how many of the groups there are to be: `tasks`."
     ):
@@ -161,7 +150,7 @@ def test_devices_that_cannot_be_cut_into_groups_are_refused():
     [(20, "sizes that do are 16 and 24"), (3, "size is 8")],
 )
 def test_tasks_that_do_not_divide_are_refused_with_the_nearest_sizes_that_do(tasks, nearest):
-    with refuses(
+    with refused(
         f"tasks_per_step={tasks} does not divide by the 8 devices that take tasks. The nearest "
         f"{nearest}."
     ):
@@ -170,7 +159,7 @@ def test_tasks_that_do_not_divide_are_refused_with_the_nearest_sizes_that_do(tas
 
 def test_chunks_that_do_not_divide_the_share_of_a_device_are_refused():
     check_shares(16, 8, 4)  # two tasks on each are less than a chunk
-    with refuses(
+    with refused(
         "tasks_per_step=24 on 4 devices is 6 tasks on each, which do not divide into chunks of 4. "
         "Chunks that fit: 1, 2, 3, 6."
     ):
@@ -184,7 +173,7 @@ def test_a_trainer_checks_its_tasks_against_its_layout():
 
 
 def test_a_mesh_without_an_axis_of_tasks_is_refused():
-    with refuses(
+    with refused(
         "A layout needs a mesh with an axis 'tasks', but this one has ('data',). "
         "`metalearn.make_mesh()` makes one."
     ):
@@ -192,7 +181,7 @@ def test_a_mesh_without_an_axis_of_tasks_is_refused():
 
 
 def test_a_rule_for_an_axis_that_is_not_there_is_refused():
-    with refuses(
+    with refused(
         f"The rule 'kernel$': {P(None, 'modle')!r} names the axis 'modle', which is not in the "
         "mesh tasks=1 x model=1 x tangents=1."
     ):
@@ -200,7 +189,7 @@ def test_a_rule_for_an_axis_that_is_not_there_is_refused():
 
 
 def test_a_rule_along_the_axis_of_tasks_is_refused():
-    with refuses(
+    with refused(
         f"The rule 'kernel': {P('tasks')!r} cuts along 'tasks', where every device needs all of "
         'eta for tasks of its own. Cut along another axis, such as "model".'
     ):
@@ -217,7 +206,7 @@ def test_a_rule_that_is_no_regular_expression_is_refused():
 @pytest.mark.parametrize("shape", [(4, 3), (4,)], ids=["does not divide", "has too few axes"])
 def test_a_rule_that_does_not_divide_a_leaf_of_eta_is_refused(shape):
     sizes = EIGHT | {"model": 2}
-    with refuses(
+    with refused(
         f"The rule for 'start/kernel' of eta is {P(None, 'model')!r}, which does not divide its "
         f"shape {shape} on the mesh tasks=8 x model=2 x tangents=1. Give that path a rule of its "
         "own before this one: P() for a copy on every device."
@@ -272,7 +261,7 @@ def test_a_config_that_asks_for_more_devices_than_there_are_is_refused():
 
 
 def test_tangents_are_those_of_forward_alone():
-    with refuses(
+    with refused(
         "mesh.tangents=2 spreads the tangents of the engine 'forward', but the engine is "
         "'mixed_flow', which has none. Leave mesh.tangents at 1."
     ):
@@ -280,7 +269,7 @@ def test_tangents_are_those_of_forward_alone():
 
 
 def test_an_axis_of_the_model_needs_rules():
-    with refuses(
+    with refused(
         "mesh.model=2 cuts nothing without mesh.rules, which say what is cut and how, such as "
         "--config.mesh.rules=\"(('kernel$', None, 'model'),)\"."
     ):
@@ -289,7 +278,7 @@ def test_an_axis_of_the_model_needs_rules():
 
 @pytest.mark.parametrize("rule", ["kernel", ["kernel"], [1, "model"]])
 def test_a_rule_of_a_config_that_is_none_is_refused(rule):
-    with refuses(
+    with refused(
         "A rule of mesh.rules is a pattern and an axis or None for each axis of an array, such as "
         f"('kernel$', None, 'model'), not {rule!r}."
     ):

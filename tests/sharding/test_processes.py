@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from metalearn.sharding import distributed as processes
-from tests.sharding.test_devices import environment, refuses
+from tests.helpers.on_devices import environment
+from tests.helpers.refusals import refused
 
 SLURM = {
     "SLURM_JOB_ID": "12",
@@ -155,19 +156,19 @@ def test_nothing_is_started_where_nothing_is_asked_for():
 
 
 def test_a_process_that_is_named_in_part_is_refused():
-    with refuses(
+    with refused(
         "--coordinator, --processes and --process belong together: --processes and --process are "
         "not set."
     ):
         processes.start("node7:1")
-    with refuses(
+    with refused(
         "--coordinator, --processes and --process belong together: --coordinator is not set."
     ):
         processes.start(None, 2, 0)
 
 
 def test_processes_are_named_or_found_but_not_both():
-    with refuses(
+    with refused(
         "Either --distributed, which finds the processes, or --coordinator, --processes and "
         "--process, which name them; not both."
     ):
@@ -175,12 +176,12 @@ def test_processes_are_named_or_found_but_not_both():
 
 
 def test_a_coordinator_without_a_port_is_refused():
-    with refuses("--coordinator=node7 is no host and port, such as 10.0.0.1:4321 or node7:4321."):
+    with refused("--coordinator=node7 is no host and port, such as 10.0.0.1:4321 or node7:4321."):
         processes.start("node7", 2, 0)
 
 
 def test_a_process_beyond_the_last_is_refused():
-    with refuses("--process=2 of --processes=2: processes count from 0 to 1."):
+    with refused("--process=2 of --processes=2: processes count from 0 to 1."):
         processes.start("node7:1", 2, 2)
 
 

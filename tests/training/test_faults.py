@@ -17,7 +17,7 @@ from metalearn.datasets import Sinusoid
 from metalearn.loggers import JsonlLogger
 from metalearn.models import Functions
 from metalearn.training.faults import DivergedError, NonFiniteError
-from tests.training.test_fit import Heard, clock, fit, steps_of
+from tests.helpers.clock import Heard, clock, fit, steps_of
 
 KEY = jax.random.key(0)
 

@@ -10,78 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import Algorithm, Reverse, Trainer, Unroll
+from metalearn import Reverse, Trainer
 from metalearn._utils import strict_json
 from metalearn.algorithms import MAML, squared_error
 from metalearn.checkpoints.manager import Checkpoints
-from metalearn.datasets import Sinusoid
-from metalearn.loggers import JsonlLogger, Logger
+from metalearn.loggers import JsonlLogger
 from metalearn.models import Functions
 from metalearn.training.faults import NonFiniteError
-
-
-@dataclasses.dataclass(frozen=True)
-class Clock(Algorithm):
-    """eta is the number of outer steps taken: its derivative is -1, and the rate is 1.
-
-    `loss_at` and `slope_at` break the loss, or the derivative alone, once eta is there.
-    """
-
-    loss_at: float = math.inf
-    slope_at: float = math.inf
-    broken: float = math.nan
-
-    def init(self, key):
-        return jnp.zeros(())
-
-    def unroll(self, episode, key):
-        _, y = episode.query
-
-        def loss(eta, state):
-            # 0 * d/dx sqrt(x) is nan at x = 0, where the value is 0.
-            slope = 0.0 * jnp.sqrt(jnp.maximum(self.slope_at - eta, 0.0))
-            slope = jnp.where(jnp.isfinite(self.slope_at), slope, 0.0)
-            value = y.mean() - eta + slope
-            value = jnp.where(eta >= self.loss_at, self.broken, value)
-            return value, {"clock": eta, "size": jnp.abs(y).max()}
-
-        return Unroll(lambda eta: eta, lambda eta, state, batch, grad: state, loss)
-
-
-class Heard(Logger):
-    """Keeps what it hears."""
-
-    def __init__(self):
-        self.started, self.rows, self.tables = [], [], []
-
-    def start(self, step, config, record):
-        self.started.append((step, config, record))
-
-    def log(self, step, metrics):
-        self.rows.append((step, dict(metrics)))
-
-    def record(self):
-        return {"rows": len(self.rows)}
-
-    def finish(self, table=None):
-        self.tables.append(table)
-
-
-TASKS = Sinusoid(shots=2, queries=3)
-KEY = jax.random.key(0)
-
-
-def clock(**options):
-    return Trainer(Clock(**options), Reverse(), optax.sgd(1.0), tasks_per_step=2)
-
-
-def fit(trainer, steps, *loggers, **options):
-    options = {"progress": False, "log_every": 1, **options}
-    return trainer.fit(TASKS, steps, key=KEY, loggers=loggers, **options)
-
-
-def steps_of(rows, name="loss"):
-    return [step for step, metrics in rows if name in metrics]
+from tests.helpers.clock import KEY, TASKS, Heard, clock, fit, steps_of
 
 
 def test_metrics_are_logged_every_log_every_steps_and_at_the_last_one():

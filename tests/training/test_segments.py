@@ -19,7 +19,7 @@ from metalearn.training.faults import NonFiniteError
 from metalearn.training.outer_loop import Interrupted
 from metalearn.training.progress import Bars, bars
 from metalearn.unroll import Unroll
-from tests.checkpoints.test_checkpoints import bits, flip_a_bit
+from tests.helpers.checkpoints import bits, flip_a_bit
 from tests.helpers.selection import quick
 
 KEY = jax.random.key(0)

@@ -24,47 +24,8 @@ from metalearn.algorithms import (
 from metalearn.algorithms.fds import schedule as windows
 from metalearn.engines.inner_loop import rollout
 from metalearn.models import Functions
+from tests.helpers.fds import KEY, flat, make, make_episode, make_network, solve
 from tests.helpers.selection import quick
-
-KEY = jax.random.key(0)
-HORIZON = 200
-
-
-def _network():
-    def init(key):
-        keys = jax.random.split(key)
-        return [jax.random.normal(k, s) / 3 for k, s in zip(keys, ((6, 5), (5, 3)), strict=True)]
-
-    return Functions(init, lambda params, x: jnp.tanh(x @ params[0]) @ params[1])
-
-
-def _episode():
-    inputs = jax.random.normal(jax.random.key(1), (60, 6))
-    targets = jnp.argmax(inputs[:, :3] + inputs[:, 3:] ** 2, axis=1)
-    return Episode((inputs, targets, jnp.arange(40)), (inputs, targets, jnp.arange(40, 60)))
-
-
-def make(hyperparameters=None, horizon=HORIZON, optimizer=sgd, **options):
-    chosen = hyperparameters or {"learning_rate": Hyperparameter(0.0, 1.0, 0.1)}
-    options = {"objective": weighted_cross_entropy, **options}
-    return FDS(_network(), chosen, horizon, batch=8, optimizer=optimizer, **options)
-
-
-def solve(algorithm, engine, eta=None, episode=None):
-    eta = algorithm.init(KEY) if eta is None else eta
-    episode = episode or _episode()
-
-    @jax.jit
-    def run(eta):
-        unroll = algorithm.unroll(episode, KEY)
-        return engine.value_and_grad(unroll, eta, algorithm.batches(episode, KEY))
-
-    return run(eta)
-
-
-def flat(tree):
-    return ravel_pytree(tree)[0]
-
 
 # The hypergradient.
 
@@ -111,12 +72,12 @@ def test_all_engines_give_the_same_hypergradient_through_a_long_run(name):
         error = jnp.linalg.norm(flat(grads) - flat(expected)) / jnp.linalg.norm(flat(expected))
         assert error < 1e-10
 
-    batches, unravel = algorithm.batches(_episode(), KEY), ravel_pytree(eta)[1]
+    batches, unravel = algorithm.batches(make_episode(), KEY), ravel_pytree(eta)[1]
 
     @jax.jit
     @jax.vmap
     def value(x):
-        return rollout(algorithm.unroll(_episode(), KEY), unravel(x), batches)[0]
+        return rollout(algorithm.unroll(make_episode(), KEY), unravel(x), batches)[0]
 
     steps = 1e-5 * jnp.eye(9)
     differences = (value(flat(eta)[None] + steps) - value(flat(eta)[None] - steps)) / 2e-5
@@ -146,7 +107,7 @@ def test_one_reverse_pass_without_sharing_gives_every_window_size():
 
 def test_a_gradient_that_is_exactly_zero_leaves_the_hypergradient_finite():
     """Adam's root has no derivative at zero, and an unused input has a gradient of zero."""
-    episode = _episode()
+    episode = make_episode()
     blank = episode.support[0].at[:, 2].set(0.0)
     episode = Episode(*((blank, *split[1:]) for split in episode))
     algorithm = make({"learning_rate": Hyperparameter(0, 1, 0.01)}, 5, optax.adam)
@@ -287,8 +248,8 @@ def test_slots_keep_the_type_of_the_parameters_whatever_is_learned():
     learned = {"momentum": Hyperparameter(0.0, 1.0, 0.5), "weight_decay": Hyperparameter(0.0, 1.0)}
     algorithm = make(learned, 4, functools.partial(sgd, learning_rate=0.1))
     narrow = Functions(
-        lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), _network().init_fn(key)),
-        _network().apply_fn,
+        lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_network().init_fn(key)),
+        make_network().apply_fn,
     )
     algorithm = dataclasses.replace(algorithm, model=narrow)
     for engine in (Reverse(), Forward(), MixedFlow()):
@@ -304,9 +265,9 @@ def test_dropout_draws_anew_at_every_inner_step():
             seen.append(key)
             return super().apply(params, state, inputs, train=train, key=key)
 
-    model = Noisy(_network().init_fn, _network().apply_fn)
+    model = Noisy(make_network().init_fn, make_network().apply_fn)
     algorithm = dataclasses.replace(make(horizon=2), model=model)
-    unroll, batches = algorithm.unroll(_episode(), KEY), algorithm.batches(_episode(), KEY)
+    unroll, batches = algorithm.unroll(make_episode(), KEY), algorithm.batches(make_episode(), KEY)
     eta = algorithm.init(KEY)
     for step in (0, 1):
         batch = jax.tree.map(lambda x, step=step: x[step], batches)
@@ -319,7 +280,7 @@ def test_dropout_draws_anew_at_every_inner_step():
 
 def test_every_example_is_read_once_before_any_is_read_again():
     algorithm = make(horizon=15)  # 40 examples, 8 a step: three epochs of five steps
-    now, rows = algorithm.batches(_episode(), KEY)
+    now, rows = algorithm.batches(make_episode(), KEY)
     np.testing.assert_array_equal(now, np.arange(15))
     epochs = np.asarray(rows).reshape(3, 40)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(40), (3, 1)))
@@ -327,7 +288,7 @@ def test_every_example_is_read_once_before_any_is_read_again():
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    algorithm = FDS(_network(), {"learning_rate": Hyperparameter(0.0, 1.0)}, 5, batch=41)
+    algorithm = FDS(make_network(), {"learning_rate": Hyperparameter(0.0, 1.0)}, 5, batch=41)
     with pytest.raises(ValueError, match="batch=41, but there are 40 training examples"):
         solve(algorithm, MixedFlow())
 
@@ -373,10 +334,10 @@ def test_schedules_come_back_from_one_file_by_name(tmp_path):
 def test_training_with_the_exported_schedule_is_the_run_that_was_learned():
     """The same parameters from plain optax, outside the framework."""
     learned = {"learning_rate": Hyperparameter(0.0, 1.0, (0.1, 0.3), windows=2)}
-    algorithm, episode = make(learned, horizon=6), _episode()
+    algorithm, episode = make(learned, horizon=6), make_episode()
     (_, aux), _ = solve(algorithm, MixedFlow())
     optimizer = optax.sgd(algorithm.schedules(algorithm.init(KEY))["learning_rate"])
-    model = _network()
+    model = make_network()
     params, _ = model.init(jax.random.split(KEY)[0])
     state = optimizer.init(params)
     for rows in algorithm.batches(episode, KEY)[1]:

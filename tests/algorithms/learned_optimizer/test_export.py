@@ -42,7 +42,7 @@ from metalearn.algorithms import (
 from metalearn.algorithms.learned_optimizer.export import digest
 from metalearn.algorithms.learned_optimizer.rule_json import CLASSES, OPTIMIZERS, decode, encode
 from metalearn.train_state import TrainState
-from tests.algorithms.learned_optimizer.test_update_rules import RULES, draw, generic
+from tests.helpers.update_rules import RULES, draw, generic
 
 SCRIPT = Path(__file__).parents[3] / "docs" / "use_exported_optimizer.py"
 LEARNED = {"learning_rate": Hyperparameter(1e-4, 1.0, 0.01, space="log")}

@@ -28,14 +28,14 @@ from metalearn.algorithms import (
 )
 from metalearn.datasets import HeldOut, Quadratics, SideBySide, TrainingRuns
 from metalearn.engines.inner_loop import rollout
-from tests.cases import TASKS, Float64, _mlp, _Tokenwise
+from tests.cases import TASKS, Float64, Tokenwise, mlp
 
 pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(0)
 RATE = Hyperparameter(1e-3, 10.0, 0.1, space="log")
 SGD = TunedRule(optax.sgd, {"learning_rate": RATE})
 BOWL = LearnedOptimizer(Quadratic(3), SGD, horizon=4)
-CLASSIFIER = Float64(_mlp("linen", width=5))
+CLASSIFIER = Float64(mlp("linen", width=5))
 
 
 def solved(learner, tasks, engine=None, eta=None):
@@ -188,7 +188,7 @@ def test_a_mixture_and_its_tasks_have_the_same_names():
 
 
 def test_a_text_is_read_a_batch_a_step():
-    model = Float64(_Tokenwise(_mlp("linen", width=4)))
+    model = Float64(Tokenwise(mlp("linen", width=4)))
     learner = LearnedOptimizer(Streamed(model), SGD, horizon=3)
     ((loss, aux), grads), _ = solved(learner, TASKS["Text"])
     assert jnp.isfinite(loss) and grads["learning_rate"] != 0

@@ -33,26 +33,9 @@ from metalearn.algorithms import (
     sgd,
 )
 from metalearn.algorithms.learned_optimizer.features import evaluate, init_slots, normalized, width
+from tests.helpers.update_rules import ADAMW, LEARNED, RULES, draw, generic
 
-LEARNED = {
-    "learning_rate": Hyperparameter(1e-5, 1.0, 0.02, space="log"),
-    "b1": Hyperparameter(0.0, 1.0, 0.8, space="logit"),
-    "weight_decay": Hyperparameter(0.0, 1.0, 0.01),
-}
-ADAMW = TunedRule(functools.partial(optax.adamw, b2=0.95), LEARNED)
 USUAL = PerParameter().features
-SMALL = {"network": PointwiseMLP((3,)), "step_scale": 0.1, "magnitude_scale": 0.1}
-RULES: dict[str, UpdateRule] = {
-    "TunedRule": ADAMW,
-    "per tensor": HypergradientRule(rate=0.1, hyper_rate=0.3, momentum=0.5),
-    "global": HypergradientRule(rate=0.1, hyper_rate=0.3, momentum=0.5, rates="global"),
-    "PerParameter": PerParameter(**SMALL),
-    "PerParameter-base": PerParameter(
-        **SMALL | {"network": PointwiseGRU(2)},
-        base=ADAMW,
-        factors=(ParameterScale(), ReciprocalRoot(0.9)),
-    ),
-}
 FEATURES = (*USUAL, ParameterScale(), ReciprocalRoot())
 NETWORKS = (PointwiseMLP(), PointwiseGRU())
 SHAPES = {
@@ -63,21 +46,6 @@ SHAPES = {
     "kernel": (3, 3, 2, 4),
     "empty": (0, 2),
 }
-
-
-def draw(shapes, key=0, dtype=float):
-    keys = jax.random.split(jax.random.key(key), len(shapes))
-    drawn = [
-        jax.random.normal(k, shape).astype(dtype)
-        for k, shape in zip(keys, shapes.values(), strict=True)
-    ]
-    return dict(zip(shapes, drawn, strict=True))
-
-
-def generic(rule, key=0):
-    """An eta none of whose leaves is zero."""
-    flat, unravel = ravel_pytree(rule.init(jax.random.key(key)))
-    return unravel(flat + 0.2 * jax.random.normal(jax.random.key(key + 1), flat.shape))
 
 
 def trained(rule, eta, params, gradient, steps=5):

@@ -1,0 +1,57 @@
+"""The packaged configs at a small size."""
+
+import importlib
+import os
+import pathlib
+
+import ml_collections
+import pytest
+
+SMALL = {
+    "tasks_per_step": 2,
+    "chunk": None,
+    "dataset.queries": 2,
+    "dataset.eval_queries": 2,
+    "model.filters": 2,
+    "model.blocks": 1,
+    "model.hidden": (4,),
+    "model.width": 4,
+    "dataset.length": 8,
+    "dataset.batch": 2,
+    "dataset.steps": 7,
+    "dataset.eval_steps": 7,
+    "truncation.steps": 7,
+    "dataset.probes": 2,
+    "dataset.eval_probes": 2,
+    "algorithm.horizon": 7,
+    "algorithm.batch": 2,
+}
+
+
+def module(name):
+    return importlib.import_module(f"metalearn.experiments.configs.{name}")
+
+
+def small(name, **overrides) -> ml_collections.ConfigDict:
+    config = module(name).get_config()
+    present = {key: value for key, value in SMALL.items() if _has(config, key)}
+    config.update_from_flattened_dict({**present, **overrides})
+    return config
+
+
+def _has(config, path):
+    """Say whether a config has a size; where it is 0 or None, what it counts is not there."""
+    for key in path.split("."):
+        if key not in config:
+            return False
+        config = config[key]
+    return config not in (0, None)
+
+
+def skip_without(dataset, tfds=None):
+    where = os.environ.get("TFDS_DATA_DIR")
+    folder = {"omniglot": "omniglot", "text": "tiny_shakespeare"}.get(dataset)
+    if dataset == "training_run" and tfds != "digits":
+        folder = tfds
+    if folder and not (where and (pathlib.Path(where) / folder).is_dir()):
+        pytest.skip(f"TFDS_DATA_DIR does not hold {folder}")
