@@ -1,5 +1,6 @@
 """metalearn: algorithms, engines and one trainer for meta-learning in JAX."""
 
+from metalearn._utils.version import __version__
 from metalearn.algorithm import Algorithm
 from metalearn.engines import (
     ES,
@@ -36,8 +37,7 @@ __all__ = [
     "Trainer",
     "Truncation",
     "Unroll",
+    "__version__",
     "draw_task",
     "make_mesh",
 ]
-
-__version__ = "0.1.0"

@@ -26,7 +26,7 @@ from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import at_least, is_integer
 from metalearn.checkpoints import record as run_record
 from metalearn.checkpoints.record import ChangedConfigError, OtherArraysError, Record
-from metalearn.checkpoints.store import DiskError, Inside, Store, UnreadableError, nodes
+from metalearn.checkpoints.store import DiskError, Inside, Store, UnreadableError
 from metalearn.sharding.distributed import say
 from metalearn.train_state import TrainState
 
@@ -329,7 +329,7 @@ class Checkpoints:
 
     def _check_nodes(self, record: Record, shapes: TrainState, store: Store, number: int) -> None:
         """Raise OtherArraysError where the tree that is stored is not that of a state."""
-        stored, wanted = store.read_nodes(number), nodes(_fields(record, shapes))
+        stored, wanted = store.read_nodes(number), store.nodes(_fields(record, shapes))
         run_record.check_nodes(record, stored, wanted, self.directory)
 
     def wait(self) -> None:

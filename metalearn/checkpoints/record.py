@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 
-import metalearn
 from metalearn._utils import strict_json
 from metalearn._utils.trees import paths
+from metalearn._utils.version import __version__
 
 # The fields of a train state by schema. Those that came later have defaults.
 FIELDS = {
@@ -164,7 +164,7 @@ def check_nodes(
     """Raise OtherArraysError where a checkpoint is of another tree than this run's state.
 
     Two trees may have the same arrays and not the same nodes: those of `optax.adam` and
-    `optax.adamw` differ by one that is empty. `old` and `new`: `checkpoint_store.nodes`.
+    `optax.adamw` differ by one that is empty. `old` and `new`: `Store.nodes`.
     """
     changes = difference(old, new, "")
     if changes:
@@ -201,4 +201,4 @@ def difference(old: Any, new: Any, path: str = "config") -> list[str]:
 def versions() -> dict[str, str]:
     """Return the versions of everything that a result may depend on."""
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"metalearn": metalearn.__version__, "python": platform.python_version(), **found}
+    return {"metalearn": __version__, "python": platform.python_version(), **found}

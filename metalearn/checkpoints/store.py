@@ -17,20 +17,17 @@ newest counts.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 import os
 import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
 
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import first_line
@@ -62,20 +59,19 @@ class Store:
         trouble: Trouble,
     ):
         """Open or make a directory; `best`: ("max" or "min", the metric's name)."""
+        # Imported with the first store: `import metalearn` does without Orbax.
+        from metalearn.checkpoints import orbax_manager
+
+        self._orbax = orbax_manager
         self.directory = directory
         self._trouble = trouble
         self.damaged: dict[int, str] = {}  # step -> what is wrong
-        self._best = best
-        self._options = _options(keep, best)
-        self._manager = self._open()
+        self._keep, self._best = keep, best
+        self._manager = self._orbax.Manager(directory, keep, best)
         self._whole: set[int] = set()  # steps that were looked at
         self._writing: threading.Thread | None = None
         self._failed = False  # a save of ours
         self._listings = 0  # anew, since a step was read
-
-    def _open(self) -> ocp.CheckpointManager:
-        names = ("state", "record")
-        return _Manager(self.directory, options=self._options, item_names=names)
 
     def newest(self) -> int | None:
         """Return the newest step that is whole; None where there is none."""
@@ -134,14 +130,11 @@ class Store:
 
     def save(self, step: int, state: Any, record: Any, metrics: Mapping[str, float]) -> None:
         """Begin to save, once the save before has ended (`wait`). DiskError: the disk refused."""
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            record=ocp.args.JsonSave(strict_json.plain(record)),
-        )
+        plain = strict_json.plain(record)
         with _Disk(self):
             self._make_way(step)
             self._sweep()
-            begun = self._manager.save(step, args=items, metrics=self._judged(metrics))
+            begun = self._manager.save_items(step, state, plain, self._judged(metrics))
         if not begun:
             raise ValueError(
                 f"A checkpoint of outer step {step} cannot be written to {self.directory}, which "
@@ -159,9 +152,8 @@ class Store:
 
     def read_record(self, step: int) -> Any:
         """Return the JSON record of a step; UnreadableError where it is not one."""
-        items = ocp.args.Composite(record=ocp.args.JsonRestore())
         try:
-            found = strict_json.restored(self._read(step, items).record)
+            found = strict_json.restored(_read(lambda: self._manager.read_record(step)))
         except RecursionError as error:
             raise UnreadableError("its record is nested too deeply") from error
         if wrong := self._trouble(found, step):
@@ -170,26 +162,17 @@ class Store:
 
     def read_state(self, step: int, shapes: Any) -> Any:
         """Return the arrays of a step, as a tree like `shapes`."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-        found = self._read(step, items).state
+        found = _read(lambda: self._manager.read_state(step, shapes))
         self._listings = 0
         return found
 
     def read_nodes(self, step: int) -> dict[str, str]:
         """Return what `nodes` says of the state of a step, without reading its arrays."""
-        try:
-            place = self._manager.directory / str(step) / "state"
-            return nodes(ocp.StandardCheckpointHandler().metadata(place).tree)
-        except Exception as error:  # as below
-            raise UnreadableError(first_line(error)) from error
+        return _read(lambda: self._manager.read_nodes(step))
 
-    def _read(self, step: int, items: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=items)
-        except MemoryError:
-            raise
-        except Exception as error:  # whatever Orbax and tensorstore make of damaged files
-            raise UnreadableError(first_line(error)) from error
+    def nodes(self, state: Any) -> dict[str, str]:
+        """Return the type and shape of each array as Orbax stores it, and each empty node."""
+        return self._orbax.nodes(state)
 
     def clear(self) -> None:
         """Delete every checkpoint."""
@@ -211,7 +194,7 @@ class Store:
         """Begin anew after a save that failed."""
         with contextlib.suppress(Exception):  # it failed, and closing it may say so again
             self._manager.close()
-        self._manager = self._open()
+        self._manager = self._orbax.Manager(self.directory, self._keep, self._best)
         self._failed = True
 
     def _sweep(self) -> None:
@@ -298,60 +281,14 @@ class _Disk:
             raise DiskError(first_line(error)) from error
 
 
-class _Manager(ocp.CheckpointManager):
-    """Opens whatever is in its directory: what is damaged there is found when it is read."""
-
-    def metrics(self, step: int) -> dict[str, float] | None:
-        """Return what a step is judged by; None where that cannot be read."""
-        try:
-            found = super().metrics(step)
-        except (ValueError, OSError, RecursionError):
-            return None
-        if not isinstance(found, dict):
-            return None
-        finite = all(type(x) in (int, float) and abs(x) < math.inf for x in found.values())
-        return found if finite else None
-
-
-class _Names:
-    """The names of steps, as Orbax has them, but for when they were saved: nobody asks.
-
-    Orbax reads that from a file of each step, which may be damaged, or gone by then.
-    """
-
-    def __init__(self) -> None:
-        self._names = ocp.path.step.standard_name_format()
-
-    def build_name(self, step: int) -> str:
-        return self._names.build_name(step)
-
-    def find_step(self, base_path: Any, step: int) -> Any:
-        return self._names.find_step(base_path, step)
-
-    def find_all(self, base_path: Any) -> Iterator[Any]:
-        for found in self._names.find_all(base_path):
-            if found.path.name == str(found.step):  # no digits but 0 to 9
-                yield _Undated(found.step, found.path)
-
-
-class _Undated(ocp.path.step.Metadata):
-    @property
-    def commit_timestamp(self) -> datetime.datetime:
-        return datetime.datetime.fromtimestamp(0, datetime.UTC)
-
-
-def nodes(state: Any) -> dict[str, str]:
-    """Return the type and shape of each array as Orbax stores it, and each empty node, by path."""
-    flat = ocp.tree.to_flat_dict(state, keep_empty_nodes=True, sep="/")
-    return {path: _stored(leaf) for path, leaf in flat.items()}
-
-
-def _stored(leaf: Any) -> str:
-    if not hasattr(leaf, "dtype"):
-        return "(nothing)"
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.eval_shape(jax.random.key_data, leaf)
-    return f"{leaf.dtype}{list(leaf.shape)}"
+def _read(read: Callable[[], Any]) -> Any:
+    """Return what `read` reads; UnreadableError if Orbax or tensorstore fail on damaged files."""
+    try:
+        return read()
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableError(first_line(error)) from error
 
 
 def _copy_in_place(place: pathlib.Path) -> None:
@@ -364,26 +301,6 @@ def _copy_in_place(place: pathlib.Path) -> None:
         raise
     place.unlink()
     aside.rename(place)
-
-
-def _options(keep: int, best: tuple[str, str] | None) -> ocp.CheckpointManagerOptions:
-    latest = policies.LatestN(keep)
-    if best is None:
-        return ocp.CheckpointManagerOptions(preservation_policy=latest, step_name_format=_Names())
-    mode, name = best
-
-    def metric(metrics: Any) -> float:
-        return metrics.get(name, math.inf if mode == "min" else -math.inf)  # of another config
-
-    kept = policies.BestN(
-        get_metric_fn=metric, reverse=mode == "min", n=1, keep_checkpoints_without_metrics=False
-    )
-    return ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy([latest, kept]),
-        best_fn=metric,
-        best_mode=mode,
-        step_name_format=_Names(),
-    )
 
 
 class Inside:

@@ -124,7 +124,7 @@ def test_differences_are_found_at_any_depth_and_in_the_order_of_keys():
 def test_a_checkpoint_of_a_newer_schema_is_refused_by_name(opened, tmp_path, monkeypatch):
     with monkeypatch.context() as newer:
         newer.setattr("metalearn.checkpoints.record.SCHEMA", 4)
-        newer.setattr("metalearn.__version__", "99.1")
+        newer.setattr("metalearn.checkpoints.record.__version__", "99.1")
         saved(opened)
     expected = (
         f"The checkpoint in {tmp_path / 'run'} has schema 4, and this version of metalearn reads "
