@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from metalearn._utils.checks import at_least, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import select, strong
 from metalearn.algorithm import Algorithm
+from metalearn.checkpoints.manager import Checkpoints
+from metalearn.diagnostics import health
 from metalearn.diagnostics.probe import Look, look_at
 from metalearn.diagnostics.symmetry import Measure
 from metalearn.engines import MetaGradient, MixedFlow
@@ -32,17 +34,15 @@ from metalearn.optimizers.updates import evaluation_params, start_outer, update_
 from metalearn.sharding.layout import Layout, abstract
 from metalearn.tasks import Tasks, check_tasks
 from metalearn.train_state import TrainState
-from metalearn.training.faults import WATCHED
+from metalearn.training.faults import WATCHED, Faults
 from metalearn.training.fit import run
 from metalearn.training.full_unroll import FullUnroll, step_metrics
-from metalearn.training.options import Fit
-from metalearn.training.outer_loop import Part
+from metalearn.training.outer_loop import Fit, OuterStep, Part
 from metalearn.training.segmented_unroll import Segment, SegmentedUnroll, spread, steps_taken
 from metalearn.training.task_batch import TaskBatch
 from metalearn.training.truncated_unroll import TruncatedUnroll, Truncation
 
-if TYPE_CHECKING:
-    from metalearn.checkpoints.manager import Checkpoints
+EVALUATION = 2**32 - 1  # folded into the run's key; outer steps count up from 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,36 +288,116 @@ class Trainer:
         return jax.jit(look, static_argnames="steps", out_shardings=where)
 
     @functools.cached_property
-    def symmetry(self) -> Measure:
-        """Measure one task, for `metalearn.diagnostics.health`: (eta, tasks, key) -> Symmetry."""
-        return Measure(self.algorithm, self.engine)
+    def _probes(self) -> health.Probes:
+        symmetry = Measure(self.algorithm, self.engine)
+        return health.Probes(self.look, symmetry, self.task_keys, self.labels_seen)
+
+    def check_health(self, state: TrainState, tasks: Tasks) -> health.Report:
+        """Examine the first task of the outer step after `state`; see `diagnostics.health`."""
+        return health.check(self._probes, state, tasks)
 
     def fit(
         self,
         tasks: Tasks,
         steps: int,
         *,
-        key: jax.Array,
+        key: jax.Array | None = None,
+        state: TrainState | None = None,
+        held_out: Tasks | None = None,
+        eval_every: int | None = None,
+        eval_tasks: int = 200,
+        log_every: int = 10,
+        check_every: int | None = None,
+        faults: Faults = Faults(),
+        asked_to_stop: Callable[[int], str | None] | None = None,
+        progress: bool = True,
         loggers: Sequence[Logger] = (),
         checkpoints: Checkpoints | None = None,
-        **options: Any,
     ) -> TrainState:
         """Train for `steps` outer steps, or from the newest checkpoint up to there.
 
-        `options` are those of `metalearn.training.options.Fit`: `held_out`, `eval_every`,
-        `eval_tasks`, `log_every`, `check_every`, `faults`, `asked_to_stop`, `progress`.
+        Args:
+          tasks: the tasks to train on.
+          steps: outer steps, counted from the beginning of the run.
+          key: of the run: it draws the initial eta and all tasks.
+          state: the state to start from, such as `init(key, tasks)`; `key` is then not needed,
+            and not read. None: `init(key, tasks)`. A checkpoint takes precedence over both.
+          held_out: validation tasks, evaluated on the way; not those of the final test.
+          eval_every: outer steps between evaluations; None or 0: never.
+          eval_tasks: tasks of an evaluation, the same every time.
+          log_every: outer steps between two rows of metrics; 0: never.
+          check_every: outer steps between health checks, which give a `HealthWarning` for each
+            thing found; None or 0: never.
+          faults: what to do about non-finite outer steps and diverging inner loops.
+          asked_to_stop: called after every outer step with its number: None, or why the run is to
+            stop; it is then saved, and `Interrupted` raised. With `segment`: called after every
+            segment, with the number of segments so far. See `metalearn.training.signals`.
+          progress: show a progress bar with the rate and the loss.
+          loggers: they get the metrics; left open for a final table (`logger.finish(table)`).
+          checkpoints: where the run is saved, and resumed from.
+
+        Returns:
+          The state after the last outer step.
+
+        Raises:
+          NonFiniteError: at an outer loss or meta-gradient that is NaN or infinite, where
+            `faults` says stop or has had enough.
+          DivergedError: at inner loops that diverge, where `faults` says stop.
+          Interrupted: where `asked_to_stop` said so.
+          ChangedConfigError: if the checkpoints are of another config.
         """
-        held_out = options.pop("held_out", None)
         check_tasks("Trainer.fit(tasks=)", tasks)
         if held_out is not None:
             check_tasks("Trainer.fit(held_out=)", held_out)
+        if key is None and state is None:
+            raise TypeError(
+                "`Trainer.fit` needs `key`, of the run, or a `state` to start from: "
+                "`fit(tasks, steps, key=jax.random.key(0))`."
+            )
+        if state is not None and not isinstance(state, TrainState):
+            raise TypeError(
+                f"`Trainer.fit(state=)` starts from a TrainState, such as `init(key, tasks)`, not "
+                f"from a {type(state).__name__}."
+            )
+        fit = Fit(
+            steps,
+            held_out,
+            eval_every,
+            eval_tasks,
+            log_every,
+            check_every,
+            faults,
+            asked_to_stop,
+            progress,
+        )
         self.check_memory(tasks, () if held_out is None else (held_out,))
         tasks, held_out = self.place((tasks, held_out))
-        fit = Fit(steps, held_out=held_out, **options)
-        skips = fit.faults.nonfinite == "skip"
+        skips = faults.nonfinite == "skip"
         trainer = dataclasses.replace(self, skip_nonfinite=True) if skips else self
         with known(tasks, trainer.labels_seen):
-            return run(fit, trainer, self.init(key, tasks), tasks, loggers, checkpoints)
+            if state is None:
+                assert key is not None
+                state = self.init(key, tasks)
+            outer = trainer._outer_step(tasks, held_out, eval_tasks)
+            return run(fit, outer, state, tasks, loggers, checkpoints)
+
+    def _outer_step(self, tasks: Tasks, held_out: Tasks | None, eval_tasks: int) -> OuterStep:
+        """Return the functions that the loop over outer steps calls."""
+
+        def evaluate(state: TrainState) -> dict[str, Estimate]:
+            assert held_out is not None
+            key = jax.random.fold_in(state.key, EVALUATION)  # the same tasks at every evaluation
+            return self.evaluate(self.learned(state), held_out, key, eval_tasks)
+
+        return OuterStep(
+            self.tasks_per_step,
+            self.parts(tasks),
+            self.parts_taken,
+            lambda: self.partway(tasks),
+            evaluate,
+            lambda state: self.check_health(state, tasks),
+            lambda state: health.diagnose(self._probes, state, tasks),
+        )
 
     def check_memory(self, tasks: Tasks, evaluated: Sequence[Tasks] = ()) -> None:
         """Raise ValueError where an outer step on tasks, or an evaluation, cannot fit a device.

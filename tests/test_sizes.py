@@ -43,13 +43,18 @@ from metalearn.models import Architecture, Linen, linen_networks, train_flag
 from metalearn.models.layouts import wide_blocks
 from metalearn.sharding.batched_means import divisors
 from metalearn.training.faults import Faults
-from metalearn.training.options import Fit
 from tests.cases import MODELS
 from tests.helpers.small_configs import small
 
 KEY = jax.random.key(0)
 MODEL = MODELS["Functions"]
 RATE = {"learning_rate": Hyperparameter(0.0, 1.0, 0.1)}
+
+
+def fit(steps, **options):
+    return Trainer(MAML(MODEL)).fit(Sinusoid(), steps, key=KEY, **options)
+
+
 MAKES = {  # what takes a count that is 1 or more
     "tasks_per_step": lambda n: Trainer(MAML(MODEL), tasks_per_step=n),
     "Trainer.chunk": lambda n: Trainer(MAML(MODEL), chunk=n),
@@ -66,7 +71,7 @@ MAKES = {  # what takes a count that is 1 or more
     "Supervised.batch": lambda n: Supervised(MODEL, squared_error, n),
     "Truncation.steps": lambda n: Truncation(n),
     "Truncation.shortest": lambda n: Truncation(1, n),
-    "Fit.eval_tasks": lambda n: Fit(1, eval_tasks=n),
+    "fit.eval_tasks": lambda n: fit(1, eval_tasks=n),
     "Faults.most": lambda n: Faults(most=n),
     "Faults.patience": lambda n: Faults(patience=n),
     "Checkpoints.keep": lambda n: Checkpoints("nowhere", {}, 1, n),
@@ -98,8 +103,8 @@ def test_what_is_no_count_is_refused_by_a_sentence_and_not_by_python(name, tmp_p
 @pytest.mark.parametrize(
     "make",
     [
-        lambda n: Fit(n),
-        lambda n: Fit(1, log_every=n),
+        lambda n: fit(n),
+        lambda n: fit(1, log_every=n),
         lambda n: Forward(max_directions=n),
         lambda n: Reverse("nested", budget=n),
         lambda n: TokenWeights(sources=n),
@@ -118,7 +123,7 @@ def test_a_billion_is_refused_at_once_where_it_would_be_tried():
         "takes 10,000,000 tasks at most, not 1,000,000,000": "tasks_per_step",
         "does not divide into chunks of 1000000000. Chunks that fit: 1, 2": "Trainer.chunk",
         "`evaluate(tasks=1000000000)`: it is 10000000 at most": "estimate",
-        "`Fit(eval_tasks=1000000000)`: it is 10000000 at most": "Fit.eval_tasks",
+        "`Trainer.fit(eval_tasks=1000000000)`: it is 10000000 at most": "fit.eval_tasks",
         "`ES(pairs=1000000000)`: it is 1000000 at most": "ES",
         "`Forward(directions=1000000000)`: it is 1000000 at most": "directions",
         "`WideResNet(depth=1000000000)`: it is 6000 at most": "depth",

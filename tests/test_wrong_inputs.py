@@ -44,7 +44,6 @@ from metalearn.datasets import (
     from_labels,
     select,
 )
-from metalearn.diagnostics import health
 from metalearn.labels import known
 from metalearn.models import NNX, Functions, Haiku, Linen
 from metalearn.planning import plan
@@ -139,7 +138,7 @@ DOORS = {
     "Trainer.evaluate(tasks=)": lambda tasks: TRAINER.evaluate(ETA, tasks, KEY, 2),
     "Trainer.init(tasks=)": lambda tasks: TRAINER.init(KEY, tasks),
     "Trainer.task_gradient(tasks=)": lambda tasks: TRAINER.task_gradient(ETA, tasks, KEY),
-    "health.check(tasks=)": lambda tasks: health.check(TRAINER, TRAINER.init(KEY), tasks),
+    "Trainer.check_health(tasks=)": lambda tasks: TRAINER.check_health(TRAINER.init(KEY), tasks),
     "plan(tasks=)": lambda tasks: plan.plan(TRAINER, tasks),
 }
 
@@ -567,7 +566,7 @@ def test_so_they_are_at_the_other_doors_also_where_the_program_is_compiled_alrea
     for enter in (
         lambda: trainer.evaluate(state.eta, wrong, KEY, 2),
         lambda: trainer.task_gradient(state.eta, wrong, KEY),
-        lambda: health.check(trainer, state, wrong),
+        lambda: trainer.check_health(state, wrong),
         lambda: trainer.fit(wrong, 1, **options),
         lambda: trainer.fit(right, 1, **options, **held_out),
     ):
@@ -630,7 +629,7 @@ def test_labels_nobody_knows_of_are_not_blamed_on_the_learning_rate(labels, foun
     tasks = Own(jnp.asarray(labels))
     algorithm = MAML(linear(3))
     trainer = Trainer(algorithm, metalearn.Reverse(), tasks_per_step=2)
-    report = health.check(trainer, trainer.init(KEY), tasks)
+    report = trainer.check_health(trainer.init(KEY), tasks)
     message = f"not finite, of labels that .*from {found}, but the network has 3 outputs"
     assert re.search(message, str(report)) and "learning rate" not in str(report)
     with said(NonFiniteError, message):

@@ -25,7 +25,6 @@ from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import first_line
 from metalearn.algorithms import FDS, LearnedOptimizer, save_optimizer, save_schedules
 from metalearn.checkpoints.manager import Checkpoints
-from metalearn.diagnostics import health
 from metalearn.evaluation import Estimate
 from metalearn.experiments import build, devices, pictures
 from metalearn.experiments.commands import plan as auto
@@ -208,7 +207,7 @@ def draw(workdir: pathlib.Path) -> None:
 
 def check(trainer: Trainer, tasks: Tasks, key: jax.Array) -> None:
     """Print what a health check finds, one line where that is nothing; HealthError if bad."""
-    report = health.check(trainer, trainer.init(key, tasks), tasks)
+    report = trainer.check_health(trainer.init(key, tasks), tasks)
     report.raise_errors()
     say(str(report))
 

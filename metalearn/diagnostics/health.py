@@ -29,7 +29,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,55 +122,59 @@ class Report:
             warnings.warn(text, HealthWarning, stacklevel=2)
 
 
-class Looks(Protocol):
-    """What this module needs of a `Trainer`."""
+class Probes(NamedTuple):
+    """The functions of a `Trainer` that a health check calls; see `Trainer.check_health`.
 
-    @property
-    def look(self) -> Callable[..., Look]: ...
-    @property
-    def labels_seen(self) -> Seen: ...
-    @property
-    def symmetry(self) -> Callable[..., Symmetry]: ...
-    def task_keys(self, state: TrainState) -> jax.Array: ...
+    Args:
+      look: (eta, tasks, key, zeros, steps) -> what one task shows. Compiled.
+      symmetry: (eta, tasks, key) -> the symmetry of the Jacobians of inner gradients.
+      task_keys: state -> the keys of the tasks of its next outer step.
+      labels_seen: losses, and the outputs of the network that they were traced with.
+    """
+
+    look: Callable[..., Look]
+    symmetry: Callable[..., Symmetry]
+    task_keys: Callable[[TrainState], jax.Array]
+    labels_seen: Seen
 
 
-def check(trainer: Looks, state: TrainState, tasks: Tasks) -> Report:
+def check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
     """Look at the first task of the outer step that comes after `state`.
 
     Raises:
       TypeError: if `tasks` are no distribution over tasks.
       ValueError: if their labels are known, and beyond the outputs of the network.
     """
-    check_tasks("health.check(tasks=)", tasks)
-    with known(tasks, trainer.labels_seen):
-        return _check(trainer, state, tasks)
+    check_tasks("Trainer.check_health(tasks=)", tasks)
+    with known(tasks, probes.labels_seen):
+        return _check(probes, state, tasks)
 
 
-def _check(trainer: Looks, state: TrainState, tasks: Tasks) -> Report:
-    key, names = trainer.task_keys(state)[0], _names(state.eta)
-    look = functools.partial(trainer.look, state.eta, tasks, key, steps=STEPS)
+def _check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
+    key, names = probes.task_keys(state)[0], _names(state.eta)
+    look = functools.partial(probes.look, state.eta, tasks, key, steps=STEPS)
     seen = look(zeros=probe.AS_THEY_ARE)
-    trouble = _trouble(seen, names, _labels(trainer, tasks, key, seen), look)
+    trouble = _trouble(seen, names, _labels(probes, tasks, key, seen), look)
     if trouble and not _outer_finite(seen):
         return Report(errors=(f"On the first task {trouble}",))
     found = [f"On the first task {trouble}"] if trouble else []
     found += _at_zeros(look, names)
     if seen.zero.any():
-        found += _unreached(trainer, state.eta, tasks, key, names)
-    symmetry = trainer.symmetry(state.eta, tasks, key)
+        found += _unreached(probes, state.eta, tasks, key, names)
+    symmetry = probes.symmetry(state.eta, tasks, key)
     return Report(warnings=(*found, *_asymmetric(symmetry)), notes=_as_they_stand(symmetry))
 
 
-def diagnose(trainer: Looks, state: TrainState, tasks: Tasks) -> str:
+def diagnose(probes: Probes, state: TrainState, tasks: Tasks) -> str:
     """Say what is not finite in the outer step that was taken from `state`, task by task.
 
     Only the eta, the key and the step of `state` are read.
     """
-    names, keys = _names(state.eta), trainer.task_keys(state)
+    names, keys = _names(state.eta), probes.task_keys(state)
     for i, key in enumerate(keys):
-        look = functools.partial(trainer.look, state.eta, tasks, key)
+        look = functools.partial(probes.look, state.eta, tasks, key)
         seen = look(zeros=probe.AS_THEY_ARE)
-        trouble = _trouble(seen, names, _labels(trainer, tasks, key, seen), look)
+        trouble = _trouble(seen, names, _labels(probes, tasks, key, seen), look)
         if trouble:
             return f"In its task {i + 1} of {len(keys)} {trouble}"
     return (
@@ -179,12 +183,12 @@ def diagnose(trainer: Looks, state: TrainState, tasks: Tasks) -> str:
     )
 
 
-def _labels(trainer: Looks, tasks: Tasks, key: jax.Array, seen: Look) -> str:
+def _labels(probes: Probes, tasks: Tasks, key: jax.Array, seen: Look) -> str:
     """Say which labels of a task are beyond the outputs of the network; "" where all is finite."""
     losses = np.asarray(seen.inner.losses)
     if np.isfinite(losses).all() and jnp.isfinite(seen.loss):
         return ""
-    return beyond(draw_episode(tasks, key), trainer.labels_seen)
+    return beyond(draw_episode(tasks, key), probes.labels_seen)
 
 
 def _at_zeros(look: Callable[..., Look], names: Sequence[str]) -> list[str]:
@@ -276,7 +280,7 @@ def _outer_finite(seen: Look) -> bool:
 
 
 def _unreached(
-    trainer: Looks, eta: Any, tasks: Tasks, key: jax.Array, names: Sequence[str]
+    probes: Probes, eta: Any, tasks: Tasks, key: jax.Array, names: Sequence[str]
 ) -> list[str]:
     """Warn of leaves of eta with a meta-gradient of zero here, and close by, over all steps.
 
@@ -286,7 +290,7 @@ def _unreached(
     draws = [jax.random.fold_in(key, i) for i in range(len(leaves))]
     noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(draws, leaves, strict=True)]
     moved = [x + 0.01 * (1 + abs(x)) * n for x, n in zip(leaves, noise, strict=True)]
-    seen = trainer.look(jax.tree.unflatten(treedef, moved), tasks, key)
+    seen = probes.look(jax.tree.unflatten(treedef, moved), tasks, key)
     if not seen.zero.any():
         return []
     return [

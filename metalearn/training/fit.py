@@ -6,24 +6,21 @@ What happens in between is the loop's (`metalearn.training.outer_loop`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from metalearn._utils import disk
+from metalearn.checkpoints.manager import Checkpoints
 from metalearn.loggers import Logger
 from metalearn.sharding.distributed import is_first, say
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
-from metalearn.training.options import Fit
-from metalearn.training.outer_loop import Interrupted, OuterLoop, Steps
+from metalearn.training.outer_loop import Fit, Interrupted, OuterLoop, OuterStep
 from metalearn.training.progress import bars
-
-if TYPE_CHECKING:
-    from metalearn.checkpoints.manager import Checkpoints
 
 
 def run(
     fit: Fit,
-    trainer: Steps,
+    outer: OuterStep,
     state: TrainState,
     tasks: Tasks,
     loggers: Sequence[Logger] = (),
@@ -41,7 +38,7 @@ def run(
       Interrupted: where `fit.asked_to_stop` said so, once the state is saved.
       ChangedConfigError: if the checkpoints are of another config.
     """
-    parts = trainer.parts(tasks)
+    parts = outer.parts
     if checkpoints is not None and checkpoints.within and parts[-1].steps is None:
         raise ValueError(
             f"`Checkpoints(within={checkpoints.within})` (`checkpoint_within`) saves between two "
@@ -51,8 +48,8 @@ def run(
     record: dict[str, Any] = {}
     loggers = loggers if is_first() else ()
     if checkpoints is not None:
-        state, record = checkpoints.restore(state, trainer.partway(tasks))
-    first, taken = int(state.step), trainer.parts_taken(state)
+        state, record = checkpoints.restore(state, outer.partway())
+    first, taken = int(state.step), outer.parts_taken(state)
     if (first or taken) and first < fit.steps:
         inside = f", inner step {parts[taken - 1].steps} of the next" if taken else ""
         say(f"Going on from outer step {first} of {fit.steps}{inside}.")
@@ -62,8 +59,8 @@ def run(
             kept = record.get(type(logger).__name__)
             logger.start(first, config, kept if isinstance(kept, dict) else {})
         shown = fit.progress and is_first()
-        with bars(fit.steps, first, trainer.tasks_per_step, parts[-1].steps, shown) as shows:
-            return OuterLoop(fit, trainer, tasks, loggers, checkpoints, shows).run(state)
+        with bars(fit.steps, first, outer.tasks_per_step, parts[-1].steps, shown) as shows:
+            return OuterLoop(fit, outer, tasks, loggers, checkpoints, shows).run(state)
     except Interrupted:
         for logger in loggers:
             with disk.forgiven(f"What {type(logger).__name__} had left"):

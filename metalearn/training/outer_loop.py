@@ -10,47 +10,78 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from metalearn.diagnostics import health
+from metalearn._utils.checks import at_least, at_most, counts
+from metalearn.checkpoints.manager import Checkpoints
+from metalearn.diagnostics.health import DIVERGES, Report
 from metalearn.evaluation import Estimate
 from metalearn.loggers import Logger
 from metalearn.sharding.distributed import is_first, say
+from metalearn.sizes import MOST_TASKS
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
-from metalearn.training.faults import DivergedError, NonFiniteError, Watch, broken
-from metalearn.training.options import Fit
+from metalearn.training.faults import DivergedError, Faults, NonFiniteError, Watch, broken
 from metalearn.training.progress import Bars
 
-if TYPE_CHECKING:
-    from metalearn.checkpoints.manager import Checkpoints
 
-EVALUATION = 2**32 - 1  # folded into the run's key; outer steps count up from 0
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """The settings of one run; see `Trainer.fit`, whose arguments they are."""
+
+    steps: int
+    held_out: Tasks | None
+    eval_every: int | None
+    eval_tasks: int
+    log_every: int
+    check_every: int | None
+    faults: Faults
+    asked_to_stop: Callable[[int], str | None] | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        never = {"eval_every": self.eval_every, "check_every": self.check_every}
+        counts("Trainer.fit", 0, steps=self.steps, log_every=self.log_every)
+        at_least("Trainer.fit", 0, **never)
+        counts("Trainer.fit", 1, eval_tasks=self.eval_tasks)
+        at_most("Trainer.fit", MOST_TASKS, eval_tasks=self.eval_tasks)
 
 
 class Part(NamedTuple):
-    """A program of an outer step."""
+    """A compiled program of an outer step.
 
-    # (state, tasks) -> (state, metrics), or (state, None) where more are to come. Compiled.
+    Args:
+      take: (state, tasks) -> (state, metrics), or (state, None) if more parts follow.
+      steps: inner steps taken after it; None: it is the whole outer step.
+    """
+
     take: Callable[[TrainState, Tasks], tuple[TrainState, Any]]
-    steps: int | None = None  # inner steps behind it then; None: the whole outer step at once
+    steps: int | None = None
 
 
-class Steps(health.Looks, Protocol):
-    """What this loop needs of a `Trainer`."""
+class OuterStep(NamedTuple):
+    """The functions of a `Trainer` that the loop calls.
 
-    @property
-    def tasks_per_step(self) -> int: ...
-    def parts(self, tasks: Tasks) -> Sequence[Part]: ...
-    def parts_taken(self, state: TrainState) -> int: ...
-    def partway(self, tasks: Tasks) -> TrainState | None: ...
-    def learned(self, state: TrainState) -> Any: ...
-    def evaluate(
-        self, eta: Any, tasks: Tasks, key: jax.Array, count: int = ...
-    ) -> dict[str, Estimate]: ...
+    Args:
+      tasks_per_step: tasks of an outer step.
+      parts: the programs of an outer step, in their order.
+      parts_taken: state -> how many of them its outer step has taken.
+      partway: () -> the shapes of a state between two parts; None if there is one part.
+      evaluate: state -> the metrics of held-out tasks.
+      check: state -> the health check of the next outer step.
+      diagnose: state -> a sentence: what is not finite in the outer step taken from it.
+    """
+
+    tasks_per_step: int
+    parts: Sequence[Part]
+    parts_taken: Callable[[TrainState], int]
+    partway: Callable[[], TrainState | None]
+    evaluate: Callable[[TrainState], dict[str, Estimate]]
+    check: Callable[[TrainState], Report]
+    diagnose: Callable[[TrainState], str]
 
 
 class Interrupted(Exception):
@@ -75,15 +106,15 @@ class OuterLoop:
     def __init__(
         self,
         fit: Fit,
-        trainer: Steps,
+        outer: OuterStep,
         tasks: Tasks,
         loggers: Sequence[Logger],
         checkpoints: Checkpoints | None,
         bars: Bars,
     ):
-        self.fit, self.trainer, self.tasks, self.bars = fit, trainer, tasks, bars
+        self.fit, self.outer, self.tasks, self.bars = fit, outer, tasks, bars
         self.loggers, self.checkpoints = loggers, checkpoints
-        self._parts = trainer.parts(tasks)
+        self._parts = outer.parts
         self._watch = Watch(fit.faults)
         self._waiting: _Taken | None = None
 
@@ -91,14 +122,14 @@ class OuterLoop:
         """Take the outer steps that are left, and return the last state."""
         backs_off = self.fit.faults.nonfinite == "back_off"
         begun, step = state if backs_off else None, int(state.step)
-        taken = self.trainer.parts_taken(state)
+        taken = self.outer.parts_taken(state)
         while step < self.fit.steps:
             step += 1
             try:
                 state, taken = self._take(step, state, taken), 0
             except _BacksOff:
                 state = self._taken_back(begun, state.pace)
-                step, taken = int(state.step), self.trainer.parts_taken(state)
+                step, taken = int(state.step), self.outer.parts_taken(state)
         return state
 
     def _take(self, step: int, state: TrainState, taken: int) -> TrainState:
@@ -149,7 +180,7 @@ class OuterLoop:
             return
         self._hear()
         if checks:
-            report = health.check(self.trainer, state, self.tasks)
+            report = self.outer.check(state)
             if is_first():
                 report.warn()
         found = self._evaluate(state, step) if evaluates else {}
@@ -214,7 +245,7 @@ class OuterLoop:
             f"{tried.get(faults.nonfinite, '')}, so training stopped before it could spread; "
             "metrics up to this step are logged, and the last checkpoint is from before it "
             "(`Faults(nonfinite=...)` says what else can be done: skip, back_off, pass). "
-            f"{_cause(values, self.trainer, before, self.tasks)}"
+            f"{_cause(values, self.outer, before)}"
         )
 
     def _taken_back(self, begun: TrainState | None, pace: jax.Array) -> TrainState:
@@ -233,10 +264,7 @@ class OuterLoop:
         return dataclasses.replace(state, pace=jnp.full_like(state.pace, smaller))
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        assert self.fit.held_out is not None
-        key = jax.random.fold_in(state.key, EVALUATION)  # the same tasks at every evaluation
-        eta = self.trainer.learned(state)
-        found = self.trainer.evaluate(eta, self.fit.held_out, key, self.fit.eval_tasks)
+        found = self.outer.evaluate(state)
         means = {f"eval/{name}": value.mean for name, value in found.items()}
         errors = {f"eval/{name}_ci95": value.ci95 for name, value in found.items()}
         for logger in self.loggers:
@@ -244,12 +272,12 @@ class OuterLoop:
         return means
 
 
-def _cause(values: Mapping[str, float], trainer: Steps, before: TrainState, tasks: Tasks) -> str:
+def _cause(values: Mapping[str, float], outer: OuterStep, before: TrainState) -> str:
     """Say what was not finite in an outer step."""
     left_out = values.get("tasks_reset", values.get("tasks_left_out"))
-    if left_out == trainer.tasks_per_step:
+    if left_out == outer.tasks_per_step:
         return (
-            f"In this step all {trainer.tasks_per_step} inner runs became NaN or infinite (those "
-            f"that do are left out, but none was left). {health.DIVERGES}"
+            f"In this step all {outer.tasks_per_step} inner runs became NaN or infinite (those "
+            f"that do are left out, but none was left). {DIVERGES}"
         )
-    return health.diagnose(trainer, before, tasks)
+    return outer.diagnose(before)

@@ -15,7 +15,7 @@ import pytest
 from metalearn import Algorithm, Episode, Forward, MixedFlow, Reverse, Tasks, Trainer, Unroll
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
-from metalearn.diagnostics.health import ROOT, HealthError, HealthWarning, Report, check
+from metalearn.diagnostics.health import ROOT, HealthError, HealthWarning, Report
 from metalearn.experiments.benchmarks import optimizers as table
 from metalearn.models import Functions
 from metalearn.optimizers.differentiable import differentiable_at_zero
@@ -75,7 +75,7 @@ def quick_compilation():
 
 
 def checked(trainer):
-    return check(trainer, trainer.init(KEY), TASKS)
+    return trainer.check_health(trainer.init(KEY), TASKS)
 
 
 @pytest.mark.parametrize("name", FINITE)

@@ -23,7 +23,6 @@ from metalearn import (
     Unroll,
 )
 from metalearn.datasets import Sinusoid
-from metalearn.diagnostics.health import check
 from metalearn.optimizers import reversible
 from tests.helpers.selection import quick
 
@@ -195,7 +194,7 @@ def test_truncated_runs_carry_complex_states(engine):
 
 def test_health_looks_at_complex_parameters_too():
     trainer = Trainer(Spectral(), MixedFlow(), tasks_per_step=1)
-    report = check(trainer, trainer.init(jax.random.key(0)), Sinusoid())
+    report = trainer.check_health(trainer.init(jax.random.key(0)), Sinusoid())
     assert report.healthy
 
 

@@ -22,7 +22,7 @@ from metalearn import (
     Unroll,
 )
 from metalearn.datasets import Sinusoid
-from metalearn.diagnostics.health import HealthWarning, check
+from metalearn.diagnostics.health import HealthWarning
 from metalearn.engines.custom_rules import Plan, plan
 from metalearn.engines.mixed_flow.forward_over_reverse import Call, hoist
 from metalearn.engines.rule_probe import Verdict
@@ -600,7 +600,7 @@ class Rates(Algorithm):
 
 def checked(loss, engine):
     trainer = Trainer(Rates(loss), engine, tasks_per_step=1)
-    return check(trainer, trainer.init(jax.random.key(0)), Sinusoid())
+    return trainer.check_health(trainer.init(jax.random.key(0)), Sinusoid())
 
 
 FINE = (
@@ -658,5 +658,5 @@ def test_health_measures_several_gradients_and_leaves_out_those_within_transform
             return Unroll(lambda eta: START, step, lambda eta, p: (p.sum(), {}))
 
     trainer = Trainer(Several(None), MixedFlow(), tasks_per_step=1)
-    report = check(trainer, trainer.init(jax.random.key(0)), Sinusoid())
+    report = trainer.check_health(trainer.init(jax.random.key(0)), Sinusoid())
     assert report.healthy and len(report.notes) == 1

@@ -13,7 +13,7 @@ from metalearn.experiments import build, learned_optimizers, training_runs
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.commands import run
 from metalearn.experiments.training_runs import kept
-from metalearn.training.outer_loop import EVALUATION
+from metalearn.trainer import EVALUATION
 from tests.helpers.small_configs import skip_without, small
 
 KEY = jax.random.key(0)

@@ -27,7 +27,7 @@ from metalearn.experiments.commands.run import RHYTHM
 from metalearn.experiments.main import REPORTED
 from metalearn.loggers import WandbLogger
 from metalearn.training.faults import DIVERGED, NONFINITE, Faults
-from metalearn.training.options import Fit
+from metalearn.training.outer_loop import Fit
 from tests.helpers.small_configs import SMALL
 
 ROOT = pathlib.Path(metalearn.__file__).parent.parent
@@ -169,7 +169,8 @@ def construct(case: Case, workdir: pathlib.Path) -> tuple[Any, build.Splits, dic
     trainer = build.trainer(config, splits)
     trainer.check_memory(splits.train, [tasks for tasks in splits[1:3] if tasks is not None])
     rhythm = {key: config[key] for key in RHYTHM}
-    Fit(config["steps"], faults=Faults(**config["faults"]), **rhythm)
+    faults = Faults(**config["faults"])
+    Fit(config["steps"], None, faults=faults, asked_to_stop=None, progress=False, **rhythm)
     kept = (config[f"checkpoint_{key}"] for key in ("every", "keep", "best"))
     Checkpoints(workdir, config, *kept).close()
     WandbLogger(**config["wandb"], directory=workdir)

@@ -161,3 +161,31 @@ def test_an_interval_of_zero_steps_means_never(tmp_path):
     state = fit(clock(), 2, heard, **options)
     checkpoints.close()
     assert int(state.step) == 2 and heard.rows == [] and checkpoints.latest() is None
+
+
+def test_a_fit_from_the_initial_state_is_the_fit_from_its_key():
+    trainer, by_key, by_state = clock(), Heard(), Heard()
+    expected = fit(trainer, 3, by_key)
+    state = trainer.init(KEY, TASKS)
+    got = trainer.fit(TASKS, 3, state=state, loggers=[by_state], log_every=1, progress=False)
+    assert by_state.rows == by_key.rows
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), got, expected))
+
+
+def test_a_fit_from_a_later_state_takes_the_steps_that_are_left():
+    trainer, heard = clock(), Heard()
+    middle = fit(trainer, 2)
+    state = trainer.fit(TASKS, 5, state=middle, loggers=[heard], log_every=1, progress=False)
+    assert steps_of(heard.rows) == [3, 4, 5]
+    assert float(state.eta) == 5.0
+
+
+def test_a_fit_needs_a_key_or_a_state_and_knows_its_options():
+    with pytest.raises(TypeError, match="needs `key`, of the run, or a `state` to start from"):
+        clock().fit(TASKS, 2, progress=False)
+    with pytest.raises(
+        TypeError, match=r"^`Trainer.fit\(state=\)` starts from a TrainState.*ArrayI"
+    ):
+        clock().fit(TASKS, 2, state=jnp.zeros(()), progress=False)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'evaluate_every'"):
+        fit(clock(), 2, evaluate_every=1)

@@ -26,9 +26,7 @@ from metalearn.algorithms import Hyperparameter, LearnedOptimizer, Quadratic, Tu
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Quadratics
 from metalearn.engines.inner_loop import rollout
-from metalearn.training import fit as fitting
 from metalearn.training.faults import NonFiniteError
-from metalearn.training.options import Fit
 from tests.cases import ALGORITHMS, ENGINES
 from tests.helpers.selection import quick
 
@@ -246,7 +244,7 @@ def test_a_step_in_which_no_task_is_finite_says_so_and_leaves_eta_alone():
     before = broken[0][0]
     message = "In this step all 1 inner runs became NaN or infinite .* lower the inner learning"
     with pytest.raises(NonFiniteError, match=message):
-        fitting.run(Fit(1, progress=False), made, before, tasks)
+        made.fit(tasks, 1, state=before, progress=False)
 
 
 def test_a_task_whose_meta_gradient_has_no_finite_norm_is_left_out():
