@@ -121,7 +121,7 @@ class Text(Tasks):
     held_out: Pieces = dataclasses.field(repr=False)  # clean
     spoiled: Pieces | None = dataclasses.field(repr=False)  # held-out text, corrupted
     length: int = _static()
-    steps: int = _static()
+    inner_steps: int = _static()
     batch: int = _static()
     queries: int = _static()
     probes: int = _static()
@@ -137,7 +137,7 @@ class Text(Tasks):
         held_out: str,
         *,
         length: int,
-        steps: int,
+        inner_steps: int,
         batch: int,
         queries: int,
         probes: int = 0,
@@ -151,7 +151,7 @@ class Text(Tasks):
           train: the text of the inner loop.
           held_out: the text of the outer loss, always clean.
           length: S, tokens in a window.
-          steps: T, inner steps.
+          inner_steps: T.
           batch: windows in an inner step.
           queries: held-out windows of a task.
           probes: corrupted held-out windows of a task, for measuring; needs a corruption.
@@ -162,7 +162,7 @@ class Text(Tasks):
         Raises:
           ValueError: if a window is longer than a piece, or a size is not positive.
         """
-        _check_sizes(length, steps, batch, queries, probes, pieces, corruption)
+        _check_sizes(length, inner_steps, batch, queries, probes, pieces, corruption)
         texts = {"training": tokenizer(train), "held-out": tokenizer(held_out)}
         for name, tokens in texts.items():
             _check_length(name, len(tokens), length, pieces)
@@ -175,7 +175,7 @@ class Text(Tasks):
             spoiled = spoiled._replace(source=np.resize(bad, pieces))
             theirs = theirs._replace(source=np.resize(clean, pieces))
         ours, theirs, spoiled = jax.tree.map(jnp.asarray, (ours, theirs, spoiled))
-        sizes = (length, steps, batch, queries, probes, tokenizer.vocabulary)
+        sizes = (length, inner_steps, batch, queries, probes, tokenizer.vocabulary)
         return cls(ours, theirs, spoiled, *sizes)
 
     @property
@@ -196,7 +196,7 @@ class Text(Tasks):
     def sample(self, key: jax.Array) -> Episode:
         """Draw one task: support = Windows [T, batch], query = Windows [queries + probes]."""
         support_key, query_key, probe_key = jax.random.split(key, 3)
-        support = self._windows(self.train, support_key, (self.steps, self.batch))
+        support = self._windows(self.train, support_key, (self.inner_steps, self.batch))
         query = self._windows(self.held_out, query_key, (self.queries,))
         if self.spoiled is None or not self.probes:
             return Episode(support, query._replace(corrupted=None))
@@ -216,20 +216,20 @@ class Text(Tasks):
 
 def _check_sizes(
     length: int,
-    steps: int,
+    inner_steps: int,
     batch: int,
     queries: int,
     probes: int,
     pieces: int,
     corruption: Corruption | None,
 ) -> None:
-    sizes = {"length": length, "steps": steps, "batch": batch, "queries": queries}
+    sizes = {"length": length, "inner_steps": inner_steps, "batch": batch, "queries": queries}
     integers("Text", **sizes, probes=probes, pieces=pieces)
-    if min(length, steps, batch, queries, pieces) < 1 or probes < 0:
+    if min(length, inner_steps, batch, queries, pieces) < 1 or probes < 0:
         raise ValueError(
-            f"`Text` got length={length}, steps={steps}, batch={batch}, queries={queries}, "
-            f"probes={probes}, pieces={pieces}, but a task has at least one of each (probes may be "
-            "0). Pass positive integers, such as length=64, steps=8, batch=16, queries=16."
+            f"`Text` got length={length}, inner_steps={inner_steps}, batch={batch}, queries="
+            f"{queries}, probes={probes}, pieces={pieces}, but a task has at least one of each "
+            "(probes may be 0). Pass positive integers, such as length=64, inner_steps=8, batch=16, queries=16."
         )
     if probes and corruption is None:
         raise ValueError(

@@ -101,7 +101,7 @@ RULES = {
 
 def train(rule, steps=5):
     """Return what is learned in a few outer steps."""
-    learner = LearnedOptimizer(Logistic(), rule, horizon=20)
+    learner = LearnedOptimizer(Logistic(), rule, inner_steps=20)
     trainer = Trainer(learner, optimizer=optax.adam(0.01), truncation=Truncation(5))
     return trainer.fit(HalfSpaces(), steps, key=jax.random.key(0), progress=False).eta
 

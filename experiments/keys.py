@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from metalearn.experiments.cli.arguments import renamed
+
 _REST = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 _OURS = ("name", "parent", "rngs")  # what a library gives its modules, and no config does
 
@@ -22,11 +24,20 @@ class Keys(NamedTuple):
 
 
 _FEW_SHOT = ("ways", "shots", "queries", "eval_queries")
-_TEXT = ("tfds", "feature", "held_out", "corruption", "length", "steps", "eval_steps", "batch")
+_TEXT = (
+    "tfds",
+    "feature",
+    "held_out",
+    "corruption",
+    "length",
+    "inner_steps",
+    "eval_steps",
+    "batch",
+)
 _COUNTS = ("queries", "eval_queries", "probes", "eval_probes")
 _RUNS = ("tfds", "data_dir", "validation")
 _ADAPTING = ("inner_steps", "eval_steps", "learned_rates", "first_order", "adapt", "batch_norm")
-_FDS = ("optimizer", "objective", "augment", "hyperparameters", "horizon", "batch")
+_FDS = ("optimizer", "objective", "augment", "hyperparameters", "inner_steps", "batch")
 
 DATASETS = {
     "digits": Keys(_FEW_SHOT, ("rotations",)),
@@ -37,8 +48,8 @@ DATASETS = {
     "optimizer_runs": Keys((*_RUNS, "most"), ("held_out",)),
 }
 ALGORITHMS = {
-    "fds": Keys(_FDS, ("eval_horizon",)),
-    "learned_optimizer": Keys(("rule", "problem", "batch", "horizon"), ("judge", "cap")),
+    "fds": Keys(_FDS, ("eval_steps",)),
+    "learned_optimizer": Keys(("rule", "problem", "batch", "inner_steps"), ("judge", "cap")),
     "learning_rates": Keys(("optimizer", "objective"), ("initial", "mean_over_examples")),
     "loss_weights": Keys(("optimizer", "weighting", "squash", "normalize", "through_features")),
     "maml": Keys(("optimizer", "objective"), _ADAPTING),
@@ -75,7 +86,8 @@ def check_call(
 def _refuse(what: str, given: Mapping[str, Any], needed: list[str], known: Sequence[str]) -> None:
     for key in given:
         if key not in known:
-            raise ValueError(f"The {what} has no option {key!r}. It has: {known}.")
+            hint = renamed(key, known)
+            raise ValueError(f"The {what} has no option {key!r}.{hint} It has: {known}.")
     missing = [key for key in needed if key not in given]
     if missing:
         raise ValueError(

@@ -50,7 +50,7 @@ def texts(config: Mapping[str, Any]) -> dict[str, Text]:
     cuts = {split: round(len(text) * (1 - held_out)) for split, text in read.items()}
     inner, judge = read["train"][: cuts["train"]], read["train"][cuts["train"] :]
     made = {"train": Text.create(inner, judge, **options)}
-    options |= {**queries, "steps": eval_steps}
+    options |= {**queries, "inner_steps": eval_steps}
     for split in SPLITS[1:]:
         text, cut = read[split], cuts[split]
         parts = (text[:cut], text[cut:]) if fresh else (inner, text)

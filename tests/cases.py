@@ -175,7 +175,7 @@ TASKS = {
     "Text": Text.create(
         *("abacadbdcabcdd" * 4, "dabacabbdabcadcd"),
         length=3,
-        steps=3,
+        inner_steps=3,
         batch=4,
         queries=3,
         probes=2,
@@ -263,7 +263,7 @@ def _learned_optimizer(model):
     base = TunedRule(functools.partial(optax.adam, eps_root=1e-4), {"learning_rate": rate})
     features = Gradient(), Momenta((0.5,)), StepFeatures((3,))
     rule = PerParameter(features, PointwiseMLP(hidden=(2,)), step_scale=0.1, base=base)
-    return LearnedOptimizer(Supervised(model, batch=2), rule, horizon=3)
+    return LearnedOptimizer(Supervised(model, batch=2), rule, inner_steps=3)
 
 
 def _loss_weights(weighting, **options):

@@ -63,9 +63,9 @@ MAKES = {  # what takes a count that is 1 or more
     "estimate": lambda n: estimate(lambda keys: {}, KEY, n, 1),
     "inner_steps": lambda n: MAML(MODEL, inner_steps=n),
     "eval_steps": lambda n: MAML(MODEL, eval_steps=n),
-    "FDS.horizon": lambda n: FDS(MODEL, RATE, n, 2),
+    "FDS.inner_steps": lambda n: FDS(MODEL, RATE, n, 2),
     "FDS.batch": lambda n: FDS(MODEL, RATE, 10, n),
-    "LearnedOptimizer.horizon": lambda n: LearnedOptimizer(
+    "LearnedOptimizer.inner_steps": lambda n: LearnedOptimizer(
         Supervised(MODEL, squared_error, 2), HypergradientRule(), n
     ),
     "Supervised.batch": lambda n: Supervised(MODEL, squared_error, n),

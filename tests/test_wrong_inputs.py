@@ -414,9 +414,9 @@ def test_a_size_of_a_task_is_an_integer(name, value):
         few(cases._INDEX, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["length", "steps", "batch", "queries", "probes", "pieces"])
+@pytest.mark.parametrize("name", ["length", "inner_steps", "batch", "queries", "probes", "pieces"])
 def test_a_size_of_a_text_is_an_integer(name):
-    sizes = {"length": 2, "steps": 1, "batch": 1, "queries": 1, name: 1.0}
+    sizes = {"length": 2, "inner_steps": 1, "batch": 1, "queries": 1, name: 1.0}
     with said(ValueError, rf"`Text\({name}=1\.0\)`: it is an integer"):
         datasets.Text.create("a text", "a text", **sizes)
 
@@ -516,7 +516,7 @@ def test_bytes_that_may_be_tokens_are_refused_with_both_ways_out(shape):
 
 
 def test_windows_of_a_text_are_tokens():
-    text = datasets.Text.create("zzzz", "zzzz", length=2, steps=1, batch=1, queries=1)
+    text = datasets.Text.create("zzzz", "zzzz", length=2, inner_steps=1, batch=1, queries=1)
     assert set(np.asarray(text.sample(KEY).query.inputs).ravel().tolist()) == {ord("z")}
 
 
@@ -695,7 +695,7 @@ INSTANCES = {
     "HypergradientRule": algorithms.HypergradientRule(),
     "Hyperparameter": Hyperparameter(0.0, 1.0),
     "LearnedOptimizer": LearnedOptimizer(
-        Supervised(linear(3)), algorithms.HypergradientRule(), horizon=3
+        Supervised(linear(3)), algorithms.HypergradientRule(), inner_steps=3
     ),
     "LearningRates": LearningRates(linear(3)),
     "LossWeights": LossWeights(linear(3), TokenWeights()),

@@ -67,7 +67,7 @@ class FDS(Algorithm):
 
     model: Model
     hyperparameters: Mapping[str, Hyperparameter] = dataclasses.field(hash=False)
-    horizon: int  # T, inner steps
+    inner_steps: int  # T
     batch: int
     # From hyperparameters to the inner optimizer, such as `optax.adamw`.
     optimizer: Callable[..., optax.GradientTransformation] = optax.sgd
@@ -75,10 +75,10 @@ class FDS(Algorithm):
     objective: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] = cross_entropy
     # inputs [batch, ...], key, **hyperparameters -> inputs. For inner batches alone.
     augment: Callable[..., jax.Array] | None = None
-    eval_horizon: int | None = None  # the schedule is stretched over so many; None: `horizon`
+    eval_steps: int | None = None  # the schedule is stretched over so many; None: `inner_steps`
 
     def __post_init__(self) -> None:
-        check_fields(self, "horizon", "batch", "eval_horizon", "optimizer", absent=("model",))
+        check_fields(self, "inner_steps", "batch", "eval_steps", "optimizer", absent=("model",))
         if not self.hyperparameters:
             raise ValueError("FDS learns hyperparameters, so it needs at least one of them.")
         if not callable(self.optimizer):
@@ -87,12 +87,12 @@ class FDS(Algorithm):
                 "`optax.adamw`, not an optimizer. What stays fixed: "
                 "`functools.partial(optax.adamw, learning_rate=1e-3)`."
             )
-        counts("FDS", 1, horizon=self.horizon, batch=self.batch)
-        at_least("FDS", 1, eval_horizon=self.eval_horizon)
-        check_reads("FDS", self.horizon, self.batch)
+        counts("FDS", 1, inner_steps=self.inner_steps, batch=self.batch)
+        at_least("FDS", 1, eval_steps=self.eval_steps)
+        check_reads("FDS", self.inner_steps, self.batch)
         places = self._places()
         for name, chosen in self.hyperparameters.items():
-            found = edges(chosen.windows, self.horizon)
+            found = edges(chosen.windows, self.inner_steps)
             starts = np.size(chosen.start)
             if starts not in (1, len(found) - 1):
                 raise ValueError(
@@ -100,10 +100,10 @@ class FDS(Algorithm):
                     "values to start from: give one for all, or one for each."
                 )
         check_required(self.optimizer, self.hyperparameters)
-        if self.eval_horizon is not None and self.eval_horizon < self.horizon:
+        if self.eval_steps is not None and self.eval_steps < self.inner_steps:
             raise ValueError(
-                f"A schedule is stretched over eval_horizon={self.eval_horizon} steps, which are "
-                f"fewer than the {self.horizon} it is learned for. Take as many, or more."
+                f"A schedule is stretched over eval_steps={self.eval_steps} steps, which are "
+                f"fewer than the {self.inner_steps} it is learned for. Take as many, or more."
             )
 
     def init(self, key: jax.Array) -> dict[str, jax.Array]:
@@ -156,40 +156,40 @@ class FDS(Algorithm):
 
         Every row is read once before any is read again.
         """
-        return self.batches_at(episode, key, jnp.arange(self.horizon, dtype=jnp.int32))
+        return self.batches_at(episode, key, jnp.arange(self.inner_steps, dtype=jnp.int32))
 
     def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Any:
         """Return the numbers and the rows of these steps."""
         return steps, epochs(episode.support[2], steps, self.batch, key)
 
     def evaluation(self) -> FDS:
-        """Return the run that the schedule is for: stretched to `eval_horizon`."""
-        return self.stretched(self.eval_horizon or self.horizon)
+        """Return the run that the schedule is for: stretched to `eval_steps`."""
+        return self.stretched(self.eval_steps or self.inner_steps)
 
-    def stretched(self, horizon: int) -> FDS:
+    def stretched(self, inner_steps: int) -> FDS:
         """Return the same over a run of another length, to which every eta of it applies.
 
         Raises:
           ValueError: for a run that is too short for each of the windows to hold a step.
         """
-        counts("FDS.stretched", 1, horizon=horizon)
+        counts("FDS.stretched", 1, inner_steps=inner_steps)
         moved = {}
         for name, chosen in self.hyperparameters.items():
-            windows = stretched(self._windows(name), horizon)
+            windows = stretched(self._windows(name), inner_steps)
             if len({*windows}) < len(windows):
                 raise ValueError(
-                    f"The {len(windows) - 1} windows of {name!r} do not fit a run of {horizon} "
+                    f"The {len(windows) - 1} windows of {name!r} do not fit a run of {inner_steps} "
                     "steps: one of them would hold no step, and an eta has a value for it. Take a "
                     "longer run; or, for plain training, `schedules(eta)[name].stretched(steps)`."
                 )
             moved[name] = dataclasses.replace(chosen, windows=windows)
-        return dataclasses.replace(self, hyperparameters=moved, horizon=horizon)
+        return dataclasses.replace(self, hyperparameters=moved, inner_steps=inner_steps)
 
     def unshared(self) -> FDS:
         """Return the same with a window for every step; `spread` turns an eta into its eta."""
         single = {
             name: dataclasses.replace(
-                h, windows=self.horizon, start=tuple(np.repeat(self._starts(name), np.diff(e)))
+                h, windows=self.inner_steps, start=tuple(np.repeat(self._starts(name), np.diff(e)))
             )
             for name, h in self.hyperparameters.items()
             for e in [self.edges(name)]
@@ -202,7 +202,7 @@ class FDS(Algorithm):
 
     def edges(self, name: str) -> np.ndarray:
         """Return where the windows of a hyperparameter begin, and the horizon: [N + 1]."""
-        return edges(self.hyperparameters[name].windows, self.horizon)
+        return edges(self.hyperparameters[name].windows, self.inner_steps)
 
     def values(self, eta: Any, step: Any) -> dict[str, dict[str, jax.Array]]:
         """Return the values at an inner step, by where they go: {"optimizer": {name: value}}."""

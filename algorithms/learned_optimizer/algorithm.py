@@ -59,7 +59,7 @@ class LearnedOptimizer(Algorithm):
     Args:
       problem: what is trained; it goes with the tasks.
       rule: the optimizer, but for its eta.
-      horizon: T, inner steps.
+      inner_steps: T.
       judge: the outer loss, "training" or "validation".
       cap: a training loss above this counts as this, with no derivative: a run that blows up
         shall not drown the others, nor the other parts of a mixture. None: no cap.
@@ -67,12 +67,12 @@ class LearnedOptimizer(Algorithm):
 
     problem: Problem
     rule: UpdateRule
-    horizon: int
+    inner_steps: int
     judge: str = "training"
     cap: float | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "rule", "horizon")
+        check_fields(self, "rule", "inner_steps")
         pick(JUDGES, self.judge, "judge")
         if not isinstance(self.rule, UpdateRule):
             raise TypeError(
@@ -80,10 +80,10 @@ class LearnedOptimizer(Algorithm):
                 "Of an optax optimizer: "
                 "`TunedRule(optax.adam, {'learning_rate': Hyperparameter(...)})`."
             )
-        if not is_integer(self.horizon) or self.horizon < 1:
+        if not is_integer(self.inner_steps) or self.inner_steps < 1:
             raise ValueError(
-                f"`LearnedOptimizer(horizon={self.horizon})`: An inner run takes at least one step"
-                f", not horizon={self.horizon}."
+                f"`LearnedOptimizer(inner_steps={self.inner_steps})`: An inner run takes at least "
+                f"one step, not inner_steps={self.inner_steps}."
             )
 
     def init(self, key: jax.Array) -> Any:
@@ -131,11 +131,11 @@ class LearnedOptimizer(Algorithm):
 
     def batches(self, episode: Episode, key: jax.Array) -> Any:
         """Return what each step reads, and a key for it: leaves [T, ...]."""
-        return self.batches_at(episode, key, jnp.arange(self.horizon, dtype=jnp.int32))
+        return self.batches_at(episode, key, jnp.arange(self.inner_steps, dtype=jnp.int32))
 
     def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Any:
         """Return the same of these steps alone."""
         batch_key, noise_key = jax.random.split(key)
-        self.problem.check(episode.support, self.horizon)
+        self.problem.check(episode.support, self.inner_steps)
         noise = jax.vmap(lambda step: jax.random.fold_in(noise_key, step))(steps)
         return self.problem.batches(episode.support, steps, batch_key), noise

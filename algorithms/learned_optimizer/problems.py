@@ -58,8 +58,8 @@ class Problem(abc.ABC):
         `steps` are numbers, int32, one after the other: all of a run, or those of a truncation.
         """
 
-    def check(self, support: Any, horizon: int) -> None:  # noqa: B027
-        """Raise ValueError where a support set does not do for `horizon` steps."""
+    def check(self, support: Any, inner_steps: int) -> None:  # noqa: B027
+        """Raise ValueError where a support set does not do for `inner_steps` steps."""
 
     def combined(self, measure: jax.Array) -> jax.Array:
         """Return what the parts of a measure come to: ()."""
@@ -99,9 +99,9 @@ class Supervised(Problem):
         """Return the model's parameters and state."""
         return self.model.init(key)
 
-    def check(self, support: Any, horizon: int) -> None:
+    def check(self, support: Any, inner_steps: int) -> None:
         """Raise ValueError unless the support is a dataset and the rows of it to read."""
-        check_reads("Supervised", horizon, self.batch)
+        check_reads("Supervised", inner_steps, self.batch)
         if len(support) != 3 or jnp.ndim(support[2]) != 1:
             raise ValueError(
                 "`Supervised` reads rows of a whole dataset, (inputs, targets, rows [n]), as "
@@ -148,13 +148,13 @@ class Streamed(Problem):
         del key
         return jax.tree.map(lambda x: x[steps], support[:2])
 
-    def check(self, support: Any, horizon: int) -> None:
+    def check(self, support: Any, inner_steps: int) -> None:
         """Raise ValueError unless there is a batch for each step."""
         given = length(support)
-        if given != horizon:
+        if given != inner_steps:
             raise ValueError(
                 f"The tasks bring {given} batches, one a step, and the learned optimizer takes "
-                f"{horizon} steps. Make the two the same."
+                f"{inner_steps} steps. Make the two the same."
             )
 
     def loss(
@@ -298,7 +298,7 @@ class Together(Problem):
     def _key(self, key: jax.Array, name: str) -> jax.Array:
         return jax.random.fold_in(key, sorted(self.parts).index(name))
 
-    def check(self, support: Any, horizon: int) -> None:
+    def check(self, support: Any, inner_steps: int) -> None:
         """Raise ValueError unless the support has these parts, and each does."""
         found = sorted(support) if isinstance(support, dict) else "no dictionary"
         if found != sorted(self.parts):
@@ -307,4 +307,4 @@ class Together(Problem):
                 "`metalearn.datasets.SideBySide` with the same names."
             )
         for name, part in self.parts.items():
-            part.check(support[name], horizon)
+            part.check(support[name], inner_steps)

@@ -150,11 +150,11 @@ def times(algorithm: FDS, tasks: Tasks, counts: Sequence[int], rounds: int) -> s
     cells: dict[str, list[str]] = {name: [] for name in ENGINES}
     for count in counts:
         taken = seconds(with_tangents(algorithm, count), tasks, rounds)
-        plain = 1e6 * statistics.median(taken[PLAIN]) / algorithm.horizon
+        plain = 1e6 * statistics.median(taken[PLAIN]) / algorithm.inner_steps
         for name, values in taken.items():
             ratio = statistics.median(a / b for a, b in zip(values, taken[PLAIN], strict=True))
             cells[name].append(f"{plain:.1f} us" if name == PLAIN else f"{ratio:.1f}")
-    corner = f"time per inner step, T={algorithm.horizon}, plain = 1"
+    corner = f"time per inner step, T={algorithm.inner_steps}, plain = 1"
     return table(corner, [f"N={count}" for count in counts], cells)
 
 

@@ -70,7 +70,7 @@ def settings(config: Mapping[str, Any], width: int, length: int) -> dict[str, di
     """Return the run's config as trained, with hidden layers, and with runs, so much larger."""
     wider, longer = copy.deepcopy(dict(config)), copy.deepcopy(dict(config))
     wider["model"]["hidden"] = [width * n for n in config["model"]["hidden"]]
-    longer["algorithm"]["horizon"] *= length
+    longer["algorithm"]["inner_steps"] *= length
     return dict(zip(SETTINGS, (dict(config), wider, longer), strict=True))
 
 
@@ -127,7 +127,7 @@ def _curve(
         jax.block_until_ready(one(eta, key))
         times.append(time.perf_counter() - begun)
     trained, validated = (np.stack(parts) for parts in zip(*made, strict=True))
-    return Curve(setting, name, np.nan, trained, validated, min(times) / learner.horizon)
+    return Curve(setting, name, np.nan, trained, validated, min(times) / learner.inner_steps)
 
 
 def table(curves: Sequence[Curve]) -> list[str]:

@@ -22,6 +22,21 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 JSON = pathlib.Path(__file__).parent / "json_config.py"  # reads the path that is its option
 
 
+# Keys of a config that were called otherwise in versions before.
+RENAMED = {"horizon": "inner_steps", "eval_horizon": "eval_steps", "steps": "inner_steps"}
+
+
+def renamed(key: str, known: Iterable[str]) -> str:
+    """Return " It is called ... now." for a key that was renamed, and "" for any other.
+
+    >>> renamed("algorithm.horizon", ["algorithm.inner_steps", "algorithm.batch"])
+    " It is called 'algorithm.inner_steps' now."
+    """
+    parent, dot, last = key.rpartition(".")
+    new = f"{parent}{dot}{RENAMED.get(last)}"
+    return f" It is called {new!r} now." if new in [*known] else ""
+
+
 def packaged() -> list[str]:
     """Return the names of the packaged configs."""
     return sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("_"))
@@ -102,9 +117,9 @@ def _check_keys(arguments: Iterable[str], config: ml_collections.ConfigDict) -> 
     for argument in arguments:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if match and match[1] not in known:
+            hint = renamed(match[1], known) or nearest(match[1], known)
             raise ValueError(
-                f"The config has no key {match[1]!r}.{nearest(match[1], known)} "
-                f"There are: {', '.join(known)}."
+                f"The config has no key {match[1]!r}.{hint} There are: {', '.join(known)}."
             )
 
 

@@ -22,7 +22,7 @@ import ml_collections
 from metalearn._utils import strict_json
 from metalearn._utils.checks import nearest, pick
 from metalearn.experiments.cli import values
-from metalearn.experiments.cli.arguments import packaged
+from metalearn.experiments.cli.arguments import packaged, renamed
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:
@@ -60,8 +60,9 @@ def update(config: ml_collections.ConfigDict, given: dict[str, Any], prefix: str
     for key, value in given.items():
         here = f"{prefix}{key}"
         if key not in config:
+            hint = renamed(key, config) or nearest(key, config)
             raise ValueError(
-                f"The config has no key {here!r}.{nearest(key, config)} "
+                f"The config has no key {here!r}.{hint} "
                 f"There are: {', '.join(f'{prefix}{known}' for known in config)}."
             )
         old = config[key]

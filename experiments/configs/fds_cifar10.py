@@ -20,8 +20,8 @@ from metalearn.experiments.configs import _common
 def get_config() -> ml_collections.ConfigDict:
     config = _common.fds()
 
-    config.algorithm.horizon = 176  # one epoch of the 45,125 images that a run trains on
-    config.algorithm.eval_horizon = 1950  # ten epochs of all
+    config.algorithm.inner_steps = 176  # one epoch of the 45,125 images that a run trains on
+    config.algorithm.eval_steps = 1950  # ten epochs of all
     config.algorithm.batch = 256
     config.algorithm.hyperparameters = {
         "learning_rate": {"low": 1e-3, "high": 1.0, "start": 0.05, "windows": 7, "space": "log"},

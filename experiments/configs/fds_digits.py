@@ -18,8 +18,8 @@ from metalearn.experiments.configs import _common
 def get_config() -> ml_collections.ConfigDict:
     config = _common.fds()
 
-    config.algorithm.horizon = 1000
-    config.algorithm.eval_horizon = placeholder(int)  # the final run; None: `horizon`
+    config.algorithm.inner_steps = 1000
+    config.algorithm.eval_steps = placeholder(int)  # the final run; None: `inner_steps`
     config.algorithm.batch = 64
     config.algorithm.hyperparameters = {
         "learning_rate": {"low": 1e-4, "high": 1.0, "start": 0.01, "windows": 7, "space": "log"},

@@ -22,8 +22,8 @@ from metalearn.experiments.configs import _common
 def get_config() -> ml_collections.ConfigDict:
     config = _common.fds()
 
-    config.algorithm.horizon = 2000
-    config.algorithm.eval_horizon = placeholder(int)
+    config.algorithm.inner_steps = 2000
+    config.algorithm.eval_steps = placeholder(int)
     config.algorithm.batch = 64
     config.algorithm.hyperparameters = {
         "learning_rate": {"low": 1e-4, "high": 1.0, "start": 0.01, "windows": 7, "space": "log"},

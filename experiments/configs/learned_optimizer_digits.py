@@ -21,7 +21,7 @@ from metalearn.experiments.configs import _common
 def get_config() -> ml_collections.ConfigDict:
     config = _common.learned_optimizer()
 
-    config.algorithm.horizon = 200  # T
+    config.algorithm.inner_steps = 200  # T
     config.algorithm.batch = 64
     config.truncation.steps = 20  # K
 

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.algorithm.problem = "streamed"
     config.algorithm.batch = placeholder(int)  # the tasks have their batches
-    config.algorithm.horizon = 100  # T, and dataset.steps
+    config.algorithm.inner_steps = 100  # T, and dataset.inner_steps
     config.algorithm.cap = 8.0
     config.truncation.steps = 10  # K
 
@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.dataset = _common.shakespeare()
     config.dataset.fresh = True
-    config.dataset.steps = 100
+    config.dataset.inner_steps = 100
     config.dataset.eval_steps = 100
     config.dataset.queries = 16
     config.dataset.eval_queries = 64

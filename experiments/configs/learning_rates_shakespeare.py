@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.update({"width": 32, "layers": 2, "heads": 2})
 
     config.dataset = _common.shakespeare()
-    config.dataset.steps = 32  # T
+    config.dataset.inner_steps = 32  # T
     config.dataset.eval_steps = 32
     config.dataset.queries = 32
     config.dataset.eval_queries = 128

@@ -43,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.update({"width": 32, "layers": 2, "heads": 2})
 
     config.dataset = _common.shakespeare()
-    config.dataset.steps = 24  # T
+    config.dataset.inner_steps = 24  # T
     config.dataset.eval_steps = 400  # far past the horizon of meta-training
     config.dataset.pieces = 64
     config.dataset.queries = 64

@@ -69,7 +69,7 @@ def ends(algorithm: FDS, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     Where others were logged than the algorithm has now, they are taken to be equal.
     """
     equal = {name: np.linspace(0, 1, each.shape[1] + 1) for name, each in values.items()}
-    ours = {name: algorithm.edges(name) / algorithm.horizon for name in values}
+    ours = {name: algorithm.edges(name) / algorithm.inner_steps for name in values}
     return {
         name: ours[name] if len(ours[name]) == len(equal[name]) else equal[name] for name in ours
     }

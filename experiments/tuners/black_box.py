@@ -58,7 +58,7 @@ class BayesianOptimization(Tuner):
     """Try what TPE suggests, in runs of full length, one after the other."""
 
     def tune(self, problem: Problem, budget: float, key: jax.Array) -> Iterator[Found]:
-        steps, validate = problem.algorithm.horizon, problem.validator()
+        steps, validate = problem.algorithm.inner_steps, problem.validator()
         suggest_key, run_key = jax.random.split(key)
         suggestions, ledger = Suggestions(problem, suggest_key), Ledger(problem.algorithm)
         for run in jax.random.split(run_key, int(budget // steps)):
@@ -92,7 +92,7 @@ class Hyperband(Tuner):
     ) -> Iterator[Found]:
         """Yield what `tune` does, with candidates from `suggestions`."""
         lengths, ledger = self.lengths(problem.algorithm), Ledger(problem.algorithm)
-        validate = {steps: problem.validator(horizon=steps) for steps in lengths}
+        validate = {steps: problem.validator(inner_steps=steps) for steps in lengths}
         for rungs in itertools.cycle(self.brackets(lengths)):
             etas = [suggestions.draw() for _ in range(rungs[0][0])]
             for count, steps in rungs:
@@ -110,9 +110,9 @@ class Hyperband(Tuner):
 
     def lengths(self, algorithm: FDS) -> list[int]:
         """Return the lengths of runs, the longest first: T, T / factor, ..., rounded up."""
-        found = [algorithm.horizon]
+        found = [algorithm.inner_steps]
         for rung in range(1, self.rungs):
-            steps = -(-algorithm.horizon // self.factor**rung)
+            steps = -(-algorithm.inner_steps // self.factor**rung)
             try:
                 algorithm.stretched(steps)
             except ValueError:  # too short for all its windows

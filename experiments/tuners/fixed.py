@@ -56,7 +56,7 @@ class Cosine(Tuner):
     def tune(self, problem: Problem, budget: float, key: jax.Array) -> Iterator[Found]:
         algorithm = self._algorithm(problem.algorithm)
         etas = [
-            algorithm.init(key) | {"learning_rate": cosine(peak, algorithm.horizon)}
+            algorithm.init(key) | {"learning_rate": cosine(peak, algorithm.inner_steps)}
             for peak in self.peaks
         ]
         return _one_run_each(problem, algorithm, etas, budget, key)
@@ -73,7 +73,7 @@ class Cosine(Tuner):
                     f"{', '.join(taken) or 'nothing'}. Use one that takes it, such as "
                     f"`metalearn.algorithms.sgd`{without}."
                 )
-        rate = Hyperparameter(0.0, max(self.peaks), windows=algorithm.horizon)
+        rate = Hyperparameter(0.0, max(self.peaks), windows=algorithm.inner_steps)
         own = {name: Hyperparameter(0.0, max(1.0, value), value) for name, value in kept.items()}
         chosen = {**algorithm.hyperparameters, "learning_rate": rate, **own}
         return dataclasses.replace(algorithm, hyperparameters=chosen)
@@ -97,13 +97,13 @@ class LearningRateFree(Tuner):
         algorithm = self._algorithm(problem.algorithm)
         eta = algorithm.init(key)
         if self.annealed:
-            eta |= {"learning_rate": cosine(1.0, algorithm.horizon)}
+            eta |= {"learning_rate": cosine(1.0, algorithm.inner_steps)}
         return _one_run_each(problem, algorithm, [eta], budget, key)
 
     def _algorithm(self, algorithm: FDS) -> FDS:
         replaced = numeric(algorithm.optimizer)
         others = {n: h for n, h in algorithm.hyperparameters.items() if n not in replaced}
-        windows = algorithm.horizon if self.annealed else 1
+        windows = algorithm.inner_steps if self.annealed else 1
         rate = Hyperparameter(0.0, 2.0, start=1.0, windows=windows)
         return dataclasses.replace(
             algorithm,
@@ -137,7 +137,7 @@ def _one_run_each(
     problem: Problem, algorithm: FDS, etas: Sequence[Any], budget: float, key: jax.Array
 ) -> Iterator[Found]:
     """Train with each that the budget is enough for, all at once."""
-    ledger, validate, steps = Ledger(algorithm), problem.validator(algorithm), algorithm.horizon
+    ledger, validate, steps = Ledger(algorithm), problem.validator(algorithm), algorithm.inner_steps
     paid = etas[: int(budget // steps)]
     keys = jax.random.split(key, len(etas))[: len(paid)]
     for eta, loss in zip(paid, losses(validate, paid, keys, len(etas)), strict=True):

@@ -47,7 +47,7 @@ class Online(Tuner):
         run, check = self.along(problem, algorithm), problem.validator(replayed)
         engine, spent, best = Forward(inexact_decay=self.decay), 0.0, None
         # A tangent for each hyperparameter, a validation gradient a step, and a run to compare.
-        price = problem.charge(engine, algorithm) + 2 * problem.algorithm.horizon
+        price = problem.charge(engine, algorithm) + 2 * problem.algorithm.inner_steps
         for i, rate in enumerate(self.rates):
             if spent + price > budget:
                 return

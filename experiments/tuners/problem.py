@@ -66,15 +66,15 @@ class Problem:
             for k, name in zip(keys, low, strict=True)
         }
 
-    def validator(self, algorithm: FDS | None = None, horizon: int | None = None) -> Any:
+    def validator(self, algorithm: FDS | None = None, inner_steps: int | None = None) -> Any:
         """Return (etas [n, ...], keys [n]) -> Score [n]: each trained on its own split. Compiled.
 
         Args:
           algorithm: one with other hyperparameters; None: the problem's.
-          horizon: of shorter runs, the schedules stretched to them; None: its own.
+          inner_steps: of shorter runs, the schedules stretched to them; None: its own.
         """
         algorithm = algorithm or self.algorithm
-        return _compiled(algorithm.stretched(horizon or algorithm.horizon), self.train)
+        return _compiled(algorithm.stretched(inner_steps or algorithm.inner_steps), self.train)
 
     def tester(self, algorithm: FDS | None = None) -> Any:
         """Return the same of runs on all the training data, judged on the test set."""
@@ -93,7 +93,7 @@ class Problem:
           algorithm: one with other hyperparameters; None: the problem's.
         """
         algorithm = algorithm or self.algorithm
-        return algorithm.horizon * self._ratio(engine, algorithm)
+        return algorithm.inner_steps * self._ratio(engine, algorithm)
 
     def _ratio(self, engine: MetaGradient, algorithm: FDS) -> float:
         key = jax.random.key(0)

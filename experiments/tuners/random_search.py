@@ -36,7 +36,7 @@ class RandomSearch(Tuner):
     batch: int = 16  # candidates trained at once; no matter for what is found or charged
 
     def tune(self, problem: Problem, budget: float, key: jax.Array) -> Iterator[Found]:
-        steps, validate = problem.algorithm.horizon, problem.validator()
+        steps, validate = problem.algorithm.inner_steps, problem.validator()
         draw_keys, run_keys = (
             jax.random.split(k, int(budget // steps)) for k in jax.random.split(key)
         )

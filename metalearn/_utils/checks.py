@@ -22,9 +22,9 @@ MOST_REPEATS = 3
 def at_least(what: str, least: int, **values: Any) -> None:
     """Raise ValueError for the first value that is no integer, or below `least`.
 
-    >>> at_least("FDS", 1, batch=32, horizon=1e4)
+    >>> at_least("FDS", 1, batch=32, inner_steps=1e4)
     Traceback (most recent call last):
-    ValueError: `FDS(horizon=10000.0)`: it is an integer, 1 or more.
+    ValueError: `FDS(inner_steps=10000.0)`: it is an integer, 1 or more.
     """
     counts(what, least, **{name: value for name, value in values.items() if value is not None})
 

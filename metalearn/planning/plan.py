@@ -62,8 +62,8 @@ class Plan:
       plain: the cost of plain training, with the trainer's own chunk.
       budget: bytes of memory.
       inner_steps: T, or the inner steps of a truncated unroll.
-      largest_horizon: if no exact row fits and the algorithm has a field for T: the most inner
-        steps that would fit, or 0. None otherwise.
+      largest_horizon: if no exact row fits and the algorithm, or the tasks, have a field
+        `inner_steps`: the most inner steps that would fit, or 0. None otherwise.
     """
 
     rows: list[Row]
@@ -164,10 +164,14 @@ def _with_largest(result: Plan, costs: StepCosts, chunk: int) -> Plan:
         return result
     candidate = Candidate(leanest.engine)
     if result.chosen is None:
-        if not sets_horizon(costs.trainer.algorithm):
+        if not (sets_horizon(costs.trainer.algorithm) or sets_horizon(costs.tasks)):
+            return result
+        horizons = range(1, result.inner_steps)
+        fewest = bisect.bisect_left(horizons, True, key=costs.takes_horizon)
+        if 0 < len(horizons) == fewest:
             return result
         steps = largest(
-            range(1, result.inner_steps),
+            horizons[fewest:],
             lambda steps: result.fits(costs.with_horizon(steps).row(candidate, leanest.chunk)),
         )
         return dataclasses.replace(result, largest_horizon=steps or 0)

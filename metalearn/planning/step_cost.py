@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-from metalearn.algorithm import Algorithm
 from metalearn.cost import Cost, cost
 from metalearn.engines import MetaGradient
 from metalearn.evaluation import task_metrics
 from metalearn.trainer import Trainer
 from metalearn.unroll import horizon
 
-HORIZON = "inner_steps"  # the field by which an algorithm sets T
+HORIZON = "inner_steps"  # the field by which algorithms and tasks set T
 # Errors of an engine that cannot differentiate a problem, or of XLA that cannot compile it.
 REFUSALS = (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError)
 
@@ -106,12 +104,22 @@ class StepCosts:
         return cost(jax.jit(step), state.eta, self.tasks, state.key, known=self.known)
 
     def with_horizon(self, steps: int) -> StepCosts:
-        """Return the `StepCosts` of the same problem with another number of inner steps."""
-        change: Callable[..., Algorithm] = dataclasses.replace  # an Algorithm is a dataclass
-        algorithm = change(self.trainer.algorithm, **{HORIZON: steps})
-        return StepCosts(
-            dataclasses.replace(self.trainer, algorithm=algorithm), self.tasks, self.known
-        )
+        """Return the `StepCosts` of the same problem with another number of inner steps.
+
+        Raises:
+          ValueError: if the algorithm takes no so few, such as a schedule of more windows.
+        """
+        algorithm = _with_horizon(self.trainer.algorithm, steps)
+        trainer = dataclasses.replace(self.trainer, algorithm=algorithm)
+        return StepCosts(trainer, _with_horizon(self.tasks, steps), self.known)
+
+    def takes_horizon(self, steps: int) -> bool:
+        """Say whether the problem can have this number of inner steps."""
+        try:
+            self.with_horizon(steps)
+        except ValueError:
+            return False
+        return True
 
     def inner_steps(self) -> int:
         """Return the inner steps of an outer step: T, or those of a truncated unroll."""
@@ -129,10 +137,14 @@ class StepCosts:
         return self.trainer.shapes(self.tasks)
 
 
-def sets_horizon(algorithm: Any) -> bool:
-    """Say whether an algorithm sets T by a field `inner_steps`."""
-    fields = dataclasses.fields(algorithm) if dataclasses.is_dataclass(algorithm) else ()
+def sets_horizon(part: Any) -> bool:
+    """Say whether an algorithm, or tasks, set T by a field `inner_steps`."""
+    fields = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
     return HORIZON in [field.name for field in fields]
+
+
+def _with_horizon(part: Any, steps: int) -> Any:
+    return dataclasses.replace(part, **{HORIZON: steps}) if sets_horizon(part) else part
 
 
 def short_repr(engine: Any) -> str:

@@ -335,7 +335,7 @@ def test_metrics_say_what_clean_and_corrupted_examples_weigh():
 
 
 def test_a_task_that_does_not_know_what_is_corrupted_reports_no_separation():
-    tasks = Text.create("abcd" * 9, "abcd" * 9, length=3, steps=2, batch=2, queries=2)
+    tasks = Text.create("abcd" * 9, "abcd" * 9, length=3, inner_steps=2, batch=2, queries=2)
     tasks = dataclasses.replace(tasks, train=tasks.train._replace(tokens=tasks.train.tokens % 4))
     episode = tasks.sample(KEY)
     episode = Episode(episode.support, episode.query._replace(inputs=episode.query.inputs % 4))
@@ -348,7 +348,7 @@ def test_it_learns_to_leave_noise_out(weighting):
     tasks = Text.create(
         *("abcd" * 100, "abcd" * 50),
         length=12,
-        steps=6,
+        inner_steps=6,
         batch=8,
         queries=16,
         probes=16,

@@ -17,7 +17,7 @@ VERSE = (
     "The sea was grey at dawn and grey at noon, and nobody aboard could name the hour; "
     "the cook rang twice, the mate replied too soon, and rain came down as fine as flour. "
 ) * 4
-SIZES = {"length": 5, "steps": 3, "batch": 4, "queries": 6}
+SIZES = {"length": 5, "inner_steps": 3, "batch": 4, "queries": 6}
 NUMBERS = Tokenizer(lambda text: np.array([int(word) for word in text.split()]), 1000)
 COUNT = " ".join(map(str, range(400)))  # token i is i: where a window comes from is in its values
 KEY = jax.random.key(0)
@@ -48,7 +48,7 @@ def test_targets_are_inputs_moved_by_one():
 
 
 def test_a_window_stays_within_its_piece_and_reaches_both_ends_of_it():
-    tasks = counted(pieces=8, steps=200)
+    tasks = counted(pieces=8, inner_steps=200)
     support, _ = jax.jit(lambda tasks: tasks.sample(KEY))(tasks)
     both = np.asarray([support.inputs[..., 0], support.targets[..., -1]])
     assert (both // 50 == np.asarray(support.source)).all()
@@ -177,7 +177,7 @@ def test_a_sequence_longer_than_a_piece_is_refused_too():
         counted(length=50, pieces=8)
 
 
-@pytest.mark.parametrize("name", ["length", "steps", "batch", "queries", "pieces"])
+@pytest.mark.parametrize("name", ["length", "inner_steps", "batch", "queries", "pieces"])
 def test_a_size_of_zero_is_refused(name):
     with refused(f"{name}=0"):
         counted(**{name: 0})
@@ -254,6 +254,6 @@ def test_a_text_set_that_is_not_prepared_is_refused(tmp_path):
 
 def test_a_pytree_whose_sizes_are_static():
     tasks = noisy()
-    longer = dataclasses.replace(tasks, steps=7)
+    longer = dataclasses.replace(tasks, inner_steps=7)
     assert jax.jit(lambda tasks: tasks.sample(KEY))(longer).support.inputs.shape[0] == 7
     assert len(jax.tree.leaves(tasks)) == 9

@@ -125,7 +125,7 @@ LEARNED = PerParameter((Gradient(),), PointwiseMLP(hidden=(2,)), step_scale=0.1)
     ids=["MixedFlow", "host", "PES"],
 )
 def test_truncated_learned_optimizers_keep_nothing_of_a_trace(engine, rule):
-    learner = LearnedOptimizer(Quadratic(3), rule, horizon=4)
+    learner = LearnedOptimizer(Quadratic(3), rule, inner_steps=4)
     options = {"tasks_per_step": 2, "truncation": Truncation(2)}
     trainer = Trainer(learner, engine, optax.sgd(0.1), **options)
     with jax.checking_leaks():

@@ -263,7 +263,7 @@ def text_config(**options):
 
 def test_a_text_trains_for_the_steps_of_training_and_is_evaluated_for_more():
     skip_without("text")
-    lengths = {"dataset.steps": 2, "dataset.eval_steps": 7, "dataset.eval_queries": 3}
+    lengths = {"dataset.inner_steps": 2, "dataset.eval_steps": 7, "dataset.eval_queries": 3}
     plain = text_config(**lengths)
     data = build.splits(plain["dataset"])
     key = jax.random.key(0)

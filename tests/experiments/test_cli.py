@@ -83,6 +83,19 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(refused, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "old", "new"),
+    [
+        ("fds_digits", "algorithm.horizon", "algorithm.inner_steps"),
+        ("fds_digits", "algorithm.eval_horizon", "algorithm.eval_steps"),
+        ("loss_weights_shakespeare", "dataset.steps", "dataset.inner_steps"),
+    ],
+)
+def test_a_key_that_was_renamed_is_refused_with_its_new_name(refused, tmp_path, config, old, new):
+    message = refused("train", f"--config={config}", f"--workdir={tmp_path}", f"--config.{old}=3")
+    assert message.startswith(f"The config has no key {old!r}. It is called {new!r} now. There are")
+
+
+@pytest.mark.parametrize(
     ("word", "key"),
     [
         ("--config.dataset=digits", "dataset"),  # not a leaf

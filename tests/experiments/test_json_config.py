@@ -53,6 +53,10 @@ def test_a_list_stands_for_a_tuple(write):
             {"config": "maml_digits", "model": {"filter": 1}},
             "The config has no key 'model.filter'. Did you mean 'filters'? There are: model.",
         ),
+        (
+            {"config": "fds_digits", "algorithm": {"horizon": 9}},
+            "The config has no key 'algorithm.horizon'. It is called 'inner_steps' now. There are",
+        ),
         ({"config": "maml_digits", "model": 3}, "config.model holds keys of its own, so it takes "),
         (
             {"config": "maml_digits", "model": {"filters": "32"}},

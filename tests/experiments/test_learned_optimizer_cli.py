@@ -22,7 +22,7 @@ def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("learned") / "run"
     config = learned_optimizer_digits.get_config()
     config.model.hidden = (3,)
-    config.algorithm.horizon, config.algorithm.batch, config.truncation.steps = 4, 8, 2
+    config.algorithm.inner_steps, config.algorithm.batch, config.truncation.steps = 4, 8, 2
     config.algorithm.rule.hidden = (2,)
     config.dataset.most, config.dataset.validation = 40, 10
     config.steps, config.tasks_per_step, config.test_tasks = 2, 2, 2
@@ -94,7 +94,7 @@ def test_the_text_config_builds_a_streamed_problem_and_a_gru_if_asked():
     learner = build.algorithm(config["algorithm"], build.model(config["model"], splits))
     assert isinstance(learner.problem, Streamed) and isinstance(learner.rule, PerParameter)
     assert learner.rule.network == PointwiseGRU(4) and len(learner.rule.factors) == 1
-    assert learner.horizon == config["dataset"]["steps"]
+    assert learner.inner_steps == config["dataset"]["inner_steps"]
 
 
 def test_an_export_of_a_run_that_learned_no_optimizer_is_refused(tmp_path, capsys):

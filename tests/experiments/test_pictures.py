@@ -30,7 +30,7 @@ DRAWN = ["learning_rate", "loss", "momentum", "tangents", "weight_decay"]
 def config():
     """Two outer steps of three windows of seven steps, logged by W&B on disk."""
     config = fds_digits.get_config()
-    config.algorithm.horizon, config.model.hidden = HORIZON, (4,)
+    config.algorithm.inner_steps, config.model.hidden = HORIZON, (4,)
     config.algorithm.hyperparameters.learning_rate.windows = 3
     config.health, config.wandb.mode = False, "offline"
     config.steps, config.test_tasks = 2, 1
@@ -179,7 +179,7 @@ def test_without_matplotlib_a_run_ends_as_ever(workdir, found, monkeypatch, caps
 def fds(**windows):
     """An algorithm that learns these hyperparameters, of twenty inner steps."""
     learned = {name: Hyperparameter(0.1, 1.0, 0.5, windows=n) for name, n in windows.items()}
-    return FDS(None, learned, horizon=20, batch=2, optimizer=sgd)
+    return FDS(None, learned, inner_steps=20, batch=2, optimizer=sgd)
 
 
 LEARNER = fds(momentum=1, learning_rate=(0, 4, 20), weight_decay=12)

@@ -36,11 +36,11 @@ SEARCHES = ("RandomSearch", "BayesianOptimization", "Hyperband", "BOHB")
 class Bowl(Problem):
     """Nothing is trained: the loss is the distance from 0.2, and nearly as much when short."""
 
-    def validator(self, algorithm=None, horizon=None):
+    def validator(self, algorithm=None, inner_steps=None):
         def validate(etas, keys):
             away = jnp.stack([jnp.abs(x - 0.2).max(1) for x in etas.values()]).max(0)
             noise = jax.vmap(jax.random.normal)(keys) / 100
-            return Score(away + noise * (horizon != self.algorithm.horizon), away)
+            return Score(away + noise * (inner_steps != self.algorithm.inner_steps), away)
 
         return validate
 

@@ -31,10 +31,10 @@ def make_episode():
     return Episode((inputs, targets, jnp.arange(40)), (inputs, targets, jnp.arange(40, 60)))
 
 
-def make(hyperparameters=None, horizon=HORIZON, optimizer=sgd, **options):
+def make(hyperparameters=None, inner_steps=HORIZON, optimizer=sgd, **options):
     chosen = hyperparameters or {"learning_rate": Hyperparameter(0.0, 1.0, 0.1)}
     options = {"objective": weighted_cross_entropy, **options}
-    return FDS(make_network(), chosen, horizon, batch=8, optimizer=optimizer, **options)
+    return FDS(make_network(), chosen, inner_steps, batch=8, optimizer=optimizer, **options)
 
 
 def solve(algorithm, engine, eta=None, episode=None):

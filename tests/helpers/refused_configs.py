@@ -43,7 +43,7 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
         {"dataset.name": "optimizer_runs"},
         "The dataset 'optimizer_runs' has no option 'la",
     ),
-    ("maml_digits", {"algorithm.name": "fds"}, "The algorithm 'fds' has no option 'inner_steps'"),
+    ("maml_digits", {"algorithm.name": "fds"}, "The algorithm 'fds' has no option 'learned_rates'"),
     ("fds_digits", {"algorithm.name": "maml"}, "The algorithm 'maml' has no option 'augment'"),
     (
         "learning_rates_shakespeare",
@@ -204,6 +204,6 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
     ("maml_digits", {"engine": "es", "engine_options.pairs": 10**9}, r"`ES\(pairs=1000000000\)`"),
     ("fds_cifar10", {"model.depth": 6 * 10**8 + 4}, r"`WideResNet\(depth=600000004\)`: it is 60"),
     ("fds_digits", {"dataset.held_out": 1.0}, "dataset.held_out=1.0 is the share of the train"),
-    ("fds_digits", {"algorithm.eval_horizon": 0}, r"`FDS\(eval_horizon=0\)`: it is an integer"),
+    ("fds_digits", {"algorithm.eval_steps": 0}, r"`FDS\(eval_steps=0\)`: it is an integer"),
     ("maml_sinusoid", {"seed": -1}, "config.seed is -1, but it is 0 or more"),
 ]

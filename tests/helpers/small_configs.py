@@ -18,12 +18,12 @@ SMALL = {
     "model.width": 4,
     "dataset.length": 8,
     "dataset.batch": 2,
-    "dataset.steps": 7,
+    "dataset.inner_steps": 7,
     "dataset.eval_steps": 7,
     "truncation.steps": 7,
     "dataset.probes": 2,
     "dataset.eval_probes": 2,
-    "algorithm.horizon": 7,
+    "algorithm.inner_steps": 7,
     "algorithm.batch": 2,
 }
 

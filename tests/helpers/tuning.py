@@ -46,4 +46,4 @@ def problem():
         "momentum": Hyperparameter(0.0, 0.95, windows=2),
         "smoothing": Hyperparameter(0.0, 0.5, start=0.1),
     }
-    return problem_of(hyperparameters, objective=smoothed, eval_horizon=2 * T)
+    return problem_of(hyperparameters, objective=smoothed, eval_steps=2 * T)

@@ -425,7 +425,7 @@ def test_every_algorithm_trains_a_network_that_sows(name, library, x64):
 def test_truncated_training_carries_no_sown_variables(library):
     algorithm, tasks = ALGORITHMS["LearnedOptimizer"].problem(library)
     problem = dataclasses.replace(algorithm.problem, model=sowing(library, 5))
-    algorithm = dataclasses.replace(algorithm, problem=problem, horizon=4)
+    algorithm = dataclasses.replace(algorithm, problem=problem, inner_steps=4)
     trainer = Trainer(algorithm, tasks_per_step=2, truncation=Truncation(2))
     state = trainer.fit(tasks, 3, key=KEY, progress=False)
     names = {

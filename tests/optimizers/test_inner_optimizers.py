@@ -665,7 +665,7 @@ def test_truncated_runs_carry_the_state_of_an_optimizer_that_wants_the_loss():
     algorithm, tasks = wanting_value("LearnedOptimizer")
     rate = {"max_learning_rate": Hyperparameter(1e-3, 10.0, 1.0, space="log")}
     rule = TunedRule(functools.partial(optax.polyak_sgd, eps=1e-3), rate)
-    algorithm = dataclasses.replace(algorithm, rule=rule, horizon=4)
+    algorithm = dataclasses.replace(algorithm, rule=rule, inner_steps=4)
     trainer = Trainer(algorithm, MixedFlow(), tasks_per_step=2, truncation=Truncation(2))
     state = trainer.fit(tasks, 3, key=KEY, progress=False)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.eta))

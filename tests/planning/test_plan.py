@@ -9,11 +9,20 @@ import pytest
 
 from metalearn import Algorithm, Forward, MixedFlow, Reverse, Trainer
 from metalearn._utils.device_memory import device_memory, host_memory, parse_bytes, show_bytes
-from metalearn.algorithms import MAML, squared_error
+from metalearn.algorithms import (
+    FDS,
+    MAML,
+    HypergradientRule,
+    Hyperparameter,
+    LearnedOptimizer,
+    LearningRates,
+    Quadratic,
+    squared_error,
+)
 from metalearn.cost import Cost, cost
 from metalearn.engines import MetaGradient
 from metalearn.planning.plan import CANDIDATES, BudgetError, Plan, plan
-from metalearn.planning.step_cost import Candidate, Row
+from metalearn.planning.step_cost import Candidate, Row, StepCosts
 from tests.cases import ENGINES, MODELS, TASKS
 
 WAVES = TASKS["Sinusoid"]
@@ -32,6 +41,10 @@ class Hungry(MetaGradient):
 
 def row(engine, flops, peak, chunk=1, exact=True):
     return Row(engine, exact, chunk, Cost(flops, 0, peak, 0, 0, "program"))
+
+
+def learned(windows):
+    return {"learning_rate": Hyperparameter(0.0, 1.0, 0.1, windows=windows)}
 
 
 def chosen(*rows, budget=100):
@@ -172,6 +185,30 @@ def test_where_not_one_inner_step_fits_that_is_said():
         BudgetError, match=r"that would do\. Fewer inner steps do not help: not one"
     ):
         found.choose()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "takes"),
+    [
+        (ADAPTATION, range(1, 8)),
+        (LearnedOptimizer(Quadratic(3), HypergradientRule(), inner_steps=8), range(1, 8)),
+        (FDS(MODELS["Functions"], learned(3), inner_steps=8, batch=2), range(3, 8)),
+        (FDS(MODELS["Functions"], learned((0, 3, 8)), inner_steps=8, batch=2), ()),
+    ],
+    ids=["MAML", "LearnedOptimizer", "FDS", "FDS-edges"],
+)
+def test_every_algorithm_sets_its_horizon_by_the_same_field(algorithm, takes):
+    costs = StepCosts(Trainer(algorithm), WAVES)
+    assert [steps for steps in range(1, 8) if costs.takes_horizon(steps)] == [*takes]
+    for steps in takes:
+        assert costs.with_horizon(steps).trainer.algorithm.inner_steps == steps
+
+
+def test_tasks_that_set_the_horizon_set_it_by_the_same_field_too():
+    costs = StepCosts(Trainer(LearningRates(MODELS["Functions"])), TASKS["Text"])
+    assert costs.takes_horizon(2) and costs.with_horizon(2).tasks.inner_steps == 2
+    support, _ = costs.with_horizon(2).tasks.sample(jax.random.key(0))
+    assert support.inputs.shape[0] == 2
 
 
 def test_where_every_engine_refuses_its_reason_is_the_error():

@@ -295,12 +295,12 @@ def long_run(problem, horizon):
             name: dataclasses.replace(h, windows=1, start=np.mean(h.start))
             for name, h in algorithm.hyperparameters.items()
         }
-        return dataclasses.replace(algorithm, horizon=horizon, hyperparameters=free), tasks
+        return dataclasses.replace(algorithm, inner_steps=horizon, hyperparameters=free), tasks
     rule = TunedRule(optax.sgd, {"learning_rate": Hyperparameter(1e-3, 1.0, 0.1, space="log")})
     if problem == "quadratic":
         return LearnedOptimizer(Quadratic(3, noise=0.1), rule, horizon), Quadratics(3)
     learner, tasks = ALGORITHMS["LearnedOptimizer"].problem("linen")
-    return dataclasses.replace(learner, rule=rule, horizon=horizon), tasks
+    return dataclasses.replace(learner, rule=rule, inner_steps=horizon), tasks
 
 
 def test_a_truncation_reads_what_the_whole_run_reads_there():

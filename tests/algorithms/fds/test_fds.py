@@ -91,7 +91,7 @@ def test_one_reverse_pass_without_sharing_gives_every_window_size():
         "learning_rate": Hyperparameter(0.0, 1.0, (0.1, 0.2, 0.3), windows=(0, 3, 9, 12)),
         "momentum": Hyperparameter(0.0, 1.0, 0.5, windows=5),
     }
-    algorithm = make(learned, horizon=12)
+    algorithm = make(learned, inner_steps=12)
     eta = algorithm.init(KEY)
     (loss, _), shared = solve(algorithm, Reverse(), eta)
     single = algorithm.unshared()
@@ -151,7 +151,7 @@ def test_equal_windows_hold_the_steps_that_the_paper_says():
 )
 def test_windows_that_do_not_cover_the_horizon_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        make({"learning_rate": Hyperparameter(0.0, 1.0, windows=given)}, horizon=10)
+        make({"learning_rate": Hyperparameter(0.0, 1.0, windows=given)}, inner_steps=10)
 
 
 def test_starts_are_one_for_all_windows_or_one_for_each():
@@ -239,8 +239,8 @@ def test_an_eta_of_other_windows_is_refused():
 
 
 def test_a_schedule_is_not_stretched_over_fewer_steps():
-    with pytest.raises(ValueError, match="eval_horizon=5 steps, which are fewer than the 10"):
-        make(horizon=10, eval_horizon=5)
+    with pytest.raises(ValueError, match="eval_steps=5 steps, which are fewer than the 10"):
+        make(inner_steps=10, eval_steps=5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -266,7 +266,7 @@ def test_dropout_draws_anew_at_every_inner_step():
             return super().apply(params, state, inputs, train=train, key=key)
 
     model = Noisy(make_network().init_fn, make_network().apply_fn)
-    algorithm = dataclasses.replace(make(horizon=2), model=model)
+    algorithm = dataclasses.replace(make(inner_steps=2), model=model)
     unroll, batches = algorithm.unroll(make_episode(), KEY), algorithm.batches(make_episode(), KEY)
     eta = algorithm.init(KEY)
     for step in (0, 1):
@@ -279,7 +279,7 @@ def test_dropout_draws_anew_at_every_inner_step():
 
 
 def test_every_example_is_read_once_before_any_is_read_again():
-    algorithm = make(horizon=15)  # 40 examples, 8 a step: three epochs of five steps
+    algorithm = make(inner_steps=15)  # 40 examples, 8 a step: three epochs of five steps
     now, rows = algorithm.batches(make_episode(), KEY)
     np.testing.assert_array_equal(now, np.arange(15))
     epochs = np.asarray(rows).reshape(3, 40)
@@ -298,7 +298,7 @@ def test_a_batch_larger_than_the_data_is_refused():
 
 def test_a_learned_schedule_is_an_optax_schedule_and_json():
     learned = {"learning_rate": Hyperparameter(0.01, 1.0, (0.1, 0.4), 2, "log")}
-    algorithm = make(learned, horizon=10)
+    algorithm = make(learned, inner_steps=10)
     schedule = algorithm.schedules(algorithm.init(KEY))["learning_rate"]
     values = [float(schedule(step)) for step in (0, 4, 5, 9, 10, 99)]
     np.testing.assert_allclose(values, [0.1, 0.1, 0.4, 0.4, 0.4, 0.4], rtol=1e-6)
@@ -334,7 +334,7 @@ def test_schedules_come_back_from_one_file_by_name(tmp_path):
 def test_training_with_the_exported_schedule_is_the_run_that_was_learned():
     """The same parameters from plain optax, outside the framework."""
     learned = {"learning_rate": Hyperparameter(0.0, 1.0, (0.1, 0.3), windows=2)}
-    algorithm, episode = make(learned, horizon=6), make_episode()
+    algorithm, episode = make(learned, inner_steps=6), make_episode()
     (_, aux), _ = solve(algorithm, MixedFlow())
     optimizer = optax.sgd(algorithm.schedules(algorithm.init(KEY))["learning_rate"])
     model = make_network()
@@ -356,11 +356,11 @@ def test_training_with_the_exported_schedule_is_the_run_that_was_learned():
 def test_evaluation_stretches_the_schedule():
     algorithm = make(
         {"learning_rate": Hyperparameter(0.0, 1.0, (0.1, 0.3), windows=(0, 2, 10))},
-        horizon=10,
-        eval_horizon=100,
+        inner_steps=10,
+        eval_steps=100,
     )
     longer = algorithm.evaluation()
-    assert longer.horizon == 100
+    assert longer.inner_steps == 100
     np.testing.assert_array_equal(longer.edges("learning_rate"), [0, 20, 100])
     assert jax.tree.map(jnp.shape, longer.init(KEY)) == jax.tree.map(jnp.shape, algorithm.init(KEY))
 
@@ -370,5 +370,5 @@ def test_values_are_metrics_by_window_and_their_mean_where_there_are_many():
         "learning_rate": Hyperparameter(0.0, 1.0, 0.1, windows=2),
         "momentum": Hyperparameter(0.0, 1.0, 0.5, windows=20),
     }
-    (_, aux), _ = solve(make(learned, horizon=20), MixedFlow())
+    (_, aux), _ = solve(make(learned, inner_steps=20), MixedFlow())
     assert {"learning_rate/0", "learning_rate/1", "momentum/mean", "accuracy"} == aux.metrics.keys()

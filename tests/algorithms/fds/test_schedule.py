@@ -71,14 +71,16 @@ def test_fds_is_stretched_as_its_schedules_are_or_refused_where_a_window_would_b
     ):
         learner((0, 10, 11)).stretched(5)
     for steps in (0, -3, 2.5, True):
-        with pytest.raises(ValueError, match=r"`FDS.stretched\(horizon=.*\)`: it is an integer, 1"):
+        with pytest.raises(
+            ValueError, match=r"`FDS.stretched\(inner_steps=.*\)`: it is an integer, 1"
+        ):
             learner(2).stretched(steps)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 20.0, True])
 def test_the_horizon_of_evaluation_is_a_number_of_steps(steps):
-    with pytest.raises(ValueError, match=r"`FDS\(eval_horizon=.*\)`: it is an integer, 1 or more"):
-        learner(2, eval_horizon=steps)
+    with pytest.raises(ValueError, match=r"`FDS\(eval_steps=.*\)`: it is an integer, 1 or more"):
+        learner(2, eval_steps=steps)
 
 
 WINDOWS = [

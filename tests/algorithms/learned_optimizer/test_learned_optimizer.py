@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(0)
 RATE = Hyperparameter(1e-3, 10.0, 0.1, space="log")
 SGD = TunedRule(optax.sgd, {"learning_rate": RATE})
-BOWL = LearnedOptimizer(Quadratic(3), SGD, horizon=4)
+BOWL = LearnedOptimizer(Quadratic(3), SGD, inner_steps=4)
 CLASSIFIER = Float64(mlp("linen", width=5))
 
 
@@ -92,7 +92,7 @@ def test_a_loss_above_the_cap_counts_as_the_cap_and_has_no_derivative():
     ids=lambda rule: type(rule).__name__,
 )
 def test_a_whole_unroll_has_one_meta_gradient_under_reverse_and_mixed_flow(rule):
-    learner = LearnedOptimizer(Supervised(CLASSIFIER, batch=2), rule, horizon=5)
+    learner = LearnedOptimizer(Supervised(CLASSIFIER, batch=2), rule, inner_steps=5)
     (_, expected), _ = solved(learner, TASKS["TrainingRuns"])
     (_, grads), _ = solved(learner, TASKS["TrainingRuns"], MixedFlow())
     expected, grads = ravel_pytree(expected)[0], ravel_pytree(grads)[0]
@@ -101,7 +101,7 @@ def test_a_whole_unroll_has_one_meta_gradient_under_reverse_and_mixed_flow(rule)
 
 
 def test_truncations_judge_each_part_by_the_losses_of_its_own_steps():
-    learner = dataclasses.replace(BOWL, horizon=6)
+    learner = dataclasses.replace(BOWL, inner_steps=6)
     still = Trainer(learner, Reverse(), optax.sgd(0.0), tasks_per_step=1)
     cut = dataclasses.replace(still, truncation=Truncation(2))
     state, losses = cut.init(KEY, Quadratics(3)), []
@@ -118,7 +118,7 @@ def test_the_parts_of_a_mixture_are_capped_one_by_one():
     both = SideBySide({"a": steep, "b": Quadratics(2)})
     mixture = Together({"a": Quadratic(2), "b": Quadratic(2)})
     wild = {"learning_rate": jnp.log(jnp.asarray(3.0))}
-    capped = LearnedOptimizer(mixture, SGD, horizon=8, cap=10.0)
+    capped = LearnedOptimizer(mixture, SGD, inner_steps=8, cap=10.0)
     (_, grads), episode = solved(capped, both, eta=wild)
     batches, noise = capped.batches(episode, KEY)
     alone = dataclasses.replace(capped, problem=Quadratic(2))
@@ -135,7 +135,7 @@ def test_the_parts_of_a_mixture_are_capped_one_by_one():
 
 
 def test_a_batch_size_larger_than_the_data_is_refused():
-    learner = LearnedOptimizer(Supervised(CLASSIFIER, batch=64), SGD, horizon=2)
+    learner = LearnedOptimizer(Supervised(CLASSIFIER, batch=64), SGD, inner_steps=2)
     with pytest.raises(ValueError, match="^batch=64, but there are 3 training examples"):
         solved(learner, TASKS["TrainingRuns"])
 
@@ -149,11 +149,11 @@ BOTH = SideBySide({"bowl": Quadratics(2), "digits": TASKS["TrainingRuns"]})
 
 
 def test_a_mixture_trains_each_part_as_if_it_were_alone():
-    mixed = LearnedOptimizer(MIXTURE, SGD, horizon=3)
+    mixed = LearnedOptimizer(MIXTURE, SGD, inner_steps=3)
     ((loss, aux), grads), episode = solved(mixed, BOTH)
     alone, slopes = {}, {}
     for i, (name, part) in enumerate(MIXTURE.parts.items()):
-        learner = LearnedOptimizer(part, SGD, horizon=3)
+        learner = LearnedOptimizer(part, SGD, inner_steps=3)
         task = Episode(episode.support[name], episode.query[name])
         batches, noise = mixed.batches(episode, KEY)
 
@@ -189,12 +189,12 @@ def test_a_mixture_and_its_tasks_have_the_same_names():
 
 def test_a_text_is_read_a_batch_a_step():
     model = Float64(Tokenwise(mlp("linen", width=4)))
-    learner = LearnedOptimizer(Streamed(model), SGD, horizon=3)
+    learner = LearnedOptimizer(Streamed(model), SGD, inner_steps=3)
     ((loss, aux), grads), _ = solved(learner, TASKS["Text"])
     assert jnp.isfinite(loss) and grads["learning_rate"] != 0
     assert aux.metrics.keys() == {"training_loss_last", "validation_loss", "accuracy"}
     with pytest.raises(ValueError, match="bring 3 batches, one a step, .* takes 5 steps"):
-        solved(dataclasses.replace(learner, horizon=5), TASKS["Text"])
+        solved(dataclasses.replace(learner, inner_steps=5), TASKS["Text"])
 
 
 def test_a_noisy_bowl_shows_the_step_a_minimum_that_is_off_and_judges_by_the_true_one():
@@ -232,7 +232,7 @@ class Rosenbrock(Problem):
 
 
 def test_a_problem_of_ones_own_is_one_small_class_and_a_learned_rate_gets_better_on_it():
-    learner = LearnedOptimizer(Rosenbrock(), SGD, horizon=10)
+    learner = LearnedOptimizer(Rosenbrock(), SGD, inner_steps=10)
     trainer = Trainer(learner, optimizer=optax.adam(0.1), tasks_per_step=4)
     state = trainer.init(KEY)
     eta = {"learning_rate": jnp.log(jnp.asarray(0.002))}
@@ -251,7 +251,7 @@ def test_a_problem_of_ones_own_is_one_small_class_and_a_learned_rate_gets_better
     ("options", "message"),
     [
         ({"judge": "test"}, "No judge is called 'test'. There are: training, validation."),
-        ({"horizon": 0}, "takes at least one step, not horizon=0"),
+        ({"inner_steps": 0}, "takes at least one step, not inner_steps=0"),
     ],
 )
 def test_a_learner_that_cannot_be_is_refused(options, message):
@@ -288,7 +288,7 @@ def test_a_run_whose_loss_becomes_nan_is_replaced_and_the_others_go_on():
     inputs = np.random.default_rng(0).normal(size=(6, 5))
     inputs[0] = np.nan
     tasks = Halved.create(inputs, np.arange(6) % 5, validation=1)
-    learner = LearnedOptimizer(Supervised(CLASSIFIER, batch=2), SGD, horizon=4)
+    learner = LearnedOptimizer(Supervised(CLASSIFIER, batch=2), SGD, inner_steps=4)
     trainer = Trainer(learner, optimizer=optax.sgd(0.1), tasks_per_step=8, truncation=Truncation(2))
     start = trainer.init(KEY, tasks)
     state, metrics = trainer.step(start, tasks)
@@ -315,6 +315,6 @@ class Halved(TrainingRuns):
 
 def test_a_run_on_held_out_data_reads_the_same_shapes():
     held_out = HeldOut.create(np.eye(5), np.arange(5), np.ones((2, 5)), [0, 1])
-    learner = LearnedOptimizer(Supervised(CLASSIFIER, batch=2), SGD, horizon=2)
+    learner = LearnedOptimizer(Supervised(CLASSIFIER, batch=2), SGD, inner_steps=2)
     ((loss, _), _), _ = solved(learner, held_out)
     assert jnp.isfinite(loss)
