@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +27,7 @@ from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.model import Model
 from metalearn.optimizers.reversible import Reversible
 from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
-from metalearn.unroll import Episode, ExampleMean, Unroll
-
-
-class Training(NamedTuple):
-    """What the inner training run carries."""
-
-    params: Any  # theta
-    optimizer: Any  # the inner optimizer's state
-    statistics: Any  # the model's mutable state
+from metalearn.unroll import Episode, ExampleMean, ModelTraining, Unroll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,19 +66,19 @@ class LearningRates(Algorithm):
     def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
         """Return the training of a fresh model, drawn with `key`."""
 
-        def init(eta: Any) -> Training:
+        def init(eta: Any) -> ModelTraining:
             del eta
             params, statistics = self.model.init(key)
-            return Training(params, start(self.optimizer, params), statistics)
+            return ModelTraining(params, start(self.optimizer, params), statistics)
 
-        def step(eta: Any, state: Training, batch: Any, grad: Any) -> Training:
+        def step(eta: Any, state: ModelTraining, batch: Any, grad: Any) -> ModelTraining:
             data, key = batch
             found, statistics = self._evaluated(state, data, key, grad)
             updates, optimizer = update(self.optimizer, found, state.optimizer, state.params)
             updates = jax.tree.map(lambda rate, u: jnp.exp(rate) * u, eta, updates)
-            return Training(optax.apply_updates(state.params, updates), optimizer, statistics)
+            return ModelTraining(optax.apply_updates(state.params, updates), optimizer, statistics)
 
-        def loss(eta: Any, state: Training) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss(eta: Any, state: ModelTraining) -> tuple[jax.Array, dict[str, jax.Array]]:
             del eta
             params = evaluation_params(state.optimizer, state.params)
             value, (_, metrics) = self._loss(state, params, episode.query, False, key)
@@ -100,7 +92,7 @@ class LearningRates(Algorithm):
         steps = jax.tree.leaves(episode.support)[0].shape[0]
         return episode.support, jax.random.split(key, steps)
 
-    def _undo(self, eta: Any, state: Training, batch: Any, grad: Any) -> Training:
+    def _undo(self, eta: Any, state: ModelTraining, batch: Any, grad: Any) -> ModelTraining:
         """Return the state before a step of a reversible optimizer, from the one after it."""
         assert isinstance(self.optimizer, Reversible)
         taken = self.optimizer.taken(state.optimizer)
@@ -108,13 +100,15 @@ class LearningRates(Algorithm):
         params = jax.tree.map(jnp.subtract, state.params, taken)
         data, key = batch
         found, statistics = self._evaluated(state._replace(params=params), data, key, grad)
-        return Training(params, self.optimizer.before(state.optimizer, found.grads), statistics)
+        return ModelTraining(
+            params, self.optimizer.before(state.optimizer, found.grads), statistics
+        )
 
     def _statistics(self, key: jax.Array) -> list[Any]:
         return jax.tree.leaves(jax.eval_shape(self.model.init, key)[1])
 
     def _evaluated(
-        self, state: Training, batch: Any, key: jax.Array, grad: Any
+        self, state: ModelTraining, batch: Any, key: jax.Array, grad: Any
     ) -> tuple[Evaluated, Any]:
         """Return (grad L with L, the model's next statistics)."""
         if not self.mean_over_examples:
@@ -136,7 +130,7 @@ class LearningRates(Algorithm):
         return evaluate(grad, mean, state.params, examples), state.statistics
 
     def _loss(
-        self, state: Training, params: Any, data: Any, train: bool, key: jax.Array
+        self, state: ModelTraining, params: Any, data: Any, train: bool, key: jax.Array
     ) -> tuple[jax.Array, Any]:
         """Return (loss (), (new statistics, metrics))."""
         inputs, targets, *_ = data

@@ -37,7 +37,7 @@ from metalearn.algorithms.batch_norm import batch_norm_policy
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.model import Model
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
-from metalearn.unroll import Episode, Unroll
+from metalearn.unroll import Episode, ModelTraining, Unroll
 
 
 class Eta(NamedTuple):
@@ -45,14 +45,6 @@ class Eta(NamedTuple):
 
     params: Any  # the initialisation, theta_0
     rates: Any  # Meta-SGD: one rate per adapted parameter, a list of arrays like them; else None
-
-
-class Adapting(NamedTuple):
-    """What one task's inner loop carries."""
-
-    params: list[jax.Array]  # the adapted leaves of theta
-    optimizer: Any  # the inner optimizer's state
-    statistics: Any  # the model's mutable state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +91,14 @@ class MAML(Algorithm):
         """Return the adaptation to one task. Support and query: (inputs, targets)."""
         policy = batch_norm_policy(self.batch_norm)
 
-        def init(eta: Eta) -> Adapting:
+        def init(eta: Eta) -> ModelTraining:
             adapted, _, _ = split_by_path(eta.params, self.adapt)
             _, statistics = self.model.init(key)
-            return Adapting(adapted, start(self.optimizer, self._seen(eta, adapted)), statistics)
+            return ModelTraining(
+                adapted, start(self.optimizer, self._seen(eta, adapted)), statistics
+            )
 
-        def step(eta: Eta, state: Adapting, key: jax.Array, grad: Any) -> Adapting:
+        def step(eta: Eta, state: ModelTraining, key: jax.Array, grad: Any) -> ModelTraining:
             theta = self._seen(eta, state.params)
 
             def support_loss(theta: Any) -> Any:
@@ -121,9 +115,9 @@ class MAML(Algorithm):
             if eta.rates is not None:
                 changes = jax.tree.map(jnp.multiply, eta.rates, changes)
             kept = statistics if policy.carry_statistics else state.statistics
-            return Adapting(optax.apply_updates(state.params, changes), optimizer, kept)
+            return ModelTraining(optax.apply_updates(state.params, changes), optimizer, kept)
 
-        def loss(eta: Eta, state: Adapting) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss(eta: Eta, state: ModelTraining) -> tuple[jax.Array, dict[str, jax.Array]]:
             judged = evaluation_params(state.optimizer, self._seen(eta, state.params))
             state = state._replace(params=jax.tree.leaves(judged))
             value, (_, metrics) = self._loss(eta, state, episode.query, policy.train_on_query, key)
@@ -137,7 +131,7 @@ class MAML(Algorithm):
         return join(adapted, [optax.MaskedNode()] * len(fixed))
 
     def _loss(
-        self, eta: Eta, state: Adapting, data: Any, train: bool, key: jax.Array
+        self, eta: Eta, state: ModelTraining, data: Any, train: bool, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
         """Return (loss (), (new statistics, metrics)) of the adapted model on some data."""
         _, fixed, join = split_by_path(eta.params, self.adapt)

@@ -229,7 +229,8 @@ def _check_sizes(
         raise ValueError(
             f"`Text` got length={length}, inner_steps={inner_steps}, batch={batch}, queries="
             f"{queries}, probes={probes}, pieces={pieces}, but a task has at least one of each "
-            "(probes may be 0). Pass positive integers, such as length=64, inner_steps=8, batch=16, queries=16."
+            "(probes may be 0). Pass positive integers, such as length=64, inner_steps=8, "
+            "batch=16, queries=16."
         )
     if probes and corruption is None:
         raise ValueError(

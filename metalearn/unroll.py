@@ -94,6 +94,20 @@ def horizon(batches: Batch) -> int:
     return int(lengths.pop())  # type: ignore[arg-type]
 
 
+class ModelTraining(NamedTuple):
+    """The inner state of an algorithm whose inner loop trains a model with an optimizer.
+
+    Args:
+      params: theta, or the leaves of it that are adapted.
+      optimizer: the inner optimizer's state.
+      statistics: the model's mutable state.
+    """
+
+    params: Any
+    optimizer: Any
+    statistics: Any
+
+
 class Episode(NamedTuple):
     """One task: what the inner loop learns from, and what its result is judged on."""
 

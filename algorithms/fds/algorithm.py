@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,17 +41,9 @@ from metalearn.algorithms.objectives import cross_entropy
 from metalearn.model import Model, no_model
 from metalearn.optimizers.differentiable import differentiable_at_zero
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
-from metalearn.unroll import Episode, Unroll
+from metalearn.unroll import Episode, ModelTraining, Unroll
 
 SHOWN = 16  # windows of a hyperparameter up to which each is a metric of its own
-
-
-class Run(NamedTuple):
-    """What the inner training run carries."""
-
-    params: Any  # theta
-    optimizer: Any  # the inner optimizer's state
-    statistics: Any  # the model's mutable state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +109,12 @@ class FDS(Algorithm):
             raise TypeError(no_model("FDS(model=None)", None))
         model_key, augment_key, noise_key = jax.random.split(key, 3)
 
-        def init(eta: Any) -> Run:
+        def init(eta: Any) -> ModelTraining:
             params, statistics = self.model.init(model_key)
             optimizer = self._optimizer(self.values(eta, 0))
-            return Run(params, start(optimizer, params), statistics)
+            return ModelTraining(params, start(optimizer, params), statistics)
 
-        def step(eta: Any, state: Run, batch: Any, grad: Any) -> Run:
+        def step(eta: Any, state: ModelTraining, batch: Any, grad: Any) -> ModelTraining:
             now, rows = batch
             values = self.values(eta, now)
             inputs, targets = read(episode.support, rows)
@@ -140,9 +132,9 @@ class FDS(Algorithm):
             updates, slots = update(optimizer, found, state.optimizer, state.params)
             # A learned hyperparameter may be of another dtype than the slots it goes into.
             slots = in_dtypes_of(state.optimizer, slots)
-            return Run(optax.apply_updates(state.params, updates), slots, found.aux)
+            return ModelTraining(optax.apply_updates(state.params, updates), slots, found.aux)
 
-        def loss(eta: Any, state: Run) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss(eta: Any, state: ModelTraining) -> tuple[jax.Array, dict[str, jax.Array]]:
             inputs, targets = read(episode.query, episode.query[2])
             params = evaluation_params(state.optimizer, state.params)
             outputs, _ = self._apply(params, state, inputs, False, None)
@@ -262,7 +254,7 @@ class FDS(Algorithm):
     def _optimizer(self, values: Any) -> optax.GradientTransformation:
         return self.optimizer(**values["optimizer"])
 
-    def _apply(self, params: Any, state: Run, inputs: Any, train: bool, key: Any) -> Any:
+    def _apply(self, params: Any, state: ModelTraining, inputs: Any, train: bool, key: Any) -> Any:
         return self.model.apply(params, state.statistics, inputs, train=train, key=key)
 
     def _shown(self, eta: Any) -> dict[str, jax.Array]:

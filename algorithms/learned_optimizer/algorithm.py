@@ -45,7 +45,7 @@ class Optimization(NamedTuple):
     """What the inner training run carries."""
 
     params: Any  # theta
-    slots: Any  # the learned optimizer's state
+    optimizer: Any  # the learned optimizer's state
     statistics: Any  # the model's mutable state
     total: jax.Array  # (): training losses so far, of this truncation
     steps: jax.Array  # (), int32: how many
@@ -95,9 +95,9 @@ class LearnedOptimizer(Algorithm):
 
         def init(eta: Any) -> Optimization:
             params, statistics = self.problem.init(key)
-            slots = start(self.rule.optimizer(eta), params)
+            optimizer = start(self.rule.optimizer(eta), params)
             zero = jnp.zeros((), jnp.result_type(float))
-            return Optimization(params, slots, statistics, zero, jnp.zeros((), jnp.int32), zero)
+            return Optimization(params, optimizer, statistics, zero, jnp.zeros((), jnp.int32), zero)
 
         def step(eta: Any, state: Optimization, batch: Any, grad: Any) -> Optimization:
             data, noise = batch
@@ -108,16 +108,18 @@ class LearnedOptimizer(Algorithm):
 
             found = evaluate(grad, loss, state.params)
             measure, statistics = found.aux
-            updates, slots = update(self.rule.optimizer(eta), found, state.slots, state.params)
+            updates, optimizer = update(
+                self.rule.optimizer(eta), found, state.optimizer, state.params
+            )
             params = optax.apply_updates(state.params, updates)
             capped = measure if self.cap is None else jnp.minimum(measure, self.cap)
             counted = self.problem.combined(capped).astype(state.total.dtype)
             total, steps = state.total + counted, state.steps + 1
-            return Optimization(params, slots, statistics, total, steps, counted)
+            return Optimization(params, optimizer, statistics, total, steps, counted)
 
         def loss(eta: Any, state: Optimization) -> tuple[jax.Array, dict[str, jax.Array]]:
             del eta
-            params = evaluation_params(state.slots, state.params)
+            params = evaluation_params(state.optimizer, state.params)
             value, metrics = self.problem.validate(params, state.statistics, episode.query)
             mean = state.total / state.steps
             shown = {"training_loss_last": state.last, "validation_loss": value, **metrics}

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +44,7 @@ from metalearn.algorithms.loss_weights.weighting import (
 from metalearn.algorithms.objectives import check_labels
 from metalearn.model import Model
 from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
-from metalearn.unroll import Episode, ExampleMean, Unroll
-
-
-class Learner(NamedTuple):
-    """What the inner loop carries."""
-
-    params: Any  # theta
-    optimizer: Any  # the inner optimizer's state
-    statistics: Any  # the model's mutable state
+from metalearn.unroll import Episode, ExampleMean, ModelTraining, Unroll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +80,17 @@ class LossWeights(Algorithm):
         """Return the training of a model from scratch. Support [T, batch, ...], query [m, ...]."""
         params, statistics = self.model.init(key)
 
-        def init(eta: Any) -> Learner:
+        def init(eta: Any) -> ModelTraining:
             del eta
-            return Learner(params, start(self.optimizer, params), statistics)
+            return ModelTraining(params, start(self.optimizer, params), statistics)
 
-        def step(eta: Any, state: Learner, batch: Any, grad: Any) -> Learner:
+        def step(eta: Any, state: ModelTraining, batch: Any, grad: Any) -> ModelTraining:
             batch, key = batch
             found, statistics = self._evaluated(eta, state, batch, key, grad)
             updates, optimizer = update(self.optimizer, found, state.optimizer, state.params)
-            return Learner(optax.apply_updates(state.params, updates), optimizer, statistics)
+            return ModelTraining(optax.apply_updates(state.params, updates), optimizer, statistics)
 
-        def loss(eta: Any, state: Learner) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss(eta: Any, state: ModelTraining) -> tuple[jax.Array, dict[str, jax.Array]]:
             return self._held_out(eta, state, episode.query)
 
         return Unroll(init, step, loss)
@@ -114,13 +106,13 @@ class LossWeights(Algorithm):
         weights = self.squash(self.weighting(eta, Seen(losses, source)))
         return weights if self.normalize is None else self.normalize(weights)
 
-    def losses(self, state: Learner, batch: Any) -> jax.Array:
+    def losses(self, state: ModelTraining, batch: Any) -> jax.Array:
         """Return the plain losses of a batch by a trained model: [batch, S]."""
         params = evaluation_params(state.optimizer, state.params)
         return self._losses(state._replace(params=params), batch, False, None)[0]
 
     def _evaluated(
-        self, eta: Any, state: Learner, batch: Any, key: jax.Array, grad: Any
+        self, eta: Any, state: ModelTraining, batch: Any, key: jax.Array, grad: Any
     ) -> tuple[Evaluated, Any]:
         """Return the inner gradient with its loss, and the model's next statistics."""
 
@@ -145,7 +137,7 @@ class LossWeights(Algorithm):
         return evaluate(grad, mean, state.params, examples, state.params, eta), state.statistics
 
     def _losses(
-        self, state: Learner, batch: Any, train: bool, key: jax.Array | None
+        self, state: ModelTraining, batch: Any, train: bool, key: jax.Array | None
     ) -> tuple[jax.Array, Any]:
         """Return (losses [batch, S], the model's next statistics)."""
         outputs, statistics = self.model.apply(
@@ -158,7 +150,7 @@ class LossWeights(Algorithm):
         return losses.reshape(losses.shape[0], -1), statistics
 
     def _held_out(
-        self, eta: Any, state: Learner, query: Any
+        self, eta: Any, state: ModelTraining, query: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         losses = self.losses(state, query)
         weights = self.weights(eta, losses, query)

@@ -333,7 +333,7 @@ def test_every_algorithm_passes_the_loss_its_gradient_is_of(name):
         return engine.value_and_grad(unroll, eta, algorithm.batches(task, KEY))
 
     (loss, aux), grads = jax.jit(run, static_argnums=1)(eta, MixedFlow())
-    state = aux.state.slots if name == "LearnedOptimizer" else aux.state.optimizer
+    state = aux.state.optimizer
     assert state < 1e-12
     assert any((abs(leaf) > 1e-9).any() for leaf in jax.tree.leaves(grads))
     if name == "example-weights":  # leaves a path out, as the paper does
