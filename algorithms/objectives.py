@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn.labels import compare
+from metalearn.diagnostics.labels import compare
 
 Objective = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -59,7 +59,7 @@ def check_labels(what: str, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Return the labels, those below zero made as wrong as those beyond the outputs.
 
     The loss of a label that is beyond the outputs is NaN; of -1 it would be that of the last
-    class. What is known of the labels of a run is compared with the outputs (`metalearn.labels`).
+    class. Known labels of a run are compared with the outputs: `metalearn.diagnostics.labels`.
 
     Raises:
       ValueError: unless labels are integers, one for each row of logits, and none is known to be

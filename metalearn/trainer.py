@@ -16,24 +16,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn import sizes
 from metalearn._utils.checks import at_least, counts
 from metalearn._utils.fields import check_fields
+from metalearn._utils.intervals import Estimate
 from metalearn._utils.trees import select, strong
 from metalearn.algorithm import Algorithm
 from metalearn.checkpoints.manager import Checkpoints
-from metalearn.diagnostics import health
+from metalearn.diagnostics import health, memory
+from metalearn.diagnostics.labels import Seen, known
 from metalearn.diagnostics.probe import Look, look_at
 from metalearn.diagnostics.symmetry import Measure
 from metalearn.engines import MetaGradient, MixedFlow
 from metalearn.engines.base import Streaming, check_eta
-from metalearn.evaluation import Estimate, estimate, task_metrics
-from metalearn.labels import Seen, known
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
 from metalearn.sharding.layout import Layout, abstract
 from metalearn.tasks import Tasks, check_tasks
 from metalearn.train_state import TrainState
+from metalearn.training.evaluation import estimate, task_metrics
 from metalearn.training.faults import WATCHED, Faults
 from metalearn.training.fit import run
 from metalearn.training.full_unroll import FullUnroll, step_metrics
@@ -272,7 +272,7 @@ class Trainer:
 
     @functools.cached_property
     def labels_seen(self) -> Seen:
-        """The outputs of the network, as the losses have met them (`metalearn.labels`)."""
+        """Losses and their numbers of outputs when traced; see `metalearn.diagnostics.labels`."""
         return set()
 
     @functools.cached_property
@@ -402,19 +402,19 @@ class Trainer:
     def check_memory(self, tasks: Tasks, evaluated: Sequence[Tasks] = ()) -> None:
         """Raise ValueError where an outer step on tasks, or an evaluation, cannot fit a device.
 
-        What is counted is a lower bound (`metalearn.sizes`), and nothing is allocated for it.
+        The need is a lower bound (`metalearn.diagnostics.memory`); nothing is allocated for it.
         """
         self._check_learned()
         cut = None if self.truncation is None else self.truncation.steps
         steps, at_once = cut or self.segment, self.batch.at_once
-        sizes.check_tasks(self.algorithm, tasks, at_once, steps)
+        memory.check_tasks(self.algorithm, tasks, at_once, steps)
         for each in evaluated:
             runs = self.algorithm.evaluation()
-            sizes.check_tasks(runs, each, at_once, None, "An evaluation")
+            memory.check_tasks(runs, each, at_once, None, "An evaluation")
 
     def _check_learned(self) -> None:
         devices = 1 if self.layout is None else self.layout.mesh.size
-        sizes.check_learned(self.algorithm, self.optimizer, devices)
+        memory.check_learned(self.algorithm, self.optimizer, devices)
 
     def place(self, tasks: Any) -> Any:
         """Return tasks with their arrays on every device of the layout, if they were not there."""

@@ -10,10 +10,10 @@ import optax
 import pytest
 
 from metalearn import Reverse, Trainer
+from metalearn._utils.intervals import Estimate
 from metalearn.algorithms import MAML, squared_error
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Sinusoid
-from metalearn.evaluation import Estimate
 from metalearn.loggers import ConsoleLogger, JsonlLogger, WandbLogger
 from metalearn.models import Functions
 from tests.helpers.wandb_runs import records_of

@@ -21,7 +21,6 @@ from metalearn import (
     Trainer,
     Truncation,
     make_mesh,
-    sizes,
 )
 from metalearn._utils.checks import unusable
 from metalearn._utils.trees import split_by_path
@@ -37,11 +36,12 @@ from metalearn.algorithms import (
 )
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Sinusoid, TrainingRuns
-from metalearn.evaluation import estimate
+from metalearn.diagnostics import memory
 from metalearn.experiments import build
 from metalearn.models import Architecture, Linen, linen_networks, train_flag
 from metalearn.models.layouts import wide_blocks
 from metalearn.sharding.batched_means import divisors
+from metalearn.training.evaluation import estimate
 from metalearn.training.faults import Faults
 from tests.cases import MODELS
 from tests.helpers.small_configs import small
@@ -159,7 +159,7 @@ def test_the_divisors_of_a_number_are_those_by_hand(number):
 
 @pytest.fixture
 def eight_gibibytes(monkeypatch):
-    monkeypatch.setattr(sizes, "device_memory", lambda: 8 * 2**30)
+    monkeypatch.setattr(memory, "device_memory", lambda: 8 * 2**30)
 
 
 def wide(width):
@@ -240,7 +240,7 @@ def test_a_run_reads_no_more_examples_than_32_bits_count():
 
 
 def test_what_takes_less_than_a_gibibyte_is_tried_on_any_device(monkeypatch):
-    monkeypatch.setattr(sizes, "device_memory", lambda: 1)
+    monkeypatch.setattr(memory, "device_memory", lambda: 1)
     Trainer(maml()).check_memory(Sinusoid(), [Sinusoid()])
     with pytest.raises(ValueError, match="but there are 1 B"):
         Trainer(maml(), tasks_per_step=10**7).check_memory(Sinusoid())

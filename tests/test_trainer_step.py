@@ -11,10 +11,10 @@ from jax.flatten_util import ravel_pytree
 from scipy.stats import t as student
 
 from metalearn import Forward, MixedFlow, Reverse, Trainer, Truncation
+from metalearn._utils.intervals import half_width, interval
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
 from metalearn.engines.inner_loop import rollout
-from metalearn.evaluation import _interval, half_width
 from metalearn.model import Model
 from tests.cases import MODELS, TASKS, Float64
 
@@ -102,7 +102,7 @@ def test_the_key_decides_the_run_and_the_step_its_tasks():
     assert first["loss"] != later["loss"]
 
 
-def test_evaluation_is_the_mean_over_tasks_with_its_95_percent_interval():
+def test_evaluation_is_the_mean_over_tasks_with_its_95_percentinterval():
     eta = TRAINER.init(KEY).eta
     result = TRAINER.evaluate(eta, WAVES, jax.random.key(9), count=12)["loss"]
 
@@ -124,7 +124,7 @@ def test_evaluation_is_the_mean_over_tasks_with_its_95_percent_interval():
 def test_the_interval_of_a_mean_is_by_students_t(n, t):
     values = np.random.default_rng(n).normal(size=n)
     expected = t * np.std(values, ddof=1) / np.sqrt(n)
-    np.testing.assert_allclose(_interval(values).ci95, expected, rtol=1e-4)
+    np.testing.assert_allclose(interval(values).ci95, expected, rtol=1e-4)
     np.testing.assert_allclose(half_width(np.stack([values] * 2, 1)), [expected] * 2, rtol=1e-4)
 
 

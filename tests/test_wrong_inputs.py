@@ -44,7 +44,7 @@ from metalearn.datasets import (
     from_labels,
     select,
 )
-from metalearn.labels import known
+from metalearn.diagnostics.labels import known
 from metalearn.models import NNX, Functions, Haiku, Linen
 from metalearn.planning import plan
 from metalearn.training.faults import NonFiniteError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from metalearn.evaluation import half_width
+from metalearn._utils.intervals import half_width
 
 
 def interval(values: Sequence[float], digits: int = 3) -> str:

@@ -31,9 +31,9 @@ import numpy as np
 import optax
 
 from metalearn import Algorithm, Tasks
+from metalearn._utils.intervals import half_width
 from metalearn.algorithms import Hyperparameter, LearnedOptimizer, TunedRule
 from metalearn.engines.inner_loop import rollout
-from metalearn.evaluation import half_width
 from metalearn.experiments import build
 from metalearn.experiments.benchmarks.intervals import interval
 from metalearn.experiments.commands import run

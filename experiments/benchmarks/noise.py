@@ -38,8 +38,8 @@ import jax
 import numpy as np
 
 from metalearn import MixedFlow, Tasks, Unroll
+from metalearn._utils.intervals import half_width
 from metalearn.algorithms import FDS, Hyperparameter, sgd
-from metalearn.evaluation import half_width
 from metalearn.experiments import training_runs
 from metalearn.experiments.seeds import key_of
 from metalearn.models import Linen, linen_networks

@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections.config_flags import tuple_parser
 
-from metalearn.sizes import MOST_TASKS
+from metalearn._utils.checks import MOST_TASKS
 
 KINDS: dict[type, str] = {
     int: "an integer, such as 3",

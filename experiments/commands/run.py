@@ -23,9 +23,9 @@ import jax
 from metalearn import Tasks, Trainer
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import first_line
+from metalearn._utils.intervals import Estimate
 from metalearn.algorithms import FDS, LearnedOptimizer, save_optimizer, save_schedules
 from metalearn.checkpoints.manager import Checkpoints
-from metalearn.evaluation import Estimate
 from metalearn.experiments import build, devices, pictures
 from metalearn.experiments.commands import plan as auto
 from metalearn.experiments.seeds import key_of

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard, TypeVar
 
+MOST_TASKS = 10_000_000  # of an outer step, or of an evaluation: each has a key
 LONGEST_PATTERN = 300
 MOST_REPEATS = 3
 

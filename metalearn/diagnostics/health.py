@@ -36,10 +36,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn.diagnostics import probe
+from metalearn.diagnostics.labels import Seen, beyond, known
 from metalearn.diagnostics.probe import Look
 from metalearn.diagnostics.symmetry import Symmetry
 from metalearn.engines.custom_rules import listed
-from metalearn.labels import Seen, beyond, known
 from metalearn.tasks import Tasks, check_tasks, draw_episode
 from metalearn.train_state import TrainState
 

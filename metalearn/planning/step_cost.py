@@ -9,8 +9,8 @@ import jax
 
 from metalearn.cost import Cost, cost
 from metalearn.engines import MetaGradient
-from metalearn.evaluation import task_metrics
 from metalearn.trainer import Trainer
+from metalearn.training.evaluation import task_metrics
 from metalearn.unroll import horizon
 
 HORIZON = "inner_steps"  # the field by which algorithms and tasks set T

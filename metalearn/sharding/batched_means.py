@@ -21,10 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn._utils.checks import is_integer
+from metalearn._utils.checks import MOST_TASKS, is_integer
 from metalearn._utils.trees import split
 from metalearn.sharding.mesh import format_devices
-from metalearn.sizes import MOST_TASKS
 
 
 def mean_and_each(

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from metalearn.algorithm import Algorithm
 from metalearn.engines import Aux, Inner, MetaGradient
-from metalearn.evaluation import merged
 from metalearn.tasks import DrawnTask, Tasks, draw_task
+from metalearn.training.evaluation import merged
 from metalearn.training.faults import all_finite, mean_of_finite, or_zero
 from metalearn.training.task_batch import TaskBatch
 from metalearn.unroll import Eta, Metrics, Unroll

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metalearn._utils.checks import at_least, at_most, counts
+from metalearn._utils.checks import MOST_TASKS, at_least, at_most, counts
+from metalearn._utils.intervals import Estimate
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.diagnostics.health import DIVERGES, Report
-from metalearn.evaluation import Estimate
 from metalearn.loggers import Logger
 from metalearn.sharding.distributed import is_first, say
-from metalearn.sizes import MOST_TASKS
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 from metalearn.training.faults import DivergedError, Faults, NonFiniteError, Watch, broken

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from metalearn._utils import strict_json
+from metalearn._utils.intervals import Estimate
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
-from metalearn.evaluation import Estimate
 from metalearn.experiments.commands import run
 from metalearn.experiments.pictures import schedules
 from metalearn.loggers import JsonlLogger, read_lines

@@ -10,8 +10,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from metalearn._utils import disk
+from metalearn._utils.intervals import Estimate
 from metalearn.checkpoints.manager import Checkpoints
-from metalearn.evaluation import Estimate
 from metalearn.experiments.commands import run
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger
 from tests.helpers.checkpoints import restored, state_at

@@ -21,11 +21,11 @@ import ml_collections
 
 import metalearn
 from metalearn.checkpoints.manager import Checkpoints
-from metalearn.evaluation import task_metrics
 from metalearn.experiments import build, devices, language, learned_optimizers, training_runs
 from metalearn.experiments.commands.run import RHYTHM
 from metalearn.experiments.main import REPORTED
 from metalearn.loggers import WandbLogger
+from metalearn.training.evaluation import task_metrics
 from metalearn.training.faults import DIVERGED, NONFINITE, Faults
 from metalearn.training.outer_loop import Fit
 from tests.helpers.small_configs import SMALL

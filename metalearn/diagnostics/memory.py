@@ -23,8 +23,6 @@ from metalearn.algorithm import Algorithm
 from metalearn.tasks import Tasks
 from metalearn.unroll import horizon
 
-MOST_TASKS = 10_000_000  # of an outer step, or an evaluation: each has a key, and a share of a day
-
 ANYWHERE = 2**30  # bytes that are tried whatever a device says it has
 
 

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn._utils.checks import at_most, counts
+from metalearn._utils.checks import MOST_TASKS, at_most, counts
+from metalearn._utils.intervals import Estimate, interval
 from metalearn.algorithm import Algorithm
 from metalearn.engines.base import check_eta
 from metalearn.engines.inner_loop import rollout
-from metalearn.sizes import MOST_TASKS
 from metalearn.tasks import Tasks, draw_task
 from metalearn.unroll import Eta, Metrics, Unroll
 
 OURS = {"meta_grad_norm", "meta_update_norm", "tasks_reset", "tasks_left_out", "step_skipped"}
-
-
-class Estimate(NamedTuple):
-    """A mean over tasks and the half-width of its 95% confidence interval."""
-
-    mean: float
-    ci95: float  # by Student's t: `half_width`; nan for a single task
-    tasks: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} +- {self.ci95:.4f}"
 
 
 def task_metrics(
@@ -81,30 +69,4 @@ def estimate(
     keys = keys[jnp.arange(padded) % tasks]
     rows = [metrics_of(keys[i : i + chunk]) for i in range(0, padded, chunk)]
     columns = {name: np.concatenate([np.asarray(row[name]) for row in rows]) for name in rows[0]}
-    return {name: _interval(column[:tasks]) for name, column in columns.items()}
-
-
-def half_width(values: Any) -> Any:
-    """Return the half-width of the 95% confidence interval of a mean over n values.
-
-    It is t_{n-1} s / sqrt(n) with Student's t, whose quantile is 12.71 at n=2, 2.26 at n=10 and
-    1.96 in the limit: the normal one, which is right for a known variance, is too narrow.
-
-    Args:
-      values: [n, ...]; the interval is over the leading axis.
-
-    Returns:
-      float64 [...]; nan where n is 1, since one value says nothing of the spread.
-    """
-    from scipy.special import stdtrit  # a dependency of jax, imported where it is needed
-
-    values = np.asarray(values, np.float64)
-    n = len(values)
-    if n < 2:
-        return np.full(values.shape[1:], math.nan)[()]
-    return stdtrit(n - 1, 0.975) * values.std(0, ddof=1) / math.sqrt(n)
-
-
-def _interval(values: np.ndarray) -> Estimate:
-    mean = values.astype(np.float64).mean()
-    return Estimate(float(mean), float(half_width(values)), len(values))
+    return {name: interval(column[:tasks]) for name, column in columns.items()}

@@ -1,0 +1,150 @@
+"""Metrics in a file, one JSON object a line: `JsonlLogger` writes it, `read_lines` reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from metalearn._utils import disk, strict_json
+from metalearn._utils.checks import first_line
+from metalearn._utils.intervals import Estimate
+from metalearn.loggers.base import Logger, Record
+
+
+class Line(NamedTuple):
+    """A line of `metrics.jsonl`."""
+
+    number: int  # from 1
+    text: bytes  # with the end of the line, where it has one
+    row: Record | None  # {"step": 10, "loss": 1.5}, NaN and infinities as floats; None: unreadable
+    wrong: str = ""  # why
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[Line]:
+    """Return the lines of a file of `JsonlLogger`'s, readable or not; [] where there is none."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        return [_read_line(number, text) for number, text in enumerate(file, 1)]
+
+
+def _read_line(number: int, text: bytes) -> Line:
+    try:
+        row = strict_json.loads(text)
+    except ValueError as error:
+        return Line(number, text, None, first_line(error))
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return Line(number, text, None, "it is no object with an integer for its step")
+    return Line(number, text, row)
+
+
+def unreadable(path: str | os.PathLike[str], lines: Sequence[Line]) -> str:
+    """Say which lines of a file cannot be read, and why the first of them cannot."""
+    numbers = [str(line.number) for line in lines]
+    shown = ", ".join(numbers[:5]) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
+    more = "lines" if len(numbers) > 1 else "line"
+    return f"{path}: {more} {shown} cannot be read ({lines[0].wrong})"
+
+
+class JsonlLogger(Logger):
+    """Appends one JSON object per line: {"step": 10, "loss": 1.5, ...}.
+
+    The JSON is strict: NaN and infinities are "NaN", "Infinity" and "-Infinity". Where the disk
+    is full, lines wait in memory for a later one to be written. Lines that cannot be read when a
+    run goes on are moved to `metrics.jsonl.bad`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self._waiting: list[str] = []
+        self._told = False
+
+    def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:
+        """Go on after `step`: the lines after it will come again."""
+        del config
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._take_back(step)
+        waiting = record.get("waiting", [])
+        texts = filter(lambda x: isinstance(x, str), waiting if isinstance(waiting, list) else ())
+        lines = [_read_line(0, text.encode()) for text in texts]
+        self._waiting = [_strict(line).decode() for line in lines if line.row]
+        self._write()
+
+    def record(self) -> Record:
+        """Return the lines that a full disk has not taken yet."""
+        self._write()
+        return {"waiting": self._waiting} if self._waiting else {}
+
+    def back_to(self, step: int) -> None:
+        """Drop the lines after `step`."""
+        self._waiting = [text for text in self._waiting if strict_json.loads(text)["step"] <= step]
+        self._take_back(step)
+
+    def _take_back(self, step: int) -> None:
+        """Drop the lines of the file after `step`, and one cut short by a kill; say what is bad."""
+        if self.path.exists() and not self.path.is_file():  # such as a pipe: nothing to take back
+            return
+        lines = read_lines(self.path)
+        whole = [line for line in lines if line.text.endswith(b"\n")]
+        bad = [line for line in whole if line.row is None]
+        if bad:
+            self._set_aside(bad)
+        kept = b"".join(_strict(line) for line in whole if line.row and line.row["step"] <= step)
+        before = b"".join(line.text for line in lines)
+        try:
+            if not self.path.exists() or not before.startswith(kept):
+                disk.write(self.path, kept)
+            elif kept != before:  # needs no room
+                os.truncate(self.path, len(kept))
+        except OSError as error:
+            disk.tell(f"{self.path} cannot be written ({error}): lines after {step} stay in it.")
+
+    def _set_aside(self, bad: Sequence[Line]) -> None:
+        """Keep lines that cannot be read in a file beside; say which they are."""
+        aside = self.path.with_name(f"{self.path.name}.bad")
+        try:
+            with aside.open("ab") as file:
+                file.write(b"".join(line.text for line in bad))
+            where = f"moved to {aside.name}"
+        except OSError as error:
+            where = f"dropped, for {aside.name} cannot be written ({error})"
+        disk.tell(f"{unreadable(self.path, bad)}: {where}. The run goes on.")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._waiting.append(strict_json.dumps({"step": step, **metrics}) + "\n")
+        self._write()
+
+    def finish(self, table: Mapping[str, Estimate] | None = None) -> None:
+        del table
+        self._write()
+        if self._waiting:
+            disk.tell(f"{self.path} lacks its last {len(self._waiting)} lines: the disk is full.")
+
+    def _write(self) -> None:
+        """Append the lines that wait, all or none."""
+        if not self._waiting:
+            return
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(self._waiting))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, whole)
+            if not self._told:  # once, not at every line
+                disk.tell(f"{self.path} cannot be written ({error}): its lines wait in memory.")
+            self._told = True
+            return
+        self._waiting.clear()
+        self._told = False
+
+
+def _strict(line: Line) -> bytes:
+    """Return the text of a line; that of an older version with bare NaN, as it is written now."""
+    if b"NaN" not in line.text and b"Infinity" not in line.text:
+        return line.text
+    return (strict_json.dumps(line.row) + "\n").encode()
