@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn._utils.checks import at_least
+from metalearn._utils.checks import Count
 from metalearn._utils.fields import check_fields
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
@@ -69,15 +69,14 @@ def _static(default: Any) -> Any:
 class Sinusoid(Tasks):
     """Sine waves. The ranges are uniform and default to those of section 5.1 of MAML."""
 
-    shots: int = _static(10)  # support points per task
-    queries: int = _static(10)  # query points per task
+    shots: Count = _static(10)  # support points per task
+    queries: Count = _static(10)  # query points per task
     amplitude: tuple[float, float] = _static((0.1, 5.0))
     phase: tuple[float, float] = _static((0.0, np.pi))  # radians
     inputs: tuple[float, float] = _static((-5.0, 5.0))  # radians
 
     def __post_init__(self) -> None:
-        check_fields(self, "shots", "queries")
-        at_least("Sinusoid", 1, shots=self.shots, queries=self.queries)
+        check_fields(self)
 
     def sample(self, key: jax.Array) -> Episode:
         """Draw one wave: support = (x [shots, 1], y [shots, 1]) float32, query likewise."""

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn._utils.checks import at_least, counts
+from metalearn._utils.checks import Count, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.intervals import Estimate
 from metalearn._utils.trees import select, strong
@@ -72,10 +72,10 @@ class Trainer:
     isolate: bool = False
     skip_nonfinite: bool = False
     layout: Layout | None = None
-    segment: int | None = None
+    segment: Count | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "engine", "truncation", "segment")
+        check_fields(self, "engine", "truncation")
         if not isinstance(self.engine, MetaGradient):
             raise TypeError(
                 f"`Trainer(engine=)` takes an engine, such as `MixedFlow()`, not {self.engine!r}. "
@@ -91,7 +91,6 @@ class Trainer:
     def _check_segment(self) -> None:
         if self.segment is None:
             return
-        at_least("Trainer", 1, segment=self.segment)
         if not isinstance(self.engine, Streaming):
             raise ValueError(
                 f"`Trainer(segment={self.segment})` cuts a run into programs, which takes an "

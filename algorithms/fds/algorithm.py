@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metalearn._utils.checks import at_least, counts
+from metalearn._utils.checks import Count, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import in_dtypes_of
 from metalearn.algorithm import Algorithm
@@ -59,18 +59,18 @@ class FDS(Algorithm):
 
     model: Model
     hyperparameters: Mapping[str, Hyperparameter] = dataclasses.field(hash=False)
-    inner_steps: int  # T
-    batch: int
+    inner_steps: Count  # T
+    batch: Count
     # From hyperparameters to the inner optimizer, such as `optax.adamw`.
     optimizer: Callable[..., optax.GradientTransformation] = optax.sgd
     # outputs, targets, **hyperparameters -> loss (), metrics. The outer loss is its default.
     objective: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] = cross_entropy
     # inputs [batch, ...], key, **hyperparameters -> inputs. For inner batches alone.
     augment: Callable[..., jax.Array] | None = None
-    eval_steps: int | None = None  # the schedule is stretched over so many; None: `inner_steps`
+    eval_steps: Count | None = None  # the schedule is stretched over so many; None: `inner_steps`
 
     def __post_init__(self) -> None:
-        check_fields(self, "inner_steps", "batch", "eval_steps", "optimizer", absent=("model",))
+        check_fields(self, "optimizer", absent=("model",))
         if not self.hyperparameters:
             raise ValueError("FDS learns hyperparameters, so it needs at least one of them.")
         if not callable(self.optimizer):
@@ -79,8 +79,6 @@ class FDS(Algorithm):
                 "`optax.adamw`, not an optimizer. What stays fixed: "
                 "`functools.partial(optax.adamw, learning_rate=1e-3)`."
             )
-        counts("FDS", 1, inner_steps=self.inner_steps, batch=self.batch)
-        at_least("FDS", 1, eval_steps=self.eval_steps)
         check_reads("FDS", self.inner_steps, self.batch)
         places = self._places()
         for name, chosen in self.hyperparameters.items():

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn._utils.checks import at_least, widths
+from metalearn._utils.checks import Count, widths
 from metalearn._utils.fields import check_fields
 from metalearn.algorithms.loss_weights.features import Seen, check_names, features, width
 
@@ -56,11 +56,10 @@ class Weighting(abc.ABC):
 class DomainWeights(Weighting):
     """One score per domain. A source that is none of them gives NaN, and training stops."""
 
-    domains: int
+    domains: Count
 
     def __post_init__(self) -> None:
-        check_fields(self, "domains")
-        at_least("DomainWeights", 1, domains=self.domains)
+        check_fields(self)
 
     def init(self, key: jax.Array) -> jax.Array:
         """Return the scores [domains], all zero."""

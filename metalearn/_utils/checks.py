@@ -13,11 +13,21 @@ import numbers
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeGuard, TypeVar
 
 MOST_TASKS = 10_000_000  # of an outer step, or of an evaluation: each has a key
 LONGEST_PATTERN = 300
 MOST_REPEATS = 3
+
+
+class AtLeast(NamedTuple):
+    """The bound of an integer, in an annotation."""
+
+    least: int
+
+
+Count = Annotated[int, AtLeast(1)]  # a field that `metalearn._utils.fields.check_fields` checks
+CountOrZero = Annotated[int, AtLeast(0)]
 
 
 def at_least(what: str, least: int, **values: Any) -> None:

@@ -1,12 +1,14 @@
-"""Whether the fields of a dataclass hold what their annotations say, each refusal by name.
+"""Checks of the fields of a dataclass against their annotations.
 
-A wrong value that is taken fails where it is used, inside a compiled step and a library, with an
+Without them a wrong value fails where it is used, inside a compiled step and a library, with an
 error that names neither the class nor the field. `check_fields(self)` at the head of a
-`__post_init__` refuses it where it is given:
+`__post_init__` refuses it where the instance is made:
 
     `MAML(optimizer='adam')`: it is a GradientTransformation, not a str.
+    `FDS(batch=0)`: it is an integer, 1 or more.
 
-Annotations are read as they are written. `Any`, arrays and what is not known pass.
+The second is of a field annotated `Count` (`metalearn._utils.checks`). `Any`, arrays and types
+that are not known pass. Arguments of functions are checked by the functions of `checks`.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ import numbers
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import optax
 
+from metalearn._utils.checks import AtLeast, counts
 from metalearn.model import Model, no_model
 
 
@@ -42,6 +45,9 @@ def check_fields(part: Any, *others: str, absent: Sequence[str] = ()) -> None:
     """
     for name, hint in _hints(part.__class__).items():
         value = vars(part)[name]
+        if value is not None and (bound := _bound(hint)) is not None:
+            counts(type(part).__name__, bound.least, **{name: value})
+            continue
         if name in (absent if value is None else others) or _fits(hint, value):
             continue
         what = f"{type(part).__name__}({name}={_shown(value)})"
@@ -69,9 +75,22 @@ def _hints(cls: Any) -> dict[str, Any]:
     return found
 
 
+def _bound(hint: Any) -> AtLeast | None:
+    """Return the bound in the annotation of a count, or of one that may be None."""
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    bounds = [m for option in options for m in getattr(option, "__metadata__", ())]
+    return next((bound for bound in bounds if isinstance(bound, AtLeast)), None)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
 def _fits(hint: Any, value: Any) -> bool:
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    if origin is Annotated:
+        return _fits(inside[0], value)
+    if _is_union(hint):
         return any(_fits(option, value) for option in inside)
     if origin is tuple:
         if not isinstance(value, tuple | list):  # a list does, where it need not be hashed
@@ -105,7 +124,9 @@ def _transforms(value: Any) -> bool:
 def _said(hint: Any) -> str:
     """Say what a type is, for a message."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    if origin is Annotated:
+        return _said(inside[0])
+    if _is_union(hint):
         return " or ".join(_said(option) for option in inside)
     if origin is tuple:
         each = [_said(one) for one in inside if one is not ...]

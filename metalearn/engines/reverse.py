@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from metalearn._utils.checks import at_least
+from metalearn._utils.checks import Count
 from metalearn._utils.fields import check_fields
 from metalearn.engines.base import Aux, MetaGradient
 from metalearn.engines.inner_loop import Remat, backpropagate
@@ -45,13 +45,12 @@ class Reverse(MetaGradient):
     """
 
     remat: str = "none"
-    segment: int | None = None
+    segment: Count | None = None
     budget: int | None = None
     peel: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, "segment")
-        at_least("Reverse", 1, segment=self.segment)
+        check_fields(self)
         self._remat()
 
     def value_and_grad(

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metalearn._utils.checks import at_least, is_integer
+from metalearn._utils.checks import Count, is_integer
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import select
 from metalearn.sharding.batched_means import divisors
@@ -54,17 +54,16 @@ class Truncation:
     """
 
     steps: int
-    shortest: int | None = None
+    shortest: Count | None = None
     staggered: bool = True
 
     def __post_init__(self) -> None:
-        check_fields(self, "steps", "shortest")
+        check_fields(self, "steps")
         if not is_integer(self.steps) or self.steps < 1:
             raise ValueError(
                 f"`Truncation(steps={self.steps})`: A truncation takes at least one inner step, "
                 f"not {self.steps}."
             )
-        at_least("Truncation", 1, shortest=self.shortest)
         if self.shortest is not None and self.shortest < self.steps:
             raise ValueError(
                 f"No horizon is shorter than a truncation: shortest={self.shortest}, steps="

@@ -33,7 +33,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn._utils.checks import at_most, counts, is_integer
+from metalearn._utils.checks import CountOrZero, at_most, is_integer
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import split
 from metalearn.engines.base import Aux, MetaGradient, check_eta, outer_loss
@@ -78,7 +78,7 @@ class Forward(MetaGradient):
 
     directions: int | None = None
     chunk: int | None = None
-    max_directions: int = 1024
+    max_directions: CountOrZero = 1024
     sharding: jax.sharding.Sharding | None = None
     inexact_decay: float = 1.0
 
@@ -88,7 +88,6 @@ class Forward(MetaGradient):
             if value is not None and not (is_integer(value) and value >= 1):
                 raise ValueError(f"`Forward({name}={value})` must be at least 1, or None.")
         at_most("Forward", MOST_DIRECTIONS, directions=self.directions)
-        counts("Forward", 0, max_directions=self.max_directions)
         if self.chunk is not None and self.sharding is not None:
             raise ValueError(
                 "`Forward(chunk=..., sharding=...)`: tangents are pushed in chunks, or all at once "

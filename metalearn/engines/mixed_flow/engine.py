@@ -39,7 +39,7 @@ from typing import Any
 
 import jax
 
-from metalearn._utils.checks import at_least, pick
+from metalearn._utils.checks import Count, pick
 from metalearn._utils.fields import check_fields
 from metalearn.engines import custom_rules
 from metalearn.engines.base import Aux, MetaGradient
@@ -97,23 +97,22 @@ class MixedFlow(MetaGradient):
     """
 
     remat: str = "step"
-    segment: int | None = None
+    segment: Count | None = None
     budget: int | None = None
     store: str = "device"
     peel: bool = True
-    micro_batches: int = 1
+    micro_batches: Count = 1
     true_rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         custom_rules.check_names("MixedFlow", self.true_rules)
-        check_fields(self, "micro_batches", "segment")
+        check_fields(self)
         pick({**REMAT, RECONSTRUCT: Anchors}, self.remat, "remat")
         pick(STORES, self.store, "store")
         if self.store != "device" and self.remat != "step":
             raise ValueError(
                 f"store={self.store!r} is for what remat='step' keeps, not for {self.remat!r}."
             )
-        at_least("MixedFlow", 1, micro_batches=self.micro_batches, segment=self.segment)
         if self.remat == RECONSTRUCT and self.budget is not None:
             raise ValueError("`budget` is for remat='nested'; anchors take a `segment`.")
         if self.remat != RECONSTRUCT:
