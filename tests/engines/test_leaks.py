@@ -52,9 +52,6 @@ ENGINES = [
 ]
 
 
-RULED = MixedFlow(), MixedFlow(store="host", micro_batches=2)
-
-
 @jax.custom_vjp
 def straight_through(x):
     return jnp.round(x)
@@ -86,9 +83,14 @@ def unroll_of(activation):
     return Unroll(lambda eta: eta["scale"] * jnp.ones(3), step, loss, undo)
 
 
+# Tracing that checks for leaks is slow: the storage and rematerialisation of `MixedFlow` are.
 PAIRS = quick(
     [(engine, activation) for engine in ENGINES for activation in (jnp.tanh, straight_through)],
-    lambda engine, activation: activation is jnp.tanh or engine in RULED,
+    lambda engine, activation: (
+        engine == MixedFlow()
+        or (activation is jnp.tanh and not isinstance(engine, MixedFlow | InverseVariance))
+        or (activation is jnp.tanh and engine == MixedFlow("none"))
+    ),
 )
 
 
@@ -117,11 +119,14 @@ LEARNED = PerParameter((Gradient(),), PointwiseMLP(hidden=(2,)), step_scale=0.1)
 
 @pytest.mark.parametrize(
     ("engine", "rule"),
-    [
-        (MixedFlow(), LEARNED),
-        (MixedFlow(store="host"), TunedRule(optax.sgd, RATE)),
-        (PES(), TunedRule(optax.sgd, RATE)),
-    ],
+    quick(
+        [
+            (MixedFlow(), LEARNED),
+            (MixedFlow(store="host"), TunedRule(optax.sgd, RATE)),
+            (PES(), TunedRule(optax.sgd, RATE)),
+        ],
+        lambda engine, rule: isinstance(engine, PES),
+    ),
     ids=["MixedFlow", "host", "PES"],
 )
 def test_truncated_learned_optimizers_keep_nothing_of_a_trace(engine, rule):

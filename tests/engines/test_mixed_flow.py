@@ -110,10 +110,9 @@ EXACT = {
 }
 
 
-QUICK = ("default-weights", "parts-rates", "host-parts-weights")
 SETTINGS = quick(
     [(engine, name) for engine in EXACT for name in ("rates", "weights")],
-    lambda engine, name: f"{engine}-{name}" in QUICK,
+    lambda engine, name: engine == "parts" and name == "rates",
 )
 
 

@@ -27,7 +27,6 @@ from metalearn.models import (
 )
 from metalearn.models.transformer import Architecture
 from tests.cases import Float64
-from tests.helpers.selection import quick
 
 T, BATCH, S, TOKENS = 3, 2, 4, 5
 SHAPE = Architecture(vocabulary=TOKENS, width=4, layers=2, heads=2, remat="block")
@@ -95,14 +94,10 @@ def assert_agrees(task, library, engine):
     assert jnp.linalg.norm(grads - expected) < 1e-10 * jnp.linalg.norm(expected)
 
 
-PAIRS = quick(
-    [(task, library) for library in MODELS for task in TASKS],
-    lambda task, library: library == "linen" and task == "maml",
-)
-
-
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("task", "library"), PAIRS)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("library", MODELS)
 def test_mixed_flow_agrees_with_plain_reverse_on_the_tasks_of_the_paper(task, library):
     assert_agrees(task, library, SETTINGS["default"])
 
