@@ -1,6 +1,7 @@
 """Complex parameters in an inner state: gradients, norms, and training."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,10 @@ def eta_and_batches():
     return jax.tree.map(jnp.asarray, eta), (jnp.asarray(x), jnp.asarray(x.real.sum(-1)))
 
 
-def by_hand(unroll, eta, batches):
+@functools.cache
+def by_hand(optimizer):
+    unroll, (eta, batches) = unroll_of(OPTIMIZERS[optimizer]), eta_and_batches()
+
     @jax.jit
     @jax.grad
     def outer(eta):
@@ -99,14 +103,17 @@ ENGINES = [
 
 PAIRS = quick(
     [(optimizer, engine) for optimizer in OPTIMIZERS for engine in ENGINES],
-    lambda optimizer, engine: optimizer == "momentum" or engine == MixedFlow(),
+    lambda optimizer, engine: (
+        optimizer == "momentum"
+        and engine in (Forward(), MixedFlow(), MixedFlow(store="host", micro_batches=2))
+    ),
 )
 
 
 @pytest.mark.parametrize(("optimizer", "engine"), PAIRS, ids=str)
 def test_complex_parameters_have_the_derivative_of_a_loop_by_hand(optimizer, engine):
     unroll, (eta, batches) = unroll_of(OPTIMIZERS[optimizer]), eta_and_batches()
-    expected = by_hand(unroll, eta, batches)
+    expected = by_hand(optimizer)
     (_, aux), grads = jax.jit(lambda eta: engine.value_and_grad(unroll, eta, batches))(eta)
     ours, theirs = (ravel_pytree(tree)[0] for tree in (grads, expected))
     assert (abs(theirs) > 1e-6).all()
@@ -174,7 +181,17 @@ class Spectral(Algorithm):
 
 @pytest.mark.parametrize(
     "engine",
-    [Reverse("step"), Forward(), MixedFlow(), MixedFlow(store="host"), ES(2), InverseVariance()],
+    quick(
+        [
+            Reverse("step"),
+            Forward(),
+            MixedFlow(),
+            MixedFlow(store="host"),
+            ES(2),
+            InverseVariance(),
+        ],
+        lambda engine: engine == ES(2),
+    ),
     ids=repr,
 )
 def test_a_run_with_complex_inner_parameters_trains(engine):
@@ -185,7 +202,9 @@ def test_a_run_with_complex_inner_parameters_trains(engine):
     assert state.eta["rate"] != start.eta["rate"]
 
 
-@pytest.mark.parametrize("engine", [MixedFlow(), PES()], ids=repr)
+@pytest.mark.parametrize(
+    "engine", quick([MixedFlow(), PES()], lambda engine: engine == PES()), ids=repr
+)
 def test_truncated_runs_carry_complex_states(engine):
     cut = Trainer(Spectral(), engine, tasks_per_step=2, truncation=Truncation(2))
     state = cut.fit(Sinusoid(), 3, key=jax.random.key(0), progress=False)

@@ -18,6 +18,7 @@ from metalearn.experiments import build
 from metalearn.experiments.commands import plan as auto
 from metalearn.planning.step_cost import Row
 from tests.cases import ALGORITHMS, ESTIMATORS, MODELS, TASKS, Float64, to_float64
+from tests.helpers.selection import quick
 
 pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(0)
@@ -99,7 +100,9 @@ def adaptation():
     return unroll, eta, batches, jax.jit(lambda eta: reverse(unroll, eta, batches))(eta)
 
 
-@pytest.mark.parametrize("engine", [ES(2, 1e-3), PES(2, 1e-3)], ids=repr)
+@pytest.mark.parametrize(
+    "engine", quick([ES(2, 1e-3), PES(2, 1e-3)], lambda engine: engine == ES(2, 1e-3)), ids=repr
+)
 def test_maml_has_the_gradient_of_reverse_mode_in_the_mean(engine):
     *problem, exact = adaptation()
     assert_unbiased(estimates(engine, *problem, 4000), exact)
@@ -281,9 +284,9 @@ def test_a_loss_that_eta_has_no_part_in_has_a_gradient_of_exactly_zero(engine):
 
 
 def test_each_call_draws_anew():
-    engine = ES()
-    (_, aux), first = engine.value_and_grad(pursuit(), ETA, BATCHES, KEY)
-    _, second = engine.value_and_grad(pursuit(), ETA, BATCHES, aux.engine)
+    run = jax.jit(functools.partial(ES().value_and_grad, pursuit(), ETA, BATCHES))
+    (_, aux), first = run(KEY)
+    _, second = run(aux.engine)
     assert (ravel_pytree(first)[0] != ravel_pytree(second)[0]).all()
 
 
@@ -296,7 +299,8 @@ def test_loss_metrics_and_inner_losses_are_means_and_one_particle_may_fail_for_a
     unroll = Unroll(lambda eta: eta, step, lambda eta, x: (x, {"twice": 2 * x}))
     engine = ES(pairs=2, sigma=0.1)
     points = engine.draw_particles(jnp.float64(5.0), KEY).points
-    (loss, aux), _ = engine.value_and_grad(unroll, jnp.float64(5.0), BATCHES, KEY)
+    run = jax.jit(lambda eta: engine.value_and_grad(unroll, eta, BATCHES, KEY))
+    (loss, aux), _ = run(jnp.float64(5.0))
     np.testing.assert_allclose(loss, (points - 0.4 * points).mean())
     np.testing.assert_allclose(aux.metrics["twice"], 2 * loss)
     np.testing.assert_allclose(aux.state, 0.6 * points[0])
@@ -305,11 +309,11 @@ def test_loss_metrics_and_inner_losses_are_means_and_one_particle_may_fail_for_a
     eta = jnp.float64(0.01)
     signs = engine.draw_particles(eta, KEY).points > 0
     assert signs.any() and not signs.all()
-    (_, aux), _ = engine.value_and_grad(unroll, eta, BATCHES, KEY)
+    (_, aux), _ = run(eta)
     assert not jnp.isfinite(aux.inner.losses).any()
 
 
-@pytest.mark.parametrize("engine", ["ES", "PES", "InverseVariance"])
+@pytest.mark.parametrize("engine", quick(["ES", "PES", "InverseVariance"], lambda e: e == "PES"))
 def test_the_trainer_takes_an_estimator_as_any_engine(engine):
     maml = MAML(Float64(MODELS["Functions"]), squared_error, inner_steps=2)
     whole, chunked = (
