@@ -84,11 +84,14 @@ def test_those_counts_are_the_published_ones():
 
 @pytest.mark.parametrize(
     ("name", "image", "options", "train"),
-    [
-        ("WideResNet", SMALL, {"depth": 10, "width": 2}, True),
-        ("WideResNet", SMALL, {"depth": 10}, False),
-        ("LeNet", (13, 12, 2), {}, True),
-    ],
+    quick(
+        [
+            ("WideResNet", SMALL, {"depth": 10, "width": 2}, True),
+            ("WideResNet", SMALL, {"depth": 10}, False),
+            ("LeNet", (13, 12, 2), {}, True),
+        ],
+        lambda name, image, options, train: "width" not in options,
+    ),
 )
 def test_the_networks_of_all_libraries_compute_the_same(name, image, options, train):
     outputs = {}
@@ -103,7 +106,7 @@ def test_the_networks_of_all_libraries_compute_the_same(name, image, options, tr
         np.testing.assert_allclose(outputs[library], outputs["linen"], rtol=1e-7)
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", quick(LIBRARIES, lambda library: library == "nnx"))
 def test_batch_statistics_change_in_training_and_are_used_out_of_it(library):
     model = network(library, "WideResNet", SMALL, depth=10, momentum=0.5)
     params, state = jax.jit(model.init)(KEY)
@@ -118,7 +121,7 @@ def test_batch_statistics_change_in_training_and_are_used_out_of_it(library):
     assert (before != after).any()
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", quick(LIBRARIES, lambda library: library == "nnx"))
 def test_initial_kernels_are_those_of_he(library):
     model = network(library, "WideResNet", SMALL, depth=10)
     params, _ = jax.jit(model.init)(KEY)
@@ -126,9 +129,9 @@ def test_initial_kernels_are_those_of_he(library):
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 64)), rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("library", "method"),
-    quick([("linen", "patches"), ("nnx", "lax"), ("haiku", "lax")], lambda name, _: name == "nnx"),
+    ("library", "method"), [("linen", "patches"), ("nnx", "lax"), ("haiku", "lax")]
 )
 def test_forward_over_reverse_agrees_with_reverse_over_reverse(library, method):
     model = network(library, "WideResNet", SMALL, 3, depth=10, convolution=method)

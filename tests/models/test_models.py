@@ -25,6 +25,7 @@ from metalearn.models import (
 )
 from metalearn.models.convolution import convolve, flax_convolution, max_pool
 from tests.cases import IMAGE, LIBRARIES, MODELS, Float64, conv_net
+from tests.helpers.selection import quick
 
 pytestmark = pytest.mark.usefixtures("x64")
 KEY, OTHER_KEY = jax.random.key(0), jax.random.key(1)
@@ -173,7 +174,7 @@ def test_the_omniglot_network_has_the_parameters_of_the_paper(library, pool):
     assert size(params) == 112_261
 
 
-@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("pool", quick([False, True], lambda pool: pool))
 def test_the_networks_of_all_libraries_compute_the_same(pool):
     options = {"image": (8, 6, 2), "outputs": 3, "filters": 4, "blocks": 1, "pool": pool}
     x, outputs = images(4, (8, 6, 2)), {}
