@@ -17,6 +17,7 @@ from metalearn.datasets import Sinusoid
 from metalearn.experiments.cli.arguments import packaged
 from metalearn.models import Linen, train_flag
 from metalearn.models.linen_networks import MLP
+from tests.helpers.selection import quick
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLE = ROOT / "docs" / "own_algorithm.py"
@@ -45,7 +46,11 @@ def gradient(algorithm, engine):
     return jax.jit(trainer.task_gradient)(eta, Sinusoid(), jax.random.key(1))[0]
 
 
-@pytest.mark.parametrize("engine", [Forward(), Forward(chunk=5), MixedFlow()], ids=str)
+@pytest.mark.parametrize(
+    "engine",
+    quick([Forward(), Forward(chunk=5), MixedFlow()], lambda engine: engine == MixedFlow()),
+    ids=str,
+)
 def test_own_algorithm_has_one_meta_gradient_whatever_the_engine(algorithm, engine):
     expected = gradient(algorithm, Reverse())
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
@@ -56,6 +61,7 @@ def test_own_algorithm_has_one_meta_gradient_whatever_the_engine(algorithm, engi
     )
 
 
+@pytest.mark.slow
 def test_own_algorithm_learns(algorithm):
     trainer = Trainer(algorithm, MixedFlow(), optax.adam(1e-2), tasks_per_step=25)
     start = trainer.init(jax.random.key(0))
@@ -67,6 +73,7 @@ def test_own_algorithm_learns(algorithm):
     assert after.mean + after.ci95 < before.mean - before.ci95
 
 
+@pytest.mark.slow
 def test_own_parts_of_a_learned_optimizer_train_and_come_back_from_a_file(tmp_path):
     parts = load("own_learned_optimizer")
     for name, rule in parts.RULES.items():

@@ -73,9 +73,12 @@ def test_maml_is_gradient_descent_from_the_initialisation():
 @pytest.mark.parametrize(
     "optimizer",
     [
-        optax.sgd(0.1, momentum=0.9, nesterov=True),
-        optax.rmsprop(0.05, eps=1e-3, eps_in_sqrt=True),
-        optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1, eps_root=1e-4)),
+        pytest.param(optax.sgd(0.1, momentum=0.9, nesterov=True), marks=pytest.mark.slow),
+        pytest.param(optax.rmsprop(0.05, eps=1e-3, eps_in_sqrt=True), marks=pytest.mark.slow),
+        pytest.param(
+            optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1, eps_root=1e-4)),
+            marks=pytest.mark.slow,
+        ),
         optax.sgd(optax.linear_schedule(0.2, 0.1, 2)),
     ],
     ids=["nesterov", "rmsprop", "clip-adamw", "schedule"],
