@@ -16,6 +16,7 @@ from metalearn import Forward, MixedFlow, Reverse, Unroll
 from metalearn.experiments.benchmarks import optimizers as table
 from metalearn.optimizers.differentiable import differentiable_at_zero
 from tests.helpers.inner_optimizers import FINITE, NAN, NAN_AT_ALL_ZERO, NAN_AT_ZERO, documented
+from tests.helpers.selection import quick
 
 pytestmark = pytest.mark.usefixtures("x64")
 EVERY = {**FINITE, **NAN_AT_ZERO, **NAN_AT_ALL_ZERO, **NAN}
@@ -55,7 +56,13 @@ def same_bits(ours, expected):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0])
-@pytest.mark.parametrize("name", ["adam", "muon", "mechanize", "clipped", "radam"])
+@pytest.mark.parametrize(
+    "name",
+    quick(
+        ["adam", "muon", "mechanize", "clipped", "radam"],
+        lambda name: name not in ("muon", "mechanize"),
+    ),
+)
 def test_updates_and_states_are_the_same_to_the_bit_one_operation_at_a_time(name, scale):
     """Uncompiled: fusion could round two programs differently, whatever they compute."""
     optimizer, scale = EVERY[name], jnp.float32(scale)
@@ -64,7 +71,7 @@ def test_updates_and_states_are_the_same_to_the_bit_one_operation_at_a_time(name
         same_bits(trained(differentiable_at_zero(optimizer), scale, PARAMS, steps=2), expected)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", quick(KINDS, lambda name: name in ("adam", "madgrad")))
 def test_derivatives_are_the_same_where_no_gradient_is_zero(name):
     def outcome(optimizer, scale):
         return ravel_pytree(trained(optimizer, scale, PARAMS)[0])[0]
@@ -93,10 +100,13 @@ def test_the_derivative_at_zero_is_the_limit_of_those_beside_it():
 
 @pytest.mark.parametrize(
     ("optimizer", "weights"),
-    [
-        (optax.adam(0.1), (1, 1, 1)),
-        (optax.chain(optax.clip_by_global_norm(1.0), optax.lars(0.1)), (0, 1, 0)),
-    ],
+    quick(
+        [
+            (optax.adam(0.1), (1, 1, 1)),
+            (optax.chain(optax.clip_by_global_norm(1.0), optax.lars(0.1)), (0, 1, 0)),
+        ],
+        lambda optimizer, weights: all(weights),
+    ),
     ids=["adam", "clipped lars, steps without a gradient"],
 )
 def test_engines_agree_through_a_unit_whose_gradients_are_zero(optimizer, weights):
@@ -319,8 +329,9 @@ def test_a_complex_gradient_that_is_zero_is_clipped_like_a_real_one():
         g = {"w": scale * jnp.array([1 + 2j, 3j])}
         return (jnp.abs(optimizer.update(g, optimizer.init(g))[0]["w"] - 1) ** 2).sum()
 
-    np.testing.assert_allclose(jax.grad(size)(0.0), -2.0, rtol=1e-12)
-    np.testing.assert_allclose(jax.grad(size)(7.0), 0.0, atol=1e-12)
+    slope = jax.jit(jax.grad(size))
+    np.testing.assert_allclose(slope(0.0), -2.0, rtol=1e-12)
+    np.testing.assert_allclose(slope(7.0), 0.0, atol=1e-12)
 
 
 def test_the_factors_of_a_decomposition_are_differentiated_where_they_can_be():
@@ -328,13 +339,18 @@ def test_the_factors_of_a_decomposition_are_differentiated_where_they_can_be():
         made = differentiable_at_zero(optax.stateless(lambda x, _: jnp.linalg.svd(x)[i]))
         return lambda x: made.update(x, made.init(x))[0]
 
+    ours, plain = (
+        [jax.jit(jax.jacrev(f)) for f in functions]
+        for functions in (
+            (factor(0), factor(1)),
+            (lambda x: jnp.linalg.svd(x)[0], lambda x: jnp.linalg.svd(x)[1]),
+        )
+    )
     zero, other = jnp.zeros((2, 2)), jnp.array([[1.0, 2.0], [3.0, 5.0]])
     for x in (zero, other):  # singular values have a derivative at zero, singular vectors none
-        expected = jax.jacrev(lambda x: jnp.linalg.svd(x)[1])(x)
-        np.testing.assert_allclose(jax.jacrev(factor(1))(x), expected, rtol=1e-12, atol=1e-14)
-    np.testing.assert_array_equal(jax.jacrev(factor(0))(zero), 0)
-    expected = jax.jacrev(lambda x: jnp.linalg.svd(x)[0])(other)
-    np.testing.assert_allclose(jax.jacrev(factor(0))(other), expected, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(ours[1](x), plain[1](x), rtol=1e-12, atol=1e-14)
+    np.testing.assert_array_equal(ours[0](zero), 0)
+    np.testing.assert_allclose(ours[0](other), plain[0](other), rtol=1e-12, atol=1e-14)
 
 
 def test_second_derivatives_are_those_of_the_limit():
@@ -343,7 +359,7 @@ def test_second_derivatives_are_those_of_the_limit():
     def square(g):
         return (optimizer.update(g, optimizer.init(g))[0] ** 2).sum()
 
-    hessian = jax.hessian(square)(jnp.zeros(2))
+    hessian = jax.jit(jax.hessian(square))(jnp.zeros(2))
     np.testing.assert_allclose(hessian, 2 * (0.1 / 1e-3) ** 2 * jnp.eye(2), rtol=1e-9)
 
 
