@@ -24,7 +24,8 @@ class WandbLogger(Logger):
     W&B is not even imported.
 
     A run does not depend on W&B: where its server does not answer, the run is logged offline,
-    for `wandb sync` later; where it stops answering, what is not sent yet waits on disk.
+    for `wandb sync` later; where it stops answering, what is not sent yet waits on disk. On a full
+    disk the run goes on without it.
     """
 
     def __init__(
@@ -56,16 +57,19 @@ class WandbLogger(Logger):
         import wandb
 
         self._wandb, self._step = wandb, step
+        with disk.forgiven("The files of W&B"):
+            self._run = self._started(config, record.get("wandb_id"))
+
+    def _started(self, config: Mapping[str, Any], known: Any) -> Any:
         if self.directory is not None:
             pathlib.Path(self.directory).mkdir(parents=True, exist_ok=True)
-        mode, known = self._resolved_mode(), record.get("wandb_id")
-        known = known if isinstance(known, str) else None
+        mode, known = self._resolved_mode(), known if isinstance(known, str) else None
         try:
-            self._run = self._begun(config, known, mode)
-        except (wandb.Error, TimeoutError) as error:
-            if mode != "online":
+            return self._begun(config, known, mode)
+        except (self._wandb.Error, TimeoutError) as error:
+            if mode != "online" or disk.at_fault(error):
                 raise
-            self._run = self._begun(config, known, self._offline(error))
+            return self._begun(config, known, self._offline(error))
 
     def _begun(self, config: Mapping[str, Any], known: str | None, mode: Any) -> Any:
         return self._wandb.init(

@@ -13,7 +13,7 @@ from metalearn._utils import disk
 from metalearn._utils.intervals import Estimate
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments.commands import run
-from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger
+from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
 from tests.helpers.checkpoints import restored, state_at
 from tests.helpers.clock import clock, fit
 from tests.helpers.command_line import SINUSOID, call
@@ -187,6 +187,17 @@ def test_a_line_to_a_full_disk_is_not_printed_and_ends_nothing(monkeypatch):
     monkeypatch.setattr("metalearn._utils.disk.tqdm.write", full)
     ConsoleLogger(1).log(1, {"loss": 1.0})
     ConsoleLogger().finish({"loss": Estimate(1.0, 0.1, 4)})
+
+
+def test_where_wandb_finds_a_full_disk_the_run_goes_on_without_it(tmp_path, monkeypatch, capsys):
+    logger = WandbLogger(mode="offline", directory=tmp_path / "run")
+    with monkeypatch.context() as broken:
+        broken.setattr(pathlib.Path, "mkdir", full)
+        logger.start(0, {}, {"wandb_id": "before"})
+    assert "The files of W&B could not be written" in capsys.readouterr().out
+    logger.log(1, {"loss": 1.0})
+    logger.finish({"loss": Estimate(1.0, 0.1, 4)})
+    assert logger.record() == {"wandb_id": "before"}
 
 
 @needs_full
