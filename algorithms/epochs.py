@@ -1,4 +1,8 @@
-"""A long training run reads its data by number: nothing is stacked, whatever T is."""
+"""Batches of a long inner loop, read from the dataset by row number.
+
+The dataset is on the device once, and its batches are not stacked for T steps: an inner step
+receives the numbers of its rows (`epochs`) and reads them (`read_rows`).
+"""
 
 from __future__ import annotations
 
@@ -9,40 +13,49 @@ import jax.numpy as jnp
 
 from metalearn._utils.pixels import are_pixels
 
-MOST = 2**31 - 1
+MOST_READS = 2**31 - 1
 
 
 def check_reads(what: str, steps: int, batch: int) -> None:
-    """Raise ValueError for a run that reads more examples than 32 bits can count."""
-    if steps * batch > MOST:
+    """Raise ValueError for an inner loop that reads more examples than 32 bits can count."""
+    if steps * batch > MOST_READS:
         raise ValueError(
             f"`{what}` reads {steps:,} x {batch:,} examples in a run, which are counted in 32 "
-            f"bits, up to {MOST:,}. Take fewer inner steps, or smaller batches."
+            f"bits, up to {MOST_READS:,}. Take fewer inner steps, or smaller batches."
         )
 
 
 def epochs(rows: jax.Array, steps: jax.Array, batch: int, key: jax.Array) -> jax.Array:
-    """Return the rows [t, batch] of steps [t], numbers one after the other, from any on.
+    """Return the rows [t, batch] that consecutive steps read, in shuffled epochs without repeats.
 
-    All of `rows` [n] come before any comes again. No more epochs are drawn than the steps touch.
+    Only the permutations of those epochs that the steps touch are computed.
+
+    Args:
+      rows: [n], the numbers of the training examples; an epoch reads each of them once.
+      steps: [t], consecutive numbers of inner steps, from any step on.
+      batch: examples of a step.
+      key: (), decides the permutation of every epoch.
     """
     n = len(rows)
     if batch > n:
         raise ValueError(f"batch={batch}, but there are {n} training examples.")
     first = steps[0] * batch // n
-    touched = -(-len(steps) * batch // n) + 1
-    keys = jax.vmap(lambda epoch: jax.random.fold_in(key, epoch))(first + jnp.arange(touched))
-    drawn = jax.vmap(lambda key: jax.random.permutation(key, rows))(keys).reshape(-1)
-    begins = steps * batch - first * n  # within what was drawn
-    places = begins[:, None] + jnp.arange(batch)[None]
-    return drawn[places]
+    count = -(-len(steps) * batch // n) + 1
+    keys = jax.vmap(lambda epoch: jax.random.fold_in(key, epoch))(first + jnp.arange(count))
+    shuffled = jax.vmap(lambda key: jax.random.permutation(key, rows))(keys).reshape(-1)
+    offsets = steps * batch - first * n  # of each step's first example in `shuffled`
+    return shuffled[offsets[:, None] + jnp.arange(batch)[None]]
 
 
-def read(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (inputs, targets) of these rows; images of uint8 are read as 0..1.
+def read_rows(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return (inputs, targets) of some rows; uint8 images are scaled to 0..1.
+
+    Args:
+      data: (inputs [n, ...], targets [n, ...], ...).
+      rows: numbers of examples, of any shape.
 
     Raises:
-      ValueError: of uint8 that are no images. See `metalearn._utils.pixels`.
+      ValueError: for uint8 inputs that are not images. See `metalearn._utils.pixels`.
     """
     inputs, targets = data[0][rows], data[1][rows]
     pixels = are_pixels("An inner step", inputs.dtype, inputs.shape[1:])

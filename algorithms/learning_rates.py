@@ -7,8 +7,9 @@ direction u_t of an optax optimizer and one learned rate per parameter,
     F(eta)      = L_val(theta_T)
 
 and eta is the logarithm of the rates, so that they stay positive. The first task of Kemaev
-et al. 2025 (arXiv:2505.00793), and the rates alone of Meta-SGD (Li et al. 2017,
-arXiv:1707.03141). eta is as large as theta: not a problem for `Forward`.
+et al. 2025 (arXiv:2505.00793), and Meta-SGD (Li et al. 2017, arXiv:1707.03141) without its
+learned initialisation. eta is as large as theta, so `Forward`, with a tangent for each entry of
+eta, does not suit it.
 """
 
 from __future__ import annotations
@@ -27,25 +28,41 @@ from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.model import Model
 from metalearn.optimizers.reversible import Reversible
 from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
-from metalearn.unroll import Episode, ExampleMean, ModelTraining, Unroll
+from metalearn.unroll import (
+    Batch,
+    Episode,
+    Eta,
+    ExampleMean,
+    GradFn,
+    Metrics,
+    ModelTraining,
+    Unroll,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class LearningRates(Algorithm):
     """Learn one learning rate per parameter. Kemaev et al. 2025.
 
-    Support: (inputs, targets, ...), leaves [T, batch, ...], a slice a step. Query: the same
-    with leaves [batch, ...].
+    Support: (inputs, targets, ...), leaves [T, batch, ...], one slice per inner step. Query: the
+    same with leaves [batch, ...].
+
+    Args:
+      model: the network that is trained.
+      objective: outputs, targets -> loss (), metrics; of the inner and of the outer loss.
+      optimizer: the inner optimizer. Its updates are multiplied by the learned rates, so its own
+        rate is one. `eps_root` keeps the derivative of Adam's square root finite where a gradient
+        is exactly zero.
+      initial: the value of every learned rate before the first outer step.
+      mean_over_examples: whether the objective is a mean over examples and no example's output
+        depends on another example (no batch statistics). Engines may then split a batch into
+        micro-batches (`ExampleMean`).
     """
 
     model: Model
     objective: Objective = cross_entropy
-    # Its update is multiplied by the learned rates, so it has a rate of one. `eps_root`
-    # keeps the derivative of Adam's square root finite where a gradient is exactly zero.
     optimizer: optax.GradientTransformation | Reversible = optax.adam(1.0, eps_root=1e-8)
-    initial: float = 1e-3  # every learned rate, before any outer step
-    # Whether the objective is a mean over examples, and no example's output depends on another
-    # (no batch statistics): then an engine may take a few at a time (`ExampleMean`).
+    initial: float = 1e-3
     mean_over_examples: bool = False
 
     def __post_init__(self) -> None:
@@ -58,72 +75,71 @@ class LearningRates(Algorithm):
         if not self.initial > 0:
             raise ValueError(f"Learned rates are positive, so initial={self.initial} cannot be.")
 
-    def init(self, key: jax.Array) -> Any:
-        """Return the logarithm of each parameter's rate, a tree like theta."""
+    def init(self, key: jax.Array) -> Eta:
+        """Return the logarithm of each parameter's learning rate, a tree like theta."""
         params, _ = jax.eval_shape(self.model.init, key)
         return jax.tree.map(lambda p: jnp.full(p.shape, math.log(self.initial), p.dtype), params)
 
     def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
         """Return the training of a fresh model, drawn with `key`."""
 
-        def init(eta: Any) -> ModelTraining:
+        def init(eta: Eta) -> ModelTraining:
             del eta
             params, statistics = self.model.init(key)
             return ModelTraining(params, start(self.optimizer, params), statistics)
 
-        def step(eta: Any, state: ModelTraining, batch: Any, grad: Any) -> ModelTraining:
+        def step(eta: Eta, state: ModelTraining, batch: Batch, grad: GradFn) -> ModelTraining:
             data, key = batch
-            found, statistics = self._evaluated(state, data, key, grad)
-            updates, optimizer = update(self.optimizer, found, state.optimizer, state.params)
-            updates = jax.tree.map(lambda rate, u: jnp.exp(rate) * u, eta, updates)
+            evaluated, statistics = self._evaluate(state, data, key, grad)
+            updates, optimizer = update(self.optimizer, evaluated, state.optimizer, state.params)
+            updates = _scaled(eta, updates)
             return ModelTraining(optax.apply_updates(state.params, updates), optimizer, statistics)
 
-        def loss(eta: Any, state: ModelTraining) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss(eta: Eta, state: ModelTraining) -> tuple[jax.Array, Metrics]:
             del eta
             params = evaluation_params(state.optimizer, state.params)
             value, (_, metrics) = self._loss(state, params, episode.query, False, key)
             return value, metrics
 
-        undoes = isinstance(self.optimizer, Reversible) and not self._statistics(key)
-        return Unroll(init, step, loss, self._undo if undoes else None)
+        reversible = isinstance(self.optimizer, Reversible) and not self._statistics(key)
+        return Unroll(init, step, loss, self._undo if reversible else None)
 
-    def batches(self, episode: Episode, key: jax.Array) -> Any:
-        """Return the support batches [T, batch, ...] and a key for each."""
+    def batches(self, episode: Episode, key: jax.Array) -> Batch:
+        """Return the support batches, leaves [T, batch, ...], and a key for each, [T]."""
         steps = jax.tree.leaves(episode.support)[0].shape[0]
         return episode.support, jax.random.split(key, steps)
 
-    def _undo(self, eta: Any, state: ModelTraining, batch: Any, grad: Any) -> ModelTraining:
-        """Return the state before a step of a reversible optimizer, from the one after it."""
+    def _undo(self, eta: Eta, state: ModelTraining, batch: Batch, grad: GradFn) -> ModelTraining:
+        """Return the state before a step of a reversible optimizer, from the state after it."""
         assert isinstance(self.optimizer, Reversible)
-        taken = self.optimizer.taken(state.optimizer)
-        taken = jax.tree.map(lambda rate, u: jnp.exp(rate) * u, eta, taken)
-        params = jax.tree.map(jnp.subtract, state.params, taken)
+        updates = _scaled(eta, self.optimizer.taken(state.optimizer))
+        params = jax.tree.map(jnp.subtract, state.params, updates)
         data, key = batch
-        found, statistics = self._evaluated(state._replace(params=params), data, key, grad)
-        return ModelTraining(
-            params, self.optimizer.before(state.optimizer, found.grads), statistics
-        )
+        evaluated, statistics = self._evaluate(state._replace(params=params), data, key, grad)
+        optimizer = self.optimizer.before(state.optimizer, evaluated.grads)
+        return ModelTraining(params, optimizer, statistics)
 
     def _statistics(self, key: jax.Array) -> list[Any]:
+        """Return the shapes of the model's mutable state; empty for a model without one."""
         return jax.tree.leaves(jax.eval_shape(self.model.init, key)[1])
 
-    def _evaluated(
-        self, state: ModelTraining, batch: Any, key: jax.Array, grad: Any
+    def _evaluate(
+        self, state: ModelTraining, batch: Batch, key: jax.Array, grad: GradFn
     ) -> tuple[Evaluated, Any]:
-        """Return (grad L with L, the model's next statistics)."""
+        """Return (the inner loss with its gradient, the model's next statistics)."""
         if not self.mean_over_examples:
 
             def batch_loss(params: Any) -> Any:
                 value, (statistics, _) = self._loss(state, params, batch, True, key)
                 return value, statistics
 
-            found = evaluate(grad, batch_loss, state.params)
-            return found, found.aux
+            evaluated = evaluate(grad, batch_loss, state.params)
+            return evaluated, evaluated.aux
 
         def example_loss(params: Any, example: Any) -> jax.Array:
             example, key = example
-            alone = jax.tree.map(lambda x: x[None], example)
-            return self._loss(state, params, alone, True, key)[0]
+            batch_of_one = jax.tree.map(lambda x: x[None], example)
+            return self._loss(state, params, batch_of_one, True, key)[0]
 
         examples = batch, jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
         mean = ExampleMean(example_loss)
@@ -131,7 +147,7 @@ class LearningRates(Algorithm):
 
     def _loss(
         self, state: ModelTraining, params: Any, data: Any, train: bool, key: jax.Array
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
         """Return (loss (), (new statistics, metrics))."""
         inputs, targets, *_ = data
         outputs, statistics = self.model.apply(
@@ -139,3 +155,8 @@ class LearningRates(Algorithm):
         )
         loss, metrics = self.objective(outputs, targets)
         return loss, (statistics, metrics)
+
+
+def _scaled(log_rates: Eta, updates: Any) -> Any:
+    """Return the updates, each multiplied by its learned rate."""
+    return jax.tree.map(lambda rate, u: jnp.exp(rate) * u, log_rates, updates)

@@ -9,15 +9,33 @@ Finn, Abbeel and Levine 2017 (arXiv:1703.03400). Three relatives are options, an
 
 - Meta-SGD, Li et al. 2017 (arXiv:1707.03141): alpha is a vector, one learned rate per
   parameter (`learned_rates`).
-- First-order MAML, same paper as MAML: the inner gradient is taken as a constant
-  (`first_order`); about a third of the work, and no Hessian products.
+- First-order MAML, same paper as MAML: the inner gradient is treated as a
+  constant (`first_order`); about a third of the work, and no Hessian products.
 - ANIL, Raghu et al. 2020 (arXiv:1909.09157): only the head adapts, the body is reused
-  (`adapt="head"`); the inner loop carries and differentiates the head alone.
+  (`adapt="head"`); the inner loop carries and differentiates only the head.
 
-The inner optimizer sees the model's own tree, so its labels and masks go by path
-(`optax.multi_transform`, `optax.masked`, `optax.adamw(mask=)`); what does not adapt is an
-`optax.MaskedNode` there, as `optax.masked` has it. What else it may ask
-for: `metalearn.optimizers.updates`.
+The inner optimizer receives a tree of the model's own structure, so its labels and masks go by
+path (`optax.multi_transform`, `optax.masked`, `optax.adamw(mask=)`); leaves that do not adapt are
+an `optax.MaskedNode` there, as in `optax.masked`. The extra arguments that its `update` may
+have: `metalearn.optimizers.updates`.
+
+What batch normalisation does inside the inner loop is the most repeated question of the field, and
+the usual reason why two implementations of MAML disagree. `batch_norm` names one of three policies:
+
+- "transductive" (the default): always normalise by the statistics of the current batch, support
+  and query alike, without running statistics. This is what MAML's own code does, and most
+  published few-shot numbers: the queries of a task are evaluated in one batch, and help each
+  other. Dropout, if any, stays on in evaluation too: a network that has dropout wants "running"
+  or "frozen".
+- "running": a task starts from the model's initial statistics, updates them on its own support set
+  at every inner step, and its queries are normalised by them one by one. No information passes
+  between queries. After few steps the running averages are still close to the initial statistics:
+  give the layer a small momentum (0 uses the last support batch alone). The statistics depend on
+  the parameters and so carry a derivative; `flax.nnx.BatchNorm` cuts it with a `stop_gradient` of
+  its own, the layers of `metalearn.models` do not.
+- "frozen": the model's initial statistics are used throughout and never change. They have to come
+  from a pre-trained network, whose `init` returns them. (Those of an untrained network are mean 0
+  and variance 1; in `hk.BatchNorm` variance 0, and the result is NaN.)
 """
 
 from __future__ import annotations
@@ -29,40 +47,85 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn._utils.checks import is_integer, pattern
+from metalearn._utils.checks import is_integer, pattern, pick
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import split_by_path
 from metalearn.algorithm import Algorithm
-from metalearn.algorithms.batch_norm import batch_norm_policy
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.model import Model
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
-from metalearn.unroll import Episode, ModelTraining, Unroll
+from metalearn.unroll import Batch, Episode, GradFn, Metrics, ModelTraining, Unroll
 
 
-class Eta(NamedTuple):
-    """What MAML learns."""
+class BatchNorm(NamedTuple):
+    """A policy of batch normalisation: how a network is called on the support and query set.
 
-    params: Any  # the initialisation, theta_0
-    rates: Any  # Meta-SGD: one rate per adapted parameter, a list of arrays like them; else None
+    train_on_support: the `train` flag of inner steps; dropout follows it too.
+    train_on_query: the `train` flag of the outer loss.
+    carry_statistics: carry running statistics from inner step to inner step, and to the query set.
+    """
+
+    train_on_support: bool
+    train_on_query: bool
+    carry_statistics: bool
+
+
+POLICIES = {
+    "transductive": BatchNorm(train_on_support=True, train_on_query=True, carry_statistics=False),
+    "running": BatchNorm(train_on_support=True, train_on_query=False, carry_statistics=True),
+    "frozen": BatchNorm(train_on_support=False, train_on_query=False, carry_statistics=False),
+}
+
+
+def batch_norm_policy(name: str) -> BatchNorm:
+    """Return the policy of batch normalisation with this name.
+
+    Raises:
+      ValueError: for another name, with the names there are.
+    """
+    return pick(POLICIES, name, "batch-normalisation policy")
+
+
+class Initialisation(NamedTuple):
+    """The meta-parameters eta of MAML.
+
+    params: theta_0, all parameters of the model.
+    rates: Meta-SGD: one learned rate per adapted parameter, a list of arrays like them; else None.
+    """
+
+    params: Any
+    rates: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class MAML(Algorithm):
-    """Model-agnostic meta-learning: learn the initialisation. Finn et al. 2017."""
+    """Model-agnostic meta-learning: learn the initialisation. Finn et al. 2017.
+
+    Support and query: (inputs [n, ...], targets [n, ...]).
+
+    Args:
+      model: the network that adapts.
+      objective: outputs, targets -> loss (), metrics; of the inner and of the outer loss.
+      optimizer: the inner optimizer.
+      inner_steps: T, inner steps in training.
+      eval_steps: inner steps in evaluation; None: as in training.
+      learned_rates: Meta-SGD: the initial value of the learned rates. They multiply the updates of
+        the inner optimizer, so its own rate is one: `optax.sgd(1.0)`. None: no learned rates.
+      first_order: treat the inner gradient as a constant in the backward pass.
+      adapt: a regular expression that the paths of the adapted parameters match, such as "head";
+        the other parameters stay at theta_0. "": all adapt.
+      batch_norm: "transductive", "running" or "frozen": see `metalearn.algorithms.maml`.
+    """
 
     model: Model
     objective: Objective = cross_entropy
-    optimizer: optax.GradientTransformation = optax.sgd(0.4)  # the inner one
+    optimizer: optax.GradientTransformation = optax.sgd(0.4)
     inner_steps: int = 1
-    eval_steps: int | None = None  # inner steps in evaluation; None: as in training
-    # Meta-SGD: the initial value of learned rates. They multiply the inner optimizer's
-    # update, so give that a rate of one: `optax.sgd(1.0)`.
+    eval_steps: int | None = None
     learned_rates: float | None = None
     first_order: bool = False
-    # The parameter paths that adapt: a regular expression, see `checks.unusable`; "": all
     adapt: str = ""
-    batch_norm: str = "transductive"  # see `metalearn.algorithms.batch_norm`
+    batch_norm: str = "transductive"
 
     def __post_init__(self) -> None:
         pattern("MAML", adapt=self.adapt)
@@ -76,63 +139,66 @@ class MAML(Algorithm):
 
     @property
     def evaluation_steps(self) -> int:
-        """Return the inner steps of evaluation."""
+        """Return the number of inner steps in evaluation."""
         return self.inner_steps if self.eval_steps is None else self.eval_steps
 
-    def init(self, key: jax.Array) -> Eta:
-        """Return the initialisation, with its learned rates if there are any."""
+    def init(self, key: jax.Array) -> Initialisation:
+        """Return the initialisation, and the learned rates of Meta-SGD."""
         params, _ = self.model.init(key)
         if self.learned_rates is None:
-            return Eta(params, None)
+            return Initialisation(params, None)
         adapted, _, _ = split_by_path(params, self.adapt)
-        return Eta(params, [jnp.full_like(leaf, self.learned_rates) for leaf in adapted])
+        rates = [jnp.full_like(leaf, self.learned_rates) for leaf in adapted]
+        return Initialisation(params, rates)
 
     def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
-        """Return the adaptation to one task. Support and query: (inputs, targets)."""
+        """Return the adaptation to one task."""
         policy = batch_norm_policy(self.batch_norm)
 
-        def init(eta: Eta) -> ModelTraining:
+        def init(eta: Initialisation) -> ModelTraining:
             adapted, _, _ = split_by_path(eta.params, self.adapt)
             _, statistics = self.model.init(key)
-            return ModelTraining(
-                adapted, start(self.optimizer, self._seen(eta, adapted)), statistics
-            )
+            optimizer = start(self.optimizer, self._masked(eta, adapted))
+            return ModelTraining(adapted, optimizer, statistics)
 
-        def step(eta: Eta, state: ModelTraining, key: jax.Array, grad: Any) -> ModelTraining:
-            theta = self._seen(eta, state.params)
+        def step(
+            eta: Initialisation, state: ModelTraining, key: Batch, grad: GradFn
+        ) -> ModelTraining:
+            theta = self._masked(eta, state.params)
 
             def support_loss(theta: Any) -> Any:
                 moved = state._replace(params=jax.tree.leaves(theta))
                 return self._loss(eta, moved, episode.support, policy.train_on_support, key)
 
-            found = evaluate(grad, support_loss, theta)
-            statistics, _ = found.aux
+            evaluated = evaluate(grad, support_loss, theta)
+            statistics, _ = evaluated.aux
             if self.first_order:
-                constant = jax.lax.stop_gradient((found.grads, found.value))
-                found = found._replace(grads=constant[0], value=constant[1])
-            updates, optimizer = update(self.optimizer, found, state.optimizer, theta)
+                constant = jax.lax.stop_gradient((evaluated.grads, evaluated.value))
+                evaluated = evaluated._replace(grads=constant[0], value=constant[1])
+            updates, optimizer = update(self.optimizer, evaluated, state.optimizer, theta)
             changes = jax.tree.leaves(updates)
             if eta.rates is not None:
                 changes = jax.tree.map(jnp.multiply, eta.rates, changes)
-            kept = statistics if policy.carry_statistics else state.statistics
-            return ModelTraining(optax.apply_updates(state.params, changes), optimizer, kept)
+            params = optax.apply_updates(state.params, changes)
+            carried = statistics if policy.carry_statistics else state.statistics
+            return ModelTraining(params, optimizer, carried)
 
-        def loss(eta: Eta, state: ModelTraining) -> tuple[jax.Array, dict[str, jax.Array]]:
-            judged = evaluation_params(state.optimizer, self._seen(eta, state.params))
-            state = state._replace(params=jax.tree.leaves(judged))
+        def loss(eta: Initialisation, state: ModelTraining) -> tuple[jax.Array, Metrics]:
+            theta = evaluation_params(state.optimizer, self._masked(eta, state.params))
+            state = state._replace(params=jax.tree.leaves(theta))
             value, (_, metrics) = self._loss(eta, state, episode.query, policy.train_on_query, key)
             return value, metrics
 
         return Unroll(init, step, loss)
 
-    def _seen(self, eta: Eta, adapted: list[jax.Array]) -> Any:
-        """Return adapted leaves as the optimizer sees them: in the model's tree, others masked."""
+    def _masked(self, eta: Initialisation, adapted: list[jax.Array]) -> Any:
+        """Return the adapted leaves in the model's tree, an `optax.MaskedNode` for all others."""
         _, fixed, join = split_by_path(eta.params, self.adapt)
         return join(adapted, [optax.MaskedNode()] * len(fixed))
 
     def _loss(
-        self, eta: Eta, state: ModelTraining, data: Any, train: bool, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        self, eta: Initialisation, state: ModelTraining, data: Any, train: bool, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
         """Return (loss (), (new statistics, metrics)) of the adapted model on some data."""
         _, fixed, join = split_by_path(eta.params, self.adapt)
         inputs, targets = data
@@ -144,10 +210,10 @@ class MAML(Algorithm):
         return loss, (statistics, metrics)
 
     def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
-        """Return one key per inner step [T]: every step reads the whole support set."""
+        """Return one key per inner step, [T]: every step reads the whole support set."""
         del episode
         return jax.random.split(key, self.inner_steps)
 
     def evaluation(self) -> MAML:
-        """Return the same algorithm with the number of inner steps of evaluation."""
+        """Return the same algorithm with `eval_steps` inner steps."""
         return dataclasses.replace(self, inner_steps=self.evaluation_steps)

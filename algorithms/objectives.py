@@ -1,4 +1,4 @@
-"""Losses with the metrics people read beside them: outputs, targets -> loss, metrics."""
+"""Objectives: outputs, targets -> loss (), metrics."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import jax.numpy as jnp
 import optax
 
 from metalearn.diagnostics.labels import compare
+from metalearn.unroll import Metrics
 
-Objective = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+Objective = Callable[[Any, Any], tuple[jax.Array, Metrics]]
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Classify: logits [n, classes], labels [n] int -> mean loss (), accuracy in 0..1."""
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Cross-entropy: logits [n, classes], labels [n] int -> mean loss (), accuracy in 0..1."""
     labels = check_labels("cross_entropy", logits, labels)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
 
 
-def squared_error(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Regress: outputs and targets [n, ...] -> mean squared error (), no metrics."""
+def squared_error(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Squared error: outputs and targets [n, ...] -> mean squared error (), no metrics."""
     if outputs.shape != targets.shape:
         raise ValueError(
             f"`squared_error` takes outputs and targets of one shape, not "
@@ -36,14 +37,14 @@ def weighted_cross_entropy(
     labels: jax.Array,
     label_smoothing: jax.typing.ArrayLike = 0.0,
     class_weights: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Classify, with hyperparameters that can be learned.
+) -> tuple[jax.Array, Metrics]:
+    """Cross-entropy with hyperparameters that can be learned: mean loss (), accuracy in 0..1.
 
     Args:
       logits: [n, classes].
       labels: [n] int.
-      label_smoothing: (), in 0..1: the share of each target spread over all classes.
-      class_weights: [classes], of the losses by their label; None: all one.
+      label_smoothing: (), in 0..1: the share of each target distributed over all classes.
+      class_weights: [classes], the weight of a loss by its label; None: all one.
     """
     labels = check_labels("weighted_cross_entropy", logits, labels)
     log_p = jax.nn.log_softmax(logits)
@@ -56,13 +57,13 @@ def weighted_cross_entropy(
 
 
 def check_labels(what: str, logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the labels, those below zero made as wrong as those beyond the outputs.
+    """Return the labels, negative ones replaced by a label that is out of range.
 
-    The loss of a label that is beyond the outputs is NaN; of -1 it would be that of the last
-    class. Known labels of a run are compared with the outputs: `metalearn.diagnostics.labels`.
+    The loss of a label beyond the outputs is NaN; that of -1 would be the loss of the last class.
+    A known range of the labels is compared with the outputs (`metalearn.diagnostics.labels`).
 
     Raises:
-      ValueError: unless labels are integers, one for each row of logits, and none is known to be
+      ValueError: unless labels are integers, one per row of logits, and none is known to be
         beyond the outputs.
     """
     if not (jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == logits.shape[:-1]):

@@ -45,8 +45,8 @@ FEATURES = {
     "labels beyond the network's outputs": ("metalearn/diagnostics/labels.py", "known"),
     "a mesh of devices": ("metalearn/sharding/mesh.py", "make_mesh"),
     "MAML": ("algorithms/maml.py", "MAML"),
-    "what batch normalisation does in the inner loop": (
-        "algorithms/batch_norm.py",
+    "what batch normalisation does in MAML's inner loop": (
+        "algorithms/maml.py",
         "batch_norm_policy",
     ),
     "hyperparameter schedules by FDS": ("algorithms/fds/algorithm.py", "FDS"),

@@ -33,7 +33,7 @@ from metalearn.algorithms import (
     cross_entropy,
     weighted_cross_entropy,
 )
-from metalearn.algorithms.epochs import read
+from metalearn.algorithms.epochs import read_rows
 from metalearn.datasets import (
     ClassIndex,
     FewShot,
@@ -471,7 +471,7 @@ def episodes(examples):
         TrainingRuns.create(examples, np.arange(4), validation=2),
         HeldOut.create(examples, np.arange(4), examples, np.arange(4)),
     ):
-        yield read(tasks.sample(KEY).support, jnp.arange(4))[0]
+        yield read_rows(tasks.sample(KEY).support, jnp.arange(4))[0]
 
 
 @pytest.mark.parametrize("dtype", OTHERS)
@@ -509,7 +509,7 @@ def test_bytes_that_may_be_tokens_are_refused_with_both_ways_out(shape):
         lambda: few(index),
         lambda: TrainingRuns.create(tokens, np.arange(4), validation=1),
         lambda: HeldOut.create(tokens, np.arange(4), tokens, np.arange(4)),
-        lambda: read((jnp.asarray(tokens), jnp.arange(4)), jnp.arange(4)),
+        lambda: read_rows((jnp.asarray(tokens), jnp.arange(4)), jnp.arange(4)),
     ):
         with said(ValueError, message):
             make()

@@ -2,17 +2,18 @@
 
 The inner loop trains a fresh model for T steps with an optimizer whose hyperparameters are
 constant over windows (`metalearn.algorithms.fds.schedule`); the outer loss is the validation loss
-of where it ends,
+of the last parameters,
 
     theta_{t+1} = Phi(theta_t, grad L_t(theta_t; eta_w(t)); eta_w(t))     t = 0 .. T-1
     F(eta)      = L_val(theta_T)
 
-and eta, one value per window and hyperparameter, is the same for every fresh start: what is
-learned is not tied to one run. Each outer step draws a new theta_0 and a new validation
-split; at the end the schedule is stretched over a run on all the data.
+and eta, one value per window and hyperparameter, is learned over many theta_0, so the schedule is
+not fitted to one initialisation. Each outer step draws a new theta_0 and a new validation split; at
+the end the schedule is stretched over a run on all the data.
 
-Greedy methods look one step ahead and choose too small a learning rate (Wu et al. 2018,
-arXiv:1803.02021). Sharing is what makes the exact hypergradient of a long run usable.
+Greedy methods take the hypergradient of a single step and choose too small a learning rate (Wu et
+al. 2018, arXiv:1803.02021). The exact hypergradient of a long run becomes usable once it is summed
+over the steps that share a value.
 
 Micaelli & Storkey 2021, "Gradient-based Hyperparameter Optimization Over Long Horizons"
 (arXiv:2007.07869), by forward mode (Franceschi et al. 2017, arXiv:1703.01785). With a dozen
@@ -34,40 +35,47 @@ from metalearn._utils.checks import Count, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import in_dtypes_of
 from metalearn.algorithm import Algorithm
-from metalearn.algorithms.epochs import check_reads, epochs, read
+from metalearn.algorithms.epochs import check_reads, epochs, read_rows
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter, check_required, place
 from metalearn.algorithms.fds.schedule import Schedule, edges, spread, stretched, window_of
 from metalearn.algorithms.objectives import cross_entropy
 from metalearn.model import Model, no_model
 from metalearn.optimizers.differentiable import differentiable_at_zero
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
-from metalearn.unroll import Episode, ModelTraining, Unroll
+from metalearn.unroll import Batch, Episode, Eta, GradFn, Metrics, ModelTraining, Unroll
 
-SHOWN = 16  # windows of a hyperparameter up to which each is a metric of its own
+MOST_SHOWN = 16  # windows; the values of more are one metric, their mean
 
 
 @dataclasses.dataclass(frozen=True)
 class FDS(Algorithm):
     """Learn schedules of hyperparameters, by name. eta: {name: coordinates [N, ...]}.
 
-    A name is an argument of `optimizer`, of `objective` or of `augment` that a number can be
-    passed for. Arguments that stay as they are: `functools.partial(optax.adamw, eps=1e-6)`.
+    Support and query: (inputs [n, ...], targets [n], rows [m]), the whole dataset and the numbers
+    of those rows that belong to the split. uint8 images are scaled to 0..1.
 
-    Support and query: (inputs [n, ...], targets [n], rows [m]), the data and those rows of it
-    that belong to the split. Images of uint8 are read as 0..1; nothing else is rescaled.
+    Args:
+      model: the network that is trained.
+      hyperparameters: by name; a name is a numeric argument of `optimizer`, `objective` or
+        `augment`. Arguments with a fixed value: `functools.partial(optax.adamw, eps=1e-6)`.
+      inner_steps: T.
+      batch: examples of an inner step.
+      optimizer: **hyperparameters -> the inner optimizer, such as `optax.adamw`.
+      objective: outputs, targets, **hyperparameters -> loss (), metrics. The outer loss has the
+        default values of the hyperparameters.
+      augment: inputs [batch, ...], key, **hyperparameters -> inputs; applied to inner batches only.
+      eval_steps: inner steps of evaluation, over which schedules are stretched; None:
+        `inner_steps`.
     """
 
     model: Model
     hyperparameters: Mapping[str, Hyperparameter] = dataclasses.field(hash=False)
-    inner_steps: Count  # T
+    inner_steps: Count
     batch: Count
-    # From hyperparameters to the inner optimizer, such as `optax.adamw`.
     optimizer: Callable[..., optax.GradientTransformation] = optax.sgd
-    # outputs, targets, **hyperparameters -> loss (), metrics. The outer loss is its default.
-    objective: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] = cross_entropy
-    # inputs [batch, ...], key, **hyperparameters -> inputs. For inner batches alone.
+    objective: Callable[..., tuple[jax.Array, Metrics]] = cross_entropy
     augment: Callable[..., jax.Array] | None = None
-    eval_steps: Count | None = None  # the schedule is stretched over so many; None: `inner_steps`
+    eval_steps: Count | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "optimizer", absent=("model",))
@@ -82,11 +90,11 @@ class FDS(Algorithm):
         check_reads("FDS", self.inner_steps, self.batch)
         places = self._places()
         for name, chosen in self.hyperparameters.items():
-            found = edges(chosen.windows, self.inner_steps)
+            windows = len(edges(chosen.windows, self.inner_steps)) - 1
             starts = np.size(chosen.start)
-            if starts not in (1, len(found) - 1):
+            if starts not in (1, windows):
                 raise ValueError(
-                    f"{name!r} in the {places[name]} has {len(found) - 1} windows and {starts} "
+                    f"{name!r} in the {places[name]} has {windows} windows and {starts} "
                     "values to start from: give one for all, or one for each."
                 )
         check_required(self.optimizer, self.hyperparameters)
@@ -97,73 +105,74 @@ class FDS(Algorithm):
             )
 
     def init(self, key: jax.Array) -> dict[str, jax.Array]:
-        """Return the coordinates that the hyperparameters start from: {name: [N, ...]}."""
+        """Return the initial coordinates of the hyperparameters: {name: [N, ...]}."""
         del key
         return {name: self._start(name) for name in self.hyperparameters}
 
     def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
         """Return the training of a fresh model, drawn with `key`."""
-        if self.model is None:  # as of an FDS that is there for its schedules alone
+        if self.model is None:  # an FDS without a model still turns an eta into schedules
             raise TypeError(no_model("FDS(model=None)", None))
         model_key, augment_key, noise_key = jax.random.split(key, 3)
 
-        def init(eta: Any) -> ModelTraining:
+        def init(eta: Eta) -> ModelTraining:
             params, statistics = self.model.init(model_key)
             optimizer = self._optimizer(self.values(eta, 0))
             return ModelTraining(params, start(optimizer, params), statistics)
 
-        def step(eta: Any, state: ModelTraining, batch: Any, grad: Any) -> ModelTraining:
-            now, rows = batch
-            values = self.values(eta, now)
-            inputs, targets = read(episode.support, rows)
+        def step(eta: Eta, state: ModelTraining, batch: Batch, grad: GradFn) -> ModelTraining:
+            number, rows = batch
+            values = self.values(eta, number)
+            inputs, targets = read_rows(episode.support, rows)
             if self.augment is not None:
-                augment_now = jax.random.fold_in(augment_key, now)
-                inputs = self.augment(inputs, augment_now, **values["augment"])
+                step_key = jax.random.fold_in(augment_key, number)
+                inputs = self.augment(inputs, step_key, **values["augment"])
 
             def loss(params: Any, values: Any) -> tuple[jax.Array, Any]:
-                noise = jax.random.fold_in(noise_key, now)  # of dropout and the like
-                outputs, statistics = self._apply(params, state, inputs, True, noise)
+                dropout_key = jax.random.fold_in(noise_key, number)
+                outputs, statistics = self._apply(params, state, inputs, True, dropout_key)
                 return self.objective(outputs, targets, **values)[0], statistics
 
-            found = evaluate(grad, loss, state.params, values["objective"])
+            evaluated = evaluate(grad, loss, state.params, values["objective"])
             optimizer = differentiable_at_zero(self._optimizer(values))
-            updates, slots = update(optimizer, found, state.optimizer, state.params)
-            # A learned hyperparameter may be of another dtype than the slots it goes into.
+            updates, slots = update(optimizer, evaluated, state.optimizer, state.params)
+            # A learned hyperparameter may have another dtype than the slots it is added to.
             slots = in_dtypes_of(state.optimizer, slots)
-            return ModelTraining(optax.apply_updates(state.params, updates), slots, found.aux)
+            params = optax.apply_updates(state.params, updates)
+            return ModelTraining(params, slots, evaluated.aux)
 
-        def loss(eta: Any, state: ModelTraining) -> tuple[jax.Array, dict[str, jax.Array]]:
-            inputs, targets = read(episode.query, episode.query[2])
+        def loss(eta: Eta, state: ModelTraining) -> tuple[jax.Array, Metrics]:
+            inputs, targets = read_rows(episode.query, episode.query[2])
             params = evaluation_params(state.optimizer, state.params)
             outputs, _ = self._apply(params, state, inputs, False, None)
             value, metrics = self.objective(outputs, targets)
-            return value, {**metrics, **self._shown(eta)}
+            return value, {**metrics, **self._value_metrics(eta)}
 
         return Unroll(init, step, loss, begins=self._begins())
 
-    def batches(self, episode: Episode, key: jax.Array) -> Any:
-        """Return each step's number [T] and its rows of the data [T, batch], int32.
+    def batches(self, episode: Episode, key: jax.Array) -> Batch:
+        """Return each step's number [T] and the rows of the data it reads [T, batch], int32.
 
-        Every row is read once before any is read again.
+        Rows are drawn in shuffled epochs, without repeats within an epoch.
         """
         return self.batches_at(episode, key, jnp.arange(self.inner_steps, dtype=jnp.int32))
 
-    def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Any:
+    def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Batch:
         """Return the numbers and the rows of these steps."""
         return steps, epochs(episode.support[2], steps, self.batch, key)
 
     def evaluation(self) -> FDS:
-        """Return the run that the schedule is for: stretched to `eval_steps`."""
+        """Return the same algorithm with every schedule stretched to `eval_steps` steps."""
         return self.stretched(self.eval_steps or self.inner_steps)
 
     def stretched(self, inner_steps: int) -> FDS:
-        """Return the same over a run of another length, to which every eta of it applies.
+        """Return the same algorithm over `inner_steps` steps; an eta of this one fits it.
 
         Raises:
-          ValueError: for a run that is too short for each of the windows to hold a step.
+          ValueError: if a window would hold no step of the shorter run.
         """
         counts("FDS.stretched", 1, inner_steps=inner_steps)
-        moved = {}
+        resized = {}
         for name, chosen in self.hyperparameters.items():
             windows = stretched(self._windows(name), inner_steps)
             if len({*windows}) < len(windows):
@@ -172,11 +181,11 @@ class FDS(Algorithm):
                     "steps: one of them would hold no step, and an eta has a value for it. Take a "
                     "longer run; or, for plain training, `schedules(eta)[name].stretched(steps)`."
                 )
-            moved[name] = dataclasses.replace(chosen, windows=windows)
-        return dataclasses.replace(self, hyperparameters=moved, inner_steps=inner_steps)
+            resized[name] = dataclasses.replace(chosen, windows=windows)
+        return dataclasses.replace(self, hyperparameters=resized, inner_steps=inner_steps)
 
     def unshared(self) -> FDS:
-        """Return the same with a window for every step; `spread` turns an eta into its eta."""
+        """Return the same algorithm with a window for every step; `spread` converts its eta."""
         single = {
             name: dataclasses.replace(
                 h, windows=self.inner_steps, start=tuple(np.repeat(self._starts(name), np.diff(e)))
@@ -186,33 +195,33 @@ class FDS(Algorithm):
         }
         return dataclasses.replace(self, hyperparameters=single)
 
-    def spread(self, eta: Any) -> Any:
-        """Return the coordinates of every step, {name: [T, ...]}."""
+    def spread(self, eta: Eta) -> Eta:
+        """Return the coordinates at every inner step, {name: [T, ...]}."""
         return {name: spread(x, self.edges(name)) for name, x in eta.items()}
 
     def edges(self, name: str) -> np.ndarray:
-        """Return where the windows of a hyperparameter begin, and the horizon: [N + 1]."""
+        """Return the edges of the windows of a hyperparameter, from 0 to T: [N + 1]."""
         return edges(self.hyperparameters[name].windows, self.inner_steps)
 
-    def values(self, eta: Any, step: Any) -> dict[str, dict[str, jax.Array]]:
-        """Return the values at an inner step, by where they go: {"optimizer": {name: value}}."""
-        found: dict[str, dict[str, jax.Array]] = {"optimizer": {}, "objective": {}, "augment": {}}
-        for name, where in self._places().items():
+    def values(self, eta: Eta, step: jax.typing.ArrayLike) -> dict[str, dict[str, jax.Array]]:
+        """Return the values at an inner step, by function: {"optimizer": {name: value}, ...}."""
+        values: dict[str, dict[str, jax.Array]] = {"optimizer": {}, "objective": {}, "augment": {}}
+        for name, function in self._places().items():
             self._check_windows(name, eta)
             x = eta[name][window_of(jnp.asarray(step), self.edges(name))]
-            found[where][name] = self.hyperparameters[name].value(x)
-        return found
+            values[function][name] = self.hyperparameters[name].value(x)
+        return values
 
-    def schedules(self, eta: Any) -> dict[str, Schedule]:
-        """Return what was learned as plain schedules: {name: step -> value}."""
-        found = {}
+    def schedules(self, eta: Eta) -> dict[str, Schedule]:
+        """Return the learned schedules as functions of the step: {name: step -> value}."""
+        schedules = {}
         for name, chosen in self.hyperparameters.items():
             self._check_windows(name, eta)
             values = np.asarray(chosen.value(eta[name]))
-            found[name] = Schedule.of(self._windows(name), values)
-        return found
+            schedules[name] = Schedule.of(self._windows(name), values)
+        return schedules
 
-    def _check_windows(self, name: str, eta: Any) -> None:
+    def _check_windows(self, name: str, eta: Eta) -> None:
         windows = len(self.edges(name)) - 1
         if len(eta[name]) != windows:
             raise ValueError(
@@ -221,47 +230,52 @@ class FDS(Algorithm):
             )
 
     def _places(self) -> dict[str, str]:
-        takers = {
+        """Return which function has each hyperparameter as an argument, {name: "optimizer"}."""
+        functions = {
             "optimizer": self.optimizer,
             "objective": self.objective,
             "augment": self.augment,
         }
-        return place(self.hyperparameters, takers)
+        return place(self.hyperparameters, functions)
 
     def _windows(self, name: str) -> tuple[int, ...]:
         return tuple(self.edges(name).tolist())
 
     def _starts(self, name: str) -> np.ndarray:
-        """Return the values [N] that the windows start from."""
+        """Return the initial value of each window, [N]."""
         windows = len(self.edges(name)) - 1
         return np.broadcast_to(np.asarray(self.hyperparameters[name].start, float), windows)
 
     def _start(self, name: str) -> jax.Array:
+        """Return the initial coordinates of a hyperparameter, [N, ...]."""
         chosen, starts = self.hyperparameters[name], jnp.asarray(self._starts(name))
         full = starts.reshape(-1, *[1] * len(chosen.shape))
         x = chosen.coordinate(jnp.broadcast_to(full, (len(starts), *chosen.shape)))
         return x.astype(jnp.result_type(float))
 
     def _begins(self) -> dict[str, np.ndarray]:
-        found = {}
+        """Return the first inner step that reads each entry of eta, {name: [N, ...]}."""
+        begins = {}
         for name, chosen in self.hyperparameters.items():
-            begins = self.edges(name)[:-1].reshape(-1, *[1] * len(chosen.shape))
-            found[name] = np.broadcast_to(begins, (len(begins), *chosen.shape))
-        return found
+            first = self.edges(name)[:-1].reshape(-1, *[1] * len(chosen.shape))
+            begins[name] = np.broadcast_to(first, (len(first), *chosen.shape))
+        return begins
 
     def _optimizer(self, values: Any) -> optax.GradientTransformation:
         return self.optimizer(**values["optimizer"])
 
-    def _apply(self, params: Any, state: ModelTraining, inputs: Any, train: bool, key: Any) -> Any:
+    def _apply(
+        self, params: Any, state: ModelTraining, inputs: Any, train: bool, key: jax.Array | None
+    ) -> tuple[Any, Any]:
         return self.model.apply(params, state.statistics, inputs, train=train, key=key)
 
-    def _shown(self, eta: Any) -> dict[str, jax.Array]:
-        """Return the values as metrics: "learning_rate/0" and so on, or their mean."""
-        shown: dict[str, jax.Array] = {}
+    def _value_metrics(self, eta: Eta) -> Metrics:
+        """Return the value in each window as metrics, "learning_rate/0"; of many, their mean."""
+        metrics: Metrics = {}
         for name, chosen in self.hyperparameters.items():
             value = chosen.value(eta[name])
-            if value.ndim == 1 and len(value) <= SHOWN:
-                shown |= {f"{name}/{i}": value[i] for i in range(len(value))}
+            if value.ndim == 1 and len(value) <= MOST_SHOWN:
+                metrics |= {f"{name}/{i}": value[i] for i in range(len(value))}
             else:
-                shown[f"{name}/mean"] = value.mean()
-        return shown
+                metrics[f"{name}/mean"] = value.mean()
+        return metrics

@@ -1,4 +1,8 @@
-"""Augmentation whose strength can be learned: differentiable in how much, random in which."""
+"""Random augmentation of images, differentiable in its strength, so that the strength is learned.
+
+The random draws (which noise, how far along the range) do not depend on the strengths, which scale
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,20 @@ def jitter(
     contrast: jax.typing.ArrayLike = 0.0,
     shift: jax.typing.ArrayLike = 0.0,
 ) -> jax.Array:
-    """Change each image a little, in its own way.
+    """Add noise to each image, change its contrast and shift it, each by a draw of its own.
 
     Args:
       images: [n, h, w, c].
-      key: decides the changes.
-      noise: (), the standard deviation of what is added to each pixel.
-      contrast: (), how far the factor of an image's deviation from its mean is from one, at most.
-      shift: (), pixels by which an image moves along each axis at most, in fractions too.
+      key: (), of the random draws.
+      noise: (), the standard deviation of the normal noise added to each pixel.
+      contrast: (), the largest distance from one of the factor by which an image's deviation from
+        its mean is multiplied.
+      shift: (), the largest shift along each axis, in pixels and fractions of them.
     """
     noise_key, contrast_key, shift_key = jax.random.split(key, 3)
     count = images.shape[0]
-    moves = shift * jax.random.uniform(shift_key, (2, count), images.dtype, -1, 1)
-    images = jax.vmap(_shifted)(images, moves[0], moves[1])
+    shifts = shift * jax.random.uniform(shift_key, (2, count), images.dtype, -1, 1)
+    images = jax.vmap(_shifted)(images, shifts[0], shifts[1])
     factors = 1 + contrast * jax.random.uniform(contrast_key, (count, 1, 1, 1), images.dtype, -1, 1)
     mean = images.mean((1, 2, 3), keepdims=True)
     images = mean + factors * (images - mean)
@@ -33,15 +38,15 @@ def jitter(
 
 
 def _shifted(image: jax.Array, down: jax.Array, right: jax.Array) -> jax.Array:
-    """Return an image [h, w, c] moved by fractions of pixels, its edge repeated."""
+    """Return an image [h, w, c] shifted by fractions of pixels, its edge rows repeated."""
     rows = jnp.arange(image.shape[0], dtype=image.dtype) - down
     columns = jnp.arange(image.shape[1], dtype=image.dtype) - right
-    return _between(_between(image, rows).swapaxes(0, 1), columns).swapaxes(0, 1)
+    return _interpolated(_interpolated(image, rows).swapaxes(0, 1), columns).swapaxes(0, 1)
 
 
-def _between(image: jax.Array, places: jax.Array) -> jax.Array:
-    """Read an image [h, ...] at fractional rows, linearly between its own."""
-    places = jnp.clip(places, 0, image.shape[0] - 1)
-    below = jnp.clip(jnp.floor(places), 0, image.shape[0] - 2).astype(jnp.int32)
-    share = (places - below)[:, None, None]
-    return (1 - share) * image[below] + share * image[below + 1]
+def _interpolated(image: jax.Array, rows: jax.Array) -> jax.Array:
+    """Return an image [h, ...] at fractional rows, by linear interpolation."""
+    rows = jnp.clip(rows, 0, image.shape[0] - 1)
+    below = jnp.clip(jnp.floor(rows), 0, image.shape[0] - 2).astype(jnp.int32)
+    fraction = (rows - below)[:, None, None]
+    return (1 - fraction) * image[below] + fraction * image[below + 1]

@@ -1,16 +1,17 @@
-"""A hyperparameter that is learned: where it starts, how far it may go, how it is shared.
+"""A learned hyperparameter: its initial value, its range, and the windows that share a value.
 
-What is learned is a coordinate x, and the space says what it stands for:
+eta holds a coordinate x, and the space defines its value:
 
     "raw"     value = x
     "log"     value = exp(x)                                positive, over orders of magnitude
     "logit"   value = low + (high - low) / (1 + exp(-x))    strictly between its bounds
 
-A value is kept in its range; its derivative passes at the bounds, so that it can come back.
-`metalearn.algorithms.in_ranges` keeps x itself from running away behind them.
+Values are clipped to their range with a straight-through derivative (of one also at the bounds),
+so that a clipped value still receives a hypergradient. `metalearn.algorithms.in_ranges` clips x
+itself.
 
-`place` finds by name whether a hyperparameter is an argument of the optimizer, of the objective or
-of the augmentation.
+`place` looks up by name whether a hyperparameter is an argument of the optimizer, of the objective
+or of the augmentation.
 """
 
 from __future__ import annotations
@@ -32,20 +33,30 @@ from metalearn.algorithms.fds.schedule import Windows, check_windows
 SPACES = {
     "raw": "the value itself",
     "log": "its logarithm",
-    "logit": "the logit of its place between its bounds",
+    "logit": "the logit of its position between its bounds",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameter:
-    """One hyperparameter, in values except where "coordinate" is said."""
+    """One learned hyperparameter.
+
+    Args:
+      low: the least value.
+      high: the largest value.
+      start: the initial value of every window, or a tuple of one for each window.
+      windows: the number of windows of equal length, or their edges, from 0 to T.
+      space: "raw", "log" or "logit": what the learned coordinate stands for, see
+        `metalearn.algorithms.fds.hyperparameter`.
+      shape: of one value, such as (classes,).
+    """
 
     low: float
     high: float
-    start: float | tuple[float, ...] = 0.0  # of every window, or one for each
+    start: float | tuple[float, ...] = 0.0
     windows: Windows = 1
     space: str = "raw"
-    shape: tuple[int, ...] = ()  # of one value, such as (classes,)
+    shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -87,7 +98,7 @@ class Hyperparameter:
             )
 
     def coordinate(self, value: jax.Array) -> jax.Array:
-        """Return x for a value."""
+        """Return the coordinate x of a value."""
         if self.space == "log":
             return jnp.log(value)
         if self.space == "logit":
@@ -95,16 +106,17 @@ class Hyperparameter:
         return value
 
     def _logit(self, value: Any) -> Any:
-        place = (value - self.low) / (self.high - self.low)
-        return jnp.log(place) - jnp.log1p(-place)
+        """Return the logit of the position of a value between the bounds."""
+        position = (value - self.low) / (self.high - self.low)
+        return jnp.log(position) - jnp.log1p(-position)
 
     def value(self, x: jax.Array) -> jax.Array:
-        """Return the value that a coordinate stands for, in the range."""
+        """Return the value of a coordinate, clipped to the range."""
         if self.space == "logit":
             return self.low + (self.high - self.low) * jax.nn.sigmoid(x)
         low, high = self.bounds()
         inside = jax.lax.stop_gradient(jnp.clip(x, low, high))
-        x = inside + (x - jax.lax.stop_gradient(x))  # a derivative of one, everywhere
+        x = inside + (x - jax.lax.stop_gradient(x))  # straight-through: its derivative is one
         return jnp.exp(x) if self.space == "log" else x
 
     def bounds(self) -> tuple[float, float]:
@@ -117,27 +129,35 @@ class Hyperparameter:
 
 
 LOGIT = 7.0  # 1 / (1 + exp(-7)) = 0.999
-
-
 _REST = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD  # *args, **kwargs
-GIVEN = {"optimizer": 0, "objective": 2, "augment": 2}  # arguments that are no hyperparameters
+DATA_ARGUMENTS = {"optimizer": 0, "objective": 2, "augment": 2}  # leading ones, such as inputs
 
 
-def place(names: Iterable[str], takers: Mapping[str, Callable[..., Any] | None]) -> dict[str, str]:
-    """Return {hyperparameter: "optimizer" | "objective" | "augment"}.
+def place(
+    names: Iterable[str], functions: Mapping[str, Callable[..., Any] | None]
+) -> dict[str, str]:
+    """Return which function has each hyperparameter as an argument: {name: "optimizer"}.
+
+    Args:
+      names: of the hyperparameters.
+      functions: by "optimizer", "objective" or "augment".
 
     Raises:
-      ValueError: for a name that none of them takes, with those that they take.
+      ValueError: for a name that is an argument of none of them, with the arguments there are.
     """
-    known = {what: numeric(taker, GIVEN[what]) for what, taker in takers.items() if taker}
-    return {name: _place(name, known) for name in names}
+    arguments = {
+        what: numeric(function, DATA_ARGUMENTS[what])
+        for what, function in functions.items()
+        if function
+    }
+    return {name: _place(name, arguments) for name in names}
 
 
 def check_required(optimizer: Callable[..., Any], names: Iterable[str]) -> None:
-    """Raise ValueError where an optimizer needs an argument that is not among the names."""
-    found = inspect.signature(optimizer).parameters.values()
-    empty, kinds = inspect.Parameter.empty, _REST
-    missing = [p.name for p in found if p.default is empty and p.kind not in kinds]
+    """Raise ValueError if an optimizer has a required argument that is not among the names."""
+    parameters = inspect.signature(optimizer).parameters.values()
+    required = [p for p in parameters if p.default is inspect.Parameter.empty]
+    missing = [p.name for p in required if p.kind not in _REST]
     missing = [name for name in missing if name not in names]
     if missing:
         raise ValueError(
@@ -147,12 +167,13 @@ def check_required(optimizer: Callable[..., Any], names: Iterable[str]) -> None:
 
 
 def numeric(function: Callable[..., Any], skipped: int = 0) -> list[str]:
-    """Return the arguments of a function that a number can be passed for, by their name."""
-    found = list(inspect.signature(function).parameters.values())[skipped:]
-    return [p.name for p in found if p.kind not in _REST and _is_numeric(p)]
+    """Return the names of a function's numeric arguments, after the first `skipped` ones."""
+    parameters = list(inspect.signature(function).parameters.values())[skipped:]
+    return [p.name for p in parameters if p.kind not in _REST and _is_numeric(p)]
 
 
 def _is_numeric(parameter: inspect.Parameter) -> bool:
+    """Say whether a number can be passed, by the default value or else by the annotation."""
     default, hint = parameter.default, str(parameter.annotation)
     if "mask" in parameter.name:
         return False
@@ -161,12 +182,12 @@ def _is_numeric(parameter: inspect.Parameter) -> bool:
     return isinstance(default, int | float) and not isinstance(default, bool)
 
 
-def _place(name: str, known: Mapping[str, list[str]]) -> str:
-    for what, names in known.items():
+def _place(name: str, arguments: Mapping[str, list[str]]) -> str:
+    for what, names in arguments.items():
         if name in names:
             return what
     listed = "; ".join(
-        f"the {what} has {', '.join(names) or 'none'}" for what, names in known.items()
+        f"the {what} has {', '.join(names) or 'none'}" for what, names in arguments.items()
     )
-    hint = nearest(name, [name for names in known.values() for name in names])
+    hint = nearest(name, [name for names in arguments.values() for name in names])
     raise ValueError(f"No hyperparameter is called {name!r}.{hint} There are: {listed}.")

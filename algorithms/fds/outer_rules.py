@@ -1,15 +1,15 @@
-"""Outer updates for a handful of hyperparameters, as optax transformations.
+"""Outer optimizers for a few hyperparameters, as optax transformations.
 
-A hypergradient through thousands of steps has a sign that can be trusted and a size that
-cannot: it varies over orders of magnitude from one window to the next, and with theta_0.
-`sign_steps` uses the sign alone, as FDS does (arXiv:2007.07869): each hyperparameter moves by
-a step of its own, which is halved when its sign flips (Rprop, Riedmiller & Braun 1993, without
-growth unless asked for). A hypergradient that is not finite moves nothing.
+The sign of a hypergradient through thousands of steps is reliable, its size is not: it varies over
+orders of magnitude from one window to the next, and with theta_0. `sign_steps` uses the sign only,
+as FDS does (arXiv:2007.07869): each hyperparameter has a step size of its own, which is halved when
+the sign flips (Rprop, Riedmiller & Braun 1993, without growth by default). A non-finite
+hypergradient leaves its hyperparameter unchanged.
 
-Bare signs walk off a cliff: a learning rate a little too large gives a run that explodes, and
-a hypergradient without a meaning or without a number. With a `tolerance`, a move after which
-the outer loss is that much worse than the best so far, or not finite, is taken back: eta goes
-back to where it came from and leaves again in the same direction, by half the step.
+Plain sign steps can leave the stable region: with a learning rate slightly too large the inner loop
+diverges, and its hypergradient is meaningless or NaN. With a `tolerance`, an update after which the
+outer loss is worse than the best so far by more than the tolerance, or not finite, is reverted: eta
+returns to the last accepted value, and the next update has the same direction and half the step.
 """
 
 from __future__ import annotations
@@ -27,14 +27,22 @@ from metalearn.algorithms.fds.hyperparameter import Hyperparameter
 
 
 class SignSteps(NamedTuple):
-    """The state of `sign_steps`; pytrees like eta, but for `best`."""
+    """The state of `sign_steps`; all fields are pytrees like eta, except `best` and `count`.
 
-    size: Any  # of the next move
-    sign: Any  # of the last finite hypergradient; 0: none yet
-    done: Any  # bool: its step has become too small to matter
-    base: Any  # the eta to go back to
-    best: jax.Array  # (), the lowest outer loss so far
-    taken: jax.Array  # (), int32: updates so far
+    size: the size of the next step.
+    sign: of the last finite hypergradient; 0: none yet.
+    done: bool: whether the step size has fallen below `least`, which ends its updates.
+    base: the last accepted eta, to which a rejected update is reverted.
+    best: (), the lowest outer loss so far.
+    steps: (), int32: updates so far.
+    """
+
+    size: Any
+    sign: Any
+    done: Any
+    base: Any
+    best: jax.Array
+    steps: jax.Array
 
 
 def sign_steps(
@@ -46,19 +54,19 @@ def sign_steps(
     tolerance: float | None = None,
     schedule: optax.Schedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the sign rule.
+    """Return an optimizer that moves each hyperparameter by the sign of its hypergradient.
 
     Args:
-      initial: the first steps, a scalar or a tree prefix of eta.
-      shrink: what a step is multiplied with when its sign flips, or a move is taken back.
-      grow: and when it does not; 1 is FDS's rule.
-      largest: steps do not grow beyond this; a scalar or a tree prefix of eta.
-      least: eta -> the steps below which a hyperparameter no longer moves (a scalar or a tree
-        prefix); None: the stop rule of FDS, 5% of the coordinate.
-      tolerance: how much worse than the best an outer loss may be before its move is taken
-        back; more than it varies from one draw of a task to the next. None: never. The loss
-        is the extra argument `value` of `update`, which the Trainer passes.
-      schedule: number of the update -> what its move is multiplied with; None: 1.
+      initial: the initial step sizes, a scalar or a tree prefix of eta.
+      shrink: the factor of a step size when the sign flips, or an update is reverted.
+      grow: the factor of a step size when the sign stays the same; 1 is FDS's rule.
+      largest: the upper bound of step sizes; a scalar or a tree prefix of eta.
+      least: eta -> the step sizes below which a hyperparameter is no longer updated (a scalar or a
+        tree prefix); None: the stop rule of FDS, 5% of the coordinate.
+      tolerance: how much worse than the best the outer loss may be before an update is reverted;
+        more than it varies from one drawn task to the next. None: never revert. The outer loss is
+        the extra argument `value` of `update`, which the Trainer passes.
+      schedule: number of the update -> factor of its steps; None: 1.
     """
     least = least or (lambda eta: jax.tree.map(lambda x: 0.05 * abs(x), eta))
 
@@ -93,16 +101,16 @@ def sign_steps(
         base = jax.tree.map(lambda x, b: jnp.where(accepted, x, b), eta, state.base)
         limits = _full(least(base), eta)
         done = jax.tree.map(lambda d, s, limit: d | (s < limit), state.done, size, limits)
-        # Where no sign is known now, an accepted point moves nothing; a refused one repeats.
-        way = jax.tree.map(lambda now, kept: jnp.where(accepted, now, kept), signs, sign)
-        scale = 1.0 if schedule is None else schedule(state.taken)
-        there = jax.tree.map(
-            lambda b, d, s, w: jnp.where(d, b, b - scale * s * w), *(base, done, size, way)
+        # A non-finite hypergradient: no step from an accepted eta, the last direction otherwise.
+        direction = jax.tree.map(lambda now, last: jnp.where(accepted, now, last), signs, sign)
+        scale = 1.0 if schedule is None else schedule(state.steps)
+        following = jax.tree.map(
+            lambda b, d, s, w: jnp.where(d, b, b - scale * s * w), *(base, done, size, direction)
         )
         best = state.best if value is None else jnp.fmin(state.best, value)
-        updates = jax.tree.map(jnp.subtract, there, eta)
+        updates = jax.tree.map(jnp.subtract, following, eta)
         return updates, SignSteps(
-            *(size, sign, done, base, best.astype(state.best.dtype), state.taken + 1)
+            *(size, sign, done, base, best.astype(state.best.dtype), state.steps + 1)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -113,7 +121,7 @@ def _factor(agreement: jax.Array, shrink: float, grow: float) -> jax.Array:
 
 
 def _accepted(value: Any, best: jax.Array, tolerance: float | None) -> jax.Array:
-    """Return whether eta may stay where it is: (), bool."""
+    """Return whether the last update is accepted, by the outer loss after it: (), bool."""
     if tolerance is None:
         return jnp.asarray(True)
     if value is None:
@@ -127,22 +135,22 @@ def _accepted(value: Any, best: jax.Array, tolerance: float | None) -> jax.Array
 def within(
     optimizer: optax.GradientTransformation, low: Any, high: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer, its updates cut so that eta stays between two bounds.
+    """Return the optimizer with its updates clipped so that eta stays between two bounds.
 
     Args:
-      optimizer: any.
-      low: the least eta, a scalar or a tree prefix of it.
-      high: the largest.
+      optimizer: any optax optimizer.
+      low: the lower bound of eta, a scalar or a tree prefix of eta.
+      high: the upper bound of eta, likewise.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(grads: Any, state: Any, eta: Any = None, **extra: Any) -> tuple[Any, Any]:
         updates, state = optimizer.update(grads, state, eta, **extra)
 
-        def cut(x: Any, u: Any, least: Any, most: Any) -> Any:
+        def clip(x: Any, u: Any, least: Any, most: Any) -> Any:
             return jnp.clip(x + u, least, most) - x
 
-        return jax.tree.map(cut, eta, updates, _full(low, eta), _full(high, eta)), state
+        return jax.tree.map(clip, eta, updates, _full(low, eta), _full(high, eta)), state
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
@@ -150,7 +158,7 @@ def within(
 def in_ranges(
     optimizer: optax.GradientTransformation, hyperparameters: Mapping[str, Hyperparameter]
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer, kept within the ranges of FDS's hyperparameters."""
+    """Return the optimizer with its updates clipped to the ranges of FDS's hyperparameters."""
     bounds = {name: chosen.bounds() for name, chosen in hyperparameters.items()}
     low, high = ({name: pair[i] for name, pair in bounds.items()} for i in (0, 1))
     return within(optimizer, low, high)
@@ -164,17 +172,24 @@ def fds_rule(
     schedule: optax.Schedule | None = None,
     steps: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return signed steps that begin at a share of each range, and stay in it.
+    """Return sign steps that start at a share of each range, clipped to the range.
 
-    A hyperparameter stops where its step has been halved and would change it by less than about
-    5%. With `tolerance=None` the rule is that of arXiv:2007.07869; see `sign_steps`. The tolerance
-    is in units of the outer loss. With one, run `Trainer.fit(faults=Faults(nonfinite="pass"))`:
-    a run that explodes is then taken back instead of ending the training. What an update moves
-    to has not been judged yet: give the number of outer steps as `steps`, and the last update goes
-    back to where the outer loss was last accepted, which is then what was learned.
+    A hyperparameter is no longer updated once its step has been halved and would change it by less
+    than about 5%. With `tolerance=None` the rule is that of arXiv:2007.07869; see `sign_steps`.
+
+    Args:
+      hyperparameters: those of the FDS, by name.
+      share: the initial step size, as a share of the range of the coordinate.
+      grow: the factor of a step size when the sign stays the same.
+      tolerance: in units of the outer loss, see `sign_steps`. With a tolerance, pass
+        `Trainer.fit(faults=Faults(nonfinite="pass"))`, so that an update to where the inner loop
+        diverges is reverted instead of ending the training.
+      schedule: number of the update -> factor of its steps; None: 1.
+      steps: the number of outer steps. The outer loss after the last update is never computed, so
+        the last update then returns to the last accepted eta. None: it does not.
 
     Raises:
-      ValueError: for a range without an end, of which there is no share.
+      ValueError: for a range that is not finite, which has no share.
     """
     above("fds_rule", 0, share=share, grow=grow)
     if tolerance is not None and not tolerance >= 0:
@@ -195,18 +210,19 @@ def fds_rule(
     raw = {name: chosen.space == "raw" for name, chosen in hyperparameters.items()}
 
     def least(eta: Any) -> Any:
+        # Half the initial step at most, so that no hyperparameter stops before its first update.
         change = {n: 0.05 * (abs(x) if raw[n] else jnp.ones_like(x)) for n, x in eta.items()}
-        return {n: jnp.minimum(x, 0.5 * first[n]) for n, x in change.items()}  # not at once
+        return {n: jnp.minimum(x, 0.5 * first[n]) for n, x in change.items()}
 
-    def pace(update: Any) -> Any:
-        now = 1.0 if schedule is None else schedule(update)
-        if steps is None or steps == 1:  # a single one would learn nothing
-            return now
-        return jnp.where(update < steps - 1, now, 0.0)
+    def scale(count: Any) -> Any:
+        factor = 1.0 if schedule is None else schedule(count)
+        if steps is None or steps == 1:  # a single update of size zero would learn nothing
+            return factor
+        return jnp.where(count < steps - 1, factor, 0.0)
 
     most = {name: 2 * step for name, step in first.items()}
     rule = sign_steps(
-        first, grow=grow, largest=most, least=least, tolerance=tolerance, schedule=pace
+        first, grow=grow, largest=most, least=least, tolerance=tolerance, schedule=scale
     )
     return in_ranges(rule, hyperparameters)
 

@@ -1,12 +1,12 @@
-"""Learned schedules: constant over windows of inner steps, as plain functions of the step.
+"""Learned schedules: piecewise constant over windows of inner steps, as functions of the step.
 
     optax.sgd(learned["learning_rate"].stretched(50_000))
 
-T inner steps in N windows: window i holds the steps from edges[i] to edges[i + 1]. A
-hyperparameter of each step on its own has a hypergradient so noisy that it cannot be
-learned from; shared over a window of W steps, the hypergradient is the sum of those of its
-steps (Micaelli & Storkey 2021, arXiv:2007.07869), whose error per step falls until the
-window is longer than what the hyperparameter should vary over.
+T inner steps are divided into N windows: window i holds the steps from edges[i] to edges[i + 1].
+The hypergradient of a value used in a single step is too noisy to learn from. The hypergradient of
+a value shared by a window of W steps is the sum over these steps (Micaelli & Storkey 2021,
+arXiv:2007.07869); its error per step falls with W, until a window is longer than the time over
+which the best value changes.
 """
 
 from __future__ import annotations
@@ -27,23 +27,28 @@ import numpy as np
 from metalearn._utils.checks import counts, is_integer
 from metalearn._utils.strict_json import dumps, parse, read
 
-Value = float | tuple[Any, ...]  # a number, or one for each class and the like, [...]
-DEEPEST = 8  # axes of a value
+Value = float | tuple[Any, ...]  # a number, or an array of them as nested tuples
+MOST_AXES = 8  # of a value
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Piecewise constant: an `optax.Schedule`. After the horizon the last value holds.
+    """A piecewise constant `optax.Schedule`. After the horizon the last value holds.
 
-    Several go into one optimizer by name: `optax.inject_hyperparams(sgd)(**schedules)`.
+    Several schedules set the hyperparameters of one optimizer by name:
+    `optax.inject_hyperparams(sgd)(**schedules)`.
+
+    Args:
+      edges: [N + 1], the first step of each window, and the horizon last.
+      values: [N, ...], the value in each window: a number, or an array as nested tuples.
 
     Raises:
-      ValueError: for edges that do not rise from 0 in integers, and for values that are not one
+      ValueError: for edges that are not increasing integers from 0, and for values that are not one
         finite number, or one array of them, for each window; all of one shape.
     """
 
-    edges: tuple[int, ...]  # [N + 1]: where each window begins; the horizon
-    values: tuple[Value, ...]  # [N, ...]: one for each window
+    edges: tuple[int, ...]
+    values: tuple[Value, ...]
 
     def __post_init__(self) -> None:
         for field, value in (("edges", self.edges), ("values", self.values)):
@@ -66,29 +71,29 @@ class Schedule:
 
     @classmethod
     def of(cls, edges: tuple[int, ...], values: np.ndarray) -> Schedule:
-        """Return the schedule of an array of values, [N, ...]."""
+        """Return the schedule with an array of values, [N, ...]."""
         return cls(edges, _tuples(values.tolist()))
 
     def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
         """Return the value at an inner step."""
-        found = window_of(jnp.asarray(step), np.asarray(self.edges))
-        return jnp.asarray(np.asarray(self.values, float))[found]
+        window = window_of(jnp.asarray(step), np.asarray(self.edges))
+        return jnp.asarray(np.asarray(self.values, float))[window]
 
     @property
     def horizon(self) -> int:
-        """Return T."""
+        """T, the inner steps of the run that the windows cover."""
         return self.edges[-1]
 
     def stretched(self, horizon: int) -> Schedule:
-        """Return the same schedule over a run of another length, of one step or more.
+        """Return the same schedule over a run of `horizon` >= 1 steps.
 
-        Step t gets what step floor(t T / horizon) had. In a run too short for all of the windows
-        those that no step is in are left out, with their values.
+        Step t has the value of step floor(t T / horizon) here. Windows that hold no step of a
+        shorter run are left out.
         """
         edges = stretched(self.edges, horizon)
-        held = [i for i in range(len(self.values)) if edges[i] < edges[i + 1]]
-        values = tuple(self.values[i] for i in held)
-        return Schedule((*(edges[i] for i in held), edges[-1]), values)
+        windows = [i for i in range(len(self.values)) if edges[i] < edges[i + 1]]
+        values = tuple(self.values[i] for i in windows)
+        return Schedule((*(edges[i] for i in windows), edges[-1]), values)
 
     def to_json(self) -> str:
         """Return the schedule as JSON: {"edges": [...], "values": [...]}."""
@@ -96,40 +101,42 @@ class Schedule:
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        """Read what `to_json` wrote.
+        """Return the schedule that `to_json` wrote.
 
         Raises:
-          ValueError: if that is not a schedule.
+          ValueError: if the text is not a schedule.
         """
         return _schedule(parse(text, "This text"))
 
 
-def _schedule(found: Any) -> Schedule:
-    if not isinstance(found, dict) or found.keys() != {"edges", "values"}:
+def _schedule(parsed: Any) -> Schedule:
+    """Return the schedule that parsed JSON stands for; ValueError for anything else."""
+    if not isinstance(parsed, dict) or parsed.keys() != {"edges", "values"}:
         raise ValueError(
-            f"A schedule has edges and values, and this JSON has not: {dumps(found):.80}"
+            f"A schedule has edges and values, and this JSON has not: {dumps(parsed):.80}"
         )
-    for field, value in found.items():
+    for field, value in parsed.items():
         if not isinstance(value, list):
             raise ValueError(f"The {field} of a schedule are a list, not {value!r:.80}.")
-    return Schedule(tuple(found["edges"]), _tuples(found["values"]))
+    return Schedule(tuple(parsed["edges"]), _tuples(parsed["values"]))
 
 
 def _plain(number: Any) -> Any:
-    """Return a number of NumPy's as one of Python's, for JSON."""
+    """Return a NumPy number as a Python number, for JSON."""
     return np.asarray(number).item()
 
 
 def _tuples(value: Any) -> Any:
+    """Return nested lists as nested tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _shape(value: Any, deepest: int = DEEPEST) -> tuple[int, ...]:
+def _shape(value: Any, axes: int = MOST_AXES) -> tuple[int, ...]:
     """Return the shape of nested tuples of finite numbers; ValueError for anything else."""
     if isinstance(value, tuple):
-        if not deepest:
-            raise ValueError(f"A value of a schedule has {DEEPEST} axes at most.")
-        inner = {_shape(each, deepest - 1) for each in value}
+        if not axes:
+            raise ValueError(f"A value of a schedule has {MOST_AXES} axes at most.")
+        inner = {_shape(each, axes - 1) for each in value}
         if len(inner) != 1:
             raise ValueError(f"A value of a schedule is an array of numbers, not {value!r:.80}.")
         return (len(value), *inner.pop())
@@ -139,7 +146,7 @@ def _shape(value: Any, deepest: int = DEEPEST) -> tuple[int, ...]:
 
 
 def _is_finite(value: Any) -> bool:
-    """Say whether a number is finite as a float; an integer may be larger than any of those."""
+    """Say whether a number is finite as a float; a large integer overflows it."""
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -148,36 +155,36 @@ def _is_finite(value: Any) -> bool:
 
 def save_schedules(path: str | os.PathLike[str], schedules: Mapping[str, Schedule]) -> None:
     """Write schedules by name, such as `FDS.schedules(eta)`, as one JSON file."""
-    found = {name: dataclasses.asdict(schedule) for name, schedule in schedules.items()}
-    pathlib.Path(path).write_text(dumps(found, indent=1, default=_plain) + "\n")
+    fields = {name: dataclasses.asdict(schedule) for name, schedule in schedules.items()}
+    pathlib.Path(path).write_text(dumps(fields, indent=1, default=_plain) + "\n")
 
 
 def load_schedules(path: str | os.PathLike[str]) -> dict[str, Schedule]:
-    """Read what `save_schedules` or `metalearn export` wrote, {name: schedule}.
+    """Return the schedules that `save_schedules` or `metalearn export` wrote: {name: schedule}.
 
     Raises:
-      ValueError: if these are no schedules, with the file and the name of the one that is none.
+      ValueError: if the file holds anything else, with the path and the name of the entry.
     """
-    found = read(pathlib.Path(path), f"{path}")
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no schedules: it is {found!r:.80}.")
+    parsed = read(pathlib.Path(path), f"{path}")
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{path} holds no schedules: it is {parsed!r:.80}.")
     schedules = {}
-    for name, each in found.items():
+    for name, entry in parsed.items():
         try:
-            schedules[name] = _schedule(each)
+            schedules[name] = _schedule(entry)
         except ValueError as error:
             raise ValueError(f"{path}, {name!r}: {error}") from error
     return schedules
 
 
-Windows = int | tuple[int, ...]  # so many equal ones, or their edges: from 0 to the horizon
+Windows = int | tuple[int, ...]  # a number of equal windows, or their edges, from 0 to the horizon
 LONGEST = 2**31 - 1  # inner steps
 
 
 def edges(windows: Windows, horizon: int) -> np.ndarray:
-    """Return where the windows begin, and the horizon last: [N + 1], int.
+    """Return the first step of each window, and the horizon last: [N + 1], int.
 
-    Of equal windows, step t is in number floor(N t / T).
+    With equal windows, step t is in window floor(N t / T).
 
     Raises:
       ValueError: if the windows do not cover the horizon, or one of them is empty.
@@ -191,20 +198,20 @@ def edges(windows: Windows, horizon: int) -> np.ndarray:
             )
         return -(-np.arange(windows + 1) * horizon // windows)
     check_windows(windows)
-    given = np.asarray(windows)
-    if given[-1] != horizon:
+    steps = np.asarray(windows)
+    if steps[-1] != horizon:
         raise ValueError(
             f"The edges of windows go from 0 to the horizon, but these go through {windows!s:.80} "
             f"and the horizon is {horizon}: they do not cover it. Write windows=(0, ..., "
             f"{horizon})."
         )
-    return given
+    return steps
 
 
 def check_windows(windows: Any) -> None:
-    """Raise ValueError unless these are windows of some horizon: a number of them, or edges.
+    """Raise ValueError unless `windows` is a number of windows, or a tuple of increasing edges.
 
-    How many there may be is said where the horizon is known, by `edges`.
+    The bounds that depend on the horizon are checked by `edges`.
     """
     if is_integer(windows):
         return
@@ -234,31 +241,32 @@ def check_windows(windows: Any) -> None:
         )
 
 
-def stretched(found: Sequence[int], to: int) -> tuple[int, ...]:
-    """Return the edges of the same windows of a run of `to` steps, [N + 1].
+def stretched(edges: Sequence[int], to: int) -> tuple[int, ...]:
+    """Return the edges of the same windows in a run of `to` steps, [N + 1].
 
     Step t of that run is in the window of step floor(t T / to) of the run of T steps. In a
-    shorter run a window may hold no step: it then ends where it begins.
+    shorter run a window may be empty; its two edges are then equal.
     """
     counts("stretched", 1, horizon=to)
-    horizon = int(found[-1])
-    return tuple(-(-int(edge) * int(to) // horizon) for edge in found)
+    horizon = int(edges[-1])
+    return tuple(-(-int(edge) * int(to) // horizon) for edge in edges)
 
 
-def window_of(step: jax.Array, found: np.ndarray) -> jax.Array:
-    """Return the number of the window that a step is in: (), int32."""
-    return jnp.searchsorted(jnp.asarray(found[1:-1], jnp.int32), step, side="right")
+def window_of(step: jax.Array, edges: np.ndarray) -> jax.Array:
+    """Return the number of the window that holds a step: (), int32."""
+    return jnp.searchsorted(jnp.asarray(edges[1:-1], jnp.int32), step, side="right")
 
 
-def shared(per_step: Any, found: np.ndarray) -> Any:
+def shared(per_step: Any, edges: np.ndarray) -> Any:
     """Return the hypergradient of windows, leaves [N, ...], from that of steps, [T, ...].
 
-    One reverse pass through an unshared run thus gives every window size at once.
+    One backward pass through a run with a value per step thus gives the hypergradients of windows
+    of any length.
     """
-    return jax.tree.map(lambda leaf: jnp.add.reduceat(leaf, jnp.asarray(found[:-1])), per_step)
+    return jax.tree.map(lambda leaf: jnp.add.reduceat(leaf, jnp.asarray(edges[:-1])), per_step)
 
 
-def spread(per_window: Any, found: Sequence[int] | np.ndarray) -> Any:
-    """Return each step's value, leaves [T, ...], from those of windows, [N, ...]."""
-    lengths = np.diff(np.asarray(found))
+def spread(per_window: Any, edges: Sequence[int] | np.ndarray) -> Any:
+    """Return the value at each step, leaves [T, ...], from those of windows, [N, ...]."""
+    lengths = np.diff(np.asarray(edges))
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, lengths, axis=0), per_window)

@@ -1,12 +1,12 @@
-"""Taking a learned optimizer away: one file, read back as a plain optax optimizer.
+"""Exporting a learned optimizer to one file, which loads as a plain optax optimizer.
 
     save_optimizer("learned.safetensors", rule, eta)
     optimizer = load_optimizer("learned.safetensors")          # anywhere optax is used
 
-The file is safetensors: eta's arrays under their pytree paths, and as metadata a schema version,
-the version of metalearn, the rule as JSON (`rule_json`) and a SHA-256 of all of it. Reading it
-runs no code of the file's. The digest finds damage, not malice: anyone can write a file whose
-digest is right.
+The file is safetensors: the arrays of eta under their pytree paths, and as metadata a schema
+version, the version of metalearn, the rule as JSON (`rule_json`) and a SHA-256 of all of these.
+Loading executes no code from the file. The digest detects damage, not malice: anyone can write a
+file with a matching digest.
 """
 
 from __future__ import annotations
@@ -28,22 +28,27 @@ from metalearn import __version__
 from metalearn._utils import strict_json
 from metalearn._utils.strict_json import parse, restored
 from metalearn._utils.trees import paths
-from metalearn.algorithms.learned_optimizer.rule_bounds import check_bounds
-from metalearn.algorithms.learned_optimizer.rule_json import decode, encode
+from metalearn.algorithms.learned_optimizer.rule_json import check_bounds, decode, encode
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
 from metalearn.train_state import TrainState
+from metalearn.unroll import Eta
 
 FORMAT = "metalearn update rule"
-SCHEMA = "1"  # of the metadata and the names; another number is another layout
+SCHEMA = "1"  # version of the layout: the metadata and the names of the arrays
 DTYPES = ("float16", "float32", "float64")  # that safetensors writes from NumPy
 
 
-def save_optimizer(path: str | os.PathLike[str], rule: UpdateRule, eta: Any) -> None:
-    """Write what `load_optimizer` reads. A file that is there is replaced whole.
+def save_optimizer(path: str | os.PathLike[str], rule: UpdateRule, eta: Eta) -> None:
+    """Write a learned optimizer to a file for `load_optimizer`. An existing file is replaced.
+
+    Args:
+      path: of the file; its folder is created.
+      rule: the update rule.
+      eta: its trained parameters.
 
     Raises:
-      ValueError: if eta is not one of the rule's, or the rule has parts that cannot be written.
-      TypeError: if rule is no UpdateRule, or eta a train state.
+      ValueError: if eta does not fit the rule, or the rule has parts that cannot be written.
+      TypeError: if rule is not an UpdateRule, or eta is a train state.
     """
     if not isinstance(rule, UpdateRule):
         raise TypeError(
@@ -51,57 +56,57 @@ def save_optimizer(path: str | os.PathLike[str], rule: UpdateRule, eta: Any) -> 
         )
     if isinstance(eta, TrainState):
         raise TypeError("`save_optimizer` takes eta, not the whole train state: `state.eta`.")
-    weights = _named(jax.device_get(eta))
+    weights = {name: np.asarray(leaf) for name, leaf in _by_path(jax.device_get(eta)).items()}
     _check(weights, _expected(rule), "eta", "Save an eta with the rule that it was trained with.")
     text = strict_json.dumps(encode(rule))
     metadata = {"format": FORMAT, "schema": SCHEMA, "metalearn": __version__, "rule": text}
     metadata["sha256"] = digest(metadata, weights)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(save(weights, metadata))
-    part.replace(path)
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_bytes(save(weights, metadata))
+    temporary.replace(path)
 
 
 def load_optimizer(
     path: str | os.PathLike[str], known: type | Iterable[type] = ()
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer of a file, as optax has them.
+    """Return the learned optimizer of a file, as an optax optimizer.
 
     Args:
-      path: what `save_optimizer` wrote.
-      known: classes of your own that the rule is made of, such as `(MyRule,)`.
+      path: of a file that `save_optimizer` wrote.
+      known: your own classes among the parts of the rule, such as `(MyRule,)`.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is of another kind, damaged, or holds what this version does not know.
+      ValueError: if the file is of another kind, damaged, or has parts unknown to this version.
     """
     rule, eta = load_rule(path, known)
     try:
         return rule.optimizer(eta)
-    except Exception as error:  # of optax: arguments that its optimizer does not take
+    except Exception as error:  # optax: the optimizer does not take these arguments
         raise ValueError(f"The rule in {path} makes no optimizer: {error}") from error
 
 
 def load_rule(
     path: str | os.PathLike[str], known: type | Iterable[type] = ()
-) -> tuple[UpdateRule, Any]:
-    """Return (rule, eta) of a file, to train it further. See `load_optimizer`."""
+) -> tuple[UpdateRule, Eta]:
+    """Return (rule, eta) of a file, to continue its training. See `load_optimizer`."""
     metadata, weights = _read(Path(path))
-    check_bounds(f"{path}", metadata["rule"], weights)  # before anything is built of it
+    check_bounds(f"{path}", metadata["rule"], weights)  # before anything is built from it
     rule = _rule(path, metadata["rule"], (known,) if isinstance(known, type) else known)
     try:
         expected = _expected(rule)
-    except Exception as error:  # of JAX or a class: a file may hold any size and name
+    except Exception as error:  # JAX or a class: the file may hold any size and name
         raise ValueError(f"{path} holds a rule that has no weights: {error}") from error
     _check(weights, expected, f"{path}", "It was not written by `save_optimizer`.")
-    found = [weights[name] for name in expected]
-    leaves = [jnp.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype)) for x in found]
+    arrays = [weights[name] for name in expected]
+    leaves = [jnp.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype)) for x in arrays]
     return rule, jax.tree.unflatten(jax.tree.structure(_shapes(rule)), leaves)
 
 
 def _rule(path: str | os.PathLike[str], text: str, known: Iterable[type]) -> UpdateRule:
-    """Return the rule that the metadata of a file holds."""
+    """Return the rule in the metadata of a file."""
     rule = decode(restored(parse(text, f"The rule in {path}", nonfinite=True)), known)
     if not isinstance(rule, UpdateRule):
         raise ValueError(f"{path} holds no update rule, but {rule!r:.80}.")
@@ -109,18 +114,18 @@ def _rule(path: str | os.PathLike[str], text: str, known: Iterable[type]) -> Upd
 
 
 def digest(metadata: Mapping[str, str], weights: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256 of the metadata, but for itself, and of arrays by name: hexadecimal."""
-    said = {key: text for key, text in metadata.items() if key != "sha256"}
-    found = hashlib.sha256(strict_json.dumps(said, sort_keys=True).encode())
+    """Return the SHA-256 of the metadata, its own entry aside, and of the arrays: hexadecimal."""
+    hashed = {key: text for key, text in metadata.items() if key != "sha256"}
+    sha256 = hashlib.sha256(strict_json.dumps(hashed, sort_keys=True).encode())
     for name in sorted(weights):
         array = weights[name]
-        found.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        sha256.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+        sha256.update(np.ascontiguousarray(array).tobytes())
+    return sha256.hexdigest()
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Return (metadata, arrays by name) of a file that is whole and ours."""
+    """Return (metadata, arrays by name) of a file of `save_optimizer`, its digest checked."""
     if path.is_dir():
         raise ValueError(f"{path} is a directory. Name the file in it.")
     if not path.is_file():
@@ -131,14 +136,14 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            _check_metadata(path, metadata)  # before anything is read of a file that is not ours
+            _check_metadata(path, metadata)  # before the arrays are read
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is not a safetensors file, or is damaged or cut short ({error}). Copy it "
             "again, or save it again with `save_optimizer`."
         ) from error
-    except (AttributeError, TypeError) as error:  # of safetensors, for a type of 8 bits, say
+    except (AttributeError, TypeError) as error:  # safetensors: a type of 8 bits, for instance
         raise ValueError(
             f"{path} has arrays of a type that NumPy has not ({error}), and weights are saved as "
             f"{', '.join(DTYPES)}. It was not written by `save_optimizer`."
@@ -167,25 +172,24 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _listed(names: Sequence[str], most: int = 8, longest: int = 80) -> str:
-    """Return names for a message, which no file makes long."""
+    """Return names for a message, shortened to `most` names of `longest` characters."""
     shown = [name if len(name) <= longest else f"{name[:longest]}..." for name in names[:most]]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(shown)}{more}"
 
 
-def _shapes(rule: UpdateRule) -> Any:
+def _shapes(rule: UpdateRule) -> Eta:
+    """Return the shapes of a rule's eta."""
     return jax.eval_shape(rule.init, jax.random.key(0))
 
 
 def _expected(rule: UpdateRule) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each array of a rule's eta, by path."""
     return {name: leaf.shape for name, leaf in _by_path(_shapes(rule)).items()}
 
 
-def _named(eta: Any) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in _by_path(eta).items()}
-
-
 def _by_path(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by their path; "eta" for a tree that is one leaf."""
     names = [name or "eta" for name in paths(tree)]
     if len({*names}) < len(names):
         raise ValueError(f"Two weights have one path: {_listed(names)}. Rename one.")
@@ -193,26 +197,26 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 
 def _check(
-    found: Mapping[str, np.ndarray],
+    weights: Mapping[str, np.ndarray],
     expected: Mapping[str, tuple[int, ...]],
     what: str,
     way_out: str,
 ) -> None:
     """Raise ValueError unless the arrays have the names and shapes of the rule's eta."""
-    if missing := [name for name in expected if name not in found]:
+    if missing := [name for name in expected if name not in weights]:
         raise ValueError(
             f"Weights of the rule are missing from {what}: {_listed(missing)}. {way_out}"
         )
-    if extra := [name for name in found if name not in expected]:
+    if extra := [name for name in weights if name not in expected]:
         raise ValueError(f"Weights in {what} are none of the rule's: {_listed(extra)}. {way_out}")
     for name, shape in expected.items():
-        if found[name].shape != shape:
+        if weights[name].shape != shape:
             raise ValueError(
-                f"{name} in {what} has shape {found[name].shape}, and that of the rule has "
+                f"{name} in {what} has shape {weights[name].shape}, and that of the rule has "
                 f"{shape}. {way_out}"
             )
-        if found[name].dtype.name not in DTYPES:
+        if weights[name].dtype.name not in DTYPES:
             raise ValueError(
-                f"{name} in {what} is of {found[name].dtype}, and weights are saved as "
+                f"{name} in {what} is of {weights[name].dtype}, and weights are saved as "
                 f"{', '.join(DTYPES)}. Convert it: `jax.tree.map(jnp.float32, eta)`."
             )

@@ -1,29 +1,28 @@
 """Features of every parameter of a tensor: the inputs of a learned optimizer.
 
-A feature is a part. It holds slots for a tensor (running means, say), and at every step turns
-them and the gradient into values, k per parameter: [k, *shape], features first, so that each
-is one contiguous array. The features of a rule are taken in order, and some of them are
-*directions* (the gradient, its running means): features that come later may divide them by a
-root second moment, and so need no running means of their own.
+A feature computes, at every step, k values per parameter from the gradient and from slots of its
+own (running means, for instance): [k, *shape], features first, so that each value is one contiguous
+array. The features of a rule are evaluated in order. Some of them are *directions* (the gradient,
+its running means): later features may divide directions by a root second moment, and so need no
+running means of their own.
 
     (Gradient(), Momenta((0.9, 0.99)), SecondMoments((0.999,)))       3 + 1 + 1 + 3 values
 
-Each is divided by its root mean square over the tensor, so that a network meets values of
-about one whatever the scale of the loss or of the tensor (Metz et al. 2020, arXiv:2009.11243;
-2022, arXiv:2203.11860). The derivative of that grows as the tensor shrinks, and at zero it would
-be 1e8 at each of T steps: a gradient, or a parameter, below 1e-8 is noise and has none instead.
+Each value is divided by its root mean square over the tensor, so that the inputs of a network are
+about one at any scale of the loss or of the tensor (Metz et al. 2020, arXiv:2009.11243; 2022,
+arXiv:2203.11860). The derivative of this division grows as the tensor shrinks, and at zero it would
+be 1e8 at each of T steps: a gradient or a parameter below 1e-8 is noise, and its derivative is cut.
 
-All is computed in float32, or float64 for parameters of that, whatever the dtype of the
-parameters, and for tensors of any rank.
+Features are computed in float32, or float64 for float64 parameters, for tensors of any rank.
 
-`FactoredMoments` are second moments of a matrix from those of its rows and columns. Adafactor
-(Shazeer & Stern 2018, arXiv:1804.04235) keeps running means of the squared gradient
-over each row and over each column, n + m numbers for a matrix of n m, and takes
+`FactoredMoments` approximate the second moments of a matrix from its rows and columns. Adafactor
+(Shazeer & Stern 2018, arXiv:1804.04235) has running means of the squared gradient over each row
+and over each column, n + m numbers for an n x m matrix, and uses
 
     v_ij = row_i column_j / mean(row)
 
-in the place of the second moment. For tensors of higher rank, rows and columns are those of
-the two longest axes; tensors of rank 0 and 1 have the full second moment in the place of both.
+instead of the second moment. For tensors of higher rank, rows and columns are the two longest axes;
+tensors of rank 0 and 1 use the full second moment instead of both.
 
 Step factors (`ParameterScale`, `ReciprocalRoot`) are features of one value by which the steps of a
 learned optimizer are multiplied.
@@ -43,30 +42,40 @@ import numpy as np
 from metalearn._utils.fields import check_fields
 from metalearn.algorithms.learned_optimizer.update_rule import check_decays, precision
 
-LEAST = 1e-16  # added below a root: as small as Adam's 1e-8 beside one
+LEAST = 1e-16  # added inside a square root: corresponds to Adam's 1e-8 outside
 
 
 class Tensor(NamedTuple):
-    """What is known of a tensor at a step."""
+    """The inputs of a feature for one tensor, in the dtype of the computation.
 
-    grad: jax.Array  # [*shape], in the dtype that is computed in
-    param: jax.Array  # [*shape], the same
-    step: jax.Array  # (), int32: updates before this one
-    directions: jax.Array  # [d, *shape]: the directions among the features before this one
+    grad: [*shape], the gradient.
+    param: [*shape], the parameters.
+    step: (), int32: updates before this one.
+    directions: [d, *shape]: the directions among the features before this one.
+    """
+
+    grad: jax.Array
+    param: jax.Array
+    step: jax.Array
+    directions: jax.Array
 
 
 class Feature(abc.ABC):
-    """Some values per parameter. Subclasses are frozen dataclasses."""
+    """Some values per parameter. Subclasses are frozen dataclasses.
 
-    is_direction: ClassVar[bool] = False  # whether later features may divide it by a root
-    is_normalized: ClassVar[bool] = True  # whether it is divided by its root mean square
+    is_direction: whether later features may divide its values by a root second moment.
+    is_normalized: whether its values are divided by their root mean square over the tensor.
+    """
+
+    is_direction: ClassVar[bool] = False
+    is_normalized: ClassVar[bool] = True
 
     @abc.abstractmethod
     def size(self, directions: int) -> int:
-        """Return how many values it has, where so many directions come before it."""
+        """Return the number of values, after features with this number of directions."""
 
     def init(self, param: jax.Array) -> Any:
-        """Return the slots of a tensor before the first step."""
+        """Return the initial slots for a tensor."""
         del param
         return ()
 
@@ -90,7 +99,11 @@ class Gradient(Feature):
 
 @dataclasses.dataclass(frozen=True)
 class Momenta(Feature):
-    """Running means of the gradient, one for each decay. Directions. Slots: as many."""
+    """Running means of the gradient, one per decay. Directions. Slots: the running means.
+
+    Args:
+      decays: d of the running means d m + (1 - d) g.
+    """
 
     decays: tuple[float, ...] = (0.9, 0.99, 0.999)
     is_direction: ClassVar[bool] = True
@@ -112,7 +125,13 @@ class Momenta(Feature):
 
 @dataclasses.dataclass(frozen=True)
 class SecondMoments(Feature):
-    """Root second moments r as Adam's, 1 / r, and each direction over r. Slots: one a decay."""
+    """Root second moments r as in Adam, 1 / r, and each direction over r, per decay.
+
+    Slots: the running means of the squared gradient.
+
+    Args:
+      decays: d of the running means d v + (1 - d) g^2.
+    """
 
     decays: tuple[float, ...] = (0.999,)
 
@@ -135,7 +154,7 @@ class SecondMoments(Feature):
 
 @dataclasses.dataclass(frozen=True)
 class ParameterValue(Feature):
-    """The parameter."""
+    """The value of the parameter."""
 
     def size(self, directions: int) -> int:
         return 1
@@ -146,7 +165,11 @@ class ParameterValue(Feature):
 
 @dataclasses.dataclass(frozen=True)
 class StepFeatures(Feature):
-    """tanh(t / scale - 1) of the number of updates t: where in a run this is."""
+    """tanh(t / scale - 1) of the number of updates t: the progress of the run.
+
+    Args:
+      scales: one value per scale, in updates.
+    """
 
     scales: tuple[float, ...] = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
     is_normalized: ClassVar[bool] = False
@@ -164,12 +187,12 @@ class StepFeatures(Feature):
 
 
 def init_slots(features: Sequence[Feature], param: jax.Array) -> tuple[Any, ...]:
-    """Return the slots of every feature, for one tensor."""
+    """Return the initial slots of every feature for one tensor."""
     return tuple(feature.init(param) for feature in features)
 
 
 def width(features: Sequence[Feature]) -> int:
-    """Return how many values the features have together."""
+    """Return the total number of values of the features."""
     total, directions = 0, 0
     for feature in features:
         size = feature.size(directions)
@@ -182,25 +205,25 @@ def evaluate(
 ) -> tuple[tuple[Any, ...], jax.Array]:
     """Return (next slots, values [width, *shape], normalised)."""
     tensor = tensor._replace(grad=above_noise(tensor.grad), param=above_noise(tensor.param))
-    shape, following, found = tensor.grad.shape, [], []
+    shape, next_slots, columns = tensor.grad.shape, [], []
     for feature, slot in zip(features, slots, strict=True):
         slot, values = feature(slot, tensor)
-        following.append(slot)
-        found.append(normalized(values) if feature.is_normalized else values)
+        next_slots.append(slot)
+        columns.append(normalized(values) if feature.is_normalized else values)
         if feature.is_direction:
             directions = jnp.concatenate([tensor.directions, values])
             tensor = tensor._replace(directions=directions)
-    wide = [jnp.broadcast_to(values, (len(values), *shape)) for values in found]
-    return tuple(following), jnp.concatenate(wide)
+    wide = [jnp.broadcast_to(values, (len(values), *shape)) for values in columns]
+    return tuple(next_slots), jnp.concatenate(wide)
 
 
 def above_noise(x: jax.Array) -> jax.Array:
-    """Return x, but without a derivative where its root mean square is below 1e-8."""
+    """Return x, its derivative cut if its root mean square is below 1e-8."""
     return jnp.where((x**2).mean() < LEAST, jax.lax.stop_gradient(x), x)
 
 
 def normalized(values: jax.Array) -> jax.Array:
-    """Divide each of values [k, *shape] by its root mean square over the tensor."""
+    """Return each of the values [k, *shape] divided by its root mean square over the tensor."""
     axes = tuple(range(1, values.ndim))
     return values * jax.lax.rsqrt((values**2).mean(axes, keepdims=True) + LEAST)
 
@@ -212,16 +235,19 @@ def running_means(slots: jax.Array, new: jax.Array, decays: Sequence[float]) -> 
 
 
 def over(directions: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Multiply all directions [d, *shape] by all inverse roots [k, *shape]: [k d, *shape]."""
+    """Return all directions [d, *shape] times all inverse roots [k, *shape]: [k d, *shape]."""
     count, *shape = directions.shape
     return (inverse[:, None] * directions[None]).reshape(len(inverse) * count, *shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class FactoredMoments(Feature):
-    """Roots r of the row's and the column's second moment, 1 / r, and each direction over both.
+    """Roots r of row and column second moments, 1 / r, and each direction over both, per decay.
 
-    Slots: a row and a column for each decay.
+    Slots: running means of the squared gradient over rows and columns, as in Adafactor.
+
+    Args:
+      decays: of the running means.
     """
 
     decays: tuple[float, ...] = (0.9, 0.99, 0.999)
@@ -252,13 +278,13 @@ class FactoredMoments(Feature):
 
 
 def _axes(shape: tuple[int, ...]) -> list[int]:
-    """Return the axis that rows are averaged over, and columns: the longest two; none below."""
+    """Return the axes over which rows and columns are averaged: the two longest, or none."""
     longest = np.argsort(shape, kind="stable")[::-1]
     return [int(axis) for axis in longest[:2]] if len(shape) > 1 else []
 
 
 def _parts(square: jax.Array) -> list[jax.Array]:
-    """Return the means of each row and of each column, averaged axes kept; or the whole."""
+    """Return the means over rows and over columns, with averaged axes of size 1; or the tensor."""
     return [square.mean(axis, keepdims=True) for axis in _axes(square.shape)] or [square]
 
 
@@ -274,7 +300,11 @@ def _inverse_root(slot: Any, axes: list[int]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterScale(Feature):
-    """The root mean square of the tensor, but not below `least`: steps are relative to it."""
+    """The root mean square of the tensor, at least `least`, which makes steps relative to it.
+
+    Args:
+      least: the lower bound, so that a tensor of zeros moves.
+    """
 
     least: float = 1e-3
 
@@ -295,7 +325,12 @@ class ParameterScale(Feature):
 
 @dataclasses.dataclass(frozen=True)
 class ReciprocalRoot(Feature):
-    """1 / sqrt(v + eps), v a running mean of the squared gradient. Slots: v."""
+    """1 / sqrt(v + eps), v a running mean of the squared gradient. Slots: v.
+
+    Args:
+      decay: of the running mean.
+      eps: added to v, an upper bound of the factor.
+    """
 
     decay: float = 0.999
     eps: float = 1e-6

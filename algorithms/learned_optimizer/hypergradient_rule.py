@@ -1,13 +1,13 @@
-"""SGD whose learning rate adapts as it runs, and what is learned is how it adapts.
+"""SGD with a learning rate that adapts during the run; how it adapts is learned.
 
     u_t     = mu u_{t-1} + g_t
     alpha_t = alpha_{t-1} exp(beta cos(g_t, u_{t-1}))                 alpha_0 = alpha
     theta_{t+1} = theta_t - alpha_t u_t
 
-While the gradient still points along the last step, the rate was too small, and grows: the
-multiplicative hypergradient rule (Baydin et al. 2018, arXiv:1703.04782). As an exponential of
-a cosine, no gradient changes a rate by more than a factor exp(beta), and none makes it
-negative. eta is three numbers: log alpha, log beta and the logit of mu.
+While the gradient has the direction of the last step, the rate was too small, and grows: the
+multiplicative hypergradient rule (Baydin et al. 2018, arXiv:1703.04782). The factor is the
+exponential of a cosine, so one step changes a rate by at most a factor exp(beta), and rates stay
+positive. eta is three numbers: log alpha, log beta and the logit of mu.
 
 The state is u and one number per rate, the sum of beta cos so far.
 """
@@ -26,40 +26,44 @@ import optax
 from metalearn._utils.checks import pick
 from metalearn._utils.fields import check_fields
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params, precision
+from metalearn.unroll import Eta
 
-LEAST = 1e-16  # added to a squared norm: cosines fade where a norm is below 1e-8
+LEAST = 1e-16  # added to squared norms: cosines go to zero where a norm is below 1e-8
 
 
 class HypergradientState(NamedTuple):
-    """The state of `HypergradientRule`: trees like the parameters."""
+    """The state of `HypergradientRule`: trees like the parameters.
 
-    velocity: Any  # u, in float32 or float64
-    gain: Any  # (), the logarithm of what each tensor's rate has been multiplied with
+    velocity: u, in float32 or float64.
+    gain: (), the logarithm of the factor between each tensor's current and initial rate.
+    """
 
-
-def _alone(dots: list[jax.Array]) -> list[jax.Array]:
-    return dots
-
-
-def _together(dots: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.stack(dots).sum(0)] * len(dots)
+    velocity: Any
+    gain: Any
 
 
-# From the inner products of each tensor, [3], to those that its cosine is taken of.
+# From the inner products of each tensor, [3], to those that its cosine is computed from.
 RATES: dict[str, Callable[[list[jax.Array]], list[jax.Array]]] = {
-    "per tensor": _alone,
-    "global": _together,
+    "per tensor": lambda dots: dots,
+    "global": lambda dots: [jnp.stack(dots).sum(0)] * len(dots),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class HypergradientRule(UpdateRule):
-    """Learn how SGD adapts its rate. eta: {"log_rate", "log_hyper_rate", "logit_momentum"}."""
+    """Learn how SGD adapts its rate. eta: {"log_rate", "log_hyper_rate", "logit_momentum"}.
 
-    rate: float = 0.01  # alpha, before it adapts
-    hyper_rate: float = 0.02  # beta
-    momentum: float = 0.9  # mu
-    rates: str = "per tensor"  # or "global": one for all
+    Args:
+      rate: the initial value of alpha, the learning rate at the start of a run.
+      hyper_rate: the initial value of beta, which scales the changes of the rate.
+      momentum: the initial value of mu.
+      rates: "per tensor", or "global": one rate for all tensors.
+    """
+
+    rate: float = 0.01
+    hyper_rate: float = 0.02
+    momentum: float = 0.9
+    rates: str = "per tensor"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -76,7 +80,7 @@ class HypergradientRule(UpdateRule):
             )
 
     def init(self, key: jax.Array) -> dict[str, jax.Array]:
-        """Return the three numbers, leaves ()."""
+        """Return the initial values of the three numbers, leaves ()."""
         del key
         return {
             "log_rate": jnp.asarray(math.log(self.rate)),
@@ -84,7 +88,7 @@ class HypergradientRule(UpdateRule):
             "logit_momentum": jnp.asarray(math.log(self.momentum / (1 - self.momentum))),
         }
 
-    def optimizer(self, eta: Any) -> optax.GradientTransformationExtraArgs:
+    def optimizer(self, eta: Eta) -> optax.GradientTransformationExtraArgs:
         """Return the optimizer. Its derivative is finite where gradients are exactly zero."""
 
         def init(params: Any) -> HypergradientState:
@@ -99,25 +103,25 @@ class HypergradientRule(UpdateRule):
             wide = jax.tree.map(lambda g, u: jnp.asarray(g, u.dtype), grads, state.velocity)
             cosines = self._cosines(wide, state.velocity)
 
-            def adapted(gain: jax.Array, cosine: jax.Array) -> jax.Array:
+            def next_gain(gain: jax.Array, cosine: jax.Array) -> jax.Array:
                 return gain + _like(gain, jnp.exp(eta["log_hyper_rate"])) * cosine
 
-            def pushed(u: jax.Array, g: jax.Array) -> jax.Array:
+            def next_velocity(u: jax.Array, g: jax.Array) -> jax.Array:
                 return _like(u, jax.nn.sigmoid(eta["logit_momentum"])) * u + g
 
             def step(g: Any, u: jax.Array, gain: jax.Array) -> jax.Array:
                 rate = jnp.exp(_like(gain, eta["log_rate"]) + gain)
                 return (-rate * u).astype(jnp.result_type(g))
 
-            gain = jax.tree.map(adapted, state.gain, cosines)
-            velocity = jax.tree.map(pushed, state.velocity, wide)
+            gain = jax.tree.map(next_gain, state.gain, cosines)
+            velocity = jax.tree.map(next_velocity, state.velocity, wide)
             updates = jax.tree.map(step, grads, velocity, gain)
             return updates, HypergradientState(velocity, gain)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
     def _cosines(self, grads: Any, velocity: Any) -> Any:
-        """Return cos(g_t, u_{t-1}), leaves (); 0 where either is zero."""
+        """Return cos(g_t, u_{t-1}) of each tensor, leaves (); 0 where either is zero."""
         leaves, treedef = jax.tree.flatten(grads)
         dots = [_dots(g, u) for g, u in zip(leaves, jax.tree.leaves(velocity), strict=True)]
         return jax.tree.unflatten(treedef, [_cosine(d) for d in RATES[self.rates](dots)])
@@ -129,10 +133,10 @@ def _dots(g: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _cosine(dots: jax.Array) -> jax.Array:
-    dots = jnp.where(jnp.isfinite(dots).all(), dots, 0)  # a norm that overflows tells no angle
+    dots = jnp.where(jnp.isfinite(dots).all(), dots, 0)  # no angle where a norm overflows
     return dots[0] * jax.lax.rsqrt(dots[1] + LEAST) * jax.lax.rsqrt(dots[2] + LEAST)
 
 
 def _like(array: jax.Array, number: Any) -> jax.Array:
-    """Return a learned number in the dtype of an array."""
+    """Return a number of eta in the dtype of an array."""
     return jnp.asarray(number, array.dtype)

@@ -1,11 +1,11 @@
-"""Networks that are applied to every parameter alike: features in, a direction and a size out.
+"""Networks that are applied to every parameter: from features to a direction and a magnitude.
 
-One set of weights, a few thousand numbers, serves every parameter of every model: a parameter
-is an element of a batch. So the cost of an update is that of a small network on a batch of as
-many elements as the model has parameters, whatever the batch the model is trained with.
+One set of weights, a few thousand numbers, is shared by all parameters of all models: a parameter
+is an element of a batch. The cost of an update is that of a small network on a batch of as many
+elements as the model has parameters; it does not depend on the batch that the model is trained on.
 
-The last layer begins at zero: a rule begins as its base, and one without a base moves nothing
-until it has been trained.
+The last layer is initially zero: an untrained rule with a base is equal to its base, and one
+without a base has updates of zero.
 
 References: Andrychowicz et al. 2016 (arXiv:1606.04474) for a recurrent network per parameter;
 Metz et al. 2020 (arXiv:2009.11243) for features that make a small feed-forward one enough.
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from metalearn._utils.checks import widths
 
-OUTPUTS = 2  # a direction and the logarithm of a size
+OUTPUTS = 2  # a direction and the logarithm of a magnitude
 
 
 class Network(abc.ABC):
@@ -32,30 +32,34 @@ class Network(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: jax.Array, features: int) -> Any:
-        """Return the weights for so many features: any pytree of floating-point arrays."""
+        """Return weights for this number of features: any pytree of floating-point arrays."""
 
     def start(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """Return what it carries from step to step for a tensor; nothing, by default."""
+        """Return the initial recurrent state for a tensor; by default there is none: `()`."""
         del shape, dtype
         return ()
 
     @abc.abstractmethod
     def apply(self, weights: Any, hidden: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-        """Return (outputs [..., 2], what it carries on) of features x [..., features].
+        """Return (outputs [..., 2], next recurrent state) for features x [..., features].
 
-        Weights, `hidden` and x have one dtype.
+        Weights, the recurrent state `hidden` and x have the same dtype.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class PointwiseMLP(Network):
-    """Dense layers with rectified units between them."""
+    """Dense layers with ReLU between them.
+
+    Args:
+      hidden: the widths of the hidden layers.
+    """
 
     hidden: tuple[int, ...] = (32, 32)
 
     def __post_init__(self) -> None:
-        given: Any = self.hidden
-        if not isinstance(given, Sequence) or isinstance(given, str):
+        hidden: Any = self.hidden
+        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
             raise TypeError(
                 f"`PointwiseMLP(hidden={self.hidden!r})`: it is a tuple of widths, such as "
                 "hidden=(32, 32)."
@@ -77,7 +81,11 @@ class PointwiseMLP(Network):
 
 @dataclasses.dataclass(frozen=True)
 class PointwiseGRU(Network):
-    """A gated recurrent unit, which carries `hidden` numbers for each parameter."""
+    """A gated recurrent unit with a recurrent state per parameter.
+
+    Args:
+      hidden: the width of the recurrent state.
+    """
 
     hidden: int = 8
 
@@ -99,14 +107,14 @@ class PointwiseGRU(Network):
     def apply(self, weights: Any, hidden: Any, x: jax.Array) -> tuple[jax.Array, Any]:
         gates = jax.nn.sigmoid(_affine(weights["gates"], jnp.concatenate([x, hidden], -1)))
         update, reset = jnp.split(gates, 2, -1)
-        seen = jnp.concatenate([x, reset * hidden], -1)
-        candidate = jnp.tanh(_affine(weights["candidate"], seen))
+        inputs = jnp.concatenate([x, reset * hidden], -1)
+        candidate = jnp.tanh(_affine(weights["candidate"], inputs))
         hidden = hidden + update * (candidate - hidden)
         return _affine(weights["out"], hidden), hidden
 
 
 def _dense(key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:
-    """Return a layer whose outputs are of the size of its inputs; no bias is zero."""
+    """Return a layer whose outputs are as large as its inputs, with random biases."""
     w, b = jax.random.split(key)
     scale = 1 / math.sqrt(inputs)
     return {

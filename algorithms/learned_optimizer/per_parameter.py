@@ -1,22 +1,22 @@
-"""A learned optimizer: a small network, applied to every parameter alike.
+"""A learned optimizer: a small network with shared weights, applied to every parameter.
 
     x_t = features of g_0 .. g_t, theta_t and t                  metalearn.algorithms: Feature
     d, m = network(eta, x_t)                                     metalearn.algorithms: Network
     u_t = base(g_t, ...) - step_scale d exp(magnitude_scale m)
 
-As the same weights serve every parameter, what was trained on small models can be applied to
-large ones (Andrychowicz et al. 2016, arXiv:1606.04474; Metz et al. 2022, arXiv:2203.11860).
-The two scales are what makes it trainable: outputs of about one are small steps.
+As all parameters share the weights, an optimizer trained on small models can be applied to large
+ones (Andrychowicz et al. 2016, arXiv:1606.04474; Metz et al. 2022, arXiv:2203.11860). The two
+scales make it trainable: outputs of about one are small steps.
 
-- base: the update that the network corrects, such as a `TunedRule` of Adam. A network alone
-  begins from nothing, and may learn to blow up; with a nominal term it begins as, and stays
-  close to, an optimizer that works (STAR, Harrison et al. 2022, arXiv:2209.11208).
-- factors: what the network's term is multiplied with, features of one value: `ParameterScale`
-  makes steps relative to the tensor, `ReciprocalRoot` preconditions them as STAR does.
+- base: the update that the network corrects, such as a `TunedRule` of Adam. A network alone starts
+  without useful updates, and its training may diverge; with a nominal term it starts as, and stays
+  close to, a working optimizer (STAR, Harrison et al. 2022, arXiv:2209.11208).
+- factors: features of one value that multiply the network's term: `ParameterScale` makes steps
+  relative to the tensor, `ReciprocalRoot` preconditions them as STAR does.
 
-Memory: the slots of the features, which reverse mode keeps for every inner step, and for the
-matmuls one matrix [parameters, features] per tensor. Any rank and any floating-point dtype;
-masked leaves (`optax.MaskedNode`, None) are left alone.
+Memory: the slots of the features, which are residuals of every inner step in reverse mode, and one
+matrix [parameters, features] per tensor for the matmuls. Tensors have any rank and floating-point
+dtype; masked leaves (`optax.MaskedNode`, None) are left unchanged.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ from metalearn.algorithms.learned_optimizer.features import (
 )
 from metalearn.algorithms.learned_optimizer.networks import Network, PointwiseMLP
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params, precision
+from metalearn.unroll import Eta
 
-USUAL = (
+DEFAULT_FEATURES = (
     Gradient(),
     Momenta(),
     SecondMoments(),
@@ -57,32 +58,39 @@ USUAL = (
 
 
 class PerParameterState(NamedTuple):
-    """The state of `PerParameter`; of trees, each leaf is a tensor's."""
+    """The state of `PerParameter`. Trees have the structure of the parameters.
 
-    taken: jax.Array  # (), int32: updates so far
-    slots: Any  # tree: the slots of each feature
-    factors: Any  # tree: the slots of each factor
-    hidden: Any  # tree: what the network carries
-    base: Any  # the state of the base
+    steps: (), int32: updates so far.
+    slots: tree, for each tensor the slots of every feature.
+    factors: tree, for each tensor the slots of every factor.
+    hidden: tree, for each tensor the recurrent state of the network.
+    base: the state of the base.
+    """
+
+    steps: jax.Array
+    slots: Any
+    factors: Any
+    hidden: Any
+    base: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class PerParameter(UpdateRule):
     """Learn a network that updates every parameter. eta: {"network": ..., "base": ...}.
 
-    Updates are in each parameter's dtype; all is computed in float32, or float64 for
-    parameters of that.
+    Updates have each parameter's dtype and are computed in float32, or float64 for float64
+    parameters.
 
     Args:
-      features: what the network sees of a parameter.
+      features: the inputs of the network.
       network: from features to a direction d and a magnitude m.
       step_scale: of the step d exp(magnitude_scale m).
       magnitude_scale: of m.
       base: an UpdateRule whose update the network corrects, such as a `TunedRule`; None: zero.
-      factors: features of one value that the network's step is multiplied with.
+      factors: features of one value, by which the network's step is multiplied.
     """
 
-    features: tuple[Feature, ...] = USUAL
+    features: tuple[Feature, ...] = DEFAULT_FEATURES
     network: Network = PointwiseMLP()
     step_scale: float = 1e-3
     magnitude_scale: float = 1e-3
@@ -122,7 +130,7 @@ class PerParameter(UpdateRule):
         eta = {"network": self.network.init(network, width(self.features))}
         return eta if self.base is None else {**eta, "base": self.base.init(base)}
 
-    def optimizer(self, eta: Any) -> optax.GradientTransformationExtraArgs:
+    def optimizer(self, eta: Eta) -> optax.GradientTransformationExtraArgs:
         """Return the optimizer. Its derivative is finite where gradients are exactly zero."""
         base = optax.with_extra_args_support(
             optax.set_to_zero() if self.base is None else self.base.optimizer(eta["base"])
@@ -143,27 +151,30 @@ class PerParameter(UpdateRule):
             grads: Any, state: PerParameterState, params: Any = None, **extra: Any
         ) -> tuple[Any, PerParameterState]:
             check_params(params, "PerParameter")
-            nominal, after = base.update(grads, state.base, params, **extra)
-            one = functools.partial(self._update, eta["network"], state.taken)
+            nominal, base_state = base.update(grads, state.base, params, **extra)
+            update_tensor = functools.partial(self._update, eta["network"], state.steps)
             trees = nominal, grads, state.slots, state.factors, state.hidden
-            found = jax.tree.map(one, params, *trees)
+            results = jax.tree.map(update_tensor, params, *trees)
 
             def part(i: int) -> Any:
-                return jax.tree.map(lambda _, each: each[i], params, found)
+                return jax.tree.map(lambda _, result: result[i], params, results)
 
-            taken = optax.safe_increment(state.taken)
-            return part(0), PerParameterState(taken, part(1), part(2), part(3), after)
+            steps = optax.safe_increment(state.steps)
+            return part(0), PerParameterState(steps, part(1), part(2), part(3), base_state)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
     def _update(
         self, weights: Any, step: jax.Array, param: Any, nominal: Any, grad: Any, *slots: Any
     ) -> tuple[jax.Array, Any, Any, Any]:
-        """Return a tensor's update, and its next slots, those of its factors and hidden."""
+        """Return a tensor's update, and its next slots, factors' slots and recurrent state.
+
+        `slots` are the tensor's (slots of features, slots of factors, recurrent state).
+        """
         dtype = precision(param)
         nominal, grad, wide = (jnp.asarray(x, dtype) for x in (nominal, grad, param))
         tensor = Tensor(grad, wide, step, jnp.zeros((0, *grad.shape), dtype))
-        kept, x = evaluate(self.features, slots[0], tensor)
+        feature_slots, x = evaluate(self.features, slots[0], tensor)
         weights = jax.tree.map(lambda w: jnp.asarray(w, dtype), weights)
         outputs, hidden = self.network.apply(weights, slots[2], jnp.moveaxis(x, 0, -1))
         change = self.step_scale * outputs[..., 0] * jnp.exp(self.magnitude_scale * outputs[..., 1])
@@ -172,4 +183,5 @@ class PerParameter(UpdateRule):
             slot, value = factor(slot, tensor)
             factors.append(slot)
             change = change * value[0]
-        return (nominal - change).astype(jnp.result_type(param)), kept, tuple(factors), hidden
+        update = (nominal - change).astype(jnp.result_type(param))
+        return update, feature_slots, tuple(factors), hidden

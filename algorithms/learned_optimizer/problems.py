@@ -1,12 +1,12 @@
-"""Problems that a learned optimizer trains: a fresh theta, and the loss of a step.
+"""Problems that a learned optimizer trains: the initial theta, and the loss of an inner step.
 
-A problem holds functions alone; the data come with the episode, so a problem goes with a
+A problem consists of functions only; the data come with the episode, so a problem needs a matching
 distribution over tasks:
 
 | problem        | tasks                                   | support of an episode              |
 |----------------|-----------------------------------------|------------------------------------|
 | `Supervised`   | `TrainingRuns`, `HeldOut`               | all inputs and targets, rows [n]   |
-| `Streamed`     | `Text`, or any that draw a batch a step | leaves [T, batch, ...]             |
+| `Streamed`     | `Text`, or any with a batch per step    | leaves [T, batch, ...]             |
 | `Quadratic`    | `Quadratics`                            | curvatures [d], minimum [d]        |
 | `Together`     | `SideBySide`                            | {name: support}                    |
 
@@ -25,18 +25,19 @@ import jax.numpy as jnp
 
 from metalearn._utils.checks import at_least
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.epochs import check_reads, epochs, read
+from metalearn.algorithms.epochs import check_reads, epochs, read_rows
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.model import Model
+from metalearn.unroll import Batch, Metrics
 from metalearn.unroll import horizon as length
 
 
 class StepLoss(NamedTuple):
-    """What a problem says of theta at one step.
+    """The losses of one inner step.
 
-    loss: (), what the inner gradient is of.
-    measure: (), what the outer loss is the mean of; usually the same. [parts] of `Together`.
-    statistics: the model's mutable state after the step; what `init` returned where it has none.
+    loss: (), the inner loss, whose gradient the learned optimizer receives.
+    measure: (), the term of this step in the outer loss; usually the same. [parts] of `Together`.
+    statistics: the model's mutable state after the step; for a model without one, that of `init`.
     """
 
     loss: jax.Array
@@ -45,42 +46,46 @@ class StepLoss(NamedTuple):
 
 
 class Problem(abc.ABC):
-    """One kind of training run. Subclasses are frozen dataclasses of pure functions."""
+    """A training problem. Subclasses are frozen dataclasses of pure functions."""
 
     @abc.abstractmethod
     def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Return (theta, the model's mutable state): `()` for that where there is none."""
+        """Return (theta_0, the model's mutable state), which is `()` for a model without one."""
 
     @abc.abstractmethod
-    def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> Any:
-        """Return what these steps read: a pytree with leaves [len(steps), ...].
+    def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> Batch:
+        """Return the batches of some steps: a pytree with leaves [len(steps), ...].
 
-        `steps` are numbers, int32, one after the other: all of a run, or those of a truncation.
+        `steps` are consecutive step numbers, int32: of a full or of a truncated unroll.
         """
 
     def check(self, support: Any, inner_steps: int) -> None:  # noqa: B027
-        """Raise ValueError where a support set does not do for `inner_steps` steps."""
+        """Raise ValueError if a support set does not suit this problem, or this number of steps."""
 
     def combined(self, measure: jax.Array) -> jax.Array:
-        """Return what the parts of a measure come to: ()."""
+        """Return a measure combined over its parts: ()."""
         return measure
 
     @abc.abstractmethod
     def loss(
-        self, params: Any, statistics: Any, support: Any, batch: Any, key: jax.Array
+        self, params: Any, statistics: Any, support: Any, batch: Batch, key: jax.Array
     ) -> StepLoss:
-        """Return the loss of one step. `key` is for dropout and the like."""
+        """Return the loss of one step. `key` is for random layers such as dropout."""
 
     @abc.abstractmethod
-    def validate(
-        self, params: Any, statistics: Any, query: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def validate(self, params: Any, statistics: Any, query: Any) -> tuple[jax.Array, Metrics]:
         """Return (validation loss (), metrics)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Supervised(Problem):
-    """A network on batches of a whole dataset, every example once before any comes again."""
+    """A network trained on a whole dataset, in shuffled epochs.
+
+    Args:
+      model: the network.
+      objective: outputs, targets -> loss (), metrics.
+      batch: examples of an inner step.
+    """
 
     model: Model
     objective: Objective = cross_entropy
@@ -96,11 +101,11 @@ class Supervised(Problem):
         at_least("Supervised", 1, batch=self.batch)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Return the model's parameters and state."""
+        """Return (the model's initial parameters, its mutable state)."""
         return self.model.init(key)
 
     def check(self, support: Any, inner_steps: int) -> None:
-        """Raise ValueError unless the support is a dataset and the rows of it to read."""
+        """Raise ValueError unless the support is a dataset with the row numbers of a split."""
         check_reads("Supervised", inner_steps, self.batch)
         if len(support) != 3 or jnp.ndim(support[2]) != 1:
             raise ValueError(
@@ -110,28 +115,31 @@ class Supervised(Problem):
             )
 
     def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> jax.Array:
-        """Return the rows of each step [len(steps), batch], int32."""
+        """Return the row numbers of each step, [len(steps), batch], int32."""
         return epochs(support[2], steps, self.batch, key)
 
     def loss(
-        self, params: Any, statistics: Any, support: Any, batch: Any, key: jax.Array
+        self, params: Any, statistics: Any, support: Any, batch: Batch, key: jax.Array
     ) -> StepLoss:
         """Return the objective on the rows of a step."""
-        inputs, targets = read(support, batch)
+        inputs, targets = read_rows(support, batch)
         return _step_loss(self.model, self.objective, params, statistics, inputs, targets, key)
 
-    def validate(
-        self, params: Any, statistics: Any, query: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def validate(self, params: Any, statistics: Any, query: Any) -> tuple[jax.Array, Metrics]:
         """Return the objective on all rows of the query."""
-        inputs, targets = read(query, query[2])
+        inputs, targets = read_rows(query, query[2])
         outputs, _ = self.model.apply(params, statistics, inputs, train=False)
         return self.objective(outputs, targets)
 
 
 @dataclasses.dataclass(frozen=True)
 class Streamed(Problem):
-    """A network on batches that come with the episode, one a step: (inputs, targets, ...)."""
+    """A network trained on the batches of the episode, one per step: (inputs, targets, ...).
+
+    Args:
+      model: the network.
+      objective: outputs, targets -> loss (), metrics.
+    """
 
     model: Model
     objective: Objective = cross_entropy
@@ -140,34 +148,32 @@ class Streamed(Problem):
         check_fields(self)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Return the model's parameters and state."""
+        """Return (the model's initial parameters, its mutable state)."""
         return self.model.init(key)
 
     def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> Any:
-        """Return the batches themselves."""
+        """Return the batches of these steps."""
         del key
         return jax.tree.map(lambda x: x[steps], support[:2])
 
     def check(self, support: Any, inner_steps: int) -> None:
         """Raise ValueError unless there is a batch for each step."""
-        given = length(support)
-        if given != inner_steps:
+        batches = length(support)
+        if batches != inner_steps:
             raise ValueError(
-                f"The tasks bring {given} batches, one a step, and the learned optimizer takes "
+                f"The tasks bring {batches} batches, one a step, and the learned optimizer takes "
                 f"{inner_steps} steps. Make the two the same."
             )
 
     def loss(
-        self, params: Any, statistics: Any, support: Any, batch: Any, key: jax.Array
+        self, params: Any, statistics: Any, support: Any, batch: Batch, key: jax.Array
     ) -> StepLoss:
         """Return the objective on a step's batch."""
         del support
         inputs, targets = batch
         return _step_loss(self.model, self.objective, params, statistics, inputs, targets, key)
 
-    def validate(
-        self, params: Any, statistics: Any, query: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def validate(self, params: Any, statistics: Any, query: Any) -> tuple[jax.Array, Metrics]:
         """Return the objective on the query."""
         outputs, _ = self.model.apply(params, statistics, query[0], train=False)
         return self.objective(outputs, query[1])
@@ -175,10 +181,15 @@ class Streamed(Problem):
 
 @dataclasses.dataclass(frozen=True)
 class Quadratic(Problem):
-    """A bowl: half the mean over d of curvature (theta - minimum - noise)^2, theta_0 normal."""
+    """A quadratic: half the mean over d of curvature (theta - minimum - noise)^2, theta_0 normal.
+
+    Args:
+      dimension: d.
+      noise: standard deviation of the random shift of the minimum at each step.
+    """
 
     dimension: int
-    noise: float = 0.0  # standard deviation of the minimum that a step sees
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -188,7 +199,7 @@ class Quadratic(Problem):
         return jax.random.normal(key, (self.dimension,)), ()
 
     def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> Any:
-        """Return the shift of the minimum at each step [len(steps), d]."""
+        """Return the shift of the minimum at each step, [len(steps), d]."""
 
         def shift(step: jax.Array) -> jax.Array:
             return jax.random.normal(jax.random.fold_in(key, step), (self.dimension,))
@@ -196,19 +207,17 @@ class Quadratic(Problem):
         return self.noise * jax.vmap(shift)(steps)
 
     def loss(
-        self, params: Any, statistics: Any, support: Any, batch: Any, key: jax.Array
+        self, params: Any, statistics: Any, support: Any, batch: Batch, key: jax.Array
     ) -> StepLoss:
-        """Return the loss about the shifted minimum, judged by that about the true one."""
+        """Return the loss about the shifted minimum; the measure is about the true minimum."""
         del key
         curvatures, minimum = support
-        seen = _bowl(params, curvatures, minimum + batch)
-        return StepLoss(seen, _bowl(params, curvatures, minimum), statistics)
+        noisy = _quadratic(params, curvatures, minimum + batch)
+        return StepLoss(noisy, _quadratic(params, curvatures, minimum), statistics)
 
-    def validate(
-        self, params: Any, statistics: Any, query: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def validate(self, params: Any, statistics: Any, query: Any) -> tuple[jax.Array, Metrics]:
         """Return the loss about the true minimum."""
-        return _bowl(params, *query), {}
+        return _quadratic(params, *query), {}
 
 
 def _step_loss(
@@ -225,7 +234,7 @@ def _step_loss(
     return StepLoss(loss, loss, statistics)
 
 
-def _bowl(params: jax.Array, curvatures: jax.Array, minimum: jax.Array) -> jax.Array:
+def _quadratic(params: jax.Array, curvatures: jax.Array, minimum: jax.Array) -> jax.Array:
     return 0.5 * jnp.mean(curvatures * (params - minimum) ** 2)
 
 
@@ -233,13 +242,16 @@ def _bowl(params: jax.Array, curvatures: jax.Array, minimum: jax.Array) -> jax.A
 class Together(Problem):
     """Several problems side by side, one of each in every task. theta: {name: theta}.
 
-    A learned optimizer that treats each parameter by itself trains them as if each were alone,
-    and its eta is judged by all: the way to train one optimizer on a mixture of tasks. A task is
-    one of each, so where one part becomes NaN in truncated training, all of that task begin anew.
+    The way to train one optimizer on a mixture of tasks: a learned optimizer that acts on each
+    parameter independently trains every part as if it were alone, and the outer loss is over all
+    parts. If one part of a task becomes NaN in truncated unrolls, all its parts are resampled.
+
+    Args:
+      parts: the problems, by name.
+      weights: of the parts in the outer loss, by name, scaled to a sum of one; None: equal.
     """
 
     parts: Mapping[str, Problem] = dataclasses.field(hash=False)
-    # What a part counts in the outer loss; None: all the same. They sum to one.
     weights: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
@@ -254,8 +266,8 @@ class Together(Problem):
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return {name: theta} and {name: state}."""
-        made = {name: part.init(self._key(key, name)) for name, part in self.parts.items()}
-        return {n: m[0] for n, m in made.items()}, {n: m[1] for n, m in made.items()}
+        pairs = {name: part.init(self._key(key, name)) for name, part in self.parts.items()}
+        return {n: pair[0] for n, pair in pairs.items()}, {n: pair[1] for n, pair in pairs.items()}
 
     def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> Any:
         """Return {name: batches}."""
@@ -265,30 +277,29 @@ class Together(Problem):
         }
 
     def loss(
-        self, params: Any, statistics: Any, support: Any, batch: Any, key: jax.Array
+        self, params: Any, statistics: Any, support: Any, batch: Batch, key: jax.Array
     ) -> StepLoss:
-        """Return the sum of the losses, whose gradients do not mix, and the measure of each."""
-        found = {
+        """Return the sum of the losses, which share no parameters, and the measure of each part."""
+        losses = {
             n: part.loss(params[n], statistics[n], support[n], batch[n], self._key(key, n))
             for n, part in self.parts.items()
         }
-        total = jnp.stack([one.loss for one in found.values()]).sum()
-        measures = jnp.stack([self.parts[n].combined(one.measure) for n, one in found.items()])
-        return StepLoss(total, measures, {n: one.statistics for n, one in found.items()})
+        total = jnp.stack([part.loss for part in losses.values()]).sum()
+        measures = jnp.stack([self.parts[n].combined(part.measure) for n, part in losses.items()])
+        return StepLoss(total, measures, {n: part.statistics for n, part in losses.items()})
 
     def combined(self, measure: jax.Array) -> jax.Array:
         """Return the weighted mean of the measures [parts]."""
         return self._weighted(dict(zip(self.parts, measure, strict=True)))
 
-    def validate(
-        self, params: Any, statistics: Any, query: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def validate(self, params: Any, statistics: Any, query: Any) -> tuple[jax.Array, Metrics]:
         """Return the weighted validation loss, and each part's as "name/validation_loss"."""
-        found = {n: p.validate(params[n], statistics[n], query[n]) for n, p in self.parts.items()}
-        shown = {f"{n}/validation_loss": loss for n, (loss, _) in found.items()}
-        for name, (_, metrics) in found.items():
-            shown |= {f"{name}/{key}": value for key, value in metrics.items()}
-        return self._weighted({n: loss for n, (loss, _) in found.items()}), shown
+        results = {n: p.validate(params[n], statistics[n], query[n]) for n, p in self.parts.items()}
+        losses = {n: loss for n, (loss, _) in results.items()}
+        metrics: Metrics = {f"{n}/validation_loss": loss for n, loss in losses.items()}
+        for name, (_, part_metrics) in results.items():
+            metrics |= {f"{name}/{key}": value for key, value in part_metrics.items()}
+        return self._weighted(losses), metrics
 
     def _weighted(self, measures: Mapping[str, jax.Array]) -> jax.Array:
         weights = self.weights or dict.fromkeys(self.parts, 1.0)
@@ -299,11 +310,11 @@ class Together(Problem):
         return jax.random.fold_in(key, sorted(self.parts).index(name))
 
     def check(self, support: Any, inner_steps: int) -> None:
-        """Raise ValueError unless the support has these parts, and each does."""
-        found = sorted(support) if isinstance(support, dict) else "no dictionary"
-        if found != sorted(self.parts):
+        """Raise ValueError unless the support has these parts, and each suits its problem."""
+        names = sorted(support) if isinstance(support, dict) else "no dictionary"
+        if names != sorted(self.parts):
             raise ValueError(
-                f"The problems are {sorted(self.parts)}, and the tasks bring {found}. Use "
+                f"The problems are {sorted(self.parts)}, and the tasks bring {names}. Use "
                 "`metalearn.datasets.SideBySide` with the same names."
             )
         for name, part in self.parts.items():

@@ -1,4 +1,4 @@
-"""An update rule as JSON, and back, by literal tables of names.
+"""An update rule to JSON and back, by literal tables of names.
 
     PerParameter(base=TunedRule(functools.partial(optax.adam, b1=0.95), {...}))
 
@@ -6,14 +6,20 @@
         "make": {"partial": {"optimizer": "optax.adam"}, "args": [], "keywords": {"b1": 0.95}},
         "hyperparameters": {"mapping": {...}}}}, ...}}
 
-Lists stand for tuples. What is read is looked up in the tables and in what the reader passes,
-never imported by its name: a file names classes of this library, and runs nothing of its own.
+Lists stand for tuples. Names are looked up in the tables here and among the classes that the caller
+passes, and are never imported: loading a file executes no code from it.
+
+A short rule can describe a large network: a list of 20,000 widths is 60 kB of JSON, and a network
+of 20,000 layers takes minutes to build. But every layer has its weights in the same file, and every
+width is the length of one of their axes. So `check_bounds` compares a rule with the weights before
+anything is built from it; size and time are then in proportion to the size of the file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -81,20 +87,23 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "optax.yogi": optax.yogi,
 }
 
-PARTS: dict[str, dict[str, Any]] = {  # what stands for more than a value, and what is in it
+PARTS: dict[str, dict[str, Any]] = {  # the keys of each kind of JSON object, and their types
     "class": {"class": str, "fields": dict},
     "mapping": {"mapping": dict},
     "optimizer": {"optimizer": str},
     "partial": {"partial": dict, "args": list, "keywords": dict},
 }
-DEEPEST = 32  # parts inside each other
+MOST_PARTS_DEEP = 32  # parts of a rule inside each other
+MOST_JSON_DEEP = 64  # lists and objects inside each other; a rule over three others has 20
+LONGEST_NAME = 1000  # characters
+SPARE_LAYERS = 16  # layers without weights that are built, for an error that names them
 
 
 def encode(part: Any) -> Any:
-    """Return a rule, or a part of one, as what `json` writes.
+    """Return a rule, or a part of one, as the objects that `json` writes.
 
     Raises:
-      ValueError: for a part that could not be read back, with the way out.
+      ValueError: for a part that cannot be written, with the way out.
     """
     if part is None or isinstance(part, bool | int | float | str):
         return part
@@ -119,57 +128,57 @@ def encode(part: Any) -> Any:
     )
 
 
-def decode(found: Any, known: Iterable[type] = ()) -> Any:
-    """Return the rule, or part of one, that JSON stands for.
+def decode(parsed: Any, known: Iterable[type] = ()) -> Any:
+    """Return the rule, or the part of one, that parsed JSON describes.
 
     Args:
-      found: what `json` read.
-      known: dataclasses beside those of this library.
+      parsed: the objects that `json` read.
+      known: further dataclasses that may be parts of the rule.
 
     Raises:
-      ValueError: for a class or an optimizer that is neither in the tables nor known, and for
-        anything that is no part of a rule, or of which none can be made.
+      ValueError: for a class or an optimizer that is neither in the tables nor known, for anything
+        that is not a part of a rule, and for values that a part refuses.
     """
-    return _decode(found, {**_by_name(known), **CLASSES}, DEEPEST)
+    return _decode(parsed, {**_by_name(known), **CLASSES}, MOST_PARTS_DEEP)
 
 
-def _decode(found: Any, classes: Mapping[str, type], deepest: int) -> Any:
-    if not deepest:
-        raise ValueError(f"No update rule has parts inside each other {DEEPEST} deep.")
+def _decode(parsed: Any, classes: Mapping[str, type], depth: int) -> Any:
+    if not depth:
+        raise ValueError(f"No update rule has parts inside each other {MOST_PARTS_DEEP} deep.")
 
     def inside(part: Any) -> Any:
-        return _decode(part, classes, deepest - 1)
+        return _decode(part, classes, depth - 1)
 
-    if isinstance(found, list):
-        return tuple(inside(x) for x in found)
-    if not isinstance(found, dict):
-        return found
-    kind = next((kind for kind in PARTS if kind in found), None)
-    if kind is None or found.keys() != PARTS[kind].keys():
-        raise ValueError(f"This is no part of an update rule: {str(found)[:80]}")
-    for key, takes in PARTS[kind].items():
-        if not isinstance(found[key], takes):
-            raise ValueError(f"{key!r} of a part of an update rule is not {found[key]!r:.80}.")
+    if isinstance(parsed, list):
+        return tuple(inside(x) for x in parsed)
+    if not isinstance(parsed, dict):
+        return parsed
+    kind = next((kind for kind in PARTS if kind in parsed), None)
+    if kind is None or parsed.keys() != PARTS[kind].keys():
+        raise ValueError(f"This is no part of an update rule: {str(parsed)[:80]}")
+    for key, expected in PARTS[kind].items():
+        if not isinstance(parsed[key], expected):
+            raise ValueError(f"{key!r} of a part of an update rule is not {parsed[key]!r:.80}.")
     if kind == "class":
-        fields = found["fields"]
-        cls = _class(found["class"], fields, classes)
-        return _made(found["class"], cls, (), {name: inside(x) for name, x in fields.items()})
+        fields = parsed["fields"]
+        cls = _class(parsed["class"], fields, classes)
+        return _build(parsed["class"], cls, (), {name: inside(x) for name, x in fields.items()})
     if kind == "mapping":
-        return {name: inside(x) for name, x in found["mapping"].items()}
+        return {name: inside(x) for name, x in parsed["mapping"].items()}
     if kind == "optimizer":
-        return pick(OPTIMIZERS, found["optimizer"], "optimizer that can be loaded")
-    make, args = inside(found["partial"]), inside(found["args"])
+        return pick(OPTIMIZERS, parsed["optimizer"], "optimizer that can be loaded")
+    make, args = inside(parsed["partial"]), inside(parsed["args"])
     if not callable(make):
         raise ValueError(f"Only an optimizer has arguments, not {make!r:.80}.")
-    keywords = {name: inside(x) for name, x in found["keywords"].items()}
-    return _made("optimizer with arguments", functools.partial, (make, *args), keywords)
+    keywords = {name: inside(x) for name, x in parsed["keywords"].items()}
+    return _build("optimizer with arguments", functools.partial, (make, *args), keywords)
 
 
-def _made(what: str, make: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-    """Call what makes a part; ValueError, with the reason, for values that it cannot be made of."""
+def _build(what: str, make: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+    """Return `make(*args, **keywords)`; ValueError, with the reason, if it refuses the values."""
     try:
         return make(*args, **keywords)
-    except Exception as error:  # of a class or of NumPy: a file may hold anything
+    except Exception as error:  # of a class or NumPy: the file may hold any value
         raise ValueError(f"No {what} can be made of what the file holds: {error}") from error
 
 
@@ -186,29 +195,27 @@ def _encode_dataclass(part: Any) -> dict[str, Any]:
 
 
 def _class(name: str, fields: Mapping[str, Any], classes: Mapping[str, type]) -> Any:
-    """Return the class of a name, once its fields are those that the file has."""
+    """Return the class with this name; ValueError unless its fields are those of the file."""
     if name not in classes:
         raise ValueError(
             f"The file holds a {name!r}, which is no class of metalearn's.{nearest(name, classes)} "
             f"Pass your own: `known=({name},)`."
         )
     cls: Any = classes[name]
-    taken = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    if not _required(taken.values()) <= set(fields) <= set(taken):
+    own = [field for field in dataclasses.fields(cls) if field.init]
+    none = dataclasses.MISSING  # a field that a later version adds has the default of before
+    required = {f.name for f in own if f.default is none and f.default_factory is none}
+    names = [field.name for field in own]
+    if not required <= set(fields) <= set(names):
         raise ValueError(
             f"The file's {name} has the fields {', '.join(fields)}, and the one here "
-            f"{', '.join(taken)}. Load it with the version it was saved by."
+            f"{', '.join(names)}. Load it with the version it was saved by."
         )
     return cls
 
 
-def _required(fields: Iterable[dataclasses.Field[Any]]) -> set[str]:
-    """Return those without a default: one that has been added since has that of then."""
-    none = dataclasses.MISSING
-    return {f.name for f in fields if f.default is none and f.default_factory is none}
-
-
 def _by_name(known: Iterable[type]) -> dict[str, type]:
+    """Return the caller's own classes by name; an error for those that cannot be parts."""
     known = tuple(known)
     for cls in known:
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
@@ -216,3 +223,70 @@ def _by_name(known: Iterable[type]) -> dict[str, type]:
         if CLASSES.get(cls.__name__, cls) is not cls:
             raise ValueError(f"metalearn has a class {cls.__name__!r} too. Rename yours.")
     return {cls.__name__: cls for cls in known}
+
+
+def check_bounds(what: str, rule: str, weights: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError if a rule describes larger networks than the weights beside it.
+
+    Args:
+      what: the source of the rule, for the message.
+      rule: as JSON. Other errors in it are left to `decode`.
+      weights: the arrays of the same file, by path.
+    """
+    try:
+        parsed = json.loads(rule)
+    except RecursionError as error:
+        raise _too_deep(what) from error
+    except ValueError:
+        return
+    largest = max((array.size for array in weights.values()), default=0)
+    layers, width = 0, 0
+    pending = [(parsed, 1)]
+    while pending:
+        part, depth = pending.pop()
+        if depth > MOST_JSON_DEEP:
+            raise _too_deep(what)
+        if isinstance(part, str) and len(part) > LONGEST_NAME:
+            raise _too_long(what, len(part))
+        inside = part if isinstance(part, list) else []
+        if isinstance(part, dict):
+            if (longest := max(map(len, part), default=0)) > LONGEST_NAME:
+                raise _too_long(what, longest)
+            inside = list(part.values())
+            part_layers, part_width = _network(part)
+            layers, width = layers + part_layers, max(width, part_width)
+        pending += [(value, depth + 1) for value in inside]
+    if layers > len(weights) + SPARE_LAYERS:
+        raise ValueError(
+            f"{what} holds {len(weights)} arrays, and a rule whose networks have {layers} layers, "
+            "each with a matrix and a bias. It was not written by `save_optimizer`."
+        )
+    if width > largest:
+        raise ValueError(
+            f"{what} holds arrays of {largest} numbers at most, and a rule with a network that is "
+            f"{width} wide. It was not written by `save_optimizer`."
+        )
+
+
+def _network(part: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (layers, the largest width) of a part that is one of the built-in networks, else 0."""
+    fields = part.get("fields")
+    if part.get("class") not in ("PointwiseMLP", "PointwiseGRU") or not isinstance(fields, dict):
+        return 0, 0
+    hidden = fields.get("hidden", [])
+    widths = hidden if isinstance(hidden, list) else [hidden]
+    return len(widths) + 1, max((n for n in widths if isinstance(n, int)), default=0)
+
+
+def _too_deep(what: str) -> ValueError:
+    return ValueError(
+        f"{what} holds a rule of parts in parts, more than {MOST_JSON_DEEP} deep, as no rule is. "
+        "It was not written by `save_optimizer`."
+    )
+
+
+def _too_long(what: str, length: int) -> ValueError:
+    return ValueError(
+        f"{what} holds a rule with a name of {length} characters, and the longest have "
+        f"{LONGEST_NAME}. It was not written by `save_optimizer`."
+    )

@@ -1,10 +1,10 @@
-"""A hand-designed optimizer whose few hyperparameters are learned.
+"""A hand-designed optimizer whose hyperparameters are learned.
 
-The smallest of the update rules, and the one to beat: what a network per parameter gains is
-what it gains over this. eta is a coordinate () of each hyperparameter, in its space, so that
-a learning rate is searched for over orders of magnitude and a decay stays below one.
+The smallest of the update rules, and the baseline for larger ones, such as a network per parameter.
+eta is one coordinate () per hyperparameter, in its space, so that a learning rate is searched over
+orders of magnitude and a decay stays below one.
 
-One value serves all steps. Values that change over a run are the windows of
+A hyperparameter has one value for all steps. Values that change during a run: the windows of
 `metalearn.algorithms.FDS`.
 """
 
@@ -24,18 +24,22 @@ from metalearn._utils.trees import in_dtypes_of
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter, check_required, place
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params
 from metalearn.optimizers.differentiable import differentiable_at_zero
+from metalearn.unroll import Eta
 
 
 @dataclasses.dataclass(frozen=True)
 class TunedRule(UpdateRule):
     """Learn the hyperparameters of an optimizer, by name. eta: {name: coordinate ()}.
 
-    A name is an argument of `make` that a number can be passed for. Arguments that stay as
-    they are: `functools.partial(optax.adamw, b1=0.95)`. Updates have the dtype of the
-    gradients, and the optimizer's state keeps its own.
+    Updates have the dtype of the gradients, not of eta.
+
+    Args:
+      make: **hyperparameters -> the optimizer, such as `optax.adamw`. Arguments with a fixed value:
+        `functools.partial(optax.adamw, b1=0.95)`.
+      hyperparameters: by name; a name is a numeric argument of `make`.
     """
 
-    make: Callable[..., optax.GradientTransformation]  # such as `optax.adamw`
+    make: Callable[..., optax.GradientTransformation]
     hyperparameters: Mapping[str, Hyperparameter] = dataclasses.field(hash=False)
 
     def __post_init__(self) -> None:
@@ -54,26 +58,26 @@ class TunedRule(UpdateRule):
             _check_single(name, chosen)
 
     def init(self, key: jax.Array) -> dict[str, jax.Array]:
-        """Return the coordinates that the hyperparameters start from."""
+        """Return the initial coordinates of the hyperparameters: {name: ()}."""
         del key
         return {name: _start(chosen) for name, chosen in self.hyperparameters.items()}
 
-    def values(self, eta: Any) -> dict[str, jax.Array]:
-        """Return what the coordinates stand for: {name: value ()}."""
+    def values(self, eta: Eta) -> dict[str, jax.Array]:
+        """Return the values of the coordinates: {name: value ()}."""
         return {name: chosen.value(eta[name]) for name, chosen in self.hyperparameters.items()}
 
-    def optimizer(self, eta: Any) -> optax.GradientTransformationExtraArgs:
-        """Return the optimizer, its derivative finite at every gradient."""
-        made = differentiable_at_zero(self.make(**self.values(eta)))
+    def optimizer(self, eta: Eta) -> optax.GradientTransformationExtraArgs:
+        """Return the optimizer, with a finite derivative at every gradient."""
+        inner = differentiable_at_zero(self.make(**self.values(eta)))
 
         def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-            updates, slots = made.update(grads, state, params, **extra)
-            # A learned hyperparameter may be of another dtype than what it goes into.
+            updates, slots = inner.update(grads, state, params, **extra)
+            # A learned hyperparameter may have another dtype than the gradients and the state.
             return in_dtypes_of(grads, updates), in_dtypes_of(state, slots)
 
         def init(params: Any) -> Any:
             check_params(params, "TunedRule")
-            return made.init(params)
+            return inner.init(params)
 
         return optax.GradientTransformationExtraArgs(init, update)
 

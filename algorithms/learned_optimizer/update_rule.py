@@ -2,15 +2,16 @@
 
     u_t, slots = rule(eta)(g_t, slots, theta_t)         theta_{t+1} = theta_t + u_t
 
-That is all an update rule is, so whatever is done with an optax optimizer can be done with a
-learned one: chained, masked, wrapped, exported. Its members range from a hand-designed
-optimizer whose few hyperparameters are learned to a network that is applied to every
-parameter alike; `metalearn.algorithms.LearnedOptimizer` trains any of them.
+For fixed eta an update rule is an optax optimizer, so it can be chained, masked, wrapped and
+exported like any other. Update rules range from a hand-designed optimizer whose few hyperparameters
+are learned to a network that is applied to every parameter; `metalearn.algorithms.LearnedOptimizer`
+trains any of them.
 
 References: Andrychowicz et al. 2016 (arXiv:1606.04474); Metz et al. 2020 (arXiv:2009.11243)
 and 2022 (arXiv:2203.11860).
 
-An update rule moves floating-point arrays of any rank; other leaves pass through unchanged.
+An update rule updates floating-point arrays of any rank; leaves that are not arrays (masked ones)
+pass through unchanged.
 """
 
 from __future__ import annotations
@@ -24,27 +25,28 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils.trees import paths
+from metalearn.unroll import Eta
 
 
 class UpdateRule(abc.ABC):
-    """A learned optimizer, but for its eta. Subclasses are frozen dataclasses."""
+    """A learned optimizer as a function of eta. Subclasses are frozen dataclasses."""
 
     @abc.abstractmethod
-    def init(self, key: jax.Array) -> Any:
-        """Return eta before it is trained: any pytree of floating-point arrays."""
+    def init(self, key: jax.Array) -> Eta:
+        """Return the initial eta: any pytree of floating-point arrays."""
 
     @abc.abstractmethod
-    def optimizer(self, eta: Any) -> optax.GradientTransformationExtraArgs:
-        """Return the optimizer that eta stands for. Differentiable in eta, at every gradient."""
+    def optimizer(self, eta: Eta) -> optax.GradientTransformationExtraArgs:
+        """Return the optimizer with parameters eta. Differentiable in eta, at every gradient."""
 
 
 def precision(param: Any) -> Any:
-    """Return the dtype a rule computes in: float32, or float64 for parameters of that."""
+    """Return the dtype that a rule computes in: float32, or float64 for float64 parameters."""
     return jnp.promote_types(jnp.result_type(param), jnp.float32)
 
 
 def check_params(params: Any, rule: str) -> None:
-    """Raise where parameters are missing (ValueError) or of a kind no rule moves (TypeError)."""
+    """Raise ValueError for missing parameters, TypeError for those that are not floating-point."""
     if params is None:
         raise ValueError(
             f"`{rule}` reads the parameters, and its `update` got none. Write "
@@ -59,7 +61,7 @@ def check_params(params: Any, rule: str) -> None:
 
 
 def check_decays(decays: Iterable[float]) -> None:
-    """Raise ValueError for a decay of a running mean that is none, or for no decays."""
+    """Raise ValueError unless there are decays of running means, each from 0 to below 1."""
     decays = tuple(decays)
     if not decays or not all(0 <= decay < 1 for decay in decays):
         raise ValueError(f"Decays are one or more numbers from 0 to below 1, not {decays}.")

@@ -1,23 +1,23 @@
 """Learned loss weights: which data a model should learn from, and how much.
 
-The inner loop trains a model from scratch on data of which some may be harmful, each
-token's loss l_i multiplied with a weight that eta decides; the outer loss is plain
+The inner loop trains a model from scratch on data of which some may be harmful. The loss l_i of
+each token is multiplied by a weight, a function of eta; the outer loss is the unweighted
 cross-entropy on clean held-out data,
 
     theta_{t+1} = theta_t - Phi(grad  1/n sum_i w(eta, x_i) l_i(theta_t))    t = 0 .. T-1
     F(eta)      = 1/m sum_j l_j(theta_T)                         j held-out, unweighted
 
-and its derivative with respect to w_i is minus the agreement of example i's gradient with
-that of the held-out loss: what helps is weighted up. Only the weighting's parameters are
-learned; theta_0 is drawn afresh for every task, so what is learned serves any run.
+and its derivative with respect to w_i is minus the inner product of example i's gradient with
+that of the held-out loss: helpful examples get larger weights. Only the parameters of the weighting
+are learned; theta_0 is drawn anew for every task, so the weights are not fitted to one run.
 
 Ren et al. 2018, "Learning to Reweight Examples" (arXiv:1803.09050): one step, no network.
 Shu et al. 2019, Meta-Weight-Net (arXiv:1902.07379): a small network on the example's loss.
 Kemaev et al. 2025 (arXiv:2505.00793): weights of a language model's data, by mixed flow.
 
 Batches have fields `inputs`, `targets`, `source` [batch] and, in the query, `corrupted`
-[batch] bool or None, as `metalearn.datasets.Text` draws them. Corrupted query examples are
-no part of the outer loss: they are there to measure how well the weights tell them apart.
+[batch] bool or None, as `metalearn.datasets.Text` draws them. Corrupted query examples are left out
+of the outer loss; they serve to measure how well the weights separate them from clean ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import optax
 
 from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
-from metalearn.algorithms.loss_weights.features import Seen, auc
+from metalearn.algorithms.loss_weights.features import WeightInputs, auc
 from metalearn.algorithms.loss_weights.weighting import (
     Function,
     Weighting,
@@ -44,26 +44,45 @@ from metalearn.algorithms.loss_weights.weighting import (
 from metalearn.algorithms.objectives import check_labels
 from metalearn.model import Model
 from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
-from metalearn.unroll import Episode, ExampleMean, ModelTraining, Unroll
+from metalearn.unroll import (
+    Batch,
+    Episode,
+    Eta,
+    ExampleMean,
+    GradFn,
+    Metrics,
+    ModelTraining,
+    Unroll,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights(Algorithm):
-    """Learn how much each token, example or domain counts. eta: the weighting's parameters."""
+    """Learn how much each token, example or domain counts. eta: the weighting's parameters.
+
+    Support: batches with leaves [T, batch, ...], one slice per inner step. Query: leaves [m, ...].
+
+    Args:
+      model: the network that is trained.
+      weighting: from the examples of a batch to scores.
+      optimizer: the inner optimizer. Adam divides by sqrt(v), whose derivative is infinite at
+        zero: hence `eps_root`.
+      squash: scores to weights, elementwise and positive.
+      normalize: weights of a batch to weights, such as `mean_one`; None: the weights as they are.
+      through_features: whether the meta-gradient includes the path from eta through theta to the
+        features. Without it, as in Meta-Weight-Net, features are constants; with it the derivative
+        is exact, and costs one more forward pass per step. Weights that do not depend on the loss
+        are exact either way.
+      loss_fn: outputs, targets -> losses [batch, ...].
+    """
 
     model: Model
     weighting: Weighting
-    # Adam divides by sqrt(v), whose derivative is infinite at zero: hence eps_root.
-    optimizer: optax.GradientTransformation = optax.adam(3e-3, eps_root=1e-8)  # the inner one
-    squash: Function = bounded  # scores to weights, elementwise and positive
-    normalize: Function | None = None  # weights of a batch to weights, such as `mean_one`
-    # Whether the meta-gradient sees that eta moves theta, and theta the features. Without it, as
-    # in Meta-Weight-Net, that path is left out; with it the derivative is exact, at the price
-    # of one more forward pass a step. Weights that read no loss are exact either way.
+    optimizer: optax.GradientTransformation = optax.adam(3e-3, eps_root=1e-8)
+    squash: Function = bounded
+    normalize: Function | None = None
     through_features: bool = False
-    loss_fn: Callable[[Any, Any], jax.Array] = (  # outputs, targets -> losses [batch, ...]
-        optax.softmax_cross_entropy_with_integer_labels
-    )
+    loss_fn: Callable[[Any, Any], jax.Array] = optax.softmax_cross_entropy_with_integer_labels
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -72,72 +91,79 @@ class LossWeights(Algorithm):
         if self.normalize is not None:
             check_normalize(self.normalize)
 
-    def init(self, key: jax.Array) -> Any:
-        """Return the weighting's parameters."""
+    def init(self, key: jax.Array) -> Eta:
+        """Return the initial parameters of the weighting."""
         return self.weighting.init(key)
 
     def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
-        """Return the training of a model from scratch. Support [T, batch, ...], query [m, ...]."""
+        """Return the training of a fresh model, drawn with `key`."""
         params, statistics = self.model.init(key)
 
-        def init(eta: Any) -> ModelTraining:
+        def init(eta: Eta) -> ModelTraining:
             del eta
             return ModelTraining(params, start(self.optimizer, params), statistics)
 
-        def step(eta: Any, state: ModelTraining, batch: Any, grad: Any) -> ModelTraining:
+        def step(eta: Eta, state: ModelTraining, batch: Batch, grad: GradFn) -> ModelTraining:
             batch, key = batch
-            found, statistics = self._evaluated(eta, state, batch, key, grad)
-            updates, optimizer = update(self.optimizer, found, state.optimizer, state.params)
+            evaluated, statistics = self._evaluate(eta, state, batch, key, grad)
+            updates, optimizer = update(self.optimizer, evaluated, state.optimizer, state.params)
             return ModelTraining(optax.apply_updates(state.params, updates), optimizer, statistics)
 
-        def loss(eta: Any, state: ModelTraining) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return self._held_out(eta, state, episode.query)
+        def loss(eta: Eta, state: ModelTraining) -> tuple[jax.Array, Metrics]:
+            return self._held_out_loss(eta, state, episode.query)
 
         return Unroll(init, step, loss)
 
-    def batches(self, episode: Episode, key: jax.Array) -> Any:
-        """Return the support batches [T, batch, ...] and a key for each."""
+    def batches(self, episode: Episode, key: jax.Array) -> Batch:
+        """Return the support batches, leaves [T, batch, ...], and a key for each, [T]."""
         steps = jax.tree.leaves(episode.support)[0].shape[0]
         return episode.support, jax.random.split(key, steps)
 
-    def weights(self, eta: Any, losses: jax.Array, batch: Any) -> jax.Array:
+    def weights(self, eta: Eta, losses: jax.Array, batch: Batch) -> jax.Array:
         """Return the weights of a batch, [batch, 1] or [batch, S], from its losses [batch, S]."""
         source = jnp.zeros(losses.shape[:1], jnp.int32) if batch.source is None else batch.source
-        weights = self.squash(self.weighting(eta, Seen(losses, source)))
+        weights = self.squash(self.weighting(eta, WeightInputs(losses, source)))
         return weights if self.normalize is None else self.normalize(weights)
 
-    def losses(self, state: ModelTraining, batch: Any) -> jax.Array:
-        """Return the plain losses of a batch by a trained model: [batch, S]."""
+    def losses(self, state: ModelTraining, batch: Batch) -> jax.Array:
+        """Return the unweighted losses of a batch, with the evaluation parameters: [batch, S]."""
         params = evaluation_params(state.optimizer, state.params)
         return self._losses(state._replace(params=params), batch, False, None)[0]
 
-    def _evaluated(
-        self, eta: Any, state: ModelTraining, batch: Any, key: jax.Array, grad: Any
+    def _evaluate(
+        self, eta: Eta, state: ModelTraining, batch: Batch, key: jax.Array, grad: GradFn
     ) -> tuple[Evaluated, Any]:
-        """Return the inner gradient with its loss, and the model's next statistics."""
+        """Return (the weighted loss with its gradient, the model's next statistics).
 
-        def weighted(params: Any, seen: Any, batch: Any, eta: Any, key: jax.Array) -> Any:
+        The gradient is taken with respect to `params`. The losses that the weights are computed
+        from are those at `feature_params`, the same values as a separate argument.
+        """
+
+        def weighted(
+            params: Any, feature_params: Any, batch: Batch, eta: Eta, key: jax.Array
+        ) -> tuple[jax.Array, Any]:
             losses, statistics = self._losses(state._replace(params=params), batch, True, key)
-            known = jax.lax.stop_gradient(losses)
+            inputs = jax.lax.stop_gradient(losses)
             if self.through_features:
-                known, _ = self._losses(state._replace(params=seen), batch, True, key)
-            return (losses * self.weights(eta, known, batch)).mean(), statistics
+                moved = state._replace(params=feature_params)
+                inputs, _ = self._losses(moved, batch, True, key)
+            return (losses * self.weights(eta, inputs, batch)).mean(), statistics
 
-        def of_one(params: Any, example: Any, seen: Any, eta: Any) -> jax.Array:
+        def example_loss(params: Any, example: Any, feature_params: Any, eta: Eta) -> jax.Array:
             batch, key = example
             batch = jax.tree.map(lambda x: x[None], batch)
-            return weighted(params, seen, batch, eta, key)[0]
+            return weighted(params, feature_params, batch, eta, key)[0]
 
         if self.normalize is not None or jax.tree.leaves(state.statistics):
-            found = evaluate(grad, weighted, state.params, state.params, batch, eta, key)
-            return found, found.aux
-        # No example depends on another, so an engine may take a few at a time.
+            evaluated = evaluate(grad, weighted, state.params, state.params, batch, eta, key)
+            return evaluated, evaluated.aux
+        # No example depends on another, so engines may split the batch into micro-batches.
         examples = batch, jax.random.split(key, batch.targets.shape[0])
-        mean = ExampleMean(of_one)
+        mean = ExampleMean(example_loss)
         return evaluate(grad, mean, state.params, examples, state.params, eta), state.statistics
 
     def _losses(
-        self, state: ModelTraining, batch: Any, train: bool, key: jax.Array | None
+        self, state: ModelTraining, batch: Batch, train: bool, key: jax.Array | None
     ) -> tuple[jax.Array, Any]:
         """Return (losses [batch, S], the model's next statistics)."""
         outputs, statistics = self.model.apply(
@@ -149,18 +175,19 @@ class LossWeights(Algorithm):
         losses = self.loss_fn(outputs, targets)
         return losses.reshape(losses.shape[0], -1), statistics
 
-    def _held_out(
-        self, eta: Any, state: ModelTraining, query: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def _held_out_loss(
+        self, eta: Eta, state: ModelTraining, query: Batch
+    ) -> tuple[jax.Array, Metrics]:
+        """Return (mean unweighted loss of the clean examples (), metrics of the weights)."""
         losses = self.losses(state, query)
         weights = self.weights(eta, losses, query)
         metrics = {"weight_min": weights.min(), "weight_mean": weights.mean()}
         if query.corrupted is None:
             return losses.mean(), metrics
-        clean, of_examples = ~query.corrupted, weights.mean(1)
-        metrics["weight_clean"] = _mean_where(clean, of_examples)
-        metrics["weight_corrupted"] = _mean_where(query.corrupted, of_examples)
-        metrics["weight_auc"] = auc(of_examples, clean)
+        clean, example_weights = ~query.corrupted, weights.mean(1)
+        metrics["weight_clean"] = _mean_where(clean, example_weights)
+        metrics["weight_corrupted"] = _mean_where(query.corrupted, example_weights)
+        metrics["weight_auc"] = auc(example_weights, clean)
         return _mean_where(clean, losses.mean(1)), metrics
 
 

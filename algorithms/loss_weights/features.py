@@ -1,17 +1,17 @@
 """Features of the examples of a batch, by name: the inputs of a learned loss weight.
 
-A feature is a fact about an example, not a way for the inner gradient to reach it, so no
-derivative by theta passes through a weight in the inner step. The one feature of
-Meta-Weight-Net (Shu et al. 2019, arXiv:1902.07379) is the loss of the example.
+The inner gradient treats features as constants: no derivative by theta passes through a weight in
+the inner step. The only feature of Meta-Weight-Net (Shu et al. 2019, arXiv:1902.07379) is the loss
+of the example.
 
-| name           | width   | what                                                         |
+| name           | width   | feature                                                      |
 |----------------|---------|--------------------------------------------------------------|
 | "loss"         | 1       | loss of the token, in nats                                   |
 | "log_loss"     | 1       | log(1 + loss of the token)                                   |
 | "example_loss" | 1       | mean loss of the example's tokens, in nats                   |
 | "spread"       | 1       | standard deviation of the loss over those tokens, in nats    |
-| "position"     | 1       | place in the sequence, from -1 to 1                          |
-| "source"       | sources | which source the example is of, one-hot                      |
+| "position"     | 1       | position in the sequence, from -1 to 1                       |
+| "source"       | sources | the source that the example comes from, one-hot              |
 
 `auc` measures how well a score separates two groups: the area under the ROC curve, inside jit.
 """
@@ -27,23 +27,27 @@ import jax.numpy as jnp
 from metalearn._utils.checks import is_integer, pick
 
 
-class Seen(NamedTuple):
-    """What is known of the examples of a batch before they are weighted."""
+class WeightInputs(NamedTuple):
+    """What the weights of a batch are computed from.
 
-    losses: jax.Array  # [batch, S]; S = 1 where an example has one loss
-    source: jax.Array  # [batch] int32: which domain an example is of; 0 where nobody says
+    losses: [batch, S], of each token; S = 1 for examples with one loss.
+    source: [batch] int32, the domain of each example; 0 where the tasks have no domains.
+    """
+
+    losses: jax.Array
+    source: jax.Array
 
 
-def features(names: Sequence[str], seen: Seen, sources: int = 0) -> jax.Array:
-    """Return the named features side by side: [batch, S, width]."""
-    batch, length = seen.losses.shape
-    columns = [pick(FEATURES, name, "feature")(seen, sources) for name in names]
+def features(names: Sequence[str], inputs: WeightInputs, sources: int = 0) -> jax.Array:
+    """Return the named features, concatenated: [batch, S, width]."""
+    batch, length = inputs.losses.shape
+    columns = [pick(FEATURES, name, "feature")(inputs, sources) for name in names]
     wide = [jnp.broadcast_to(column, (batch, length, column.shape[-1])) for column in columns]
     return jnp.concatenate(wide, -1)
 
 
 def check_names(what: str, names: Any) -> None:
-    """Raise TypeError unless these are several names: a text is one, and would be its letters."""
+    """Raise TypeError unless `names` is a tuple or list; a string would be read as its letters."""
     if not isinstance(names, tuple | list):
         raise TypeError(
             f"`{what}(features={names!r})`: they are a tuple of names, such as "
@@ -52,10 +56,10 @@ def check_names(what: str, names: Any) -> None:
 
 
 def width(names: Sequence[str], sources: int = 0) -> int:
-    """Return how wide the named features are together."""
+    """Return the total width of the named features."""
     if not names or not is_integer(sources) or sources < 0:
         raise ValueError(
-            f"A weight looks at one feature at least, of a number of sources; not features={names} "
+            f"A weight reads at least one feature, of a number of sources; not features={names} "
             f"and sources={sources}. There are: {', '.join(FEATURES)}."
         )
     for name in names:
@@ -68,36 +72,37 @@ def width(names: Sequence[str], sources: int = 0) -> int:
     return sum(sources if name == "source" else 1 for name in names)
 
 
-def _loss(seen: Seen, sources: int) -> jax.Array:
+def _loss(inputs: WeightInputs, sources: int) -> jax.Array:
     del sources
-    return seen.losses[..., None]
+    return inputs.losses[..., None]
 
 
-def _log_loss(seen: Seen, sources: int) -> jax.Array:
+def _log_loss(inputs: WeightInputs, sources: int) -> jax.Array:
     del sources
-    return jnp.log1p(seen.losses)[..., None]
+    return jnp.log1p(inputs.losses)[..., None]
 
 
-def _example_loss(seen: Seen, sources: int) -> jax.Array:
+def _example_loss(inputs: WeightInputs, sources: int) -> jax.Array:
     del sources
-    return seen.losses.mean(-1, keepdims=True)[..., None]
+    return inputs.losses.mean(-1, keepdims=True)[..., None]
 
 
-def _spread(seen: Seen, sources: int) -> jax.Array:
+def _spread(inputs: WeightInputs, sources: int) -> jax.Array:
     del sources
-    return seen.losses.std(-1, keepdims=True)[..., None]
+    return inputs.losses.std(-1, keepdims=True)[..., None]
 
 
-def _position(seen: Seen, sources: int) -> jax.Array:
+def _position(inputs: WeightInputs, sources: int) -> jax.Array:
     del sources
-    return jnp.linspace(-1.0, 1.0, seen.losses.shape[-1], dtype=seen.losses.dtype)[None, :, None]
+    length, dtype = inputs.losses.shape[-1], inputs.losses.dtype
+    return jnp.linspace(-1.0, 1.0, length, dtype=dtype)[None, :, None]
 
 
-def _source(seen: Seen, sources: int) -> jax.Array:
-    return jax.nn.one_hot(seen.source, sources, dtype=seen.losses.dtype)[:, None]
+def _source(inputs: WeightInputs, sources: int) -> jax.Array:
+    return jax.nn.one_hot(inputs.source, sources, dtype=inputs.losses.dtype)[:, None]
 
 
-FEATURES: dict[str, Callable[[Seen, int], jax.Array]] = {
+FEATURES: dict[str, Callable[[WeightInputs, int], jax.Array]] = {
     "loss": _loss,
     "log_loss": _log_loss,
     "example_loss": _example_loss,
@@ -108,22 +113,22 @@ FEATURES: dict[str, Callable[[Seen, int], jax.Array]] = {
 
 
 def auc(scores: jax.Array, positive: jax.Array) -> jax.Array:
-    """Return the chance that a positive scores above a negative, ties counting half.
+    """Return the area under the ROC curve: the chance that a positive scores above a negative.
 
-    Mann and Whitney's rank statistic, exact with ties; NaN where a group is empty or a
-    score is NaN.
+    Mann and Whitney's rank statistic; ties count half. NaN where a group is empty or a score is
+    NaN.
 
     Args:
       scores: [n] real.
       positive: [n] bool.
 
     Returns:
-      (): 1 where every positive is above every negative, 0.5 where the score says nothing.
+      (): 1 where every positive is above every negative, 0.5 for uninformative scores.
     """
     ordered = jnp.sort(scores)
     below = jnp.searchsorted(ordered, scores, side="left")
     through = jnp.searchsorted(ordered, scores, side="right")
-    ranks = (below + through + 1) / 2  # from 1; equals share the mean of theirs
+    ranks = (below + through + 1) / 2  # from 1; equal scores share the mean of their ranks
     positives = positive.sum()
     mean_rank = jnp.where(positive, ranks, 0).sum() / positives
     area = (mean_rank - (positives + 1) / 2) / (~positive).sum()

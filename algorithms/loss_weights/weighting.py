@@ -3,22 +3,21 @@
     w = normalize(squash(score(eta, features)))
 
 - score: a `Weighting`, any real number per domain, per example or per token.
-- squash: from a score to a weight, positive whatever the score, and one at zero, so that a
-  weighting whose scores begin at zero begins as plain training. A negative weight would
-  *raise* the loss of its token without bound, and weights that are all zero have no
-  derivative to come back by: `LossWeights` refuses functions that allow either. `bounded` is
-  the cautious one; under a normalisation its upper bound holds learning up, as what has
-  reached it can no longer be told apart: take `unbounded` there.
-- normalize: None, or a function of the weights of a batch, such as `mean_one`. It ties the
-  examples of a batch together: with it, a micro-batched Hessian product is no longer exact
-  and an engine takes the batch whole.
+- squash: from a score to a weight, positive for every score, and one at score zero, so that a
+  weighting with initial scores of zero starts as unweighted training. A negative weight would
+  *raise* the loss of its token without bound, and if all weights are zero, so are all derivatives:
+  `LossWeights` refuses functions that allow either. `bounded` is the safer choice; under a
+  normalisation its upper bound slows learning down, as weights at the bound cannot differ any
+  more: use `unbounded` with a normalisation.
+- normalize: None, or a function of the weights of a batch, such as `mean_one`. It makes the weight
+  of an example depend on the whole batch: a micro-batched Hessian product would not be exact, so
+  engines do not split the batch.
 
 References: Ren et al. 2018 (arXiv:1803.09050) and Shu et al. 2019 (arXiv:1902.07379), who
 normalise over the batch; Kemaev et al. 2025 (arXiv:2505.00793) for weights of a language
 model's data.
 
-A function from scores to weights is checked before training: inside a compiled step nothing can
-be raised. It has to be positive for any score.
+These functions are checked before training, as a compiled step cannot raise an error.
 """
 
 from __future__ import annotations
@@ -27,34 +26,43 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from metalearn._utils.checks import Count, widths
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.loss_weights.features import Seen, check_names, features, width
+from metalearn.algorithms.loss_weights.features import (
+    WeightInputs,
+    check_names,
+    features,
+    width,
+)
+from metalearn.unroll import Eta
 
 
 class Weighting(abc.ABC):
-    """Scores of the examples of a batch. Subclasses are frozen dataclasses.
+    """A learned function from the examples of a batch to scores. Subclasses are frozen dataclasses.
 
-    The score of an example depends on that example alone.
+    The score of an example does not depend on other examples.
     """
 
     @abc.abstractmethod
-    def init(self, key: jax.Array) -> Any:
-        """Return eta, the parameters: any pytree of floating-point arrays."""
+    def init(self, key: jax.Array) -> Eta:
+        """Return eta, its parameters: any pytree of floating-point arrays."""
 
     @abc.abstractmethod
-    def __call__(self, eta: Any, seen: Seen) -> jax.Array:
+    def __call__(self, eta: Eta, inputs: WeightInputs) -> jax.Array:
         """Return scores: [batch, 1], one per example, or [batch, S], one per token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DomainWeights(Weighting):
-    """One score per domain. A source that is none of them gives NaN, and training stops."""
+    """One score per domain. An unknown source has the score NaN, which stops the training.
+
+    Args:
+      domains: the number of domains.
+    """
 
     domains: Count
 
@@ -66,19 +74,19 @@ class DomainWeights(Weighting):
         del key
         return jnp.zeros(self.domains)
 
-    def __call__(self, eta: jax.Array, seen: Seen) -> jax.Array:
-        """Look the source up: [batch, 1]."""
-        known = (seen.source >= 0) & (seen.source < self.domains)
-        return jnp.where(known, eta[seen.source], jnp.nan)[:, None]
+    def __call__(self, eta: jax.Array, inputs: WeightInputs) -> jax.Array:
+        """Return the score of each example's source: [batch, 1]."""
+        known = (inputs.source >= 0) & (inputs.source < self.domains)
+        return jnp.where(known, eta[inputs.source], jnp.nan)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
 class _FeatureWeights(Weighting):
-    """A small network on features of the batch; what it scores is the subclass's."""
+    """A small network on features of the batch; a subclass scores tokens or examples."""
 
     features: tuple[str, ...]
     hidden: tuple[int, ...] = (16,)
-    sources: int = 0  # how many there are, for the feature "source"
+    sources: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "features")
@@ -87,34 +95,46 @@ class _FeatureWeights(Weighting):
         widths(type(self).__name__, hidden=self.hidden)
 
     def init(self, key: jax.Array) -> list[dict[str, jax.Array]]:
-        """Return the layers; the last is zero, so that all scores are."""
+        """Return the layers; the last is zero, so that all initial scores are zero."""
         return init_mlp(key, (width(self.features, self.sources), *self.hidden, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenWeights(_FeatureWeights):
-    """A small network on the features of each token, by the names of `loss_weights.features`."""
+    """A score per token: a small network on its features.
+
+    Args:
+      features: names of the table in `metalearn.algorithms.loss_weights.features`.
+      hidden: the widths of the hidden layers.
+      sources: the number of sources, for the feature "source".
+    """
 
     features: tuple[str, ...] = ("loss", "position")
 
-    def __call__(self, eta: Any, seen: Seen) -> jax.Array:
-        """Score every token: [batch, S]."""
-        return mlp(eta, features(self.features, seen, self.sources))[..., 0]
+    def __call__(self, eta: Eta, inputs: WeightInputs) -> jax.Array:
+        """Return the score of every token: [batch, S]."""
+        return mlp(eta, features(self.features, inputs, self.sources))[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleWeights(_FeatureWeights):
-    """A small network on the mean over the tokens of an example's features."""
+    """A score per example: a small network on its features, averaged over its tokens.
+
+    Args:
+      features: names of the table in `metalearn.algorithms.loss_weights.features`.
+      hidden: the widths of the hidden layers.
+      sources: the number of sources, for the feature "source".
+    """
 
     features: tuple[str, ...] = ("example_loss", "spread")
 
-    def __call__(self, eta: Any, seen: Seen) -> jax.Array:
-        """Score every example: [batch, 1]."""
-        return mlp(eta, features(self.features, seen, self.sources).mean(1))
+    def __call__(self, eta: Eta, inputs: WeightInputs) -> jax.Array:
+        """Return the score of every example: [batch, 1]."""
+        return mlp(eta, features(self.features, inputs, self.sources).mean(1))
 
 
 def init_mlp(key: jax.Array, widths: Sequence[int]) -> list[dict[str, jax.Array]]:
-    """Return dense layers whose units bend in different places, and a last one of zeros."""
+    """Return dense layers with random biases, the last layer all zero."""
     keys = jax.random.split(key, (len(widths) - 1, 2))
     layers = [
         {"w": jax.random.normal(k[0], (a, b)) / math.sqrt(a), "b": jax.random.normal(k[1], (b,))}
@@ -142,16 +162,16 @@ def unbounded(scores: jax.Array) -> jax.Array:
 
 
 def mean_one(weights: jax.Array) -> jax.Array:
-    """Scale the weights of a batch to mean one; zeros stay zeros rather than become NaN."""
+    """Scale the weights of a batch to mean one; if all are zero they stay zero, not NaN."""
     return weights / jnp.maximum(weights.mean(), jnp.finfo(weights.dtype).tiny ** 0.5)
 
 
 Function = Callable[[jax.Array], jax.Array]
-LARGEST = 20.0  # 2 sigmoid(-20) is 4e-9: no float is zero up to here, and no weight counts
+LARGEST = 20.0  # of the scores that are checked; 2 sigmoid(-20) is 4e-9, small and not yet zero
 
 
 def check_squash(squash: Function) -> None:
-    """Raise ValueError where a function from scores to weights is not positive throughout."""
+    """Raise ValueError if a function from scores to weights is not positive for every score."""
     with jax.ensure_compile_time_eval():
         scores = jnp.linspace(-LARGEST, LARGEST, 401)
         weights = squash(scores)
@@ -167,10 +187,10 @@ def check_squash(squash: Function) -> None:
 
 
 def check_weighting(weighting: Weighting) -> None:
-    """Raise ValueError where scores have the wrong shape, or vanish as weights, at the start."""
+    """Raise ValueError if initial scores have the wrong shape, or weights of zero."""
     with jax.ensure_compile_time_eval():
-        seen = Seen(jnp.ones((2, 3)), jnp.zeros(2, jnp.int32))
-        scores = weighting(weighting.init(jax.random.key(0)), seen)
+        inputs = WeightInputs(jnp.ones((2, 3)), jnp.zeros(2, jnp.int32))
+        scores = weighting(weighting.init(jax.random.key(0)), inputs)
         shape, largest = jnp.shape(scores), float(jnp.max(scores))
     if shape not in ((2, 1), (2, 3)):
         raise ValueError(
@@ -186,7 +206,7 @@ def check_weighting(weighting: Weighting) -> None:
 
 
 def check_normalize(normalize: Function) -> None:
-    """Raise ValueError where a normalisation makes positive weights negative or all zero."""
+    """Raise ValueError if a normalisation makes positive weights negative, or all of them zero."""
     with jax.ensure_compile_time_eval():
         weights = normalize(jnp.array([[0.5, 1.0], [1.5, 3.0]]))
         smallest, largest = float(weights.min()), float(weights.max())

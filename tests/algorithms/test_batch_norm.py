@@ -11,7 +11,7 @@ import pytest
 
 from metalearn import Episode
 from metalearn.algorithms import MAML
-from metalearn.algorithms.batch_norm import batch_norm_policy
+from metalearn.algorithms.maml import batch_norm_policy
 from metalearn.engines.inner_loop import rollout
 from tests.cases import LIBRARIES, TASKS, Float64, conv_net, to_float64
 from tests.helpers.selection import quick

@@ -22,7 +22,7 @@ from metalearn.algorithms import (
     mean_one,
     unbounded,
 )
-from metalearn.algorithms.loss_weights.features import FEATURES, Seen, auc, features
+from metalearn.algorithms.loss_weights.features import FEATURES, WeightInputs, auc, features
 from metalearn.datasets import Corruption, Text, Tokenizer
 from metalearn.model import Model
 from metalearn.models import (
@@ -37,7 +37,7 @@ LETTERS = Tokenizer(lambda text: np.array([ord(c) - ord("a") for c in text]), 4)
 BIGRAM = Functions(
     lambda key: 0.1 * jax.random.normal(key, (4, 4)), lambda table, tokens: table[tokens]
 )
-SEEN = Seen(jnp.array([[0.1, 2.0, 0.4], [3.0, 0.2, 5.0]]), jnp.array([1, 0]))
+INPUTS = WeightInputs(jnp.array([[0.1, 2.0, 0.4], [3.0, 0.2, 5.0]]), jnp.array([1, 0]))
 
 
 def loss_weights(weighting, **options):
@@ -202,16 +202,16 @@ def test_it_weights_the_examples_of_a_classifier_with_batch_statistics_too():
     "weighting", [DomainWeights(2), TokenWeights(tuple(FEATURES), sources=2), ExampleWeights()]
 )
 def test_every_weighting_begins_as_plain_training(weighting, squash):
-    scores = weighting(weighting.init(KEY), SEEN)
+    scores = weighting(weighting.init(KEY), INPUTS)
     assert (scores == 0).all()
     np.testing.assert_allclose(squash(scores), 1.0, rtol=1e-6)
 
 
 def test_features_are_what_their_names_say():
-    found = features(tuple(FEATURES), SEEN, sources=2)
+    found = features(tuple(FEATURES), INPUTS, sources=2)
     assert found.shape == (2, 3, 7)
     by_name = dict(zip([*list(FEATURES)[:5], "first", "second"], found.T, strict=True))
-    losses = np.asarray(SEEN.losses)
+    losses = np.asarray(INPUTS.losses)
     mean, spread = losses.mean(1), losses.std(1)
     np.testing.assert_allclose(by_name["loss"].T, losses)
     np.testing.assert_allclose(by_name["log_loss"].T, np.log1p(losses), rtol=1e-6)
@@ -223,9 +223,9 @@ def test_features_are_what_their_names_say():
 
 def test_domain_weights_look_their_source_up_and_refuse_one_they_do_not_know():
     weighting = DomainWeights(2)
-    assert weighting(jnp.array([5.0, 7.0]), SEEN).tolist() == [[7.0], [5.0]]
+    assert weighting(jnp.array([5.0, 7.0]), INPUTS).tolist() == [[7.0], [5.0]]
     for source in (2, -1):
-        strange = SEEN._replace(source=jnp.array([0, source]))
+        strange = INPUTS._replace(source=jnp.array([0, source]))
         assert np.isnan(weighting(jnp.array([5.0, 7.0]), strange)).ravel().tolist() == [False, True]
 
 

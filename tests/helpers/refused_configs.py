@@ -163,7 +163,7 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
     (
         "loss_weights_shakespeare",
         {"algorithm.weighting.features": ()},
-        "looks at one feature at least",
+        "reads at least one feature",
     ),
     (
         "loss_weights_shakespeare",
