@@ -1,17 +1,17 @@
 """Models: an adapter for each library, the networks of the few-shot literature, a transformer.
 
-The networks live in `linen_networks`, `nnx_networks` and `haiku_networks`, under the
-same names: `MLP`, `ConvNet`, `LeNet`, `WideResNet`, `Transformer`. What a `Transformer`
-computes is said by an `Architecture`, once for all three; `chinchilla` has a family of
-them. `layouts` says what the image networks are made of.
+The networks are in `linen_networks`, `nnx_networks` and `haiku_networks`, under the same names:
+`MLP`, `ConvNet`, `LeNet`, `WideResNet`, `Transformer`. An `Architecture` (`transformer`) defines
+what a `Transformer` computes in all three libraries, with a family of sizes; `layouts` has the
+sizes and initial values of the image networks.
 """
 
 from metalearn.model import Model
+from metalearn.models.adapters import deterministic_flag, no_flag, train_flag
 from metalearn.models.attention import BlockedAttention, causal_attention
 from metalearn.models.functions import Functions
 from metalearn.models.haiku import Haiku
 from metalearn.models.linen import Linen
-from metalearn.models.mode import deterministic_flag, no_flag, train_flag
 from metalearn.models.nnx import NNX
 from metalearn.models.transformer import Architecture
 

@@ -1,14 +1,14 @@
 """Causal self-attention and rotary positions, as plain functions of arrays.
 
-An attention is any callable (q, k, v) -> out, each [batch, S, heads, head_dim]. Under
-`MixedFlow` it is differentiated forward over reverse, so every operation in it, those of a
-hand-written backward pass included, needs a JVP. Fused kernels mostly have none; the two
-attentions here are ordinary JAX, and have derivatives of any order.
+An attention is any callable (q, k, v) -> out, each [batch, S, heads, head_dim]. `MixedFlow`
+differentiates it forward over reverse, so every operation in it, including those of a hand-written
+backward pass, needs a JVP. Most fused kernels have none; the two attentions here are ordinary JAX,
+with derivatives of any order.
 
 | attention               | memory of one layer's gradient | extra work              |
 |-------------------------|--------------------------------|-------------------------|
 | `causal_attention`      | batch * heads * S * S          | none                    |
-| `BlockedAttention(n)`   | batch * heads * n * S          | the scores once more    |
+| `BlockedAttention(n)`   | batch * heads * n * S          | the scores, recomputed  |
 
 References: Vaswani et al. 2017 (arXiv:1706.03762); Su et al. 2021 for rotary positions
 (arXiv:2104.09864); Rabe and Staats 2021 for attention in blocks (arXiv:2112.05682).
@@ -26,16 +26,18 @@ from metalearn._utils.fields import check_fields
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Average the values at positions up to each query's own: [batch, S, heads, head_dim]."""
+    """Causal self-attention: q, k, v [batch, S, heads, head_dim] -> the same shape."""
     return _attend(q, k, v, jnp.arange(q.shape[1]))
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockedAttention:
-    """`causal_attention`, `block` queries at a time, whose scores are never held together.
+    """`causal_attention` in blocks of queries, so that only the scores of one block are in memory.
 
-    Exact. Each block's scores are computed again on the way back. The last block may be
-    shorter.
+    Exact. The scores of a block are recomputed in the backward pass (rematerialisation).
+
+    Args:
+      block: queries of a block; the last block may be shorter.
     """
 
     block: int = 128
@@ -48,19 +50,20 @@ class BlockedAttention:
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Attend: q, k, v [batch, S, heads, head_dim] -> the same shape."""
         length = q.shape[1]
-        whole = length - length % self.block
+        full = length - length % self.block  # queries in full blocks
         attend = jax.checkpoint(_attend, prevent_cse=False)
 
-        def one(start: jax.Array) -> jax.Array:
+        def attend_block(start: jax.Array) -> jax.Array:
             block = jax.lax.dynamic_slice_in_dim(q, start, self.block, axis=1)
             return attend(block, k, v, start + jnp.arange(self.block))
 
         out = []
-        if whole:
-            blocks = jax.lax.map(one, jnp.arange(0, whole, self.block))  # [blocks, batch, ...]
-            out.append(jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], whole, *q.shape[2:]))
-        if whole < length:
-            out.append(_attend(q[:, whole:], k, v, jnp.arange(whole, length)))
+        if full:
+            starts = jnp.arange(0, full, self.block)
+            blocks = jax.lax.map(attend_block, starts)  # [blocks, batch, ...]
+            out.append(jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], full, *q.shape[2:]))
+        if full < length:
+            out.append(_attend(q[:, full:], k, v, jnp.arange(full, length)))
         return jnp.concatenate(out, axis=1)
 
 
@@ -72,7 +75,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> j
     # A finite floor: the tangent of infinity minus infinity would be NaN.
     floor = jnp.finfo(precise).min / 2
     scores = jnp.where(visible[None, None], scores / math.sqrt(q.shape[-1]), floor)
-    # A softmax that divides after the sum over keys: one array of [S, S] fewer to keep.
+    # A softmax that divides after the sum over keys: one residual [S, S] less.
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - top)
     total = jnp.moveaxis(weights.sum(-1), 1, 2)[..., None]  # [batch, block, heads, 1]
@@ -82,20 +85,20 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> j
 
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
-    """Turn pairs of features by an angle that grows with position: [batch, S, heads, even].
+    """Rotary positions: rotate pairs of features [batch, S, heads, even], an angle per position.
 
-    Feature i is paired with feature i + head_dim / 2, and the pair at position t is turned by
-    t * base^(-2i / head_dim). A product of two vectors so turned depends on their positions
-    by the difference alone.
+    Feature i is paired with feature i + head_dim / 2, and the pair at position t is rotated by
+    t * base^(-2i / head_dim). The inner product of two rotated vectors depends only on the
+    difference of their positions.
     """
     cosine, sine = (table[None, :, None].astype(x.dtype) for table in _angles(x, base))
     first, second = jnp.split(x, 2, axis=-1)
-    turned = (first * cosine - second * sine, second * cosine + first * sine)
-    return jnp.concatenate(turned, axis=-1)
+    rotated = (first * cosine - second * sine, second * cosine + first * sine)
+    return jnp.concatenate(rotated, axis=-1)
 
 
 def _angles(x: jax.Array, base: float) -> tuple[jax.Array, jax.Array]:
-    """Return the cosine and the sine of every angle, [S, head_dim / 2]."""
+    """Return the cosine and the sine of every rotation, [S, head_dim / 2]."""
     length, half = x.shape[1], x.shape[-1] // 2
     precise = jnp.promote_types(x.dtype, jnp.float32)
     frequencies = base ** (-jnp.arange(half, dtype=precise) / half)

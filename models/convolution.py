@@ -1,15 +1,16 @@
-"""Convolutions that stay fast when every task has its own kernel.
+"""Convolutions that are fast when every task has its own kernel, and their companions.
 
-Under `vmap` over tasks, each with kernels of its own, a convolution becomes a grouped
-one, and no backend is good at those; its second derivative is worse. The same sum
-written as patches times a matrix is a batched matmul, which all of them are good at, and
-so are its derivatives. `experiments/benchmarks/convolution.py` measures both: on a CPU, patches
-are 1.4 to 5.9 times as fast with a kernel per task, and about even with one kernel.
+Under `vmap` over tasks with their own kernels, a convolution becomes a grouped convolution, which
+is slow on every backend; its second derivative is slower still. The same sum as a matrix of patches
+times a matrix is a batched matmul, which is fast, and so are its derivatives.
+`experiments/benchmarks/convolution.py` measures both: on a CPU, patches are 1.4 to 5.9 times as
+fast with a kernel per task, and about equal with one kernel.
 
-A patch matrix holds kernel_h * kernel_w copies of the image, so large images go back to
-`lax.conv_general_dilated`; and a model that is never adapted per task may do so by choice.
+The patch matrix holds kernel_h * kernel_w copies of the image, so "auto" uses
+`lax.conv_general_dilated` for large images; a model that does not adapt per task may choose "lax".
 
-The arithmetic of batch normalisation is here too, for layers that keep statistics their own way.
+`max_pool` and batch normalisation (`batch_statistics`, `normalized`) are written for cheap second
+derivatives; each library stores the running statistics in its own way.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ METHODS = {
     "patches": "as patches times a matrix",
     "lax": "as `lax.conv_general_dilated`",
 }
-NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # with HWIO kernels, in lax's own terms
-PATCHES_UP_TO = 128 * 128  # pixels of output, where "auto" changes over
+NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # dimension numbers of NHWC images, HWIO kernels
+MOST_PATCHES = 128 * 128  # output pixels above which "auto" is "lax"
 
 
 def convolve(
@@ -58,7 +59,7 @@ def convolve(
     (top, bottom), (left, right) = pads
     height = (size[0] + top + bottom - window[0]) // strides[0] + 1
     width = (size[1] + left + right - window[1]) // strides[1] + 1
-    if method == "lax" or (method == "auto" and height * width > PATCHES_UP_TO):
+    if method == "lax" or (method == "auto" and height * width > MOST_PATCHES):
         return jax.lax.conv_general_dilated(
             images,
             kernel,
@@ -76,7 +77,7 @@ def convolve(
 def _patches(
     images: jax.Array, window: Any, strides: Any, pads: Any, output: tuple[int, int]
 ) -> jax.Array:
-    """Cut out every window: [n, out_h, out_w, kh * kw * c], in the kernel's own order."""
+    """Return the window at every position: [n, out_h, out_w, kh * kw * c]."""
     padded = jnp.pad(images, ((0, 0), *pads, (0, 0)))
     stop = [(size - 1) * stride + 1 for size, stride in zip(output, strides, strict=True)]
     slices = [
@@ -88,9 +89,9 @@ def _patches(
 
 
 def flax_convolution(method: str) -> Any:
-    """Return a stand-in for `lax.conv_general_dilated`, as `flax` layers accept one.
+    """Return a replacement of `lax.conv_general_dilated` for the argument of Flax layers.
 
-    What patches do not cover (dilation, groups, other layouts) goes to `lax`.
+    Dilation, groups and other layouts are computed by `lax` itself.
     """
 
     def conv_general_dilated(
@@ -112,9 +113,9 @@ def flax_convolution(method: str) -> Any:
 
 
 def max_pool(images: jax.Array) -> jax.Array:
-    """Pool windows of 2x2, stride 2, a last odd row or column dropped: [n, h//2, w//2, c].
+    """Max-pool 2x2 windows with stride 2, without a last odd row or column: [n, h//2, w//2, c].
 
-    A reshape and a maximum, whose second derivative is cheap, as `reduce_window`'s is not.
+    A reshape and a maximum: its second derivative is cheaper than that of `reduce_window`.
     """
     n, height, width, channels = images.shape
     even = images[:, : height // 2 * 2, : width // 2 * 2]
@@ -131,7 +132,7 @@ def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def normalized(
     x: jax.Array, mean: jax.Array, variance: jax.Array, scale: jax.Array, offset: jax.Array
 ) -> jax.Array:
-    """Return x [..., channels], centred, scaled and moved; all else is [channels]."""
+    """Return batch-normalised x [..., channels]; the other arguments are [channels]."""
     along = (None,) * (x.ndim - 1)
     gain = scale * jax.lax.rsqrt(variance + 1e-5)
     return (x - mean[along]) * gain[along] + offset[along]

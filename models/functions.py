@@ -1,4 +1,4 @@
-"""A network that is a pair of plain functions, as a `Model`."""
+"""The adapter of plain functions: an init and an apply function as a `Model`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from metalearn.model import Model
 
 @dataclasses.dataclass(frozen=True)
 class Functions(Model):
-    """Two functions and no state; a network with state subclasses `Model`."""
+    """Two functions of a network without mutable state; one with state subclasses `Model`.
 
-    init_fn: Callable[[jax.Array], Any]  # key -> params
-    apply_fn: Callable[[Any, Any], Any]  # params, inputs -> outputs
+    Args:
+      init_fn: key -> params.
+      apply_fn: params, inputs -> outputs.
+    """
+
+    init_fn: Callable[[jax.Array], Any]
+    apply_fn: Callable[[Any, Any], Any]
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -29,6 +34,6 @@ class Functions(Model):
     def apply(
         self, params: Any, state: Any, inputs: Any, *, train: bool, key: jax.Array | None = None
     ) -> tuple[Any, Any]:
-        """Return (outputs, state); the state passes through."""
+        """Return (outputs, state), the state unchanged."""
         del train, key
         return self.apply_fn(params, inputs), state

@@ -1,4 +1,4 @@
-"""A Haiku network as a `Model`."""
+"""The adapter of Haiku: a forward function as a `Model`."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ import jax.numpy as jnp
 
 from metalearn._utils.fields import check_fields
 from metalearn.model import Model, library_of
-from metalearn.models.checks import check_inputs, not_wrapped
-from metalearn.models.mode import Mode, usual_flags
+from metalearn.models.adapters import Mode, check_inputs, not_wrapped, usual_flags
 
 
 @dataclasses.dataclass(frozen=True)
 class Haiku(Model):
     """A Haiku forward function, as one would pass it to `hk.transform_with_state`.
 
-    It is told that it is training by arguments of its own, those of `mode`. None passes those with
-    the usual names (`metalearn.models.mode.WORDS`). A function that takes none of them is the same
-    in training and out of it: `apply` refuses an `hk.BatchNorm` in it that goes on training with
-    train=False, and cannot see an `hk.dropout`. With a `mode` it looks for neither.
+    A function without a flag of training mode computes the same in training and evaluation. With
+    `mode=None`, `apply(train=False)` refuses an `hk.BatchNorm` that is still in training mode; it
+    cannot detect an `hk.dropout`. With a `mode` there is no such check.
+
+    Args:
+      forward: the function, inputs -> outputs.
+      inputs: one batch to initialise with: a `jax.ShapeDtypeStruct`, or a pytree of them.
+      mode: train -> keyword arguments of `forward`; None: those of its arguments that have one of
+        the usual names, see `metalearn.models.adapters`.
     """
 
     forward: Callable[..., Any]
-    inputs: Any  # jax.ShapeDtypeStruct, or a pytree of them: one batch, to initialise with
-    mode: Mode | None = None  # what the function takes when training; None: by the usual names
+    inputs: Any
+    mode: Mode | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "forward")
@@ -43,8 +47,8 @@ class Haiku(Model):
         return hk.transform_with_state(self.forward)
 
     @functools.cached_property
-    def _watched(self) -> hk.TransformedWithState:
-        """The same, but for a batch normalisation that trains: it is refused."""
+    def _evaluating(self) -> hk.TransformedWithState:
+        """The transformed function, which refuses a batch normalisation in training mode."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             with hk.intercept_methods(_refuse_training):
@@ -64,13 +68,14 @@ class Haiku(Model):
         flags = self._flags(train)
         if train or self.mode is not None:
             return self._transformed.apply(params, state, key, inputs, **flags)
-        return self._watched.apply(params, state, key, inputs, **flags)
+        return self._evaluating.apply(params, state, key, inputs, **flags)
 
     def _flags(self, train: bool) -> Mapping[str, Any]:
         return usual_flags(self.forward, train) if self.mode is None else self.mode(train)
 
 
 def _refuse_training(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    """Call a method of a module; ValueError for a batch normalisation in training mode."""
     if isinstance(context.module, hk.BatchNorm) and context.method_name == "__call__":
         training = args[1] if len(args) > 1 else kwargs.get("is_training")
         if training is True:

@@ -1,6 +1,7 @@
-"""The networks of the few-shot literature, two of image classification, and wide residual networks.
+"""Networks in Haiku: of the few-shot literature, of image classification, a transformer.
 
-In Haiku, with our own convolution, normalisation and initial values (`metalearn.models.layouts`).
+Convolution and batch normalisation are `Conv` and `Norm`, not Haiku's. `metalearn.models.layouts`
+has the sizes and initial values that all libraries share.
 """
 
 from __future__ import annotations
@@ -13,25 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.checks import at_least, at_most, widths
+from metalearn.models import layouts
 from metalearn.models.convolution import batch_statistics, convolve, max_pool, normalized
-from metalearn.models.layouts import (
-    DEEPEST,
-    HE,
-    LENET,
-    LENET_HIDDEN,
-    PADDING,
-    STEM,
-    Block,
-    lenet_pixels,
-    wide_blocks,
-)
 from metalearn.models.transformer import Architecture
+
+__all__ = ["MLP", "ConvNet", "LeNet", "Transformer", "WideResNet"]
+
 
 LECUN = hk.initializers.VarianceScaling(1.0, "fan_in", "truncated_normal")
 
 
 class Conv(hk.Module):
-    """A square convolution, by default 3x3 with a bias, by `metalearn.models.convolution`."""
+    """A square convolution by `metalearn.models.convolution`, by default 3x3 with a bias."""
 
     def __init__(
         self,
@@ -49,7 +43,7 @@ class Conv(hk.Module):
         self.window, self.padding, self.with_bias, self.init = window, padding, with_bias, init
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Convolve images [batch, h, w, c], by default padded to keep h / stride."""
+        """Convolve images [batch, h, w, c]; the default padding gives h / stride x w / stride."""
         shape = (self.window, self.window, x.shape[-1], self.filters)
         kernel = hk.get_parameter("w", shape, x.dtype, init=self.init)
         strides = (self.stride, self.stride)
@@ -63,8 +57,8 @@ class Conv(hk.Module):
 class Norm(hk.Module):
     """Batch normalisation over all axes but the last, with Flax's initial statistics.
 
-    `hk.BatchNorm` keeps its parameters as [1, 1, 1, channels], which under MAML's second
-    derivative takes twice the time of [channels] on a CPU.
+    `hk.BatchNorm` has parameters of shape [1, 1, 1, channels]; MAML's second derivative takes
+    twice the time on a CPU with these as with [channels].
     """
 
     def __init__(self, momentum: float, name: str | None = None):
@@ -72,75 +66,23 @@ class Norm(hk.Module):
         self.momentum = momentum
 
     def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
-        """Normalise by the batch, and remember it; or by what is remembered."""
+        """Normalise by the batch statistics and update the running ones; or by the running ones."""
         shape = (x.shape[-1],)
         scale = hk.get_parameter("scale", shape, x.dtype, init=jnp.ones)
         offset = hk.get_parameter("offset", shape, x.dtype, init=jnp.zeros)
         mean = hk.get_state("mean", shape, x.dtype, init=jnp.zeros)
         variance = hk.get_state("variance", shape, x.dtype, init=jnp.ones)
         if is_training:
-            old, keep = (mean, variance), self.momentum
+            running, momentum = (mean, variance), self.momentum
             mean, variance = batch_statistics(x)
-            hk.set_state("mean", keep * old[0] + (1 - keep) * mean)
-            hk.set_state("variance", keep * old[1] + (1 - keep) * variance)
+            hk.set_state("mean", momentum * running[0] + (1 - momentum) * mean)
+            hk.set_state("variance", momentum * running[1] + (1 - momentum) * variance)
         return normalized(x, mean, variance, scale, offset)
 
 
 def seeded(init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Give Haiku an initialiser that takes a key first."""
+    """Return an initialiser of JAX, which has a key as first argument, as one of Haiku."""
     return lambda shape, dtype: init(hk.next_rng_key(), shape, dtype)
-
-
-class WideResNet(hk.Module):
-    """WRN-depth-width; see `linen_residual.WideResNet`. Images [batch, h, w, c]."""
-
-    def __init__(
-        self,
-        outputs: int,
-        depth: int = 16,
-        width: int = 1,
-        momentum: float = 0.9,
-        convolution: str = "lax",
-        name: str | None = None,
-    ):
-        super().__init__(name)
-        self.outputs, self.blocks = outputs, wide_blocks(depth, width)
-        self.momentum, self.convolution = momentum, convolution
-
-    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Apply, with batch statistics where `train`, running ones where not."""
-        options = (self.momentum, self.convolution)
-        x = _conv(STEM, self.convolution, "stem")(x)
-        for i, block in enumerate(self.blocks):
-            x = ResidualBlock(block, *options, name=f"block_{i}")(x, train)
-        x = jax.nn.relu(Norm(self.momentum, name="norm")(x, train))
-        return hk.Linear(self.outputs, name="head")(x.mean((1, 2)))
-
-
-class ResidualBlock(hk.Module):
-    """Two convolutions, each after a normalisation, added to their input."""
-
-    def __init__(self, block: Block, momentum: float, convolution: str, name: str | None = None):
-        super().__init__(name)
-        self.block, self.momentum, self.convolution = block, momentum, convolution
-
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Apply to [batch, h, w, c]."""
-        features, stride, projects = self.block
-        active = jax.nn.relu(Norm(self.momentum, name="norm_0")(x, train))
-        if projects:
-            x = _conv(features, self.convolution, "project", stride, window=1)(active)
-        out = _conv(features, self.convolution, "conv_0", stride)(active)
-        out = jax.nn.relu(Norm(self.momentum, name="norm_1")(out, train))
-        return x + _conv(features, self.convolution, "conv_1")(out)
-
-
-def _conv(features: int, method: str, name: str, stride: int = 1, window: int = 3) -> Conv:
-    padding, init = PADDING if window == 3 else "VALID", seeded(HE)
-    return Conv(features, stride, method, window, padding, with_bias=False, init=init, name=name)
-
-
-__all__ = ["MLP", "ConvNet", "LeNet", "Transformer", "WideResNet"]
 
 
 class MLP(hk.Module):
@@ -158,7 +100,7 @@ class MLP(hk.Module):
         self.outputs, self.hidden, self.activation = outputs, hidden, activation
 
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Apply; the same in training and out of it."""
+        """Apply the network; `train` makes no difference."""
         del train
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden):
@@ -181,12 +123,12 @@ class ConvNet(hk.Module):
     ):
         super().__init__(name)
         at_least("ConvNet", 1, filters=filters, blocks=blocks)
-        at_most("ConvNet", DEEPEST, blocks=blocks)
+        at_most("ConvNet", layouts.DEEPEST, blocks=blocks)
         self.outputs, self.filters, self.blocks = outputs, filters, blocks
         self.pool, self.momentum, self.convolution = pool, momentum, convolution
 
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Apply, with batch statistics where `train`, running ones where not."""
+        """Apply the network, with batch statistics if `train`, else with running statistics."""
         for i in range(self.blocks):
             stride = 1 if self.pool else 2
             x = Conv(self.filters, stride, self.convolution, name=f"conv_{i}")(x)
@@ -204,27 +146,78 @@ class LeNet(hk.Module):
         self.outputs, self.convolution = outputs, convolution
 
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Apply; the same in training and out of it."""
+        """Apply the network; `train` makes no difference."""
         del train
-        lenet_pixels(*x.shape[1:3])
-        for i, (filters, padding) in enumerate(LENET):
+        layouts.lenet_pixels(*x.shape[1:3])
+        for i, (filters, padding) in enumerate(layouts.LENET):
             conv = Conv(filters, 1, self.convolution, 5, padding, name=f"conv_{i}")
             x = max_pool(jax.nn.relu(conv(x)))
         x = x.reshape(x.shape[0], -1)
-        for i, width in enumerate(LENET_HIDDEN):
+        for i, width in enumerate(layouts.LENET_HIDDEN):
             x = jax.nn.relu(hk.Linear(width, name=f"hidden_{i}")(x))
         return hk.Linear(self.outputs, name="head")(x)
 
 
+class WideResNet(hk.Module):
+    """WRN-depth-width; see `linen_networks.WideResNet`. Images [batch, h, w, c]."""
+
+    def __init__(
+        self,
+        outputs: int,
+        depth: int = 16,
+        width: int = 1,
+        momentum: float = 0.9,
+        convolution: str = "lax",
+        name: str | None = None,
+    ):
+        super().__init__(name)
+        self.outputs, self.blocks = outputs, layouts.wide_blocks(depth, width)
+        self.momentum, self.convolution = momentum, convolution
+
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """Apply the network, with batch statistics if `train`, else with running statistics."""
+        options = (self.momentum, self.convolution)
+        x = _conv(layouts.STEM, self.convolution, "stem")(x)
+        for i, block in enumerate(self.blocks):
+            x = ResidualBlock(block, *options, name=f"block_{i}")(x, train)
+        x = jax.nn.relu(Norm(self.momentum, name="norm")(x, train))
+        return hk.Linear(self.outputs, name="head")(x.mean((1, 2)))
+
+
+class ResidualBlock(hk.Module):
+    """Two convolutions, each after a normalisation, added to their input."""
+
+    def __init__(
+        self, block: layouts.Block, momentum: float, convolution: str, name: str | None = None
+    ):
+        super().__init__(name)
+        self.block, self.momentum, self.convolution = block, momentum, convolution
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Apply to [batch, h, w, c]."""
+        features, stride, projects = self.block
+        active = jax.nn.relu(Norm(self.momentum, name="norm_0")(x, train))
+        if projects:
+            x = _conv(features, self.convolution, "project", stride, window=1)(active)
+        out = _conv(features, self.convolution, "conv_0", stride)(active)
+        out = jax.nn.relu(Norm(self.momentum, name="norm_1")(out, train))
+        return x + _conv(features, self.convolution, "conv_1")(out)
+
+
+def _conv(features: int, method: str, name: str, stride: int = 1, window: int = 3) -> Conv:
+    padding, init = layouts.PADDING if window == 3 else "VALID", seeded(layouts.HE)
+    return Conv(features, stride, method, window, padding, with_bias=False, init=init, name=name)
+
+
 class Transformer(hk.Module):
-    """A language model of some architecture: tokens [batch, S] -> logits [batch, S, vocabulary]."""
+    """A decoder-only language model: tokens [batch, S] -> logits [batch, S, vocabulary]."""
 
     def __init__(self, architecture: Architecture, name: str | None = None):
         super().__init__(name)
         self.architecture = architecture
 
     def __call__(self, tokens: jax.Array, train: bool = True) -> jax.Array:
-        """Apply; the same in training and out of it."""
+        """Apply the network; `train` makes no difference."""
         del train
         params = {
             name: hk.get_parameter(name, shape, jnp.float32, seeded(init))

@@ -1,4 +1,4 @@
-"""What the image networks of the three libraries agree on: sizes, strides, initial values.
+"""Sizes, strides and initial values of the image networks, shared by the three libraries.
 
 LeNet-5 (LeCun et al. 1998, Proc. IEEE 86, 2278-2324) in its usual modern form: two
 5x5 convolutions, the first padded, each followed by a ReLU and a max-pool, then three
@@ -16,39 +16,45 @@ convolution of relu(norm(x)), as in the authors' code. Convolutions have no bias
 normalisation follows each of them. WRN-16-1 has 175,066 parameters on 3 channels and 10
 classes; those of a wider one grow as w squared.
 
-Both are for whole training runs, where one kernel serves all images, so their convolutions
-are those of `lax`: on a CPU, Hessian products take half the time, and the memory a quarter,
-of `convolution="patches"`. Where several runs are vmapped, each with kernels of its own,
-it is the other way round in time (`metalearn.models.convolution`).
+Both networks are for long training runs, where all images share one kernel, so their convolutions
+are `lax.conv_general_dilated`: on a CPU, Hessian products take half the time and a quarter of the
+memory of `convolution="patches"`. Where several runs are vmapped, each with its own kernels,
+patches are faster (`metalearn.models.convolution`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from metalearn._utils.checks import at_most, counts, is_integer
+from metalearn.models.convolution import flax_convolution
 
-DEEPEST = 1000  # blocks, each of which is traced
+DEEPEST = 1000  # upper bound of the number of blocks, each of which is traced
 LENET = ((6, "SAME"), (16, "VALID"))  # features and padding of its 5x5 convolutions
 LENET_HIDDEN = (120, 84)
 
 STEM = 16  # features of a residual network's first convolution
-PADDING = ((1, 1), (1, 1))  # of 3x3 convolutions: as in the paper; "SAME" is off by one at stride 2
+PADDING = ((1, 1), (1, 1))  # of 3x3 convolutions, as in the paper; "SAME" differs at stride 2
 HE = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, 1502.01852
 
 
 class Block(NamedTuple):
-    """A residual block."""
+    """A residual block.
+
+    features: of its two convolutions.
+    stride: of its first convolution.
+    projects: whether a 1x1 convolution of the input replaces the input in the sum.
+    """
 
     features: int
     stride: int
-    projects: bool  # whether a 1x1 convolution of the input replaces the input in the sum
+    projects: bool
 
 
 def wide_blocks(depth: int, width: int) -> list[Block]:
-    """Return the blocks of WRN-depth-width; ValueError where there is no such network."""
+    """Return the blocks of WRN-depth-width; ValueError for a depth that is not 6n + 4."""
     per_group = _per_group(depth)
     if width < 1:
         raise ValueError(
@@ -78,8 +84,24 @@ def _per_group(depth: int) -> int:
     return per_group
 
 
+def flax_residual_conv(method: str, window: int) -> dict[str, Any]:
+    """Return the arguments of a `window` x `window` convolution of a residual block in Flax.
+
+    Args:
+      method: of `metalearn.models.convolution.convolve`.
+      window: 3, or 1 for a projection.
+    """
+    return {
+        "kernel_size": (window, window),
+        "padding": PADDING if window == 3 else "VALID",
+        "use_bias": False,
+        "kernel_init": HE,
+        "conv_general_dilated": flax_convolution(method),
+    }
+
+
 def lenet_pixels(height: int, width: int) -> int:
-    """Return how many positions LeNet's dense layers see; ValueError for a small image."""
+    """Return the number of positions after LeNet's convolutions; ValueError for a small image."""
     sides = [(side // 2 - 4) // 2 for side in (height, width)]
     if min(sides) < 1:
         raise ValueError(

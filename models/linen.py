@@ -1,4 +1,4 @@
-"""A Flax linen module as a `Model`."""
+"""The adapter of Flax linen: a module as a `Model`."""
 
 from __future__ import annotations
 
@@ -14,30 +14,35 @@ import jax.numpy as jnp
 from metalearn._utils.fields import check_fields
 from metalearn.engines.inner_loop import depends
 from metalearn.model import Model
-from metalearn.models.checks import check_inputs, not_wrapped
-from metalearn.models.mode import WORDS, Mode, usual_flags
+from metalearn.models.adapters import WORDS, Mode, check_inputs, not_wrapped, usual_flags
 
-PASSING = ("intermediates", "perturbations")  # flax's own names for what a call adds
+PER_CALL = ("intermediates", "perturbations")  # collections that `sow` and `perturb` write
 
 
 @dataclasses.dataclass(frozen=True)
 class Linen(Model):
     """A linen module. State is every variable collection but "params" and those that are sown.
 
-    A collection that `sow` or `perturb` alone write is no state: it would begin empty at each call
-    and be dropped after it, so nothing is computed for it.
+    A collection that only `sow` or `perturb` write is not part of the state: such values last for
+    one call, and are not computed here.
 
-    The module is told that it is training by arguments of its call, those of `mode`. None passes
-    those with the usual names (`metalearn.models.mode.WORDS`), or sets the fields of that name
-    where the call takes none. What the module then tells its own layers is up to it: `apply`
-    refuses an `nn.Dropout` or `nn.BatchNorm` that goes on training with train=False, and sees no
-    others. With a `mode` it looks for neither; `no_flag` passes nothing.
+    With `mode=None`, `apply(train=False)` refuses an `nn.Dropout` or `nn.BatchNorm` that is still
+    in training mode, as the module may not pass its flag to them; it does not check other layers.
+    With a `mode` there is no such check.
+
+    Args:
+      module: an instance, with its sizes.
+      inputs: one batch to initialise with: a `jax.ShapeDtypeStruct`, or a pytree of them.
+      mode: train -> keyword arguments of the module's call, such as `no_flag`; None: those of its
+        arguments that have one of the usual names (`metalearn.models.adapters`), or else the fields
+        of the module with such a name.
+      rngs: the random streams for which `apply` uses its key.
     """
 
     module: nn.Module
-    inputs: Any  # jax.ShapeDtypeStruct, or a pytree of them: one batch, to initialise with
-    mode: Mode | None = None  # what the call takes when training; None: by the usual names
-    rngs: tuple[str, ...] = ("dropout",)  # the random streams that `apply` feeds from its key
+    inputs: Any
+    mode: Mode | None = None
+    rngs: tuple[str, ...] = ("dropout",)
 
     def __post_init__(self) -> None:
         check_fields(self, "module")
@@ -57,9 +62,9 @@ class Linen(Model):
     ) -> tuple[Any, Any]:
         """Return (outputs, new state)."""
         streams = {} if key is None else dict.fromkeys(self.rngs, key)
-        module, flags = self._told(train)
-        looks = self.mode is None and not train
-        with nn.intercept_methods(_refuse_training) if looks else contextlib.nullcontext():
+        module, flags = self._in_mode(train)
+        checked = self.mode is None and not train
+        with nn.intercept_methods(_refuse_training) if checked else contextlib.nullcontext():
             outputs, new = module.apply(
                 {"params": params, **state},
                 inputs,
@@ -72,15 +77,15 @@ class Linen(Model):
         return outputs, new
 
     def _init(self, key: jax.Array) -> dict[str, Any]:
-        module, flags = self._told(True)
+        module, flags = self._in_mode(True)
         streams = {name: key for name in ("params", *self.rngs)}
         return dict(module.init(streams, self._zeros(), **flags))
 
     def _zeros(self) -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.inputs)
 
-    def _told(self, train: bool) -> tuple[nn.Module, Mapping[str, Any]]:
-        """Return the module, and the arguments of its call."""
+    def _in_mode(self, train: bool) -> tuple[nn.Module, Mapping[str, Any]]:
+        """Return the module in the mode of `train`, and the keyword arguments of its call."""
         if self.mode is not None:
             return self.module, self.mode(train)
         flags = usual_flags(type(self.module).__call__, train)
@@ -91,14 +96,15 @@ class Linen(Model):
         return self.module.clone(**words), {}
 
     def _sown(self, params: Any, state: dict[str, Any]) -> frozenset[str]:
-        """Return the collections that a call can do without, and that make no difference."""
-        candidates = [name for name in state if name not in PASSING]
+        """Return the collections that are not state: a call needs none of them to run."""
+        candidates = [name for name in state if name not in PER_CALL]
         shapes = jax.eval_shape(lambda tree: tree, (params, state))
-        return frozenset(PASSING) | {name for name in candidates if self._is_sown(name, *shapes)}
+        return frozenset(PER_CALL) | {name for name in candidates if self._is_sown(name, *shapes)}
 
     def _is_sown(self, name: str, params: Any, state: dict[str, Any]) -> bool:
-        others = {key: state[key] for key in state if key != name and key not in PASSING}
-        module, flags = self._told(True)
+        """Say whether a call runs without a collection, and its outputs do not depend on it."""
+        others = {key: state[key] for key in state if key != name and key not in PER_CALL}
+        module, flags = self._in_mode(True)
         streams = dict.fromkeys(("params", *self.rngs), jax.random.key(0))
 
         def call(own: dict[str, Any]) -> Any:
@@ -110,7 +116,7 @@ class Linen(Model):
         try:
             jax.eval_shape(call, {})
             return not depends(call, _zeros_like({name: state[name]}))
-        except Exception:  # whatever it misses: it is no bystander
+        except Exception:  # the call fails without the collection, in any way
             return False
 
 
@@ -119,6 +125,7 @@ def _zeros_like(shapes: Any) -> Any:
 
 
 def _check_same(name: str, before: Any, after: Any) -> None:
+    """Raise ValueError if a call has changed the structure of a collection."""
     structures = [jax.tree.structure(tree) for tree in (before, after)]
     if structures[0] == structures[1]:  # type: ignore[operator]
         return
@@ -130,13 +137,13 @@ def _check_same(name: str, before: Any, after: Any) -> None:
 
 
 def _refuse_training(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    """Call a method of a module in evaluation; ValueError where a layer is not told of it."""
+    """Call a method of a module; ValueError for a layer that is in training mode."""
     layer = context.module
     word = {nn.Dropout: "deterministic", nn.BatchNorm: "use_running_average"}.get(type(layer))
     if word is not None and context.method_name == "__call__":
-        said = args[1] if len(args) > 1 else kwargs.get(word)
-        said = getattr(layer, word) if said is None else said
-        if said is False and getattr(layer, "rate", 1.0) > 0:
+        flag = args[1] if len(args) > 1 else kwargs.get(word)
+        flag = getattr(layer, word) if flag is None else flag
+        if flag is False and getattr(layer, "rate", 1.0) > 0:
             raise ValueError(
                 f"The model is applied with train=False, but its {type(layer).__name__} at "
                 f"{'/'.join(layer.path) or 'the top'} has {word}=False and goes on training. Give "

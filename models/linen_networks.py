@@ -1,6 +1,6 @@
-"""The networks of the few-shot literature, two of image classification, and wide residual networks.
+"""Networks in Flax linen: of the few-shot literature, of image classification, a transformer.
 
-In Flax linen; `metalearn.models.layouts` says what they are made of.
+`metalearn.models.layouts` has the sizes and initial values that all libraries share.
 """
 
 from __future__ import annotations
@@ -13,90 +13,29 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.checks import at_least, at_most, widths
+from metalearn.models import layouts
 from metalearn.models.convolution import flax_convolution, max_pool
-from metalearn.models.layouts import (
-    DEEPEST,
-    HE,
-    LENET,
-    LENET_HIDDEN,
-    PADDING,
-    STEM,
-    Block,
-    lenet_pixels,
-    wide_blocks,
-)
 from metalearn.models.transformer import Architecture
-
-
-class WideResNet(nn.Module):
-    """WRN-depth-width of Zagoruyko & Komodakis 2016 (arXiv:1605.07146). Images [batch, h, w, c].
-
-    Outputs [batch, outputs]. The depth is 6n + 4.
-    """
-
-    outputs: int
-    depth: int = 16
-    width: int = 1
-    momentum: float = 0.9  # of running statistics, where the policy keeps any
-    convolution: str = "lax"  # see `metalearn.models.layouts`
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Apply, with batch statistics where `train`, running ones where not."""
-        options = (self.momentum, self.convolution)
-        x = _conv(STEM, self.convolution, "stem")(x)
-        for i, block in enumerate(wide_blocks(self.depth, self.width)):
-            x = ResidualBlock(block, *options, name=f"block_{i}")(x, train)
-        x = nn.relu(nn.BatchNorm(not train, momentum=self.momentum, name="norm")(x))
-        return nn.Dense(self.outputs, name="head")(x.mean((1, 2)))
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions, each after a normalisation, added to their input."""
-
-    block: Block
-    momentum: float
-    convolution: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Apply to [batch, h, w, c]."""
-        features, stride, projects = self.block
-        norm = functools.partial(nn.BatchNorm, not train, momentum=self.momentum)
-        active = nn.relu(norm(name="norm_0")(x))
-        if projects:
-            x = _conv(features, self.convolution, "project", stride, window=1)(active)
-        out = _conv(features, self.convolution, "conv_0", stride)(active)
-        out = nn.relu(norm(name="norm_1")(out))
-        return x + _conv(features, self.convolution, "conv_1")(out)
-
-
-def _conv(features: int, method: str, name: str, stride: int = 1, window: int = 3) -> nn.Conv:
-    return nn.Conv(
-        features,
-        (window, window),
-        strides=(stride, stride),
-        padding=PADDING if window == 3 else "VALID",
-        use_bias=False,
-        kernel_init=HE,
-        conv_general_dilated=flax_convolution(method),
-        name=name,
-    )
-
 
 __all__ = ["MLP", "ConvNet", "LeNet", "Transformer", "WideResNet"]
 
 
 class MLP(nn.Module):
-    """Dense layers; inputs [batch, ...] are flattened. Outputs [batch, outputs]."""
+    """Dense layers; inputs [batch, ...] are flattened. Outputs [batch, outputs].
+
+    Args:
+      outputs: the width of the last layer.
+      hidden: the widths of the hidden layers; by default those of MAML's sinusoid network.
+      activation: between the layers.
+    """
 
     outputs: int
-    hidden: tuple[int, ...] = (40, 40)  # MAML's sinusoid network
+    hidden: tuple[int, ...] = (40, 40)
     activation: Callable[[jax.Array], jax.Array] = nn.relu
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Apply; the same in training and out of it."""
+        """Apply the network; `train` makes no difference."""
         del train
         widths("MLP", hidden=self.hidden)
         x = x.reshape(x.shape[0], -1)
@@ -110,21 +49,29 @@ class ConvNet(nn.Module):
 
     Vinyals et al. 2016 (arXiv:1606.04080) halve by max-pooling and flatten before the head;
     Finn et al. 2017 (arXiv:1703.03400) do so on larger images, and on Omniglot halve by
-    strides and average over positions. Images [batch, h, w, c].
+    strides and average over positions. Images [batch, h, w, c], outputs [batch, outputs].
+
+    Args:
+      outputs: the width of the head.
+      filters: of each convolution.
+      blocks: each of which halves the image.
+      pool: max-pooling and a flattened head, instead of strides and an average over positions.
+      momentum: of the running statistics of batch normalisation.
+      convolution: "auto", "patches" or "lax": see `metalearn.models.convolution`.
     """
 
     outputs: int
     filters: int = 64
     blocks: int = 4
-    pool: bool = False  # max-pooling and a flat head, instead of strides and an average
-    momentum: float = 0.9  # of running statistics, where the policy keeps any
-    convolution: str = "auto"  # see `metalearn.models.convolution`
+    pool: bool = False
+    momentum: float = 0.9
+    convolution: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Apply, with batch statistics where `train`, running ones where not."""
+        """Apply the network, with batch statistics if `train`, else with running statistics."""
         at_least("ConvNet", 1, filters=self.filters, blocks=self.blocks)
-        at_most("ConvNet", DEEPEST, blocks=self.blocks)
+        at_most("ConvNet", layouts.DEEPEST, blocks=self.blocks)
         stride = 1 if self.pool else 2
         for i in range(self.blocks):
             x = nn.Conv(
@@ -142,21 +89,25 @@ class ConvNet(nn.Module):
 
 
 class LeNet(nn.Module):
-    """LeNet-5 as it is built today: ReLU and max-pooling. Images [batch, h, w, c].
+    """LeNet-5 in its modern form, with ReLU and max-pooling. Images [batch, h, w, c].
 
     Two 5x5 convolutions and three dense layers (LeCun et al. 1998). Outputs [batch,
     outputs]. Images are 12 x 12 at least.
+
+    Args:
+      outputs: the width of the last layer.
+      convolution: "auto", "patches" or "lax": see `metalearn.models.layouts`.
     """
 
     outputs: int
-    convolution: str = "lax"  # see `metalearn.models.layouts`
+    convolution: str = "lax"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Apply; the same in training and out of it."""
+        """Apply the network; `train` makes no difference."""
         del train
-        lenet_pixels(*x.shape[1:3])
-        for i, (filters, padding) in enumerate(LENET):
+        layouts.lenet_pixels(*x.shape[1:3])
+        for i, (filters, padding) in enumerate(layouts.LENET):
             x = nn.Conv(
                 filters,
                 (5, 5),
@@ -166,19 +117,84 @@ class LeNet(nn.Module):
             )(x)
             x = max_pool(nn.relu(x))
         x = x.reshape(x.shape[0], -1)
-        for i, width in enumerate(LENET_HIDDEN):
+        for i, width in enumerate(layouts.LENET_HIDDEN):
             x = nn.relu(nn.Dense(width, name=f"hidden_{i}")(x))
         return nn.Dense(self.outputs, name="head")(x)
 
 
+class WideResNet(nn.Module):
+    """WRN-depth-width of Zagoruyko & Komodakis 2016 (arXiv:1605.07146). Images [batch, h, w, c].
+
+    Outputs [batch, outputs].
+
+    Args:
+      outputs: the width of the head.
+      depth: number of layers, 6n + 4.
+      width: factor of the number of features.
+      momentum: of the running statistics of batch normalisation.
+      convolution: "auto", "patches" or "lax": see `metalearn.models.layouts`.
+    """
+
+    outputs: int
+    depth: int = 16
+    width: int = 1
+    momentum: float = 0.9
+    convolution: str = "lax"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """Apply the network, with batch statistics if `train`, else with running statistics."""
+        options = (self.momentum, self.convolution)
+        x = _conv(layouts.STEM, self.convolution, "stem")(x)
+        for i, block in enumerate(layouts.wide_blocks(self.depth, self.width)):
+            x = ResidualBlock(block, *options, name=f"block_{i}")(x, train)
+        x = nn.relu(nn.BatchNorm(not train, momentum=self.momentum, name="norm")(x))
+        return nn.Dense(self.outputs, name="head")(x.mean((1, 2)))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, each after a normalisation, added to their input.
+
+    Args:
+      block: its sizes.
+      momentum: of the running statistics.
+      convolution: "auto", "patches" or "lax".
+    """
+
+    block: layouts.Block
+    momentum: float
+    convolution: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Apply to [batch, h, w, c]."""
+        features, stride, projects = self.block
+        norm = functools.partial(nn.BatchNorm, not train, momentum=self.momentum)
+        active = nn.relu(norm(name="norm_0")(x))
+        if projects:
+            x = _conv(features, self.convolution, "project", stride, window=1)(active)
+        out = _conv(features, self.convolution, "conv_0", stride)(active)
+        out = nn.relu(norm(name="norm_1")(out))
+        return x + _conv(features, self.convolution, "conv_1")(out)
+
+
+def _conv(features: int, method: str, name: str, stride: int = 1, window: int = 3) -> nn.Conv:
+    options = layouts.flax_residual_conv(method, window)
+    return nn.Conv(features, strides=(stride, stride), name=name, **options)
+
+
 class Transformer(nn.Module):
-    """A language model of some architecture: tokens [batch, S] -> logits [batch, S, vocabulary]."""
+    """A decoder-only language model: tokens [batch, S] -> logits [batch, S, vocabulary].
+
+    Args:
+      architecture: its sizes and options.
+    """
 
     architecture: Architecture
 
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool = True) -> jax.Array:
-        """Apply; the same in training and out of it."""
+        """Apply the network; `train` makes no difference."""
         del train
         params = {
             name: self.param(name, init, shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""A Flax NNX module as a `Model`."""
+"""The adapter of Flax NNX: the function that builds a module, as a `Model`."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ from flax import nnx
 
 from metalearn._utils.fields import check_fields
 from metalearn.model import Model, library_of
-from metalearn.models.checks import not_wrapped
-from metalearn.models.mode import WORDS, Mode, usual_flags
+from metalearn.models.adapters import WORDS, Mode, not_wrapped, usual_flags
 
-# What flax takes for state, and no call may add to; a `sow` may be of any other kind.
+# Kinds of variables that are state in Flax, which no call may add; `sow` may use any other kind.
 STATE = (nnx.Param, nnx.BatchStat, nnx.Cache, nnx.RngState)
-PASSING = (nnx.Intermediate, nnx.Perturbation)  # of one call alone, wherever they come from
+PER_CALL = (nnx.Intermediate, nnx.Perturbation)  # kinds of variables that last for one call
 
 
 @dataclasses.dataclass(frozen=True)
 class NNX(Model):
     """An NNX module, by the function that builds it.
 
-    Params are the `nnx.Param` variables; state is every other variable that `build` makes (running
-    statistics, random streams). Both are plain nested dicts. What a call adds by `sow` or `perturb`
-    is dropped after it.
+    Params are the `nnx.Param` variables; state is every other variable that `build` creates
+    (running statistics, random streams). Both are plain nested dicts. Variables that a call adds
+    by `sow` or `perturb` are dropped after it.
 
-    The module is put into the mode of `train` by its own `train()` or `eval()`, which set
-    `deterministic` and `use_running_average` in all of it, whatever `build` has set. Attributes of
-    the other usual names (`metalearn.models.mode.WORDS`) that are True or False follow, and so does
-    what a `set_view` takes. Arguments of the call are those of `mode`; None passes those with the
-    usual names, and `no_flag` none.
+    `train` sets the mode of the module by its own `train()` or `eval()`, which set `deterministic`
+    and `use_running_average` in all submodules, also where `build` has set them. Boolean attributes
+    with another of the usual names (`metalearn.models.adapters`) are set too, and the arguments of
+    `set_view` methods.
+
+    Args:
+      build: random streams -> module; or the class of the module.
+      mode: train -> keyword arguments of the module's call, such as `no_flag`; None: those of its
+        arguments that have one of the usual names.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
-    mode: Mode | None = None  # what the call takes when training; None: by the usual names
+    mode: Mode | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "build")
@@ -45,7 +48,7 @@ class NNX(Model):
         if not callable(self.build) or (library_of(self.build) and not is_module):
             raise TypeError(not_wrapped("NNX(build=)", self.build, "nnx"))
         try:
-            if is_module:  # whose own signature is that of any class of the library
+            if is_module:  # the signature of an NNX class itself is (*args, **kwargs)
                 inspect.signature(self.build.__init__).bind(None, None)  # type: ignore[misc]
             else:
                 inspect.signature(self.build).bind(None)
@@ -56,7 +59,7 @@ class NNX(Model):
                 f"does not take ({error}). Write `NNX(lambda rngs: {name}(..., rngs=rngs))`."
             ) from error
         except ValueError:
-            pass  # of a function without a signature
+            pass  # a function without a signature
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return (params, state)."""
@@ -74,14 +77,14 @@ class NNX(Model):
             nnx.reseed(module, **streams)
         flags = usual_flags(type(module).__call__, train) if self.mode is None else self.mode(train)
         with warnings.catch_warnings():
-            # Flax warns that what is sown stays in the module. Here it does not.
+            # Flax warns that sown values stay in the module. Here the module is dropped.
             warnings.filterwarnings("ignore", r"(?s)\s*Using 'Module\.(sow|perturb)\(\)' outside")
             outputs = module(inputs, **flags)
         _, _, new = _split(module)
-        return outputs, nnx.to_pure_dict(_of_the_build(new, built))
+        return outputs, nnx.to_pure_dict(_built_variables(new, built))
 
     def _merge(self, params: Any, state: Any) -> tuple[Any, nnx.State]:
-        """Put arrays back into the module, whose structure is built without any."""
+        """Return (the module with these arrays, the shapes of the state that `build` creates)."""
         abstract = nnx.eval_shape(lambda: self.build(nnx.Rngs(0)))
         graph, param_slots, state_slots = _split(abstract)
         nnx.replace_by_pure_dict(param_slots, params)
@@ -90,15 +93,15 @@ class NNX(Model):
 
 
 def _split(module: Any) -> tuple[Any, nnx.State, nnx.State]:
-    """Return (structure, the `nnx.Param` variables, all others but what was sown)."""
-    nnx.pop(module, PASSING)
+    """Return (structure, the `nnx.Param` variables, all other variables but the sown ones)."""
+    nnx.pop(module, PER_CALL)
     graph, params, others = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     return graph, params, others
 
 
 def _in_mode(module: Any, train: bool) -> Any:
     """Return the module in the mode of `train`."""
-    kind = type(module)  # of the class: an attribute `train` would hide the method
+    kind = type(module)  # its methods: an attribute `train` would hide them
     kind.train(module) if train else kind.eval(module)
     words = {word: value == train for word, value in WORDS.items()}
     for _, part in nnx.iter_modules(module):
@@ -109,15 +112,15 @@ def _in_mode(module: Any, train: bool) -> Any:
 
 
 def _streams(module: Any, key: jax.Array) -> dict[str, jax.Array]:
-    """Return a key for each random stream of the module, by its name."""
+    """Return a key for each random stream of the module, by name."""
     parts = (part for _, part in nnx.iter_graph(module) if isinstance(part, nnx.RngStream))
     names = sorted({part.key.tag for part in parts} - {"default"})
     others = {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
     return {"default": key, **others}
 
 
-def _of_the_build(new: nnx.State, built: nnx.State) -> nnx.State:
-    """Return those variables that `build` makes; ValueError where a call has made state."""
+def _built_variables(new: nnx.State, built: nnx.State) -> nnx.State:
+    """Return the variables that `build` creates; ValueError if a call has created state."""
     known = {path for path, _ in nnx.to_flat_state(built)}
     flat = nnx.to_flat_state(new)
     for path, variable in flat:

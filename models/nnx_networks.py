@@ -1,7 +1,7 @@
-"""The networks of the few-shot literature, two of image classification, and wide residual networks.
+"""Networks in Flax NNX: of the few-shot literature, of image classification, a transformer.
 
-In Flax NNX, with our own batch normalisation; `metalearn.models.layouts` says what they are made
-of.
+Batch normalisation is `Norm`, not `nnx.BatchNorm`. `metalearn.models.layouts` has the sizes and
+initial values that all libraries share.
 """
 
 from __future__ import annotations
@@ -14,26 +14,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metalearn._utils import checks
+from metalearn.models import layouts
 from metalearn.models.convolution import batch_statistics, flax_convolution, max_pool, normalized
-from metalearn.models.layouts import (
-    DEEPEST,
-    HE,
-    LENET,
-    LENET_HIDDEN,
-    PADDING,
-    STEM,
-    Block,
-    lenet_pixels,
-    wide_blocks,
-)
 from metalearn.models.transformer import Architecture
+
+__all__ = ["MLP", "ConvNet", "LeNet", "Transformer", "WideResNet"]
 
 
 class Norm(nnx.Module):
     """Batch normalisation whose running statistics carry their derivative.
 
-    `nnx.BatchNorm` cuts it with a `stop_gradient`; under the policy "running" the
-    meta-gradient would then not be that of the loss.
+    `nnx.BatchNorm` cuts this derivative with a `stop_gradient`; with MAML's policy "running" the
+    meta-gradient would then be wrong.
     """
 
     def __init__(self, features: int, momentum: float):
@@ -43,85 +35,13 @@ class Norm(nnx.Module):
         self.momentum = momentum
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalise over all axes but the last, by the batch or by what is remembered."""
+        """Normalise over all axes but the last, by batch statistics or by running statistics."""
         mean, var = self.mean[...], self.var[...]
         if train:
             mean, var = batch_statistics(x)
             self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean
             self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * var
         return normalized(x, mean, var, self.scale[...], self.bias[...])
-
-
-class WideResNet(nnx.Module):
-    """WRN-depth-width; see `linen_residual.WideResNet`. Images [batch, h, w, c]."""
-
-    def __init__(
-        self,
-        image: tuple[int, int, int],  # height, width, channels
-        outputs: int,
-        depth: int = 16,
-        width: int = 1,
-        momentum: float = 0.9,
-        convolution: str = "lax",
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.stem = _conv(image[2], STEM, convolution, rngs)
-        channels, blocks = STEM, []
-        for block in wide_blocks(depth, width):
-            blocks.append(ResidualBlock(channels, block, momentum, convolution, rngs=rngs))
-            channels = block.features
-        self.blocks, self.norm = nnx.List(blocks), Norm(channels, momentum)
-        self.head = nnx.Linear(channels, outputs, rngs=rngs)
-
-    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Apply, with batch statistics where `train`, running ones where not."""
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x, train)
-        return self.head(nnx.relu(self.norm(x, train)).mean((1, 2)))
-
-
-class ResidualBlock(nnx.Module):
-    """Two convolutions, each after a normalisation, added to their input."""
-
-    def __init__(
-        self, channels: int, block: Block, momentum: float, convolution: str, *, rngs: nnx.Rngs
-    ):
-        features, stride, projects = block
-        self.norm_0, self.norm_1 = Norm(channels, momentum), Norm(features, momentum)
-        self.conv_0 = _conv(channels, features, convolution, rngs, stride)
-        self.conv_1 = _conv(features, features, convolution, rngs)
-        self.project = (
-            _conv(channels, features, convolution, rngs, stride, window=1) if projects else None
-        )
-
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Apply to [batch, h, w, c]."""
-        active = nnx.relu(self.norm_0(x, train))
-        if self.project is not None:
-            x = self.project(active)
-        out = nnx.relu(self.norm_1(self.conv_0(active), train))
-        return x + self.conv_1(out)
-
-
-def _conv(
-    channels: int, features: int, method: str, rngs: nnx.Rngs, stride: int = 1, window: int = 3
-) -> nnx.Conv:
-    return nnx.Conv(
-        channels,
-        features,
-        (window, window),
-        strides=stride,
-        padding=PADDING if window == 3 else "VALID",
-        use_bias=False,
-        kernel_init=HE,
-        conv_general_dilated=flax_convolution(method),
-        rngs=rngs,
-    )
-
-
-__all__ = ["MLP", "ConvNet", "LeNet", "Transformer", "WideResNet"]
 
 
 class MLP(nnx.Module):
@@ -145,7 +65,7 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Apply; the same in training and out of it."""
+        """Apply the network; `train` makes no difference."""
         del train
         x = x.reshape(x.shape[0], -1)
         for layer in self.hidden:
@@ -169,7 +89,7 @@ class ConvNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         checks.at_least("ConvNet", 1, filters=filters, blocks=blocks)
-        checks.at_most("ConvNet", DEEPEST, blocks=blocks)
+        checks.at_most("ConvNet", layouts.DEEPEST, blocks=blocks)
         stride = 1 if pool else 2
         sides, channels = list(image[:2]), image[2]
         convs, norms = [], []
@@ -193,7 +113,7 @@ class ConvNet(nnx.Module):
         self.pool = pool
 
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Apply, with batch statistics where `train`, running ones where not."""
+        """Apply the network, with batch statistics if `train`, else with running statistics."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = nnx.relu(norm(conv(x), train))
             x = max_pool(x) if self.pool else x
@@ -212,7 +132,7 @@ class LeNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         channels, convs = image[2], []
-        for filters, padding in LENET:
+        for filters, padding in layouts.LENET:
             convs.append(
                 nnx.Conv(
                     channels,
@@ -225,17 +145,85 @@ class LeNet(nnx.Module):
             )
             channels = filters
         self.convs = nnx.List(convs)
-        self.dense = MLP(lenet_pixels(*image[:2]) * channels, outputs, LENET_HIDDEN, rngs=rngs)
+        self.dense = MLP(
+            layouts.lenet_pixels(*image[:2]) * channels, outputs, layouts.LENET_HIDDEN, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Apply; the same in training and out of it."""
+        """Apply the network; `train` makes no difference."""
         for conv in self.convs:
             x = max_pool(nnx.relu(conv(x)))
         return self.dense(x, train)
 
 
+class WideResNet(nnx.Module):
+    """WRN-depth-width; see `linen_networks.WideResNet`. Images [batch, h, w, c]."""
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],  # height, width, channels
+        outputs: int,
+        depth: int = 16,
+        width: int = 1,
+        momentum: float = 0.9,
+        convolution: str = "lax",
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.stem = _conv(image[2], layouts.STEM, convolution, rngs)
+        channels, blocks = layouts.STEM, []
+        for block in layouts.wide_blocks(depth, width):
+            blocks.append(ResidualBlock(channels, block, momentum, convolution, rngs=rngs))
+            channels = block.features
+        self.blocks, self.norm = nnx.List(blocks), Norm(channels, momentum)
+        self.head = nnx.Linear(channels, outputs, rngs=rngs)
+
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """Apply the network, with batch statistics if `train`, else with running statistics."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, train)
+        return self.head(nnx.relu(self.norm(x, train)).mean((1, 2)))
+
+
+class ResidualBlock(nnx.Module):
+    """Two convolutions, each after a normalisation, added to their input."""
+
+    def __init__(
+        self,
+        channels: int,
+        block: layouts.Block,
+        momentum: float,
+        convolution: str,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        features, stride, projects = block
+        self.norm_0, self.norm_1 = Norm(channels, momentum), Norm(features, momentum)
+        self.conv_0 = _conv(channels, features, convolution, rngs, stride)
+        self.conv_1 = _conv(features, features, convolution, rngs)
+        self.project = (
+            _conv(channels, features, convolution, rngs, stride, window=1) if projects else None
+        )
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Apply to [batch, h, w, c]."""
+        active = nnx.relu(self.norm_0(x, train))
+        if self.project is not None:
+            x = self.project(active)
+        out = nnx.relu(self.norm_1(self.conv_0(active), train))
+        return x + self.conv_1(out)
+
+
+def _conv(
+    channels: int, features: int, method: str, rngs: nnx.Rngs, stride: int = 1, window: int = 3
+) -> nnx.Conv:
+    options = layouts.flax_residual_conv(method, window)
+    return nnx.Conv(channels, features, strides=stride, rngs=rngs, **options)
+
+
 class Transformer(nnx.Module):
-    """A language model of some architecture: tokens [batch, S] -> logits [batch, S, vocabulary]."""
+    """A decoder-only language model: tokens [batch, S] -> logits [batch, S, vocabulary]."""
 
     def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
         self.architecture = architecture
@@ -243,7 +231,7 @@ class Transformer(nnx.Module):
             setattr(self, name, nnx.Param(init(rngs.params(), shape, jnp.float32)))
 
     def __call__(self, tokens: jax.Array, train: bool = True) -> jax.Array:
-        """Apply; the same in training and out of it."""
+        """Apply the network; `train` makes no difference."""
         del train
         params = {name: getattr(self, name)[...] for name in self.architecture.declare()}
         return self.architecture.apply(params, tokens)

@@ -5,38 +5,31 @@ Every layer's parameters of one kind are one array [layers, ...], and the layers
 linen, NNX and Haiku: their `Transformer` modules declare these parameters and call it.
 
 Blocks are pre-normalised, x + attention(norm(x)) and then x + mlp(norm(x)), with rotary
-positions and no biases in the projections. `remat` says what a block keeps for its way
-back; under `MixedFlow`, only one block's tangents are then alive at a time, which is
-where the memory goes (Kemaev et al. 2025, arXiv:2505.00793). For L layers, activations A
-of one block and x the residual stream, a gradient holds and computes
+positions and no biases in the projections. `remat` says which residuals of a block are saved for
+the backward pass. With rematerialisation, `MixedFlow` has the tangents of only one block in memory
+at once, which are most of its memory (Kemaev et al. 2025, arXiv:2505.00793). For L layers,
+activations A of one block and x the residual stream, a gradient costs
 
 | remat    | memory                           | extra work                    |
 |----------|----------------------------------|-------------------------------|
 | "none"   | L A                              | none                          |
-| "dots"   | L (products with weights) + A    | attention and all elementwise |
+| "dots"   | L (products with weights) + A    | attention, elementwise parts  |
 | "block"  | L |x| + A                        | one more forward pass         |
 
-`metalearn.models.transformer` has a family of sizes, from 44M to 16B parameters.
-
-References: Vaswani et al. 2017 (arXiv:1706.03762); RMSNorm, Zhang and Sennrich 2019
-(arXiv:1910.07467); rematerialisation, Chen et al. 2016 (arXiv:1604.06174).
-
-A family of language models from 44M to 16B parameters.
-
-Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models" (arXiv:2203.15556,
-table A9): a vocabulary of 32,000, an MLP four times as wide as the model. It is the family
-at which the paper of mixed-mode differentiation measures (arXiv:2505.00793).
-
-Theirs have the relative positions of Transformer-XL, whose extra projection, a matrix of
-width x heads * head_dim per layer, rotary positions do without: a model here has 4 to 8%
-fewer parameters than its name says, all of them in that projection. Their counts hold one
-embedding, so it is tied to the head here.
-
-For a smaller vocabulary, or another attention, replace a field:
+`SIZES` is a family of language models from 44M to 16B parameters: those of Hoffmann et al. 2022,
+"Training Compute-Optimal Large Language Models" (arXiv:2203.15556, table A9), with a vocabulary of
+32,000 and an MLP four times as wide as the model. Kemaev et al. 2025 measure on the same family.
+The original models have the relative positions of Transformer-XL, with an extra projection, a
+matrix width x heads * head_dim per layer, which rotary positions do not need: a model here has 4 to
+8% fewer parameters than its name says. The original counts include one embedding, so here the
+embedding is tied to the head. For a smaller vocabulary, or another attention, replace a field:
 
 >>> import dataclasses
 >>> dataclasses.replace(SIZES["44M"], vocabulary=256, remat="block").parameters
 25305600
+
+References: Vaswani et al. 2017 (arXiv:1706.03762); RMSNorm, Zhang and Sennrich 2019
+(arXiv:1910.07467); rematerialisation, Chen et al. 2016 (arXiv:1604.06174).
 """
 
 from __future__ import annotations
@@ -58,33 +51,52 @@ NORMS = {"rms": "divide by the root mean square", "layer": "centre, then divide 
 REMAT: dict[str, Callable[..., bool] | None] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not the scores
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # without attention scores
 }
 
 
 class Parameter(NamedTuple):
-    """What a library needs to know to declare a parameter."""
+    """A declaration of a parameter, for the modules of each library.
+
+    shape: of the array.
+    init: key, shape, dtype -> array.
+    """
 
     shape: tuple[int, ...]
-    init: Callable[..., jax.Array]  # key, shape, dtype -> array
+    init: Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The shape of a transformer, its parameters, and the function they belong to."""
+    """The sizes and options of a transformer, with its parameters and its forward pass.
+
+    Args:
+      vocabulary: number of tokens.
+      width: of the residual stream.
+      layers: number of blocks.
+      heads: of each attention.
+      hidden: the width of the MLP's hidden layer; None: 4 * width.
+      head_dim: features of a head; None: width // heads.
+      norm: "rms" or "layer".
+      tied: whether the embedding is also the output head.
+      activation: of the MLP.
+      attention: q, k, v -> out, each [batch, S, heads, head_dim].
+      remat: which residuals of a block are saved for the backward pass: "none", "block" or "dots".
+      dtype: of the computation; None: that of the parameters.
+    """
 
     vocabulary: int
     width: int
     layers: int
     heads: int
-    hidden: int | None = None  # of the MLP; None: 4 * width
-    head_dim: int | None = None  # None: width // heads
-    norm: str = "rms"  # or "layer"
-    tied: bool = False  # whether the embedding is the output head too
+    hidden: int | None = None
+    head_dim: int | None = None
+    norm: str = "rms"
+    tied: bool = False
     activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu
-    attention: Callable[..., jax.Array] = causal_attention  # q, k, v -> out, as q
-    remat: str = "none"  # "none", "block" or "dots": what a block keeps for its way back
-    dtype: Any = None  # to compute in; None: that of the parameters
+    attention: Callable[..., jax.Array] = causal_attention
+    remat: str = "none"
+    dtype: Any = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -108,12 +120,12 @@ class Architecture:
 
     @property
     def head_size(self) -> int:
-        """Return the features of one head."""
+        """The number of features of one head."""
         return self.width // self.heads if self.head_dim is None else self.head_dim
 
     @property
     def parameters(self) -> int:
-        """Return the number of parameters."""
+        """The total number of parameters."""
         return sum(math.prod(shape) for shape, _ in self.declare().values())
 
     def declare(self) -> dict[str, Parameter]:
@@ -134,7 +146,8 @@ class Architecture:
             "up": (self.width, hidden),
             "down": (hidden, self.width),
         }
-        shrink = {"out": 2 * self.layers, "down": 2 * self.layers}  # 2 L terms are summed up
+        # The residual stream sums 2 L terms.
+        shrink = {"out": 2 * self.layers, "down": 2 * self.layers}
         return {
             **self._norm("attention_norm", (self.layers,)),
             **self._norm("mlp_norm", (self.layers,)),
@@ -152,7 +165,7 @@ class Architecture:
         return declared
 
     def init(self, key: jax.Array) -> Params:
-        """Return parameters in float32."""
+        """Return initial parameters in float32."""
         declared = self.declare()
         keys = jax.random.split(key, len(declared))
         pairs = zip(keys, declared.items(), strict=True)
@@ -189,7 +202,7 @@ class Architecture:
         return {name: leaf.astype(self.dtype) for name, leaf in params.items()}
 
     def _normalise(self, x: jax.Array, params: Params, name: str) -> jax.Array:
-        """Normalise the last axis, in float32 at least."""
+        """Normalise the last axis, in at least float32."""
         precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.norm == "layer":
             precise = precise - precise.mean(-1, keepdims=True)

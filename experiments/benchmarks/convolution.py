@@ -1,4 +1,4 @@
-"""Patches and matmul against `lax.conv_general_dilated`: where should "auto" change over?
+"""Patches and matmul against `lax.conv_general_dilated`: the best threshold of "auto".
 
     python -m metalearn.experiments.benchmarks.convolution
 
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn.models.convolution import PATCHES_UP_TO, convolve
+from metalearn.models.convolution import MOST_PATCHES, convolve
 
 TASKS, IMAGES, CHANNELS = 4, 5, 64
 SIDES = (14, 28, 56, 84, 112, 168)
@@ -64,7 +64,7 @@ def main() -> None:
         for side in SIDES:
             one, many = speedup(side, stride, False), speedup(side, stride, True)
             pixels = (-(-side // stride)) ** 2
-            auto = "patches" if pixels <= PATCHES_UP_TO else "lax"
+            auto = "patches" if pixels <= MOST_PATCHES else "lax"
             print(f"| {side} | {stride} | {one:.2f}x | {many:.2f}x | {auto} |", flush=True)
 
 

@@ -228,7 +228,7 @@ def primitives(function, *args):
 
 
 def test_a_large_image_goes_to_lax_and_a_small_one_to_a_matrix_product(monkeypatch):
-    monkeypatch.setattr(convolution, "PATCHES_UP_TO", 8 * 8)
+    monkeypatch.setattr(convolution, "MOST_PATCHES", 8 * 8)
     kernel = jnp.ones((3, 3, 1, 2))
     small, large = jnp.ones((1, 8, 8, 1)), jnp.ones((1, 8, 9, 1))
     assert "conv_general_dilated" not in primitives(convolve, small, kernel)
