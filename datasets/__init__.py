@@ -1,10 +1,10 @@
-"""Where tasks come from: episodes sampled on the device, and the data behind them.
+"""Distributions over tasks, whose episodes are drawn on the device, and the datasets behind them.
 
 A dataset is read once, on the host, into a `ClassIndex` (uint8 examples ordered by
 class); `FewShot` puts it on the device and draws episodes from it inside jit. `Text` does
-the same with windows of a text, corrupted in part if asked. `TrainingRuns` splits a whole
-dataset, such as `read_images` gives, for learning how to train on it. A
-`Sinusoid` needs no data at all. `digits()` is there offline, `omniglot()` once prepared;
+the same with windows of a text, part of which may be corrupted. `TrainingRuns` splits a whole
+dataset, such as one of `read_images`, to learn hyperparameters of training on it. A
+`Sinusoid` needs no data. `digits()` works offline, `omniglot()` after it has been prepared;
 your own images become an index with `from_labels`:
 
 >>> import jax, numpy as np

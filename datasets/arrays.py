@@ -1,4 +1,4 @@
-"""What may be given as an array: arrays and lists of numbers, and no dictionaries of them."""
+"""Checks of arguments that are arrays: arrays and lists of numbers, but no dictionaries of them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 
 
 def one_array(what: str, name: str, value: Any, shape: str) -> np.ndarray | jax.Array:
-    """Return an array as it is, and a list of numbers as an array.
+    """Return an array unchanged, and a list of numbers as an array.
 
     Args:
-      what: what takes it, as its user writes it: "TrainingRuns".
+      what: the class or function, as the user writes it: "TrainingRuns".
       name: of the argument.
-      value: what was given.
-      shape: as the message says it: "[n, ...]".
+      value: of the argument.
+      shape: for the message: "[n, ...]".
 
     Raises:
-      TypeError: if it is neither, or holds anything but numbers.
+      TypeError: if the value is neither, or holds anything but numbers.
     """
     if isinstance(value, Mapping):
         keys = ", ".join(repr(key) for key in value)
@@ -34,35 +34,35 @@ def one_array(what: str, name: str, value: Any, shape: str) -> np.ndarray | jax.
     if not isinstance(value, np.ndarray | jax.Array):
         try:
             array = np.asarray(value)
-        except (ValueError, TypeError) as error:  # rows of unequal length, say
+        except (ValueError, TypeError) as error:  # for instance rows of unequal length
             raise _no_array(what, name, f"a {type(value).__name__}", shape) from error
     if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == np.bool_):
-        found = "nothing" if value is None else f"{type(value).__name__} of {array.dtype}"
-        raise _no_array(what, name, found, shape)
+        kind = "nothing" if value is None else f"{type(value).__name__} of {array.dtype}"
+        raise _no_array(what, name, kind, shape)
     return array
 
 
-def _no_array(what: str, name: str, found: str, shape: str) -> TypeError:
+def _no_array(what: str, name: str, kind: str, shape: str) -> TypeError:
     return TypeError(
-        f"`{what}` got {found} for its {name}, but {name} are an array of numbers {shape}, or a "
+        f"`{what}` got {kind} for its {name}, but {name} are an array of numbers {shape}, or a "
         "list of them. Stack examples with `np.stack(examples)`, which takes those of one shape; "
         "number classes that have names with `np.unique(labels, return_inverse=True)[1]`."
     )
 
 
 def least_and_largest(*labels: Any) -> tuple[int, int] | None:
-    """Return the least and the largest of all integers in some arrays, on the host.
+    """Return the least and the largest integer in some arrays, read on the host.
 
-    None where there are none: other types, or arrays that cannot be read here.
+    None if no array has integers, or none can be read in this process.
     """
-    found = []
+    bounds = []
     for array in labels:
-        here = isinstance(array, np.ndarray) or (
+        readable = isinstance(array, np.ndarray) or (
             isinstance(array, jax.Array)
             and not isinstance(array, jax.core.Tracer)
             and (array.is_fully_addressable or array.is_fully_replicated)
         )
-        if here and array.size and jnp.issubdtype(array.dtype, np.integer):
+        if readable and array.size and jnp.issubdtype(array.dtype, np.integer):
             values = np.asarray(array)
-            found += [int(values.min()), int(values.max())]
-    return (min(found), max(found)) if found else None
+            bounds += [int(values.min()), int(values.max())]
+    return (min(bounds), max(bounds)) if bounds else None

@@ -1,13 +1,13 @@
-"""Examples ordered by class, on the host: what few-shot episodes are drawn from.
+"""Examples ordered by class, on the host, from which few-shot episodes are drawn.
 
-A few-shot task picks classes first and examples second, so the data is stored that
-way round: one array whose first axis is the class and whose second is the example.
-Classes of unequal size are padded with zeros to the largest, and `counts` says how
-many examples are real; a sampler never reaches past it. In uint8, all of Omniglot
-with its rotations (6,492 classes x 20 x 28 x 28) is 102 MB: it fits on any device.
+A few-shot task draws classes first and examples second, so the data has that order: one array
+whose first axis is the class and whose second is the example. Classes of unequal size are padded
+with zeros to the largest; `counts` are the numbers of real examples, which bound the sampler. In
+uint8, all of Omniglot with its rotations (6,492 classes x 20 x 28 x 28) is 102 MB: it fits on any
+device.
 
-An index that is made by hand may hold anything else: features of any type, which episodes have
-as they are. Images of uint8 alone are rescaled, to 0..1.
+A `ClassIndex` of your own may hold features of any type, which episodes contain unchanged. Only
+uint8 images are rescaled, to 0..1.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from metalearn.datasets.arrays import one_array
 
 
 class ClassIndex(NamedTuple):
-    """Examples by class."""
+    """Examples by class.
 
-    # [classes, examples, ...], anything past a class's count. uint8 are the pixels of images,
-    # which an episode has as 0..1; other types it has as they are.
+    examples: [classes, examples, ...], padding beyond the count of a class. uint8 are pixels of
+      images, scaled to 0..1 in episodes; other types are unchanged.
+    counts: [classes] int32, the number of real examples of each class.
+    """
+
     examples: np.ndarray
-    counts: np.ndarray  # [classes] int32: real examples of each class
+    counts: np.ndarray
 
 
 def from_labels(images: Any, labels: Any) -> ClassIndex:
-    """Order labelled images by class, keeping their order within a class.
+    """Return labelled images ordered by class, in their original order within a class.
 
     Args:
       images: [n, ...] uint8; pictures keep their channel axis, [n, height, width, channels].
@@ -60,28 +63,28 @@ def from_labels(images: Any, labels: Any) -> ClassIndex:
     return ClassIndex(examples, counts.astype(np.int32))
 
 
-def _labels(given: Any) -> np.ndarray:
+def _labels(values: Any) -> np.ndarray:
     """Return labels as an array; TypeError unless they are integers or names."""
-    labels = np.asarray(given) if not isinstance(given, Mapping) else np.empty(0, object)
+    labels = np.asarray(values) if not isinstance(values, Mapping) else np.empty(0, object)
     if labels.dtype.kind in "biuUS":
         return labels
     raise TypeError(
-        f"`from_labels` got labels of {labels.dtype} ({type(given).__name__}), but a label says "
+        f"`from_labels` got labels of {labels.dtype} ({type(values).__name__}), but a label says "
         "which class an image is of: an integer, or a name. Pass labels [n] of int; "
         "`labels.astype(int)` where they are whole numbers, `labels.argmax(-1)` of one-hot ones."
     )
 
 
 def select(index: ClassIndex, classes: Sequence[int] | np.ndarray) -> ClassIndex:
-    """Keep the given classes, in the order given."""
+    """Return an index of some of the classes, in the order of `classes`."""
     chosen = np.asarray(classes, dtype=np.intp)
     return ClassIndex(np.asarray(index.examples)[chosen], np.asarray(index.counts)[chosen])
 
 
 def rotate(index: ClassIndex) -> ClassIndex:
-    """Make four classes of each, one per quarter turn (Santoro et al. 2016, arXiv:1605.06065).
+    """Return four classes for each, one per quarter turn (Santoro et al. 2016, arXiv:1605.06065).
 
-    Class c turned counter-clockwise by k * 90 degrees becomes class c + k * classes.
+    Class c rotated counter-clockwise by k * 90 degrees becomes class c + k * classes.
 
     Raises:
       ValueError: if the examples are not square images [height, width, channels].
@@ -93,5 +96,5 @@ def rotate(index: ClassIndex) -> ClassIndex:
             f"of square images [size, size, channels] only. Crop or pad the images to a square "
             f"first, or leave the rotations out."
         )
-    turned = [np.rot90(index.examples, k, axes=(2, 3)) for k in range(4)]
-    return ClassIndex(np.concatenate(turned), np.tile(index.counts, 4))
+    rotated = [np.rot90(index.examples, k, axes=(2, 3)) for k in range(4)]
+    return ClassIndex(np.concatenate(rotated), np.tile(index.counts, 4))

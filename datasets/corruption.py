@@ -1,14 +1,14 @@
-"""Text cut into pieces, a share of which is spoiled: data whose bad part is known.
+"""Text divided into pieces, a known share of which is corrupted.
 
-A learner of data weights should find out by itself which pieces harm; to measure whether
-it does, somebody has to know. Real collections hold noise that a language model finds
-hard (scanning errors, binary data) and filler that it finds easy (rules, repeated lines),
-so a threshold on the loss finds one of the two at most. Kinds of corruption:
+Learned data weights should detect harmful pieces without labels; the known corruption measures
+whether they do. Real collections contain noise with a large loss (scanning errors, binary data) and
+filler with a small loss (rules, repeated lines), so a threshold on the loss detects at most one of
+the two. Kinds of corruption:
 
 - "random"    every token is uniform over the vocabulary
-- "shuffled"  the piece's own tokens in random order: nothing is wrong with their frequencies
-- "replaced"  each token, with some probability, becomes a uniform one of those in the text
-- "repeated"  the piece is one of its own tokens, over and over
+- "shuffled"  the tokens of the piece in random order, with unchanged frequencies
+- "replaced"  each token is replaced, with some probability, by a uniform one of those in the text
+- "repeated"  one token of the piece, repeated
 """
 
 from __future__ import annotations
@@ -24,15 +24,20 @@ from metalearn._utils.fields import check_fields
 
 
 class Pieces(NamedTuple):
-    """A text as pieces of equal length, each with the source it counts as."""
+    """A text as pieces of equal length, each with its source.
 
-    tokens: np.ndarray  # [pieces, length] integers
-    source: np.ndarray  # [pieces] int32: 0 .. sources - 1
-    corrupted: np.ndarray  # [pieces] bool
+    tokens: [pieces, length] integers.
+    source: [pieces] int32, 0 .. sources - 1.
+    corrupted: [pieces] bool.
+    """
+
+    tokens: np.ndarray
+    source: np.ndarray
+    corrupted: np.ndarray
 
 
 def cut(tokens: np.ndarray, pieces: int) -> Pieces:
-    """Cut tokens [n] into `pieces` clean sources; fewer than `pieces` tokens are left over."""
+    """Return tokens [n] as `pieces` clean pieces, each its own source; a remainder is dropped."""
     length = len(tokens) // pieces
     rows = np.asarray(tokens)[: pieces * length].reshape(pieces, length)
     return Pieces(rows, np.arange(pieces, dtype=np.int32), np.zeros(pieces, bool))
@@ -40,11 +45,18 @@ def cut(tokens: np.ndarray, pieces: int) -> Pieces:
 
 @dataclasses.dataclass(frozen=True)
 class Corruption:
-    """Which share of the pieces is corrupted, and how. The same seed spoils the same way."""
+    """Corruption of a share of the pieces of a text.
 
-    share: float = 0.5  # of the pieces, between 0 and 1, neither included
-    kinds: tuple[str, ...] = ("replaced",)  # corrupted pieces take turns
-    probability: float = 0.5  # "replaced": of each token
+    Args:
+      share: of the pieces that are corrupted, strictly between 0 and 1.
+      kinds: of corruption, assigned to corrupted pieces in turn.
+      probability: with which "replaced" replaces each token.
+      seed: decides which pieces are corrupted, and all random draws.
+    """
+
+    share: float = 0.5
+    kinds: tuple[str, ...] = ("replaced",)
+    probability: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,7 +78,7 @@ class Corruption:
             )
 
     def sources(self, pieces: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (clean sources, corrupted sources) of a number of pieces, both sorted."""
+        """Return (clean sources, corrupted sources) among `pieces` pieces, both sorted."""
         count = round(self.share * pieces)
         if not 0 < count < pieces:
             raise ValueError(
@@ -76,12 +88,12 @@ class Corruption:
         order = np.random.RandomState(self.seed).permutation(pieces).astype(np.int32)
         return np.sort(order[count:]), np.sort(order[:count])
 
-    def spoil(self, clean: Pieces, which: np.ndarray, vocabulary: int) -> Pieces:
-        """Corrupt the pieces at the indices `which`, and say so."""
+    def corrupt(self, clean: Pieces, which: np.ndarray, vocabulary: int) -> Pieces:
+        """Return the pieces with those at the indices `which` corrupted, and flagged."""
         tokens, corrupted = clean.tokens.copy(), clean.corrupted.copy()
         alphabet = np.unique(tokens)
         for turn, piece in enumerate(which):
-            # RandomState's streams are frozen by numpy's policy; those of default_rng are not.
+            # NumPy guarantees that the stream of RandomState never changes; not default_rng's.
             draw = Draw(np.random.RandomState([self.seed, turn]), alphabet, vocabulary, self)
             tokens[piece] = KINDS[self.kinds[turn % len(self.kinds)]](tokens[piece], draw)
             corrupted[piece] = True
@@ -89,10 +101,16 @@ class Corruption:
 
 
 class Draw(NamedTuple):
-    """What a kind of corruption may draw on."""
+    """The arguments of a kind of corruption.
+
+    random: the generator of random numbers.
+    alphabet: the distinct tokens of the text.
+    vocabulary: the number of tokens there are.
+    options: the corruption.
+    """
 
     random: np.random.RandomState
-    alphabet: np.ndarray  # the distinct tokens of the text
+    alphabet: np.ndarray
     vocabulary: int
     options: Corruption
 
@@ -106,8 +124,8 @@ def _shuffled(tokens: np.ndarray, draw: Draw) -> np.ndarray:
 
 
 def _replaced(tokens: np.ndarray, draw: Draw) -> np.ndarray:
-    hit = draw.random.random_sample(tokens.shape) < draw.options.probability
-    return np.where(hit, draw.random.choice(draw.alphabet, tokens.shape), tokens)
+    replaced = draw.random.random_sample(tokens.shape) < draw.options.probability
+    return np.where(replaced, draw.random.choice(draw.alphabet, tokens.shape), tokens)
 
 
 def _repeated(tokens: np.ndarray, draw: Draw) -> np.ndarray:

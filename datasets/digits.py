@@ -1,14 +1,13 @@
-"""Digits: a real few-shot problem that is there offline, at once, on any machine.
+"""Digits: a real few-shot problem that needs no download.
 
-scikit-learn's 1,797 handwritten digits (8 x 8 pixels, about 180 of each), with a digit
-turned by a quarter counted as a new class: 40 classes, of which an episode draws a
-few. Not a benchmark to report, but real images on which a learner that does not learn
-is found out in a minute: for tests, examples and the first run after installing.
+scikit-learn's 1,797 handwritten digits (8 x 8 pixels, about 180 of each), with every quarter turn
+of a digit as a class of its own: 40 classes, of which an episode draws a few. Not a benchmark to
+report, but real images on which a learner shows within a minute whether it learns: for tests,
+examples and the first run after installing.
 
-Held-out classes are held-out digits. A 6 upside down is a 9, so both are in training:
-with one of them held out, its rotations would have been seen. Some classes are close
-to each other (0, 1 and 8 look much the same upside down), so a perfect score is out of
-reach with `rotations=True`.
+Held-out classes are held-out digits. A 6 upside down is a 9, so both are training digits: if one of
+them were held out, its rotations would be in the training set. Some classes are close to each other
+(0, 1 and 8 are similar upside down), so a perfect score is out of reach with `rotations=True`.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ def digits(split: str = "train", *, rotations: bool = True) -> ClassIndex:
 
     Args:
       split: "train" (digits 0, 1, 6, 8, 9), "validation" (2, 5) or "test" (3, 4, 7).
-      rotations: make four classes of each digit, one per quarter turn: 20, 8 and 12
-        classes rather than 5, 2 and 3.
+      rotations: four classes for each digit, one per quarter turn: 20, 8 and 12 classes instead
+        of 5, 2 and 3.
 
     Returns:
       An index of examples [classes, 183, 8, 8, 1] uint8, 0 (paper) to 255 (ink); `counts`
@@ -46,7 +45,7 @@ def digits(split: str = "train", *, rotations: bool = True) -> ClassIndex:
 
 
 def drawings() -> tuple[np.ndarray, np.ndarray]:
-    """Read all digits as they come: images [1797, 8, 8, 1] uint8, digits [1797] int32."""
+    """Return all digits: images [1797, 8, 8, 1] uint8, labels [1797] int32."""
     from metalearn.datasets import digits_builder
 
     root = cache_dir() / "tfds"

@@ -1,9 +1,9 @@
-"""scikit-learn's handwritten digits as a TFDS dataset, made without a network.
+"""scikit-learn's handwritten digits as a TFDS dataset, prepared without a network.
 
-The smallest real images there are: 1,797 digits of 8 x 8 pixels, values 0 to 16, half
-a megabyte shipped inside scikit-learn (a part of UCI's Optical Recognition of
-Handwritten Digits, Alpaydin & Kaynak 1998). Prepared in a second, quietly, where the
-cache is; several processes may do so at once, and the first to finish is kept.
+1,797 digits of 8 x 8 pixels, values 0 to 16, half a megabyte shipped inside scikit-learn (a part of
+UCI's Optical Recognition of Handwritten Digits, Alpaydin & Kaynak 1998). Prepared in a second in
+the cache directory, without output; several processes may do so at once, and the result of the
+first to finish is used.
 
 Importing this module imports TFDS.
 """
@@ -54,7 +54,7 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
 
 
 def prepared(root: pathlib.Path) -> SklearnDigits:
-    """The builder of a prepared `sklearn_digits` in `root`, prepared there if need be."""
+    """Return the builder of `sklearn_digits` in `root`, prepared first if necessary."""
     if not _target(root).exists():
         _prepare(root, _target(root))
     return described(SklearnDigits.name, root, lambda: SklearnDigits(data_dir=str(root)))
@@ -65,7 +65,7 @@ def _target(root: pathlib.Path) -> pathlib.Path:
 
 
 def discard(root: pathlib.Path) -> None:
-    """Take what is prepared in `root` out of the way, whole or not."""
+    """Remove the prepared dataset in `root`, complete or not."""
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         with contextlib.suppress(FileNotFoundError):  # another process was first
             os.rename(_target(root), pathlib.Path(scratch) / "damaged")
@@ -80,13 +80,13 @@ def _prepare(root: pathlib.Path, target: pathlib.Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(draft.data_dir, target)
-        except OSError:  # another process was first, and its copy is as good
+        except OSError:  # another process was first, with an equal copy
             if not target.exists():
                 raise
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what TFDS prints, and its progress bars."""
+    """Hide the output and the progress bars of TFDS."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

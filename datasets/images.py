@@ -1,17 +1,17 @@
-"""Whole image-classification datasets, for training runs on all of them.
+"""Image-classification datasets as a whole, for training runs.
 
-Few-shot learning cuts a dataset into tasks; here it is one. `read_images` gives every
-image of a split with its label, [n, h, w, c] uint8, and `TrainingRuns` makes runs of it:
+`read_images` returns all images of a split with their labels, [n, h, w, c] uint8, and
+`TrainingRuns` is a distribution over training runs on them:
 
     images = read_images("mnist", "train")
     tasks = TrainingRuns.create(*images, validation=0.1)
 
-Any TFDS dataset with the features "image" (all of one size) and "label" will do. PNGs are
+Any TFDS dataset with the features "image" (all of one size) and "label" can be read. PNGs are
 decoded by Pillow from the stored bytes, in half the time of TFDS's own decoding: MNIST's
-60,000 take 4 seconds. The name "digits" stands for scikit-learn's, which need no network.
+60,000 take 4 seconds. The name "digits" is scikit-learn's dataset, which needs no network.
 
-A share of wrong labels (`with_label_noise`) turns how much to regularise, or which examples
-to trust, into a question with an answer (Zhang et al. 2017, arXiv:1611.03530).
+With a share of wrong labels (`with_label_noise`), the best regularisation and the harmful examples
+are known (Zhang et al. 2017, arXiv:1611.03530).
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ DIGITS_TRAIN = 1300  # the other 497 are the test split
 
 
 class Images(NamedTuple):
-    """Images with their labels, on the host."""
+    """Images with their labels, on the host.
 
-    inputs: np.ndarray  # [n, h, w, c] uint8
-    labels: np.ndarray  # [n] int32
+    inputs: [n, h, w, c] uint8.
+    labels: [n] int32.
+    """
+
+    inputs: np.ndarray
+    labels: np.ndarray
 
 
 def read_images(name: str, split: str = "train", *, data_dir: str | None = None) -> Images:
@@ -45,11 +49,11 @@ def read_images(name: str, split: str = "train", *, data_dir: str | None = None)
         "digits", scikit-learn's.
       split: a split or slice of one, such as "train" or "train[:5000]"; of "digits",
         "train" (1,300) or "test" (497).
-      data_dir: where datasets are; None is TFDS's rule, $TFDS_DATA_DIR or
-        ~/tensorflow_datasets. "digits" are in the cache instead.
+      data_dir: the directory of datasets; None is TFDS's default, $TFDS_DATA_DIR or
+        ~/tensorflow_datasets. "digits" are in the cache directory instead.
 
     Raises:
-      DatasetNotPreparedError: if the dataset is not there; it says how to get it.
+      DatasetNotPreparedError: if the dataset is missing, with the command that prepares it.
       ValueError: if there is no such split of "digits", or the dataset has no images of
         one size with one label each.
     """
@@ -70,16 +74,16 @@ def read_images(name: str, split: str = "train", *, data_dir: str | None = None)
 def with_label_noise(
     images: Images, share: float, seed: int, *, classes: int | None = None
 ) -> Images:
-    """Replace a share of the labels, each by another class, uniformly drawn.
+    """Return images with a share of the labels replaced by another class, drawn uniformly.
 
     Args:
-      images: n images; they are not copied.
-      share: of labels to replace, in 0..1: exactly round(share * n) of them.
-      seed: decides which, and by what.
-      classes: how many there are; None: the largest label plus one.
+      images: n images, which are not copied.
+      share: of the labels to replace, in 0..1: exactly round(share * n) of them.
+      seed: of the random draws.
+      classes: the number of classes; None: the largest label plus one.
 
     Raises:
-      ValueError: if the share is no share, or there is no other class.
+      ValueError: if the share is not in 0..1, or there is no other class.
     """
     at_least("with_label_noise", 0, seed=seed)
     labels = np.asarray(images.labels)
@@ -88,7 +92,7 @@ def with_label_noise(
     rng = np.random.default_rng(seed)
     rows = rng.choice(len(labels), round(share * len(labels)), replace=False)
     noisy = labels.copy()
-    # One of the count - 1 steps around the circle of classes: never back to where it began.
+    # Adding 1 .. count - 1 modulo count never gives the same class.
     noisy[rows] = (labels[rows] + rng.integers(1, count, len(rows))) % count
     return Images(images.inputs, noisy)
 
@@ -102,7 +106,7 @@ def _digits(split: str) -> Images:
 
 
 def _decoder(image: Any) -> tuple[list[str], Callable[[Any], np.ndarray]]:
-    """Return the features to leave as stored, and what makes pixels [h, w, c] of one."""
+    """Return (features to read undecoded, a decoder from a stored image to pixels [h, w, c])."""
     import tensorflow_datasets as tfds
 
     if not isinstance(image, tfds.features.Image):
@@ -144,8 +148,8 @@ def _check_noise(labels: np.ndarray, share: float, classes: int) -> None:
             f"Pass 0.25 for a quarter of them."
         )
     if classes < 2 or (labels.size and not 0 <= labels.min() <= labels.max() < classes):
-        found = f"from {labels.min()} to {labels.max()}" if labels.size else "none"
+        kind = f"from {labels.min()} to {labels.max()}" if labels.size else "none"
         raise ValueError(
-            f"`with_label_noise` got labels {found} with classes={classes}, but a wrong label is "
+            f"`with_label_noise` got labels {kind} with classes={classes}, but a wrong label is "
             f"another of at least two classes, 0 .. classes - 1. Pass classes=, the number of all."
         )

@@ -1,14 +1,14 @@
 """Omniglot: 1,623 handwritten characters of 50 alphabets, 20 drawings of each.
 
-The classic of few-shot learning (Lake et al. 2015, Science 350, 1332-1338). The drawings
-are black on white, 105 x 105, one bit per pixel; as is usual they are made 28 x 28 with
-ink = 255 and paper = 0, and a character turned by a quarter is a new character
+The classic benchmark of few-shot learning (Lake et al. 2015, Science 350, 1332-1338). The drawings
+are black on white, 105 x 105, one bit per pixel; as usual they are resized to 28 x 28 with
+ink = 255 and paper = 0, and every quarter turn of a character is a character of its own
 (Santoro et al. 2016, arXiv:1605.06065).
 
-MAML's code asks Pillow for LANCZOS too, but of the one-bit image, for which Pillow
-takes the nearest pixel instead and breaks thin strokes. Here the grey image is resized.
+MAML's code also resizes with Pillow's LANCZOS, but the one-bit image, for which Pillow silently
+uses the nearest pixel and breaks thin strokes. Here the grey image is resized.
 
-Two partitions of the characters are in use, and scores compare within one only:
+Two partitions of the characters are in use; scores are comparable only within one:
 
 | partition | train | validation | test | held out |
 |---|---|---|---|---|
@@ -16,8 +16,8 @@ Two partitions of the characters are in use, and scores compare within one only:
 | maml | 1,100 | 100 | 423 | characters; Finn et al. 2017, arXiv:1703.03400 |
 
 The lists of vinyals are those of tristandeleu/pytorch-meta (MIT licence): 33, 5 and 13
-alphabets, of which train and test share one, Gurmukhi, but no character. MAML's depend
-on the order in which a file system listed folders, so ours have its sizes and a seed.
+alphabets, of which train and test share one, Gurmukhi, but no character. MAML's partition depends
+on the order in which a file system listed folders, so ours has its sizes and a fixed seed.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ def omniglot(
     rotations: bool = True,
     data_dir: str | None = None,
 ) -> ClassIndex:
-    """Read a split of Omniglot, cached after the first time.
+    """Read a split of Omniglot, and cache it.
 
     Args:
       split: "train", "validation" or "test". No character is in two of them.
       partition: "vinyals" or "maml".
-      rotations: make four classes of each character, one per quarter turn.
-      data_dir: where TFDS's datasets are; None is TFDS's rule, $TFDS_DATA_DIR or
+      rotations: four classes for each character, one per quarter turn.
+      data_dir: the directory of datasets; None is TFDS's default, $TFDS_DATA_DIR or
         ~/tensorflow_datasets.
 
     Returns:
       An index of examples [classes, 20, 28, 28, 1] uint8, ink = 255, paper = 0.
 
     Raises:
-      DatasetNotPreparedError: if TFDS's omniglot is not there; it says how to get it.
-      DamagedDatasetError: if a file of it is missing, cannot be read, or names foreign code.
+      DatasetNotPreparedError: if TFDS's omniglot is missing, with the command that prepares it.
+      DamagedDatasetError: if a file is missing, cannot be read, or names code outside TFDS.
       ValueError: if there is no such split or partition, or the data is incomplete.
     """
     labels = characters(split, partition)
@@ -71,7 +71,7 @@ def omniglot(
 
 
 def characters(split: str, partition: str) -> np.ndarray:
-    """The characters of a split, as TFDS's labels: [n] integers in 0 .. 1622."""
+    """Return the characters of a split, as TFDS's labels: [n] integers in 0 .. 1622."""
     tables = {"vinyals": _vinyals, "maml": _maml}
     return np.asarray(pick(pick(tables, partition, "partition of Omniglot")(), split, "split"))
 
@@ -82,13 +82,13 @@ def _vinyals() -> dict[str, Any]:
 
 
 def _maml() -> dict[str, Any]:
-    # RandomState's streams are frozen by numpy's policy; those of default_rng are not.
+    # NumPy guarantees that the stream of RandomState never changes; not that of default_rng.
     shuffled = np.random.RandomState(1).permutation(CHARACTERS)
     return {"train": shuffled[:1100], "validation": shuffled[1100:1200], "test": shuffled[1200:]}
 
 
 def _images(data_dir: str | None) -> np.ndarray:
-    """All characters in the order of TFDS's labels: [1623, 20, 28, 28, 1] uint8."""
+    """Return all characters in the order of TFDS's labels: [1623, 20, 28, 28, 1] uint8."""
     builder = builder_of("omniglot", data_dir)
     check_prepared(builder)
     shape = (CHARACTERS, DRAWINGS, SIZE, SIZE, 1)
@@ -96,7 +96,7 @@ def _images(data_dir: str | None) -> np.ndarray:
 
 
 def _cache_name(builder: Any) -> str:
-    """All that the cached array depends on: the version, what is on disk, and the size."""
+    """Return the name of the cached array: the version, a digest of the files, and the size."""
     stored = {k: (s.shard_lengths, s.num_bytes) for k, s in sorted(builder.info.splits.items())}
     digest = hashlib.sha256(strict_json.dumps(stored, default=int).encode()).hexdigest()[:12]
     return f"omniglot-{builder.version}-{digest}-lanczos-{SIZE}x{SIZE}"
@@ -120,10 +120,10 @@ def _read(builder: Any) -> np.ndarray:
 
 
 def _shrink(png: bytes) -> np.ndarray:
-    """Decode one drawing, ink = 255 on paper = 0: [28, 28, 1] uint8."""
+    """Return one drawing decoded and resized, ink = 255 on paper = 0: [28, 28, 1] uint8."""
     from PIL import Image
 
-    # Grey first: one-bit images decode to 0/1, and are never resized smoothly.
+    # First to grey: Pillow does not interpolate one-bit images.
     image = Image.open(io.BytesIO(png)).convert("L")
     small = image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     return 255 - np.asarray(small)[:, :, None]

@@ -1,7 +1,7 @@
 """Prepare a dataset once, without TensorFlow: python -m metalearn.datasets.prepare NAME.
 
-Downloads what is not in the download directory already, so that a machine without a
-network needs a copy of that directory alone.
+Downloads only files that are not in the download directory yet, so a machine without a network
+needs a copy of that directory.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ BUILDERS: dict[str, Callable[[str | None], Any]] = {"omniglot": _omniglot}
 
 
 def prepare(name: str, data_dir: str | None = None, download_dir: str | None = None) -> str:
-    """Prepare a dataset for TFDS as array_record, and say where it is.
+    """Prepare a dataset for TFDS as array_record, and return its directory.
 
     Args:
       name: one of `BUILDERS`.
-      data_dir: where TFDS's datasets are; None is TFDS's rule, $TFDS_DATA_DIR or
+      data_dir: the directory of datasets; None is TFDS's default, $TFDS_DATA_DIR or
         ~/tensorflow_datasets.
-      download_dir: where the downloaded files are or go, in TFDS's layout; None is
+      download_dir: the directory of downloaded files, in TFDS's layout; None is
         `downloads` in `data_dir`.
 
     Returns:
-      The directory of the prepared dataset. One that was there already is left alone.
+      The directory of the prepared dataset. One that is already prepared is left unchanged.
 
     Raises:
       ValueError: if there is no such dataset.
@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--download-dir", help="default: `downloads` in the data directory")
     arguments = parser.parse_args(argv)
     try:
-        where = prepare(arguments.name, arguments.data_dir, arguments.download_dir)
+        directory = prepare(arguments.name, arguments.data_dir, arguments.download_dir)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{arguments.name} is prepared in {where}")
+    print(f"{arguments.name} is prepared in {directory}")
 
 
 if __name__ == "__main__":

@@ -2,21 +2,21 @@
 
 TFDS separates preparing a dataset (download, parse, write records: once) from reading
 it. In the array_record file format, reading is random access by index and needs no
-TensorFlow. A dataset that is not there is refused at once, with the command that
-prepares it: TFDS itself would look for a network for minutes first. One of which a file
-is missing, cut short or overwritten is refused by the name of the file.
+TensorFlow. A missing dataset is refused at once, with the command that prepares it: TFDS itself
+would try the network for minutes first. If a file of a dataset is missing, truncated or
+overwritten, the error names the file.
 
-A dataset's folder names the Python class of each of its features, and TFDS would import the
-module of one that it does not know. A dataset that names any but TFDS's own is refused before
-TFDS opens it, so that reading one runs no code that came with it.
+The description of a dataset names the Python class of each feature, and TFDS would import the
+module of an unknown class. A dataset that names classes outside TFDS is refused before TFDS opens
+it, so that reading a dataset executes no code that came with it.
 
-Prepared arrays are cached between runs. Decoding 32,460 drawings takes seconds and reading the
-array they make takes milliseconds, so the array is kept as one .npy file. It appears under its
-name only when it is whole (written aside, then renamed), so processes may race for it; and its
-name says all that its content depends on, so that a stale one is never read. One that cannot be
-read, cut short by a full disk perhaps, is built again, with a warning, and so is one that is an
-array of another type or shape than was asked for. Nothing in a file is ever executed: arrays of
-Python objects (pickle) are refused.
+Decoded arrays are cached between runs (`cached`). Decoding 32,460 drawings takes seconds and
+reading the decoded array milliseconds, so the array is stored as one .npy file. The file is written
+under a temporary name and then renamed, so concurrent processes never read an incomplete one; its
+name contains everything that the content depends on, so an outdated one is never read. A file that
+cannot be read (truncated by a full disk, for instance), or holds an array of another type or shape
+than requested, is built again, with a warning. Arrays of Python objects (pickle), which can execute
+code, are refused.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from typing import Any
 
 import numpy as np
 
-# What `python -m metalearn.datasets.prepare` prepares, without TensorFlow.
+# The datasets that `python -m metalearn.datasets.prepare` prepares, without TensorFlow.
 PREPARED_HERE = ("omniglot",)
 
-# The files of a dataset that TFDS builds features from, and the keys of the classes of these.
+# The files from which TFDS builds the features of a dataset, and the keys of their classes.
 DESCRIPTIONS = ("features.json", "dataset_info.json")
 CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
-FOLDERS = ("", "*/", "*/*/")  # of a dataset: NAME/[CONFIG/]VERSION
+FOLDERS = ("", "*/", "*/*/")  # a dataset is in NAME/[CONFIG/]VERSION
 
 
 class DatasetNotPreparedError(FileNotFoundError):
-    """A TFDS dataset is not on this disk in a form that can be read without TensorFlow."""
+    """A TFDS dataset is missing, or in a file format that only TensorFlow reads."""
 
 
 class DamagedDatasetError(OSError):
-    """A TFDS dataset is on this disk, but a file of it is missing or cannot be read."""
+    """A file of a prepared TFDS dataset is missing or cannot be read."""
 
 
 def open_source(
@@ -59,14 +59,14 @@ def open_source(
     Args:
       name: the dataset's name in TFDS, such as "omniglot" or "mnist".
       split: a split or slice of one, such as "train" or "train[:100]".
-      data_dir: where datasets are; None is TFDS's rule, $TFDS_DATA_DIR or
+      data_dir: the directory of datasets; None is TFDS's default, $TFDS_DATA_DIR or
         ~/tensorflow_datasets.
-      undecoded: features to leave as stored (an image as its PNG bytes, far faster).
+      undecoded: features to return as stored (an image as its PNG bytes, far faster).
 
     Raises:
-      DatasetNotPreparedError: if the dataset is not there; it says how to get it.
-      DamagedDatasetError: if a file of it is missing, or names a class that is not TFDS's; and
-        when a record cannot be read.
+      DatasetNotPreparedError: if the dataset is missing, with the command that prepares it.
+      DamagedDatasetError: if a file is missing, or names a class outside TFDS; and if a record
+        cannot be read.
       ValueError: if TFDS knows no such dataset or split.
     """
     builder = builder_of(name, data_dir)
@@ -78,14 +78,14 @@ def builder_of(name: str, data_dir: str | None = None) -> Any:
     """Return TFDS's builder of a dataset.
 
     Raises:
-      ValueError: where TFDS knows no dataset of that name.
-      DamagedDatasetError: where there is one, but its description cannot be read, or names a
-        class that is not TFDS's.
+      ValueError: if TFDS knows no dataset of that name.
+      DamagedDatasetError: if the description of the dataset cannot be read, or names a class
+        outside TFDS.
     """
     import tensorflow_datasets as tfds
 
     root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    # The directory is passed on, so that TFDS looks where the classes were checked alone.
+    # With data_dir TFDS reads only the directory whose classes have been checked.
     return described(name, root, lambda: tfds.builder(name, data_dir=str(root)))
 
 
@@ -94,14 +94,14 @@ def described(name: str, root: pathlib.Path, make: Callable[[], Any]) -> Any:
     from google.protobuf import json_format
     from tensorflow_datasets.core import naming
 
-    # TypeError and those after it: of descriptions that are JSON, but of something else.
-    reading: tuple[type[Exception], ...] = (
+    # TypeError and those after it: for descriptions that are JSON of another structure.
+    errors: tuple[type[Exception], ...] = (
         *(ValueError, AssertionError, ImportError, RuntimeError, OSError, json_format.Error),
         *(TypeError, LookupError, AttributeError),
     )
     try:
         parsed, options = naming.parse_builder_name_kwargs(name)
-    except reading as error:
+    except errors as error:
         raise _unknown(name, str(error).partition("\n")[0]) from error
     if parsed.namespace:
         raise _unknown(name, "a name with a namespace is of datasets that are not on this disk")
@@ -110,7 +110,7 @@ def described(name: str, root: pathlib.Path, make: Callable[[], Any]) -> Any:
     _check_classes(name, root, parsed.name)
     try:
         return make()
-    except reading as error:
+    except errors as error:
         why = str(error).partition("\n")[0]
         if (root / parsed.name).is_dir():
             raise _damaged(name, root / parsed.name, root, "its description", why) from error
@@ -126,9 +126,9 @@ def _unknown(name: str, why: str) -> ValueError:
 
 
 def _check_classes(name: str, root: pathlib.Path, folder: str) -> None:
-    """Raise DamagedDatasetError where a dataset names a class that TFDS would import.
+    """Raise DamagedDatasetError if a dataset names a class outside TFDS, which TFDS would import.
 
-    All configs and versions are looked at, since which of them is opened is TFDS's to say.
+    All configs and versions are checked, as TFDS chooses which of them it opens.
     """
     for pattern in (part + file for part in FOLDERS for file in DESCRIPTIONS):
         for path in sorted((root / folder).glob(pattern)):
@@ -138,7 +138,7 @@ def _check_classes(name: str, root: pathlib.Path, folder: str) -> None:
             except RecursionError as error:
                 raise _damaged(name, path.parent, root, path.name, "nested too deeply") from error
             except (ValueError, OSError):
-                continue  # no JSON: TFDS makes nothing of it either, and says so
+                continue  # not JSON: TFDS refuses the file itself
             if foreign is not None:
                 raise DamagedDatasetError(
                     f"The dataset {name!r} in {path.parent} names the class {foreign[:200]!r} in "
@@ -151,29 +151,29 @@ def _check_classes(name: str, root: pathlib.Path, folder: str) -> None:
 
 
 def _classes(text: str) -> Iterator[str]:
-    """Yield the names of classes in a description, also in JSON within its texts."""
-    pairs = json.JSONDecoder(object_pairs_hook=_Pairs)  # keys that come twice are seen twice
-    waiting: list[Any] = [pairs.decode(text)]
-    while waiting:
-        value = waiting.pop()
+    """Yield the names of classes in a description, including JSON inside its strings."""
+    pairs = json.JSONDecoder(object_pairs_hook=_Pairs)  # duplicate keys are kept
+    pending: list[Any] = [pairs.decode(text)]
+    while pending:
+        value = pending.pop()
         if isinstance(value, _Pairs):
             yield from (v for k, v in value if k in CLASS_KEYS and isinstance(v, str) and "." in v)
-            waiting += [v for _, v in value]
+            pending += [v for _, v in value]
         elif isinstance(value, list):
-            waiting += value
+            pending += value
         elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
             try:
-                waiting.append(pairs.decode(value))
+                pending.append(pairs.decode(value))
             except ValueError:
-                continue  # a text that is no JSON
+                continue  # a string that is not JSON
 
 
 class _Pairs(list):  # type: ignore[type-arg]
-    """The items of a JSON object."""
+    """The key-value pairs of a JSON object."""
 
 
 def _of_tfds(name: str) -> bool:
-    """Say whether a class is one of a module of TFDS, which is looked for but not imported."""
+    """Say whether a class is in a module of TFDS, without importing the module."""
     import tensorflow_datasets as tfds
 
     if not re.fullmatch(r"tensorflow_datasets(\.[A-Za-z_][A-Za-z0-9_]*){2,}", name):
@@ -184,11 +184,17 @@ def _of_tfds(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """The records of a split, read at random; those that cannot be read are refused by file."""
+    """Random access to the records of a split; an error for a damaged record names the dataset.
 
-    builder: Any  # TFDS's
+    Args:
+      builder: TFDS's builder of the dataset.
+      split: the split, or a slice of one.
+      stored: TFDS's data source of the split.
+    """
+
+    builder: Any
     split: str
-    stored: Any  # its data source
+    stored: Any
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -196,26 +202,26 @@ class Records:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} records, and none has the index {index}.")
-        return self._reading(self.stored.__getitem__, index)
+        return self._read(self.stored.__getitem__, index)
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
         """Return several records at once."""
-        return self._reading(self.stored.__getitems__, indices)
+        return self._read(self.stored.__getitems__, indices)
 
     @property
     def dataset_info(self) -> Any:
-        """Return what TFDS knows of the dataset, its `features` among it."""
+        """TFDS's description of the dataset, such as its `features`."""
         return self.stored.dataset_info
 
-    def _reading(self, read: Any, what: Any) -> Any:
+    def _read(self, read: Callable[[Any], Any], index: Any) -> Any:
         try:
-            return read(what)
+            return read(index)
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             raise _damaged_part(self.builder, f"its split {self.split!r}", str(error)) from error
 
 
 def source(builder: Any, split: str, undecoded: Sequence[str] = ()) -> Records:
-    """Open a split of a TFDS builder whose dataset is known to be prepared."""
+    """Open a split of a TFDS builder whose dataset has been checked by `check_prepared`."""
     import tensorflow_datasets as tfds
 
     decoders = {feature: tfds.decode.SkipDecoding() for feature in undecoded}
@@ -224,7 +230,7 @@ def source(builder: Any, split: str, undecoded: Sequence[str] = ()) -> Records:
 
 
 def _check_files(builder: Any, split: str) -> None:
-    """Raise unless a split is one of a dataset's, and all of its files are there."""
+    """Raise an error unless the dataset has this split, and all files of it exist."""
     if not builder.info.splits:
         raise _damaged_part(builder, "dataset_info.json", "it is missing or empty")
     try:
@@ -252,21 +258,21 @@ def _damaged(name: str, folder: Any, root: Any, what: str, why: str) -> DamagedD
     )
 
 
-def examples(records: Any, at_a_time: int = 1024) -> Iterator[Mapping[str, Any]]:
-    """Iterate over a source, reading many records per call: far faster than one by one."""
-    for start in range(0, len(records), at_a_time):
-        yield from records.__getitems__(range(start, min(start + at_a_time, len(records))))
+def examples(records: Any, chunk: int = 1024) -> Iterator[Mapping[str, Any]]:
+    """Iterate over a source, reading `chunk` records per call: far faster than single records."""
+    for start in range(0, len(records), chunk):
+        yield from records.__getitems__(range(start, min(start + chunk, len(records))))
 
 
 def check_prepared(builder: Any) -> None:
-    """Raise `DatasetNotPreparedError` unless a TFDS builder's dataset can be read as it is."""
-    found = builder.data_path.exists() and builder.is_prepared()
-    if found and builder.info.file_format.value == "array_record":
+    """Raise DatasetNotPreparedError unless the dataset of a TFDS builder can be read."""
+    prepared = builder.data_path.exists() and builder.is_prepared()
+    if prepared and builder.info.file_format.value == "array_record":
         return
-    if not found and builder.data_path.exists():
+    if not prepared and builder.data_path.exists():
         raise _damaged_part(builder, "dataset_info.json", "it is missing or empty")
     name, where = builder.name, builder.data_dir_root
-    if found:
+    if prepared:
         raise DatasetNotPreparedError(
             f"The dataset {name!r} in {where} is stored as {builder.info.file_format.value}, which "
             f"only TensorFlow reads; metalearn reads array_record. Prepare it a second time, into "
@@ -280,16 +286,17 @@ def check_prepared(builder: Any) -> None:
 
 
 def _command(name: str, data_dir: Any) -> str:
+    """Return the command that prepares a dataset."""
     if name in PREPARED_HERE:
         return f"python -m metalearn.datasets.prepare {name} --data-dir={data_dir}"
     return f"tfds build {name} --data_dir={data_dir} --file_format=array_record"
 
 
 def cache_dir() -> pathlib.Path:
-    """The cache directory, made if missing: $METALEARN_CACHE, or ~/.cache/metalearn.
+    """Return the cache directory, $METALEARN_CACHE or ~/.cache/metalearn; created if missing.
 
     Raises:
-      OSError: if it can be neither found nor made.
+      OSError: if the directory cannot be created.
     """
     path = pathlib.Path(os.environ.get("METALEARN_CACHE") or "~/.cache/metalearn").expanduser()
     try:
@@ -308,16 +315,16 @@ def cached(
     dtype: Any = None,
     shape: tuple[int, ...] | None = None,
 ) -> np.ndarray:
-    """Read the array `name` from the cache; the first time, build it and keep it.
+    """Return the array `name` from the cache, after building and storing it if it is missing.
 
     Args:
-      name: all that the content depends on, spelled as a file name.
-      build: makes the array.
-      dtype: of the array, byte order included; a file of another is built again. None: any.
-      shape: of the array; a file of another is built again. None: any.
+      name: everything that the content depends on, as a file name.
+      build: () -> array.
+      dtype: of the array, with its byte order; a file with another is built again. None: any.
+      shape: of the array; a file with another is built again. None: any.
 
     Raises:
-      ValueError: if what `build` makes is of another dtype or shape than asked for.
+      ValueError: if `build` returns an array of another dtype or shape.
     """
     path = cache_dir() / f"{name}.npy"
     if path.exists():
@@ -329,14 +336,14 @@ def cached(
     if wrong := _unlike(array.dtype, array.shape, dtype, shape):
         raise ValueError(f"What was built for {path} is {wrong}.")
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        whole = pathlib.Path(scratch) / path.name
-        np.save(whole, array, allow_pickle=False)
-        whole.replace(path)
+        temporary = pathlib.Path(scratch) / path.name
+        np.save(temporary, array, allow_pickle=False)
+        temporary.replace(path)
     return array
 
 
 def _read(path: pathlib.Path, dtype: Any, shape: tuple[int, ...] | None) -> np.ndarray:
-    """Return the array of a file that is just as `cached` writes it; ValueError if it is not."""
+    """Return the array of a file of `cached`; ValueError if its format or size is another."""
     headers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -345,12 +352,12 @@ def _read(path: pathlib.Path, dtype: Any, shape: tuple[int, ...] | None) -> np.n
         version = np.lib.format.read_magic(file)
         if version not in headers:
             raise ValueError(f"it is of version {version} of the format, of which none is written")
-        found, fortran, kind = headers[version](file)
-        if wrong := _unlike(kind, found, dtype, shape):
+        stored, fortran, kind = headers[version](file)
+        if wrong := _unlike(kind, stored, dtype, shape):
             raise ValueError(f"it is {wrong}")
         if fortran:
             raise ValueError("it is in Fortran order, in which none is written")
-        size = file.tell() + kind.itemsize * math.prod(found)
+        size = file.tell() + kind.itemsize * math.prod(stored)
         if not kind.hasobject and path.stat().st_size != size:
             raise ValueError(f"it has {path.stat().st_size} bytes, and such an array {size}")
         file.seek(0)
@@ -360,14 +367,14 @@ def _read(path: pathlib.Path, dtype: Any, shape: tuple[int, ...] | None) -> np.n
 def _unlike(
     dtype: np.dtype, shape: tuple[int, ...], expected: Any, other: tuple[int, ...] | None
 ) -> str:
-    """Say what an array is, and what was asked for, where these differ; "" where they do not."""
+    """Return "DTYPE[SHAPE], not ..." where an array differs from what is expected; else ""."""
     same = expected is None or dtype == np.dtype(expected)
     if same and other in (None, shape):
         return ""
-    asked = "any type" if expected is None else str(np.dtype(expected))
-    return f"{dtype}{list(shape)}, not {asked}{'' if other is None else list(other)}"
+    wanted = "any type" if expected is None else str(np.dtype(expected))
+    return f"{dtype}{list(shape)}, not {wanted}{'' if other is None else list(other)}"
 
 
 def damaged(path: pathlib.Path, why: str) -> None:
-    """Warn that something in the cache cannot be read and is built again."""
+    """Warn that a file in the cache cannot be read and is built again."""
     warnings.warn(f"{path} in the cache cannot be read ({why}): it is built again.", stacklevel=3)

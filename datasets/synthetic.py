@@ -1,14 +1,14 @@
-"""Tasks that need no data: quadratic bowls, sinusoids, and several distributions side by side.
+"""Tasks that need no data: quadratics, sinusoids, and several distributions side by side.
 
 `Quadratics`: L(theta) = mean of a_i (theta_i - c_i)^2 / 2 with curvatures a_i log-uniform in a
-range and a normal minimum c. The ratio of the range is the condition number, which is what
-makes a bowl hard for an optimizer with one learning rate.
+range and a normal minimum c. The ratio of the range bounds the condition number, which makes a
+quadratic hard for an optimizer with one learning rate.
 
 `Sinusoid`, the first experiment of MAML (Finn et al. 2017, arXiv:1703.03400): one sine wave,
-y = A sin(x - phi), with its amplitude A and phase phi drawn per task; the learner gets a few points
-of it and is judged on others of the same wave. It is small enough that a mistake in a meta-gradient
-shows within seconds on a CPU. No fixed function does well: the mean over tasks is close to zero
-everywhere, so a learner that does not adapt predicts about nothing.
+y = A sin(x - phi), with its amplitude A and phase phi drawn per task; support and query are points
+of the same wave. It is small enough that an error in a meta-gradient shows within seconds on a CPU.
+No fixed function has a small loss: the mean over tasks is close to zero everywhere, so a learner
+that does not adapt predicts about zero.
 
 `SideBySide`: a task has one episode of each of several distributions.
 """
@@ -32,7 +32,12 @@ from metalearn.unroll import Episode
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quadratics(Tasks):
-    """Bowls of one dimension d, for `metalearn.algorithms.Quadratic`."""
+    """Random quadratics, for `metalearn.algorithms.Quadratic`.
+
+    Args:
+      dimension: d.
+      curvature: the range of the curvatures.
+    """
 
     dimension: int = dataclasses.field(metadata={"static": True})
     curvature: tuple[float, float] = dataclasses.field(
@@ -49,15 +54,15 @@ class Quadratics(Tasks):
             )
 
     def sample(self, key: jax.Array) -> Episode:
-        """Draw one bowl: support = query = (curvatures [d], minimum [d]), float32."""
+        """Draw one quadratic: support = query = (curvatures [d], minimum [d]), float32."""
         curvature_key, minimum_key = jax.random.split(key)
         low, high = jnp.log(jnp.asarray(self.curvature, jnp.float32))
-        drawn = jax.random.uniform(curvature_key, (self.dimension,), jnp.float32)
-        bowl = (
-            jnp.exp(low + (high - low) * drawn),
+        uniforms = jax.random.uniform(curvature_key, (self.dimension,), jnp.float32)
+        quadratic = (
+            jnp.exp(low + (high - low) * uniforms),
             jax.random.normal(minimum_key, (self.dimension,), jnp.float32),
         )
-        return Episode(bowl, bowl)
+        return Episode(quadratic, quadratic)
 
 
 def _static(default: Any) -> Any:
@@ -67,13 +72,21 @@ def _static(default: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sinusoid(Tasks):
-    """Sine waves. The ranges are uniform and default to those of section 5.1 of MAML."""
+    """Sine waves, drawn uniformly from ranges, by default those of section 5.1 of MAML.
 
-    shots: Count = _static(10)  # support points per task
-    queries: Count = _static(10)  # query points per task
+    Args:
+      shots: support points of a task.
+      queries: query points of a task.
+      amplitude: the range of A.
+      phase: the range of phi, in radians.
+      inputs: the range of x, in radians.
+    """
+
+    shots: Count = _static(10)
+    queries: Count = _static(10)
     amplitude: tuple[float, float] = _static((0.1, 5.0))
-    phase: tuple[float, float] = _static((0.0, np.pi))  # radians
-    inputs: tuple[float, float] = _static((-5.0, 5.0))  # radians
+    phase: tuple[float, float] = _static((0.0, np.pi))
+    inputs: tuple[float, float] = _static((-5.0, 5.0))
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -98,7 +111,11 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], bounds: tuple[float, float]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class SideBySide(Tasks):
-    """One task of each, under its name, for `metalearn.algorithms.Together`. A pytree."""
+    """One task of each of several distributions, for `metalearn.algorithms.Together`. A pytree.
+
+    Args:
+      parts: the distributions by name.
+    """
 
     parts: Mapping[str, Tasks]
 
@@ -112,9 +129,11 @@ class SideBySide(Tasks):
             raise ValueError("`SideBySide` takes at least one distribution: {name: tasks}.")
 
     def sample(self, key: jax.Array) -> Episode:
-        """Draw one of each: support = {name: support}, query = {name: query}."""
+        """Draw one task of each: support = {name: support}, query = {name: query}."""
         keys = jax.random.split(key, len(self.parts))
-        drawn = {n: self.parts[n].sample(k) for n, k in zip(sorted(self.parts), keys, strict=True)}
+        pairs = zip(sorted(self.parts), keys, strict=True)
+        episodes = {name: self.parts[name].sample(key) for name, key in pairs}
         return Episode(
-            {n: e.support for n, e in drawn.items()}, {n: e.query for n, e in drawn.items()}
+            {name: episode.support for name, episode in episodes.items()},
+            {name: episode.query for name, episode in episodes.items()},
         )

@@ -1,16 +1,16 @@
-"""Language modelling as a task: a model is trained on one text and judged on another.
+"""Language modelling as a task: train on one text, evaluate on another.
 
-An episode draws, per inner step, a batch of windows of the training text (support), and
-windows of held-out text (query). A window never crosses from one piece of the text into the
-next, so it has one source. Where the training text is corrupted in part
-(`metalearn.datasets.corruption`), the outer loss reads clean held-out text, and `probes`
-windows of a corrupted copy of it, flagged as such, join the query to measure by.
+An episode has, for each inner step, a batch of windows of the training text (support), and windows
+of held-out text (query). A window lies within one piece of the text, so it has one source. If part
+of the training text is corrupted (`metalearn.datasets.corruption`), the outer loss is on clean
+held-out text, and the query has additional `probes` windows of a corrupted copy of that text,
+flagged as corrupted, for metrics.
 
-The tokens live on the device and windows are gathered inside jit: what is drawn depends on
-the key alone. A window of S tokens is S + 1 of the text; targets are inputs moved by one.
+The tokens are on the device and windows are gathered inside jit: an episode is a function of the
+key. A window of length S holds S + 1 tokens of the text; targets are inputs shifted by one.
 
-Tokens are bytes by default: no training, no file and no unknown token, 256 of them write any
-text. A tokenizer of your own is a function from a string to integers, with its vocabulary's size.
+Tokens are bytes by default: 256 tokens represent any text, without training or a vocabulary file.
+A tokenizer of your own is a function from a string to integers, with the size of its vocabulary.
 """
 
 from __future__ import annotations
@@ -33,21 +33,25 @@ from metalearn.unroll import Episode
 
 
 class Tokenizer(NamedTuple):
-    """A function from a text to integers in 0 .. vocabulary - 1."""
+    """A function from a text to integers in 0 .. vocabulary - 1.
 
-    encode: Callable[[str], np.ndarray]  # str -> [n] integers
+    encode: text -> [n] integers.
+    vocabulary: the number of tokens.
+    """
+
+    encode: Callable[[str], np.ndarray]
     vocabulary: int
 
     def __call__(self, text: str) -> np.ndarray:
-        """Encode, and raise ValueError where the result is no [n] of such integers."""
+        """Return the tokens [n] of a text; ValueError if `encode` returns anything else."""
         tokens = np.asarray(self.encode(text))
         good = tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer)
         if not good or (tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocabulary):
-            found = f"{tokens.dtype}{list(tokens.shape)}"
+            returned = f"{tokens.dtype}{list(tokens.shape)}"
             if good:
-                found += f" with values from {tokens.min()} to {tokens.max()}"
+                returned += f" with values from {tokens.min()} to {tokens.max()}"
             raise ValueError(
-                f"The tokenizer returned {found}, but tokens are a one-dimensional array of "
+                f"The tokenizer returned {returned}, but tokens are a one-dimensional array of "
                 f"integers in 0 .. vocabulary - 1 = {self.vocabulary - 1}. Let `encode` return ids "
                 "alone, and `vocabulary` count all of them, special tokens included."
             )
@@ -68,17 +72,17 @@ def read_text(
     feature: str = "text",
     data_dir: str | None = None,
 ) -> str:
-    r"""Read a text of TensorFlow Datasets, its records joined by newlines.
+    r"""Return a text of TensorFlow Datasets, its records joined by newlines.
 
     Args:
       name: the dataset's name in TFDS, such as "tiny_shakespeare" or "lm1b".
       split: a split or slice of one, such as "train" or "train[:1000]".
       feature: the feature that holds the text.
-      data_dir: where datasets are; None is TFDS's rule, $TFDS_DATA_DIR or
+      data_dir: the directory of datasets; None is TFDS's default, $TFDS_DATA_DIR or
         ~/tensorflow_datasets.
 
     Raises:
-      DatasetNotPreparedError: if the dataset is not there; it says how to get it.
+      DatasetNotPreparedError: if the dataset is missing, with the command that prepares it.
       ValueError: if its records have no such feature.
     """
     records = open_source(name, split, data_dir=data_dir)
@@ -97,12 +101,18 @@ def _text(record: object, name: str, feature: str) -> str:
 
 
 class Windows(NamedTuple):
-    """Windows of a text, [...] of them: [T, batch] in support, [queries + probes] in query."""
+    """Windows of a text; leading axes are [T, batch] in support, [queries + probes] in query.
 
-    inputs: jax.Array  # [..., S] int32
-    targets: jax.Array  # [..., S] int32: the token after each input
-    source: jax.Array  # [...] int32: the piece of the training text, or one like it
-    corrupted: jax.Array | None  # [...] bool: of a corrupted piece; None: nothing is
+    inputs: [..., S] int32.
+    targets: [..., S] int32, the token after each input.
+    source: [...] int32, the piece of the training text, or a training piece of the same kind.
+    corrupted: [...] bool, whether the piece is corrupted; None: no text is.
+    """
+
+    inputs: jax.Array
+    targets: jax.Array
+    source: jax.Array
+    corrupted: jax.Array | None
 
 
 def _static() -> Any:
@@ -112,14 +122,25 @@ def _static() -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text(Tasks):
-    """Language modelling on windows of a text. Make one with `Text.create`.
+    """Language modelling on windows of a text. Create one with `Text.create`.
 
     A pytree: the texts are its leaves, so pass it to jit as an argument.
+
+    Args:
+      train: the training text, part of which may be corrupted.
+      held_out: the clean text of the outer loss.
+      corrupted: a corrupted copy of the held-out text, for probes; None: no corruption.
+      length: S, tokens in a window.
+      inner_steps: T.
+      batch: windows in an inner step.
+      queries: held-out windows of a task.
+      probes: corrupted held-out windows of a task.
+      vocabulary: the number of tokens.
     """
 
     train: Pieces = dataclasses.field(repr=False)
-    held_out: Pieces = dataclasses.field(repr=False)  # clean
-    spoiled: Pieces | None = dataclasses.field(repr=False)  # held-out text, corrupted
+    held_out: Pieces = dataclasses.field(repr=False)
+    corrupted: Pieces | None = dataclasses.field(repr=False)
     length: int = _static()
     inner_steps: int = _static()
     batch: int = _static()
@@ -145,7 +166,7 @@ class Text(Tasks):
         corruption: Corruption | None = None,
         tokenizer: Tokenizer = BYTES,
     ) -> Text:
-        """Put two texts on the device, after checking that they can serve such tasks.
+        """Put two texts on the device, after checking that such tasks can be drawn from them.
 
         Args:
           train: the text of the inner loop.
@@ -154,9 +175,9 @@ class Text(Tasks):
           inner_steps: T.
           batch: windows in an inner step.
           queries: held-out windows of a task.
-          probes: corrupted held-out windows of a task, for measuring; needs a corruption.
-          pieces: sources that the text is cut into.
-          corruption: of a share of the training pieces; None: all are clean.
+          probes: corrupted held-out windows of a task, for metrics; needs a corruption.
+          pieces: the number of pieces of the text, each a source.
+          corruption: of a share of the training pieces; None: all pieces are clean.
           tokenizer: from text to integers; by default bytes.
 
         Raises:
@@ -166,50 +187,51 @@ class Text(Tasks):
         texts = {"training": tokenizer(train), "held-out": tokenizer(held_out)}
         for name, tokens in texts.items():
             _check_length(name, len(tokens), length, pieces)
-        ours, theirs = (cut(tokens, pieces) for tokens in texts.values())
-        spoiled = None
+        training, query = (cut(tokens, pieces) for tokens in texts.values())
+        corrupted = None
         if corruption is not None:
             clean, bad = corruption.sources(pieces)
-            ours = corruption.spoil(ours, bad, tokenizer.vocabulary)
-            spoiled = corruption.spoil(theirs, np.arange(pieces), tokenizer.vocabulary)
-            spoiled = spoiled._replace(source=np.resize(bad, pieces))
-            theirs = theirs._replace(source=np.resize(clean, pieces))
-        ours, theirs, spoiled = jax.tree.map(jnp.asarray, (ours, theirs, spoiled))
+            training = corruption.corrupt(training, bad, tokenizer.vocabulary)
+            corrupted = corruption.corrupt(query, np.arange(pieces), tokenizer.vocabulary)
+            corrupted = corrupted._replace(source=np.resize(bad, pieces))
+            query = query._replace(source=np.resize(clean, pieces))
+        training, query, corrupted = jax.tree.map(jnp.asarray, (training, query, corrupted))
         sizes = (length, inner_steps, batch, queries, probes, tokenizer.vocabulary)
-        return cls(ours, theirs, spoiled, *sizes)
+        return cls(training, query, corrupted, *sizes)
 
     @property
     def sources(self) -> int:
-        """Return how many sources there are."""
+        """The number of sources."""
         return self.held_out.source.shape[0]
 
     def label_range(self) -> tuple[int, int] | None:
-        """Return the least and the largest token that there is."""
-        texts = self.train, self.held_out, self.spoiled
+        """Return the least and the largest token of all texts."""
+        texts = self.train, self.held_out, self.corrupted
         return least_and_largest(*(text.tokens for text in texts if text is not None))
 
     def clean(self) -> Text:
-        """Return the same tasks with the corrupted pieces of the training text left out."""
-        kept = np.flatnonzero(~np.asarray(self.train.corrupted))
-        return dataclasses.replace(self, train=Pieces(*(x[kept] for x in self.train)))
+        """Return the same tasks without the corrupted pieces of the training text."""
+        clean = np.flatnonzero(~np.asarray(self.train.corrupted))
+        return dataclasses.replace(self, train=Pieces(*(x[clean] for x in self.train)))
 
     def sample(self, key: jax.Array) -> Episode:
         """Draw one task: support = Windows [T, batch], query = Windows [queries + probes]."""
         support_key, query_key, probe_key = jax.random.split(key, 3)
         support = self._windows(self.train, support_key, (self.inner_steps, self.batch))
         query = self._windows(self.held_out, query_key, (self.queries,))
-        if self.spoiled is None or not self.probes:
+        if self.corrupted is None or not self.probes:
             return Episode(support, query._replace(corrupted=None))
-        probes = self._windows(self.spoiled, probe_key, (self.probes,))
+        probes = self._windows(self.corrupted, probe_key, (self.probes,))
         return Episode(support, jax.tree.map(lambda *x: jnp.concatenate(x), query, probes))
 
     def _windows(self, pieces: Pieces, key: jax.Array, shape: tuple[int, ...]) -> Windows:
+        """Draw windows of some pieces, with leading axes `shape`."""
         piece_key, start_key = jax.random.split(key)
         count, size = pieces.tokens.shape
         piece = jax.random.randint(piece_key, shape, 0, count)
         start = jax.random.randint(start_key, shape, 0, size - self.length)
-        place = start[..., None] + jnp.arange(self.length + 1).reshape(*[1] * len(shape), -1)
-        tokens = pieces.tokens[piece[..., None], place].astype(jnp.int32)
+        positions = start[..., None] + jnp.arange(self.length + 1).reshape(*[1] * len(shape), -1)
+        tokens = pieces.tokens[piece[..., None], positions].astype(jnp.int32)
         source, corrupted = pieces.source[piece], pieces.corrupted[piece]
         return Windows(tokens[..., :-1], tokens[..., 1:], source, corrupted)
 

@@ -1,18 +1,17 @@
-"""A task is one whole training run: for learning the hyperparameters of training itself.
+"""Tasks that are whole training runs, to learn the hyperparameters of training.
 
-Learning rates, momenta, weight decays: what is learned here, eta, is not adapted to a
-task, it *is* how a network is trained on a dataset for T steps, from an initialisation
-drawn anew for every run. The outer loss is the loss of the trained network on examples
-that the run did not train on (FDS; Micaelli & Storkey 2021, arXiv:2007.07869).
+eta (learning rates, momenta, weight decays) determines how a network is trained on a dataset for T
+steps, from an initialisation drawn anew for every run. The outer loss is the loss of the trained
+network on examples that the run did not train on (FDS; Micaelli & Storkey 2021, arXiv:2007.07869).
 
-`TrainingRuns` draws these: every key is a fresh split of one dataset into training and
-validation rows, uniform over all splits of that size. With one fixed split, T steps times
-many runs would fit eta to its validation examples. `HeldOut` is the run to report: train
-on everything, judge on a test set that no hyperparameter has seen.
+`TrainingRuns` draws a random split of one dataset into training and validation rows for every key,
+uniform over all splits of that size. With one fixed split, many runs would fit eta to its
+validation examples. `HeldOut` is the run to report: train on all training examples, evaluate on a
+test set that was never used to learn a hyperparameter.
 
-A run of 10^4 steps reads every example many times, so an episode is no copy of the data:
-it is all the data, and the rows that are its own. The arrays pass through `sample` as
-they are, and a batch of runs (`vmap` over keys) has one array and many rows.
+A run of 10^4 steps reads every example many times, so an episode contains no copies of examples,
+but the whole dataset and the row numbers of its split. `sample` returns the arrays unchanged, so a
+batch of runs (`vmap` over keys) has one array of data and many arrays of row numbers.
 """
 
 from __future__ import annotations
@@ -35,15 +34,21 @@ from metalearn.unroll import Episode
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingRuns(Tasks):
-    """Training runs on random splits of one dataset. Make it with `TrainingRuns.create`.
+    """Training runs on random splits of one dataset. Create it with `TrainingRuns.create`.
 
     A pytree: the data are its leaves, so pass it to jit as an argument.
+
+    Args:
+      inputs: [n, ...].
+      targets: [n], of the outer loss.
+      training_targets: [n], of the inner loop.
+      validation: the number of examples of the outer loss.
     """
 
-    inputs: jax.Array = dataclasses.field(repr=False)  # [n, ...]
-    targets: jax.Array = dataclasses.field(repr=False)  # [n], of the outer loss
-    training_targets: jax.Array = dataclasses.field(repr=False)  # [n], of the inner loop
-    validation: int = dataclasses.field(metadata={"static": True})  # examples of the outer loss
+    inputs: jax.Array = dataclasses.field(repr=False)
+    targets: jax.Array = dataclasses.field(repr=False)
+    training_targets: jax.Array = dataclasses.field(repr=False)
+    validation: int = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -55,28 +60,30 @@ class TrainingRuns(Tasks):
         """Put a dataset on the device, after checking that it can be split.
 
         Args:
-          inputs: [n, ...], kept as they are. An inner step reads images of uint8 as 0..1, and
-            any other type as it is: tokens are int32.
-          targets: [n], as the loss takes them.
-          validation: how many examples a run does not train on, as a number (an int) or
-            a share of all (a float), rounded.
-          training_targets: [n], what the inner loop is told where that differs, such as
-            noisy labels; None: the same.
+          inputs: [n, ...], stored unchanged. An inner step scales uint8 images to 0..1, and
+            reads any other type unchanged: tokens are int32.
+          targets: [n], for the objective.
+          validation: the validation examples of a run: a number (int), or a share of all
+            (float), rounded.
+          training_targets: [n], the targets of the inner loop, such as noisy labels; None: equal
+            to `targets`.
 
         Raises:
-          ValueError: if lengths differ, or no example is left on one side of the split; or of
-            uint8 that are no images, which may be pixels or tokens.
-          TypeError: if inputs or targets are no arrays, or `validation` no number.
+          ValueError: if lengths differ, or one side of the split is empty; or for uint8 inputs
+            that are not images, which may be pixels or tokens.
+          TypeError: if inputs or targets are not arrays, or `validation` is not a number.
         """
         inputs, targets = _checked("TrainingRuns", inputs, targets)
         count = _count(validation, len(inputs))
-        targets = told = jnp.asarray(targets)
+        targets = inner_targets = jnp.asarray(targets)
         if training_targets is not None:
-            _, told = _checked("TrainingRuns", inputs, training_targets, "training_targets")
-        return cls(jnp.asarray(inputs), targets, jnp.asarray(told), count)
+            _, inner_targets = _checked(
+                "TrainingRuns", inputs, training_targets, "training_targets"
+            )
+        return cls(jnp.asarray(inputs), targets, jnp.asarray(inner_targets), count)
 
     def label_range(self) -> tuple[int, int] | None:
-        """Return the least and the largest target; None of a regression."""
+        """Return the least and the largest target; None for a regression."""
         return least_and_largest(self.targets, self.training_targets)
 
     def sample(self, key: jax.Array) -> Episode:
@@ -84,8 +91,8 @@ class TrainingRuns(Tasks):
 
         Returns:
           `support` = (inputs [n, ...], training targets [n], rows [n - validation] int32), and
-          `query` = (inputs, targets, rows [validation]): two sides of one random permutation,
-          so together they are all rows, and none is in both.
+          `query` = (inputs, targets, rows [validation]): the two parts of a random permutation
+          of all rows.
         """
         n = self.targets.shape[0]
         rows = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
@@ -97,15 +104,22 @@ class TrainingRuns(Tasks):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldOut(Tasks):
-    """The final run: all training examples, judged on a test set. Make it with `HeldOut.create`.
+    """The final run: train on all training examples, evaluate on a test set.
 
-    A pytree: the data are its leaves, so pass it to jit as an argument.
+    Create it with `HeldOut.create`. A pytree: the data are its leaves, so pass it to jit as an
+    argument.
+
+    Args:
+      inputs: [n, ...], of the training set.
+      targets: [n].
+      test_inputs: [m, ...].
+      test_targets: [m].
     """
 
-    inputs: jax.Array = dataclasses.field(repr=False)  # [n, ...]
-    targets: jax.Array = dataclasses.field(repr=False)  # [n]
-    test_inputs: jax.Array = dataclasses.field(repr=False)  # [m, ...]
-    test_targets: jax.Array = dataclasses.field(repr=False)  # [m]
+    inputs: jax.Array = dataclasses.field(repr=False)
+    targets: jax.Array = dataclasses.field(repr=False)
+    test_inputs: jax.Array = dataclasses.field(repr=False)
+    test_targets: jax.Array = dataclasses.field(repr=False)
 
     @classmethod
     def create(
@@ -113,30 +127,30 @@ class HeldOut(Tasks):
     ) -> HeldOut:
         """Put both sets on the device: inputs [n, ...] and [m, ...], targets [n] and [m].
 
-        Inputs are kept and read as those of `TrainingRuns`.
+        Inputs are stored and read as those of `TrainingRuns`.
 
         Raises:
-          ValueError: if lengths differ, a set is empty, or their inputs are not alike; or of
-            uint8 that are no images.
-          TypeError: if inputs or targets are no arrays.
+          ValueError: if lengths differ, a set is empty, or the inputs of the two sets differ in
+            shape or type; or for uint8 inputs that are not images.
+          TypeError: if inputs or targets are not arrays.
         """
         train_inputs, train_targets = _checked("HeldOut", train_inputs, train_targets)
         test_inputs, test_targets = _checked("HeldOut", test_inputs, test_targets)
-        ours, theirs = (_kind(inputs) for inputs in (train_inputs, test_inputs))
-        if ours != theirs:
+        train_kind, test_kind = (_kind(inputs) for inputs in (train_inputs, test_inputs))
+        if train_kind != test_kind:
             raise ValueError(
-                f"`HeldOut` got training inputs of {ours} and test inputs of {theirs}, but one "
-                f"network reads both. Give both the same preparation."
+                f"`HeldOut` got training inputs of {train_kind} and test inputs of {test_kind}, "
+                f"but one network reads both. Give both the same preparation."
             )
         sets = (train_inputs, train_targets, test_inputs, test_targets)
         return cls(*(jnp.asarray(x) for x in sets))
 
     def label_range(self) -> tuple[int, int] | None:
-        """Return the least and the largest target of both sets; None of a regression."""
+        """Return the least and the largest target of both sets; None for a regression."""
         return least_and_largest(self.targets, self.test_targets)
 
     def sample(self, key: jax.Array) -> Episode:
-        """Return the one task there is, whatever the key.
+        """Return the only task; the key makes no difference.
 
         Returns:
           `support` = (inputs [n, ...], targets [n], rows [n] int32, in order), and `query`
@@ -148,7 +162,7 @@ class HeldOut(Tasks):
 
 
 def _count(validation: Any, n: int) -> int:
-    """Return how many of n examples are for validation, which leaves some on both sides."""
+    """Return the number of validation examples among n, at least one and at most n - 1."""
     is_number = isinstance(validation, numbers.Real)
     if not is_number:
         raise TypeError(
@@ -172,7 +186,7 @@ def _count(validation: Any, n: int) -> int:
 
 
 def _checked(what: str, inputs: Any, targets: Any, name: str = "targets") -> tuple[Any, Any]:
-    """Return inputs and targets as arrays of one length, with something in them."""
+    """Return inputs and targets as arrays of equal length, which is not zero."""
     inputs = one_array(what, "inputs", inputs, "[n, ...]")
     targets = one_array(what, name, targets, "[n]")
     counts = [x.shape[0] if x.ndim else 0 for x in (inputs, targets)]
@@ -186,5 +200,6 @@ def _checked(what: str, inputs: Any, targets: Any, name: str = "targets") -> tup
 
 
 def _kind(inputs: Any) -> str:
+    """Return the dtype and shape of an example, for a message."""
     array = np.asarray(inputs[:1])
     return f"{array.dtype}{['...', *array.shape[1:]]}".replace("'", "")

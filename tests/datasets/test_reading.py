@@ -57,7 +57,7 @@ def test_a_dataset_stored_as_tfrecord_is_refused_with_the_way_out(digits_dir, tm
 
 def test_a_prepared_dataset_is_read_by_name_and_every_record_once(digits_dir):
     source = open_source("sklearn_digits", "train", data_dir=str(digits_dir))
-    records = list(examples(source, at_a_time=1000))
+    records = list(examples(source, chunk=1000))
     assert len(records) == len(source) == 1797
     assert records[1234]["label"] == source[1234]["label"]
     assert records[0]["image"].shape == (8, 8, 1)

@@ -112,7 +112,7 @@ def test_corruption_is_decided_by_its_seed():
 def spoiled(kind, **options):
     """One long piece before and after a kind of corruption; its tokens are 10 .. 59."""
     before = np.tile(np.arange(10, 60, dtype=np.uint8), 80)
-    after = Corruption(0.5, (kind,), **options).spoil(cut(before, 1), np.array([0]), 256)
+    after = Corruption(0.5, (kind,), **options).corrupt(cut(before, 1), np.array([0]), 256)
     assert after.tokens.dtype == np.uint8 and after.corrupted.all()
     return before, after.tokens[0]
 
@@ -140,7 +140,7 @@ def test_a_repeated_piece_is_one_of_its_own_tokens():
 
 def test_kinds_take_turns():
     corruption = Corruption(0.5, ("repeated", "shuffled"))
-    after = corruption.spoil(cut(np.arange(400), 8), np.array([1, 3, 4, 6]), 400)
+    after = corruption.corrupt(cut(np.arange(400), 8), np.array([1, 3, 4, 6]), 400)
     repeated = (after.tokens == after.tokens[:, :1]).all(1)
     assert np.flatnonzero(repeated).tolist() == [1, 4]
     assert after.corrupted.nonzero()[0].tolist() == [1, 3, 4, 6]
