@@ -1,17 +1,18 @@
-"""What the packaged MAML configs share; each sets what its experiment is about."""
+"""The options that packaged configs share; each config sets those of its experiment."""
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
 
 def maml() -> ml_collections.ConfigDict:
+    """Return the options of a run, with MAML as the algorithm."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    # Or "reverse", or "forward" for a small eta, or "auto": what `metalearn plan` would choose; or
+    # Or "reverse", or "forward" for a small eta, or "auto": the choice of `metalearn plan`; or
     # an estimate from losses: "es", "pes", "inverse_variance".
     config.engine = "mixed_flow"
 
-    # Those of the engine that are set; see its docstring. A text that is empty is not set.
+    # Options of the engine; see its docstring. An empty text is not set.
     config.engine_options = {
         "remat": placeholder(str),
         "segment": placeholder(int),
@@ -30,7 +31,7 @@ def maml() -> ml_collections.ConfigDict:
     config.algorithm = ml_collections.ConfigDict()
     config.algorithm.name = "maml"
     config.algorithm.objective = "cross_entropy"
-    # The inner one. Adam and its relatives need `eps_root`, such as 1e-8.
+    # The inner optimizer. Adam and its relatives need `eps_root`, such as 1e-8.
     config.algorithm.optimizer = {"name": "sgd", "learning_rate": 0.4}
     config.algorithm.optimizer.eps_root = placeholder(float)
     config.algorithm.inner_steps = 1
@@ -43,57 +44,57 @@ def maml() -> ml_collections.ConfigDict:
     config.algorithm.batch_norm = "transductive"
 
     config.optimizer = {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine"}
-    config.optimizer.clip = placeholder(float)  # the largest norm of a meta-gradient; None: any
+    config.optimizer.clip = placeholder(
+        float
+    )  # the largest norm of a meta-gradient; None: no bound
     config.tasks_per_step = 16
-    config.chunk = placeholder(int)  # tasks unrolled at once on a device; None: all it takes
+    config.chunk = placeholder(int)  # tasks unrolled at once on a device; None: all of its share
 
-    # Devices: that take tasks (None: as many as tasks_per_step divides by), that eta is cut over by
-    # `rules`, and that share the tangents of "forward". See metalearn.experiments.devices.
+    # Devices over which tasks are divided (None: as many as divide tasks_per_step), over which
+    # `rules` shard eta, and which share the tangents of "forward": metalearn.experiments.devices.
     config.mesh = {"tasks": placeholder(int), "model": 1, "tangents": 1, "rules": ()}
 
-    # Inner runs that go on from outer step to outer step, `steps` inner steps at a time, up to
-    # horizons that are drawn from `shortest` to the algorithm's own. None: whole runs.
+    # Truncated unrolls of `steps` inner steps, carried across outer steps up to horizons drawn
+    # from `shortest` to the algorithm's own. None: full unrolls.
     config.truncation = {
         "steps": placeholder(int),
         "shortest": placeholder(int),
         "staggered": True,
     }
 
-    # Of engines that stream ("forward"): inner steps that a program takes, so that an outer step
-    # of hours shows how far it is, and can be stopped and checkpointed on its way (every
-    # `checkpoint_within` segments; 0: where it is asked to stop). None: one program.
+    # Segmented unrolls, for engines that stream ("forward"): inner steps of a program, so that an
+    # outer step of hours shows its progress, and can be stopped and checkpointed between segments
+    # (every `checkpoint_within` segments; 0: only when stopped). None: one program.
     config.segment = placeholder(int)
     config.checkpoint_within = 0
 
-    config.health = (
-        True  # look at one meta-gradient before a run starts; see metalearn.diagnostics.health
-    )
+    config.health = True  # check one meta-gradient before a run; see metalearn.diagnostics.health
     config.check_every = 0  # and again every so many outer steps; 0: never, here and below
-    # What to do about a step that is not finite ("stop", "skip", "back_off" or "pass"), and about
-    # inner runs that diverge ("warn", "stop" or "pass"); see metalearn.training.faults.
+    # The response to a non-finite step ("stop", "skip", "back_off" or "pass"), and to inner loops
+    # that diverge ("warn", "stop" or "pass"); see metalearn.training.faults.
     config.faults = {"nonfinite": "stop", "most": 5, "shrink": 0.5}
     config.faults.update({"diverged": "warn", "ratio": 10.0, "patience": 3})
-    config.isolate = False  # leave tasks out of an outer step that are not finite, and count them
-    config.checkpoint_keep = 2  # the newest so many
-    config.checkpoint_best = ""  # and the best by, such as, "max eval/accuracy"
+    config.isolate = False  # mask non-finite tasks, and count them
+    config.checkpoint_keep = 2  # the number of newest checkpoints to keep
+    config.checkpoint_best = ""  # keep the best too, by a metric such as "max eval/accuracy"
     config.log_every = 10  # outer steps
-    config.eval_tasks = 400  # validation tasks, on the way
+    config.eval_tasks = 400  # validation tasks, during training
     config.test_tasks = 1000  # test tasks, once, at the end
     config.wandb = {"mode": "auto", "project": "metalearn", "name": "", "group": ""}
-    config.pictures = ()  # drawn at the end, and logged; see metalearn.experiments.pictures
+    config.pictures = ()  # drawn and logged at the end; see metalearn.experiments.pictures
     return config
 
 
 def learned_optimizer() -> ml_collections.ConfigDict:
-    """What the packaged configs of learned optimizers share."""
+    """Return the options that packaged configs of learned optimizers share."""
     config = maml()
     config.algorithm = ml_collections.ConfigDict()
     config.algorithm.name = "learned_optimizer"
     config.algorithm.problem = "supervised"  # or "streamed", for texts
     config.algorithm.judge = "training"  # or "validation": the outer loss
-    config.algorithm.cap = 5.0  # a training loss above counts as this, with no derivative
+    config.algorithm.cap = 5.0  # upper bound of a training loss in the outer loss
     config.algorithm.rule = ml_collections.ConfigDict()
-    config.algorithm.rule.name = "per_parameter"  # or "tuned": the base alone; "hypergradient"
+    config.algorithm.rule.name = "per_parameter"  # or "tuned": only the base; or "hypergradient"
     config.algorithm.rule.network = "mlp"  # or "gru", of one hidden size
     config.algorithm.rule.hidden = (32, 32)
     config.algorithm.rule.step_scale = 1e-3
@@ -109,8 +110,8 @@ def learned_optimizer() -> ml_collections.ConfigDict:
     config.dataset = ml_collections.ConfigDict()
     config.dataset.name = "optimizer_runs"
     config.dataset.data_dir = placeholder(str)
-    config.dataset.most = placeholder(int)  # images to train on, of a set of runs; None: all
-    # Of the training split: `eval_every` and `checkpoint_best` see runs on these images alone.
+    config.dataset.most = placeholder(int)  # number of images in a split; None: all
+    # Share of the training split, on which `eval_every` and `checkpoint_best` run.
     config.dataset.held_out = 0.2
 
     config.optimizer.clip = 1.0
@@ -119,7 +120,7 @@ def learned_optimizer() -> ml_collections.ConfigDict:
 
 
 def shakespeare() -> ml_collections.ConfigDict:
-    """A text of TFDS, bytes as tokens, nothing of it corrupted; each config sets its lengths."""
+    """Return the options of a text of TFDS, bytes as tokens, without corruption."""
     dataset = ml_collections.ConfigDict()
     dataset.name = "text"
     dataset.tfds = "tiny_shakespeare"  # or any text of TFDS
@@ -127,8 +128,8 @@ def shakespeare() -> ml_collections.ConfigDict:
     dataset.length = 64  # S
     dataset.batch = 8
     dataset.pieces = 1
-    dataset.held_out = 0.1  # of a text that is trained on, for the outer loss
-    # Validation and test runs train on their own split too. False: on the text of training.
+    dataset.held_out = 0.1  # share of the training text, for the outer loss
+    # True: validation and test runs train on their own split. False: on the training text.
     dataset.fresh = False
     dataset.probes = 0
     dataset.eval_probes = 0
@@ -142,13 +143,13 @@ def shakespeare() -> ml_collections.ConfigDict:
 
 
 def fds() -> ml_collections.ConfigDict:
-    """What the packaged FDS configs share."""
+    """Return the options that packaged FDS configs share."""
     config = maml()
     config.engine_options.remat = "nested"
 
     config.algorithm = ml_collections.ConfigDict()
     config.algorithm.name = "fds"
-    # Any argument given here stays as it is; those that are learned are hyperparameters.
+    # Arguments set here are fixed; learned ones are in `hyperparameters`.
     config.algorithm.optimizer = {"name": "sgd"}
     config.algorithm.objective = "weighted_cross_entropy"
     config.algorithm.augment = "none"
@@ -156,21 +157,21 @@ def fds() -> ml_collections.ConfigDict:
     config.dataset = ml_collections.ConfigDict()
     config.dataset.name = "training_run"
     config.dataset.data_dir = placeholder(str)
-    # Of the training split: `eval_every` and `checkpoint_best` are judged by these examples, which
-    # no run that is learned from sees. The final run trains on them too.
+    # Share of the training split, on which `eval_every` and `checkpoint_best` are computed, and
+    # which meta-training does not use. The final run trains on it too.
     config.dataset.held_out = 0.1
     config.dataset.label_noise = 0.0
     config.dataset.noise_seed = 0
 
-    # The sign rule of arXiv:2007.07869, its moves taken back where the outer loss rose by more
-    # than the tolerance, and smaller over time. The paper's: guarded=False, schedule="constant".
+    # The sign rule of arXiv:2007.07869, with updates reverted if the outer loss rises by more than
+    # the tolerance, and shrinking steps. The paper's rule: guarded=False, schedule="constant".
     config.optimizer = {"name": "fds_rule", "share": 0.1, "schedule": "linear"}
     config.optimizer.update({"guarded": True, "tolerance": 0.1})
-    # A run that explodes is taken back by the rule, and is no failure.
+    # The rule reverts updates after which the inner loop diverges: these are not failures.
     config.faults.update({"nonfinite": "pass", "diverged": "pass"})
     config.tasks_per_step = 1
     config.log_every = 1
     config.eval_every = 0
-    # "tangents" too takes one hypergradient by forward mode; `metalearn draw` does it any time.
+    # "tangents" computes one more hypergradient, by forward mode; or use `metalearn draw` later.
     config.pictures = ("schedules",)
     return config

@@ -1,14 +1,14 @@
-"""FDS on CIFAR-10 with WRN-16-1: made for a GPU.
+"""FDS on CIFAR-10 with WRN-16-1, for a GPU.
 
 Reproduces   the setting of figure 1 of Micaelli & Storkey 2021 (arXiv:2007.07869): seven windows
              of the learning rate, one of momentum and one of weight decay, batches of 256; here
              learned over runs of one epoch, and stretched over ten for the reported run. Of the
-             50,000 training images 2,500 are held out for evaluations on the way.
+             50,000 training images 2,500 are held out for evaluations during training.
 Command      metalearn train --config=fds_cifar10 --workdir=runs/fds_cifar10
              The dataset: tfds build cifar10 --file_format=array_record
              By the paper's own rule: --config.optimizer.guarded=False
              --config.optimizer.schedule=constant
-Takes        not measured: no GPU was at hand, and on 2 CPU cores it takes hours
+Takes        not measured: hours on 2 CPU cores
 Expect       0.89 test accuracy is what the paper reports after 50 epochs; not measured here
 """
 
@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.dataset.tfds = "cifar10"
     config.dataset.held_out = 0.05
-    config.dataset.validation = 0.05  # of the others, a fresh draw for each outer step
+    config.dataset.validation = 0.05  # share of the others, drawn anew for each outer step
 
     config.health = False
     config.steps = 10

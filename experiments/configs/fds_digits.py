@@ -3,7 +3,7 @@
 Reproduces   the method of Micaelli & Storkey 2021 (arXiv:2007.07869) at a size for a laptop: a
              small MLP is trained for 1,000 steps; seven windows of the learning rate, one of
              momentum and one of weight decay are learned from the middle of their ranges.
-             A tenth of the training images is held out for evaluations on the way.
+             A tenth of the training images is held out for evaluations during training.
 Command      metalearn train --config=fds_digits --workdir=runs/fds
 Takes        half a minute on 2 CPU cores, compilation included
 Expect       0.94 test accuracy (0.944 +- 0.003, loss 0.537 +- 0.006; seed 0, ten final runs)
@@ -30,8 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = {"name": "mlp", "library": "linen", "hidden": (64,)}
 
     config.dataset.tfds = "digits"
-    config.dataset.validation = 400  # examples, a fresh draw for each outer step
-    config.dataset.label_noise = 0.3  # of the labels that the inner loop is told
+    config.dataset.validation = 400  # examples, drawn anew for each outer step
+    config.dataset.label_noise = 0.3  # share of wrong labels in the inner loop
 
     config.steps = 10
     config.checkpoint_every = 5

@@ -2,14 +2,14 @@
 
 Reproduces   the method of Micaelli & Storkey 2021 (arXiv:2007.07869) on real images at a size for
              a CPU: seven windows of the learning rate, of momentum and of weight decay, 5% of the
-             training images a fresh validation split for each outer step, and 5% never seen in
-             any of them: evaluations on the way are judged by those.
+             training images a fresh validation split for each outer step, and 5% held out from
+             all of them for evaluations during training.
 Command      metalearn train --config=fds_fashion_mnist --workdir=runs/fds_fashion
              The dataset: tfds build fashion_mnist --file_format=array_record
 Takes        13 minutes on one CPU core with other work beside it (39 s a hypergradient on a free
              one)
 Expect       0.875 test accuracy after two epochs (0.875 +- 0.001, loss 0.335 +- 0.006; seed 0,
-             five final runs); validation loss 0.499 with what it starts from. Measured with
+             five final runs); validation loss 0.499 at the initial schedule. Measured with
              --config.dataset.held_out=0
 """
 
@@ -37,9 +37,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset.held_out = 0.05
     config.dataset.validation = 0.05
 
-    config.health = False  # a look at a meta-gradient takes as long as an outer step
-    # Losses of fresh starts differ by 0.01 or so where training is stable, and by far more where
-    # it begins not to be: moves that cost more than 0.02 are taken back.
+    config.health = False  # the check takes as long as an outer step
+    # Losses of fresh starts differ by about 0.01 where training is stable, and by far more at the
+    # limit of stability: updates that raise the loss by more than 0.02 are reverted.
     config.optimizer.update({"share": 0.05, "tolerance": 0.02})
     config.steps = 12
     config.checkpoint_every = 1

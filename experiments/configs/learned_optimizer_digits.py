@@ -1,10 +1,10 @@
-"""A learned optimizer for small networks on digits, trained in truncations.
+"""A learned optimizer for small networks on digits, trained with truncated unrolls.
 
 Reproduces   the per-parameter MLP of Metz et al. 2022 (arXiv:2203.11860) on top of a learned
              Adam, as in Harrison et al. 2022 (arXiv:2209.11208): an MLP of 32 hidden units on
              scikit-learn's digits for T=200 steps, its mean training loss as the outer loss.
-             Meta-training never sees the images that the test runs train on, nor the fifth of the
-             training split on which the runs of evaluations on the way do.
+             Meta-training uses neither the images of the test runs, nor the fifth of the training
+             split on which the runs of evaluations during training are.
 Command      metalearn train --config=learned_optimizer_digits --workdir=runs/learned_optimizer
              python -m metalearn.experiments.benchmarks.learned_optimizer runs/learned_optimizer
 Takes        4 to 6 minutes on 2 CPU cores, a minute or two of it compilation
@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = {"name": "mlp", "library": "linen", "hidden": (32,)}
 
     config.dataset.tfds = "digits"
-    config.dataset.validation = 100  # examples that a run does not train on
+    config.dataset.validation = 100  # validation examples of a run
 
     config.optimizer.learning_rate = 3e-3
     config.tasks_per_step = 8

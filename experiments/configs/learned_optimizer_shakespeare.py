@@ -1,8 +1,8 @@
-"""A learned optimizer for a small transformer, trained in truncations.
+"""A learned optimizer for a small transformer, trained with truncated unrolls.
 
 Reproduces   the optimizer of learned_optimizer_digits on text: a byte-level transformer of 2 layers
              and width 32 on tiny Shakespeare for T=100 steps. Validation and test runs train on
-             text of their own split, and are judged by its last tenth.
+             text of their own split, with its last tenth as held-out text.
 Command      metalearn train --config=learned_optimizer_shakespeare --workdir=runs/lo_shakespeare
              metalearn plan --config=learned_optimizer_shakespeare: memory and FLOPs by engine
              The dataset: tfds build tiny_shakespeare --file_format=array_record
@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.chunk = 1
 
     config.algorithm.problem = "streamed"
-    config.algorithm.batch = placeholder(int)  # the tasks have their batches
+    config.algorithm.batch = placeholder(int)  # the tasks have the batches
     config.algorithm.inner_steps = 100  # T, and dataset.inner_steps
     config.algorithm.cap = 8.0
     config.truncation.steps = 10  # K

@@ -21,9 +21,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.algorithm = ml_collections.ConfigDict()
     config.algorithm.name = "learning_rates"
     config.algorithm.objective = "cross_entropy"
-    config.algorithm.optimizer = {"name": "adam", "eps_root": 1e-8}  # its rate is what is learned
+    config.algorithm.optimizer = {
+        "name": "adam",
+        "eps_root": 1e-8,
+    }  # its learning rates are learned
     config.algorithm.initial = 3e-3
-    config.algorithm.mean_over_examples = True  # so that `micro_batches` may be set
+    config.algorithm.mean_over_examples = True  # allows `micro_batches`
 
     config.model = {"name": "transformer", "library": "linen", "remat": "block"}
     config.model.update({"width": 32, "layers": 2, "heads": 2})

@@ -1,6 +1,6 @@
 """MAML on scikit-learn's digits, 5-way 1-shot: the embedded default.
 
-Reproduces   nothing published: a real few-shot problem that is there offline. The
+Reproduces   nothing published: a real few-shot problem that works offline. The
              digits 0, 1, 6, 8, 9 and their quarter turns train, 3, 4, 7 are held out.
 Command      make train        (or: metalearn train --config=maml_digits --workdir=...)
 Takes        half a minute on 2 CPU cores, compilation included

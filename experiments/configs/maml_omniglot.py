@@ -7,7 +7,7 @@ Command      metalearn train --config=maml_omniglot --workdir=runs/maml_omniglot
              The dataset: python -m metalearn.datasets.prepare omniglot
 Takes        6 minutes for 4,000 outer steps on 2 CPU cores
 Expect       0.955 test accuracy after 4,000 steps (--config.steps=4000; 0.955 +- 0.003, seed 0,
-             1,000 tasks of characters never seen in training); see docs/results.md
+             1,000 tasks of held-out characters); see docs/results.md
 """
 
 import ml_collections
@@ -17,8 +17,8 @@ from metalearn.experiments.configs import _common
 
 def get_config() -> ml_collections.ConfigDict:
     config = _common.maml()
-    config.engine = "reverse"  # one inner step of a small net: there is no memory to save
-    config.chunk = 1  # one task at a time is fastest on a CPU; on a GPU take all, 16
+    config.engine = "reverse"  # one inner step of a small network needs little memory
+    config.chunk = 1  # a single task per chunk is fastest on a CPU; on a GPU all 16
 
     config.model = {"name": "conv_net", "library": "linen", "filters": 64, "blocks": 4}
 

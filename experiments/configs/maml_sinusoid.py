@@ -1,7 +1,7 @@
 """MAML on sinusoid regression, 10 shots.
 
 Reproduces   Finn et al. 2017 (arXiv:1703.03400), section 5.1 and figure 3: after
-             adaptation the wave fits; before it, about its own variance.
+             adaptation the error is small; before it, about the variance of a wave.
 Command      metalearn train --config=maml_sinusoid --workdir=runs/maml_sinusoid
 Takes        a minute on 2 CPU cores
 Expect       0.11 mean squared error on test waves after 10 steps (0.114 +- 0.011, seed 0,

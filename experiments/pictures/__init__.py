@@ -1,15 +1,15 @@
 """Pictures of a run of FDS, in its workdir's `pictures` folder.
 
-loss.png       the outer loss, and the largest tangent where `engine=forward` pushed any
+loss.png       the outer loss, and with `engine=forward` the largest tangent
 NAME.png       a hyperparameter of several windows: its schedule over the inner run, one line per
-               outer step, dark to bright, and the one learned, dashed; beside it, each window's
-               value by outer step. One of a single window: its value by outer step
-tangents.png   |d theta_t / d lambda| in the next outer step, against the inner step t, a line for
-               each window; the largest and the last of each are in tangents.md
+               outer step, dark to bright, and the learned one, dashed; beside it, each window's
+               value by outer step. A hyperparameter of one window: its value by outer step
+tangents.png   |d theta_t / d lambda| in the next outer step, against the inner step t, one line
+               per window; the largest and the last norm of each are in tangents.md
 
-`metalearn train` draws what `config.pictures` names when a run ends, and logs it to W&B, but for
-the tangents of outer steps in segments; `metalearn draw --workdir=runs/fds` draws all, whenever
-there is a checkpoint.
+`metalearn train` draws the pictures of `config.pictures` at the end of a run and logs them to W&B,
+except the tangents of segmented unrolls; `metalearn draw --workdir=runs/fds` draws all of them from
+the latest checkpoint.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ KINDS: dict[str, Drawing] = {"schedules": _schedules, "tangents": _tangents}
 
 
 def check(kinds: Sequence[str], algorithm: Any) -> None:
-    """Raise ValueError where there is no such picture, or none of this algorithm."""
+    """Raise ValueError for an unknown kind of picture, or an algorithm that has no pictures."""
     for kind in kinds:
         pick(KINDS, str(kind), "picture")
     if kinds and not isinstance(algorithm, FDS):
@@ -77,18 +77,18 @@ def check(kinds: Sequence[str], algorithm: Any) -> None:
 def draw(
     kind: str, workdir: pathlib.Path, trainer: Trainer, state: TrainState, tasks: Tasks
 ) -> list[pathlib.Path]:
-    """Draw pictures of a run; return the files.
+    """Draw pictures of a run; return their files.
 
     Args:
-      kind: of KINDS. "tangents" takes one hypergradient by forward mode, in one program.
-      workdir: of the run: its metrics.jsonl is read.
+      kind: of KINDS. "tangents" computes one hypergradient by forward mode, in one program.
+      workdir: of the run, with its metrics.jsonl.
       trainer: of the run.
-      state: where it stands.
-      tasks: that it trains on.
+      state: the current state of the run.
+      tasks: the training tasks.
 
     Raises:
-      ValueError: where `check` refuses the kind, nothing was logged, there is no matplotlib, or
-        "tangents" would take an outer step in segments, or by several processes.
+      ValueError: if `check` refuses the kind, nothing was logged, matplotlib is not installed, or
+        "tangents" would need segmented unrolls or several processes.
     """
     check([kind], trainer.algorithm)
     if importlib.util.find_spec("matplotlib") is None:

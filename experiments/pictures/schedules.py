@@ -1,7 +1,8 @@
-"""The schedules that a run of FDS tried and learned, and its outer loss, outer step by outer step.
+"""Pictures of the schedules that a run of FDS evaluated and learned, and of its outer loss.
 
-An outer step logs what it tried; the rule may have gone back from it, so what was learned is a line
-of its own. Hyperparameters of more windows than are logged one by one were logged as their mean.
+An outer step logs the schedule that it evaluated; the outer rule may have reverted the update, so
+the learned schedule is a line of its own. A hyperparameter with too many windows to log each is
+logged as its mean.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from metalearn.loggers import read_lines, unreadable
 from metalearn.sharding.distributed import say
 
 TANGENT = "inner_tangent_norm"
-ORDERS = 30.0  # a positive quantity that spans more than this factor is drawn on a log scale
+LOG_RATIO = 30.0  # positive values with a larger ratio are drawn on a log scale
 LEARNED = {"baseline": None, "color": "black", "linewidth": 2.5, "linestyle": "--", "zorder": 3}
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the logged outer steps, in order, evaluations left out.
+    """Return the logged outer steps, in order, without evaluations.
 
     Raises:
       ValueError: if nothing was logged there.
@@ -41,21 +42,21 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def tried(rows: Sequence[Mapping[str, Any]], algorithm: FDS) -> dict[str, np.ndarray]:
+def logged_values(rows: Sequence[Mapping[str, Any]], algorithm: FDS) -> dict[str, np.ndarray]:
     """Return the hyperparameters' values by outer step, {name: [outer steps, windows]}."""
-    found: dict[str, list[str]] = {}
+    windows_of: dict[str, list[str]] = {}
     for key in rows[0]:
         name, _, window = key.rpartition("/")
         if name in algorithm.hyperparameters:
-            found.setdefault(name, []).append(window)
+            windows_of.setdefault(name, []).append(window)
     return {
         name: np.asarray([[_value(row, f"{name}/{w}") for w in _in_order(windows)] for row in rows])
-        for name, windows in found.items()
+        for name, windows in windows_of.items()
     }
 
 
 def _value(row: Mapping[str, Any], name: str) -> float:
-    """Return a logged value; NaN where another config of the run did not log it."""
+    """Return a logged value; NaN if it was not logged, as under another config."""
     return row.get(name, math.nan)
 
 
@@ -64,15 +65,13 @@ def _in_order(windows: Sequence[str]) -> list[str]:
 
 
 def ends(algorithm: FDS, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return where windows begin and end, in shares of the inner run: {name: [windows + 1]}.
+    """Return the edges of windows, in shares of the inner run: {name: [windows + 1]}.
 
-    Where others were logged than the algorithm has now, they are taken to be equal.
+    If the number of logged windows differs from that of the algorithm, they are drawn equal.
     """
     equal = {name: np.linspace(0, 1, each.shape[1] + 1) for name, each in values.items()}
-    ours = {name: algorithm.edges(name) / algorithm.inner_steps for name in values}
-    return {
-        name: ours[name] if len(ours[name]) == len(equal[name]) else equal[name] for name in ours
-    }
+    own = {name: algorithm.edges(name) / algorithm.inner_steps for name in values}
+    return {name: own[name] if len(own[name]) == len(equal[name]) else equal[name] for name in own}
 
 
 def figures(
@@ -83,41 +82,40 @@ def figures(
     Args:
       rows: of the outer steps.
       algorithm: of the run.
-      learned: `algorithm.schedules(eta)` where the run stands, as `metalearn export` writes them.
+      learned: `algorithm.schedules(eta)` of the current state, as `metalearn export` writes them.
     """
-    steps, values = [row["step"] for row in rows], tried(rows, algorithm)
-    cuts, found = ends(algorithm, values), {"loss": _losses(rows)}
+    steps, values = [row["step"] for row in rows], logged_values(rows, algorithm)
+    edges, drawn = ends(algorithm, values), {"loss": _losses(rows)}
     for name, each in values.items():
-        # As it was learned; elsewhere by what was logged.
         scale = "log" if algorithm.hyperparameters[name].space == "log" else _scale(each)
         windows = max(each.shape[1], len(learned[name].values))
-        figure, places = _figure(2 if windows > 1 else 1)
+        figure, axes = _figure(2 if windows > 1 else 1)
         if each.shape[1] > 1:
-            _over_the_run(steps, each, cuts[name], figure, places[0])
+            _over_the_run(steps, each, edges[name], figure, axes[0])
         if windows > 1:
-            _learned(learned[name], places[0])
-        _by_outer_step(steps, each, places[-1])
-        for place in places:
-            place.set(ylabel=name, yscale=scale)
-        found[name] = figure
-    return found
+            _learned(learned[name], axes[0])
+        _by_outer_step(steps, each, axes[-1])
+        for ax in axes:
+            ax.set(ylabel=name, yscale=scale)
+        drawn[name] = figure
+    return drawn
 
 
 def _losses(rows: Sequence[Mapping[str, Any]]) -> Any:
-    shown = {"loss": "outer loss", TANGENT: "largest tangent's norm at the end"}
-    kept = {name: label for name, label in shown.items() if name in rows[0]}
-    figure, places = _figure(len(kept))
-    for place, (name, label) in zip(places, kept.items(), strict=True):
+    labels = {"loss": "outer loss", TANGENT: "largest tangent's norm at the end"}
+    labels = {name: label for name, label in labels.items() if name in rows[0]}
+    figure, axes = _figure(len(labels))
+    for ax, (name, label) in zip(axes, labels.items(), strict=True):
         values = [_value(row, name) for row in rows]
-        _line(place, [row["step"] for row in rows], values)
-        place.set(ylabel=label, yscale=_scale(values))
+        _line(ax, [row["step"] for row in rows], values)
+        ax.set(ylabel=label, yscale=_scale(values))
     return figure
 
 
 def _over_the_run(
-    steps: Sequence[int], values: np.ndarray, cut: np.ndarray, figure: Any, place: Any
+    steps: Sequence[int], values: np.ndarray, edges: np.ndarray, figure: Any, ax: Any
 ) -> None:
-    """Draw what each outer step tried, over the inner run."""
+    """Draw the schedule of each outer step, over the inner run."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -125,45 +123,45 @@ def _over_the_run(
 
     colours = ScalarMappable(Normalize(min(steps), max(steps)), colormaps["viridis"])
     for colour, each in zip(colours.to_rgba(np.asarray(steps)), values, strict=True):
-        place.stairs(each, cut, baseline=None, color=colour, linewidth=1.5)
-    figure.colorbar(colours, ax=place, label="outer step", ticks=MaxNLocator(integer=True))
+        ax.stairs(each, edges, baseline=None, color=colour, linewidth=1.5)
+    figure.colorbar(colours, ax=ax, label="outer step", ticks=MaxNLocator(integer=True))
 
 
-def _learned(schedule: Schedule, place: Any) -> None:
-    """Draw what was learned, over the inner run; of values by class, their mean."""
+def _learned(schedule: Schedule, ax: Any) -> None:
+    """Draw the learned schedule over the inner run; of values by class, their mean."""
     values = np.asarray(schedule.values).reshape(len(schedule.values), -1).mean(1)
-    place.stairs(values, np.asarray(schedule.edges) / schedule.horizon, label="learned", **LEARNED)
-    place.set(xlabel="share of the inner run")
-    place.legend(fontsize="small")
+    ax.stairs(values, np.asarray(schedule.edges) / schedule.horizon, label="learned", **LEARNED)
+    ax.set(xlabel="share of the inner run")
+    ax.legend(fontsize="small")
 
 
-def _by_outer_step(steps: Sequence[int], values: np.ndarray, place: Any) -> None:
-    """Draw a line for each window, later ones thinner: equal values hide no line."""
+def _by_outer_step(steps: Sequence[int], values: np.ndarray, ax: Any) -> None:
+    """Draw a line per window, later ones thinner, so that equal values do not hide a line."""
     windows = values.shape[1]
     for window in range(windows):
         width = 1 + 3 * (1 - (window + 1) / windows)
-        _line(place, steps, values[:, window], linewidth=width, label=f"{window}")
+        _line(ax, steps, values[:, window], linewidth=width, label=f"{window}")
     if windows > 1:
-        place.legend(title="window", fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+        ax.legend(title="window", fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
-def _line(place: Any, steps: Sequence[int], values: Any, **options: Any) -> None:
+def _line(ax: Any, steps: Sequence[int], values: Any, **options: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    place.plot(steps, values, marker="o", markersize=3, **options)
-    place.set(xlabel="outer step")
-    place.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.plot(steps, values, marker="o", markersize=3, **options)
+    ax.set(xlabel="outer step")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _scale(values: Any) -> str:
-    """Return "log" for positive numbers that span orders of magnitude; what is not finite aside."""
+    """Return "log" if the finite values are positive and span orders of magnitude."""
     finite = np.asarray(values, float)[np.isfinite(values)]
-    wide = finite.size and finite.min() > 0 and finite.max() > ORDERS * finite.min()
+    wide = finite.size and finite.min() > 0 and finite.max() > LOG_RATIO * finite.min()
     return "log" if wide else "linear"
 
 
-def _figure(places: int) -> tuple[Any, Any]:
+def _figure(columns: int) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * places, 4), layout="constrained")
-    return figure, figure.subplots(1, places, squeeze=False)[0]
+    figure = Figure(figsize=(5.5 * columns, 4), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]

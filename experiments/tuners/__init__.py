@@ -1,1 +1,1 @@
-"""Tuners of a training run's hyperparameters, FDS among them, on one problem and one budget."""
+"""Tuners of the hyperparameters of a training run, FDS and others, with the same budget."""

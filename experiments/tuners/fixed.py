@@ -1,18 +1,18 @@
-"""What one does without tuning: a cosine with a few peaks tried, or no learning rate at all.
+"""Baselines without tuning: a cosine with a few peaks, or learning-rate-free optimizers.
 
 Cosine annealing (Loshchilov & Hutter 2017, arXiv:1608.03983) from a peak down to zero,
 
     alpha_t = peak (1 + cos(pi t / T)) / 2
 
-is what a practitioner runs by hand: a few peaks a factor of three apart, one run each, and the
+is what a practitioner runs by hand: a few peaks a factor of three apart, one run each, with the
 usual momentum and weight decay. T inner steps for every peak.
 
-Learning-rate-free optimizers find the scale of their steps within the one run there is:
+Learning-rate-free optimizers adapt the scale of their steps within a single run:
 Mechanic (Cutkosky et al. 2023, arXiv:2306.00144) by online learning of the factor of another
 optimizer's updates, Prodigy (Mishchenko & Defazio 2023, arXiv:2306.06101) by a lower bound on
-the distance from theta_0 to a solution, in steps like Adam's. T inner steps in all, and a copy
-of theta_0 in memory. Both leave the shape of the schedule to others: optax recommends one that
-starts at 1 and is annealed (`annealed=True`), as in most of these papers' experiments.
+the distance from theta_0 to a solution, in steps like Adam's. T inner steps in total, and a copy
+of theta_0 in memory. Neither sets the shape of the schedule: optax recommends one that starts at 1
+and is annealed (`annealed=True`), as in most experiments of these papers.
 """
 
 from __future__ import annotations
@@ -30,20 +30,24 @@ from optax import contrib
 from metalearn._utils.checks import pick
 from metalearn.algorithms import FDS, Hyperparameter, sgd
 from metalearn.algorithms.fds.hyperparameter import numeric
-from metalearn.experiments.tuners.problem import Problem
+from metalearn.experiments.tuners.problem import Incumbent, Tuner, TuningProblem
 from metalearn.experiments.tuners.random_search import Ledger, losses
-from metalearn.experiments.tuners.tuner import Found, Tuner
 
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Tuner):
-    """Train with the problem's optimizer and a cosine from each peak; keep the best.
+    """One run per peak with a cosine and the optimizer of the problem; the best is the incumbent.
 
-    Hyperparameters of the problem that are not named here stay where they start.
+    Hyperparameters of the problem that are not set here have their initial values.
+
+    Args:
+      peaks: the learning rates at the first step.
+      momentum: None: that of the problem.
+      weight_decay: None: that of the problem.
     """
 
     peaks: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
-    momentum: float | None = 0.9  # None: as the problem has it
+    momentum: float | None = 0.9
     weight_decay: float | None = 5e-4
 
     def __post_init__(self) -> None:
@@ -53,7 +57,7 @@ class Cosine(Tuner):
                 f"one of them; not peaks={self.peaks}. Pass some, such as (0.01, 0.1, 1.0)."
             )
 
-    def tune(self, problem: Problem, budget: float, key: jax.Array) -> Iterator[Found]:
+    def tune(self, problem: TuningProblem, budget: float, key: jax.Array) -> Iterator[Incumbent]:
         algorithm = self._algorithm(problem.algorithm)
         etas = [
             algorithm.init(key) | {"learning_rate": cosine(peak, algorithm.inner_steps)}
@@ -62,38 +66,42 @@ class Cosine(Tuner):
         return _one_run_each(problem, algorithm, etas, budget, key)
 
     def _algorithm(self, algorithm: FDS) -> FDS:
-        fixed = {"momentum": self.momentum, "weight_decay": self.weight_decay}
-        kept = {name: value for name, value in fixed.items() if value is not None}
-        taken = numeric(algorithm.optimizer)
-        for name in ("learning_rate", *kept):
-            if name not in taken:
+        options = {"momentum": self.momentum, "weight_decay": self.weight_decay}
+        fixed = {name: value for name, value in options.items() if value is not None}
+        arguments = numeric(algorithm.optimizer)
+        for name in ("learning_rate", *fixed):
+            if name not in arguments:
                 without = "" if name == "learning_rate" else f", or `Cosine({name}=None)`"
                 raise ValueError(
                     f"`Cosine` sets the optimizer's {name}, and the problem's optimizer takes "
-                    f"{', '.join(taken) or 'nothing'}. Use one that takes it, such as "
+                    f"{', '.join(arguments) or 'nothing'}. Use one that takes it, such as "
                     f"`metalearn.algorithms.sgd`{without}."
                 )
         rate = Hyperparameter(0.0, max(self.peaks), windows=algorithm.inner_steps)
-        own = {name: Hyperparameter(0.0, max(1.0, value), value) for name, value in kept.items()}
+        own = {name: Hyperparameter(0.0, max(1.0, value), value) for name, value in fixed.items()}
         chosen = {**algorithm.hyperparameters, "learning_rate": rate, **own}
         return dataclasses.replace(algorithm, hyperparameters=chosen)
 
 
 @dataclasses.dataclass(frozen=True)
 class LearningRateFree(Tuner):
-    """Train once with an optimizer that needs no learning rate, its own defaults kept.
+    """One run with an optimizer that needs no learning rate, with its default options.
 
-    It takes the place of the problem's optimizer and of that one's hyperparameters; those of
-    the objective and of the augmentation stay where they start.
+    It replaces the optimizer of the problem and its hyperparameters; those of the objective and of
+    the augmentation have their initial values.
+
+    Args:
+      name: of `OPTIMIZERS`.
+      annealed: whether the updates are scaled by a cosine from 1 to 0; else by 1.
     """
 
-    name: str  # one of OPTIMIZERS
-    annealed: bool = False  # by a cosine from 1 to 0; else the factor is 1 throughout
+    name: str
+    annealed: bool = False
 
     def __post_init__(self) -> None:
         pick(OPTIMIZERS, self.name, "learning-rate-free optimizer")
 
-    def tune(self, problem: Problem, budget: float, key: jax.Array) -> Iterator[Found]:
+    def tune(self, problem: TuningProblem, budget: float, key: jax.Array) -> Iterator[Incumbent]:
         algorithm = self._algorithm(problem.algorithm)
         eta = algorithm.init(key)
         if self.annealed:
@@ -118,12 +126,12 @@ def cosine(peak: float, horizon: int) -> jax.Array:
 
 
 def mechanic(learning_rate: float) -> optax.GradientTransformation:
-    """Return Mechanic around SGD with momentum, of which it learns the factor."""
+    """Return Mechanic, which adapts the scale of SGD with momentum."""
     return contrib.mechanize(sgd(learning_rate, momentum=0.9))
 
 
 def prodigy(learning_rate: float) -> optax.GradientTransformation:
-    """Return Prodigy, the learning rate a factor of what it finds."""
+    """Return Prodigy, `learning_rate` a factor of its estimated rate."""
     return contrib.prodigy(learning_rate)
 
 
@@ -134,9 +142,9 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 
 
 def _one_run_each(
-    problem: Problem, algorithm: FDS, etas: Sequence[Any], budget: float, key: jax.Array
-) -> Iterator[Found]:
-    """Train with each that the budget is enough for, all at once."""
+    problem: TuningProblem, algorithm: FDS, etas: Sequence[Any], budget: float, key: jax.Array
+) -> Iterator[Incumbent]:
+    """Train with as many of the etas as the budget allows, in one batch."""
     ledger, validate, steps = Ledger(algorithm), problem.validator(algorithm), algorithm.inner_steps
     paid = etas[: int(budget // steps)]
     keys = jax.random.split(key, len(etas))[: len(paid)]

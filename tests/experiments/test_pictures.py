@@ -198,7 +198,7 @@ def write_run(workdir, **extra):
 
 def test_windows_are_drawn_in_their_order_and_evaluations_are_left_out(tmp_path):
     rows = write_run(tmp_path)
-    values = schedules.tried(schedules.read(tmp_path), LEARNER)
+    values = schedules.logged_values(schedules.read(tmp_path), LEARNER)
     assert {name: x.shape for name, x in values.items()} == {
         "momentum": (3, 1),
         "learning_rate": (3, 1),

@@ -15,7 +15,7 @@ import pytest
 from metalearn.algorithms import Hyperparameter, cross_entropy, sgd
 from metalearn.experiments.tuners.black_box import BOHB, BayesianOptimization, Hyperband
 from metalearn.experiments.tuners.fixed import Cosine, LearningRateFree
-from metalearn.experiments.tuners.problem import Problem, Score
+from metalearn.experiments.tuners.problem import Score, TuningProblem
 from metalearn.experiments.tuners.random_search import Ledger, RandomSearch
 from tests.helpers.tuning import KEY, T, problem, problem_of
 
@@ -33,7 +33,13 @@ TUNERS = {
 SEARCHES = ("RandomSearch", "BayesianOptimization", "Hyperband", "BOHB")
 
 
-class Bowl(Problem):
+class Compiled(TuningProblem):
+    """A problem that compiles each of its programs once for all tests."""
+
+    validator = functools.cache(TuningProblem.validator)
+
+
+class Bowl(TuningProblem):
     """Nothing is trained: the loss is the distance from 0.2, and nearly as much when short."""
 
     def validator(self, algorithm=None, inner_steps=None):
@@ -80,7 +86,7 @@ def refused(message):
 @pytest.mark.parametrize("name", TUNERS)
 def test_a_tuner_finds_an_eta_in_its_ranges(name):
     for found in tuned_once(name):
-        low, high = Problem(found.algorithm, None, None).bounds
+        low, high = TuningProblem(found.algorithm, None, None).bounds
         assert found.eta.keys() == low.keys()
         assert all(found.eta[n].shape == low[n].shape for n in low)
         assert all(((low[n] <= x) & (x <= high[n])).all() for n, x in found.eta.items())
