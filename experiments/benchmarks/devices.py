@@ -90,14 +90,14 @@ def measured(tasks_per_step: int, spread: bool) -> dict[str, Any]:
 
 
 def run(tasks_per_step: int, count: int, devices: int) -> dict[str, Any]:
-    """Measure in so many new processes with so many devices each."""
+    """Measure in new processes with several devices each."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "XLA_FLAGS": flags}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     with tempfile.TemporaryDirectory() as directory:
-        out = pathlib.Path(directory) / "found.json"
+        out = pathlib.Path(directory) / "results.json"
         words = [sys.executable, "-m", __spec__.name, f"--tasks={tasks_per_step}", f"--out={out}"]
         places = [[coordinator, str(count), str(i)] for i in range(count)]
         started = [
@@ -109,20 +109,20 @@ def run(tasks_per_step: int, count: int, devices: int) -> dict[str, Any]:
 
 
 def part(coordinator: str, count: int, process: int, tasks: int, out: pathlib.Path) -> None:
-    """Measure in this process, one of several, and write down what was found."""
+    """Measure in this process, one of several, and write the results."""
     if count > 1:
         processes.start(coordinator, count, process)
-    found = measured(tasks, spread=len(jax.devices()) > 1)
+    results = measured(tasks, spread=len(jax.devices()) > 1)
     if processes.is_first():
-        out.write_text(strict_json.dumps(found))
+        out.write_text(strict_json.dumps(results))
 
 
 def compared(tasks: int) -> str:
     """Return the table of all settings."""
-    found = {name: run(tasks, *setting) for name, setting in SETTINGS.items()}
-    one = found["1 device"]
+    results = {name: run(tasks, *setting) for name, setting in SETTINGS.items()}
+    one = results["1 device"]
     rows = {}
-    for name, each in found.items():
+    for name, each in results.items():
         gradient, expected = np.array(each["gradient"]), np.array(one["gradient"])
         difference = np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
         rows[name] = [
@@ -140,10 +140,10 @@ def work() -> dict[str, tuple[int, float]]:
     algorithm, tasks = problem()
     trainer = Trainer(algorithm, MixedFlow(), tasks_per_step=1)
     shapes = trainer.shapes(tasks), jax.eval_shape(lambda tree: tree, tasks)
-    found = {"MAML on digits": (size(shapes[0].eta), float(cost(trainer.step, *shapes).flops))}
+    workloads = {"MAML on digits": (size(shapes[0].eta), float(cost(trainer.step, *shapes).flops))}
     for name, (eta, inner, steps, tokens) in LARGE.items():
-        found[name] = eta, 3 * 6.0 * inner * steps * tokens
-    return found
+        workloads[name] = eta, 3 * 6.0 * inner * steps * tokens
+    return workloads
 
 
 def on_paper(counts: Sequence[int], flops: float, bandwidth: float, latency: float) -> str:
@@ -152,10 +152,10 @@ def on_paper(counts: Sequence[int], flops: float, bandwidth: float, latency: flo
     for name, (parameters, per_task) in work().items():
         computing = per_task / flops
         for count in counts:
-            moved = 2 * (count - 1) / count * 4 * parameters
-            sending = moved / bandwidth + 2 * math.ceil(math.log2(count)) * latency
+            sent = 2 * (count - 1) / count * 4 * parameters
+            sending = sent / bandwidth + 2 * math.ceil(math.log2(count)) * latency
             rows[f"{name}, {count} devices"] = [
-                show_bytes(moved),
+                show_bytes(sent),
                 _seconds(sending),
                 _seconds(computing),
                 f"{sending / (sending + computing):.2g}",
@@ -166,7 +166,7 @@ def on_paper(counts: Sequence[int], flops: float, bandwidth: float, latency: flo
 
 
 def _seconds(time: float) -> str:
-    """Write a time for a person."""
+    """Return a time as text."""
     units = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
     unit = next((unit for unit, each in units.items() if time * each >= 1), "ns")
     return f"{time * units[unit]:.3g} {unit}"
@@ -185,14 +185,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--latency", type=float, default=1e-5, help="seconds of a message")
     parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=pathlib.Path, help=argparse.SUPPRESS)
-    given = parser.parse_args(argv)
-    if given.part:
-        coordinator, count, process = given.part
-        part(coordinator, int(count), int(process), given.tasks, given.out)
-    elif given.paper:
-        print(on_paper(given.devices, given.flops, given.bandwidth, given.latency))
+    options = parser.parse_args(argv)
+    if options.part:
+        coordinator, count, process = options.part
+        part(coordinator, int(count), int(process), options.tasks, options.out)
+    elif options.paper:
+        print(on_paper(options.devices, options.flops, options.bandwidth, options.latency))
     else:
-        print(f"jax {jax.__version__}\n\n{compared(given.tasks)}")
+        print(f"jax {jax.__version__}\n\n{compared(options.tasks)}")
 
 
 if __name__ == "__main__":

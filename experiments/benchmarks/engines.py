@@ -35,7 +35,7 @@ from metalearn import Algorithm, Episode, MetaGradient, MixedFlow, Reverse
 from metalearn.algorithms import MAML, LearningRates, LossWeights, TokenWeights
 from metalearn.cost import Cost, cost
 from metalearn.datasets.text import Windows
-from metalearn.experiments.benchmarks import lines
+from metalearn.experiments.benchmarks import reporting
 from metalearn.models import Functions
 from metalearn.models.transformer import Architecture
 from metalearn.optimizers import reversible
@@ -47,14 +47,18 @@ Sizes = dict[str, int]
 
 
 class Setting(NamedTuple):
-    """How the derivative is taken: an engine, and what a block of the model keeps."""
+    """An engine, and the rematerialisation of the model's blocks.
+
+    engine: of the meta-gradient.
+    block: `Architecture.remat`.
+    """
 
     engine: MetaGradient
-    block: str  # `Architecture.remat`
+    block: str
 
 
 def settings(size: Sizes) -> dict[str, Setting]:
-    """Return the rows, from the textbook to the leanest. Parts of one example each."""
+    """Return the settings, from the standard one to that of least memory; micro-batches of one."""
     parts = size["batch"]
     return {
         "plain reverse": Setting(Reverse(), "none"),
@@ -82,7 +86,7 @@ def architecture(size: Sizes, block: str) -> Architecture:
 
 def rates(model: Functions, size: Sizes) -> tuple[Algorithm, Episode]:
     """Per-parameter learning rates: eta is as large as theta."""
-    optimizer = reversible.adam(1.0, eps_root=1e-8)  # as optax.adam; can be undone too
+    optimizer = reversible.adam(1.0, eps_root=1e-8)  # as optax.adam, and reversible
     return LearningRates(model, optimizer=optimizer, mean_over_examples=True), Episode(
         (_tokens(size, "T"),) * 2, (_tokens(size),) * 2
     )
@@ -144,26 +148,26 @@ def measure(task: str, size: Sizes, chosen: Sequence[str], rounds: int) -> Itera
     """Yield a row per setting, with its ratios to the strongest standard set-up."""
     flops = forward_flops(size)
     programs = {name: program(task, size, settings(size)[name]) for name in chosen}
-    costs = {name: found for name in chosen if (found := _cost(name, *programs[name]))}
+    costs = {name: needs for name in chosen if (needs := _cost(name, *programs[name]))}
     programs = {name: programs[name] for name in costs}
     seconds = timed(programs, rounds) if rounds else dict.fromkeys(chosen, float("nan"))
     base = costs.get(BASE, next(iter(costs.values())))
-    for name, found in costs.items():
+    for name, needs in costs.items():
         yield {
             "task": task,
             **size,
             "setting": name,
-            "temporaries_mib": round(found.temporaries / 2**20, 1),
-            "memory_below_b": round(base.temporaries / found.temporaries, 2),
-            "flops_f_per_step": round(found.flops / flops / size["T"], 2),
-            "flops_of_b": round(found.flops / base.flops, 3),
+            "temporaries_mib": round(needs.temporaries / 2**20, 1),
+            "memory_below_b": round(base.temporaries / needs.temporaries, 2),
+            "flops_f_per_step": round(needs.flops / flops / size["T"], 2),
+            "flops_of_b": round(needs.flops / base.flops, 3),
             "seconds": seconds[name],
             "seconds_of_b": seconds[name] / seconds.get(BASE, float("nan")),
         }
 
 
 def _cost(name: str, run: Any, arguments: Any) -> Cost | None:
-    """Return what a program costs; None, said so, where the engine refuses the task."""
+    """Return the cost of a program; None, with a printed reason, if the engine refuses the task."""
     try:
         return cost(run, *arguments)
     except REFUSALS as error:
@@ -172,8 +176,8 @@ def _cost(name: str, run: Any, arguments: Any) -> Cost | None:
 
 
 def timed(programs: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each program; they take turns, in a new order every round."""
-    taken: dict[str, list[float]] = {name: [] for name in programs}
+    """Return the median seconds of each program; rounds run all programs in random order."""
+    times: dict[str, list[float]] = {name: [] for name in programs}
     ready = {name: (run, _arguments(shapes)) for name, (run, shapes) in programs.items()}
     for run, arguments in ready.values():
         jax.block_until_ready(run(*arguments))
@@ -182,8 +186,8 @@ def timed(programs: dict[str, Any], rounds: int) -> dict[str, float]:
             run, arguments = ready[name]
             began = time.perf_counter()
             jax.block_until_ready(run(*arguments))
-            taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in taken.items()}
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _arguments(shapes: Any) -> Any:
@@ -200,17 +204,18 @@ def _arguments(shapes: Any) -> Any:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table, without the columns that never change."""
-    kept = [k for k in rows[0] if k == "setting" or len({str(row[k]) for row in rows}) > 1]
+    """Return the rows as a Markdown table, without constant columns."""
+    columns = [k for k in rows[0] if k == "setting" or len({str(row[k]) for row in rows}) > 1]
     lines = [
-        [f"{row[k]:.3g}" if isinstance(row[k], float) else str(row[k]) for k in kept]
+        [f"{row[k]:.3g}" if isinstance(row[k], float) else str(row[k]) for k in columns]
         for row in rows
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [kept, ["---"] * len(kept), *lines])
+    lines = [columns, ["---"] * len(columns), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table and write everything down."""
+    """Measure, print the table and write all files."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--task", choices=TASKS, default="rates")
     for axis, value in AXES.items():
@@ -219,17 +224,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--settings", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--seconds", type=int, default=0, metavar="ROUNDS")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/engines"))
-    given = vars(parser.parse_args(argv))
+    options = vars(parser.parse_args(argv))
     rows = []
-    for values in itertools.product(*(given[axis] for axis in AXES)):
+    for values in itertools.product(*(options[axis] for axis in AXES)):
         size = dict(zip(AXES, values, strict=True))
-        for row in measure(given["task"], size, given["settings"], given["seconds"]):
+        for row in measure(options["task"], size, options["settings"], options["seconds"]):
             rows.append(row)
             print(*(f"{k}={v}" for k, v in row.items() if v == v), flush=True)
     machine = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
-    table = f"{given['task']}, {machine}\n\n{markdown(rows)}\n"
+    table = f"{options['task']}, {machine}\n\n{markdown(rows)}\n"
     print(f"\n{table}")
-    out = given["out"]
+    out = options["out"]
     out.mkdir(parents=True, exist_ok=True)
     (out / "engines.md").write_text(table)
     with (out / "engines.csv").open("w", newline="") as file:
@@ -237,8 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         writer.writeheader()
         writer.writerows(rows)
     for axis in AXES:
-        if len(given[axis]) > 1:
-            lines.against(rows, axis, out, AXES)
+        if len(options[axis]) > 1:
+            reporting.against(rows, axis, out, AXES)
 
 
 if __name__ == "__main__":

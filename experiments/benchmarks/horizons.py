@@ -17,11 +17,11 @@ In theory, with T inner steps, |theta| parameters and |state| = 2 |theta|, as SG
 
 Memory is the temporaries of the compiled program and FLOPs are its matrix products, loop trip
 counts included: both are deterministic, and nothing is allocated. One argument of all programs
-grows with T by itself, the int32 indices of the examples that each step reads. Its size is
-printed on its own: what is flat but for a copy of it is flat.
+grows with T, the int32 indices of the examples that each step reads. Its size is printed
+separately: memory that grows only by a copy of these indices counts as flat.
 
-Seconds only with `--seconds ROUNDS`: at the first T, for each N, the engines and plain training
-take turns; a cell is the median over rounds of the time against plain training's of that round.
+Seconds only with `--seconds ROUNDS`: at the first T, for each N, every round runs all engines and
+plain training; a cell is the median over rounds of the time relative to plain training.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ KEY = 0
 def problem() -> tuple[FDS, Tasks]:
     """Return the training run of the config, and the splits it is run on."""
     config = build.to_json(fds_digits.get_config())
-    config["dataset"]["held_out"] = 0  # nothing is evaluated on the way
+    config["dataset"]["held_out"] = 0  # no evaluation during training
     splits = build.splits(config["dataset"])
     algorithm = build.algorithm(config["algorithm"], build.model(config["model"], splits))
     assert isinstance(algorithm, FDS)
@@ -67,7 +67,7 @@ def problem() -> tuple[FDS, Tasks]:
 
 
 def with_tangents(algorithm: FDS, count: int) -> FDS:
-    """Return the same with so many hyperparameters, the learning rate's windows among them."""
+    """Return the algorithm with `count` hyperparameters, counting windows of the learning rate."""
     rate = dataclasses.replace(algorithm.hyperparameters["learning_rate"], windows=count - OTHERS)
     learned = {**algorithm.hyperparameters, "learning_rate": rate}
     return dataclasses.replace(algorithm, hyperparameters=learned)
@@ -87,14 +87,14 @@ def program(algorithm: FDS, engine: MetaGradient | None) -> Any:
 
 
 def arguments(algorithm: FDS, tasks: Tasks) -> tuple[Any, Episode, Any]:
-    """Return what a program takes; under `jax.eval_shape`, the shapes of it."""
+    """Return the arguments of a program; under `jax.eval_shape`, their shapes."""
     key = jax.random.key(KEY)
     episode = tasks.sample(key)
     return algorithm.init(key), episode, algorithm.batches(episode, key)
 
 
 def costs(algorithm: FDS, tasks: Tasks, engines: Iterable[str] = ENGINES) -> dict[str, Cost]:
-    """Return what each program costs; compiles, and allocates nothing."""
+    """Return the cost of each program; compiles, and allocates nothing."""
     shapes = jax.eval_shape(lambda tasks: arguments(algorithm, tasks), tasks)
     return {name: cost(program(algorithm, ENGINES[name]), *shapes) for name in engines}
 
@@ -106,18 +106,18 @@ def indices(algorithm: FDS, tasks: Tasks) -> int:
 
 
 def seconds(algorithm: FDS, tasks: Tasks, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each program in each round; a new order every round."""
-    given = jax.jit(lambda tasks: arguments(algorithm, tasks))(tasks)
+    """Return the seconds of each program in each round, which runs them in random order."""
+    operands = jax.jit(lambda tasks: arguments(algorithm, tasks))(tasks)
     ready = {name: program(algorithm, engine) for name, engine in ENGINES.items()}
     for run in ready.values():
-        jax.block_until_ready(run(*given))
-    taken: dict[str, list[float]] = {name: [] for name in ready}
+        jax.block_until_ready(run(*operands))
+    timings: dict[str, list[float]] = {name: [] for name in ready}
     for turn in range(rounds):
         for name in random.Random(turn).sample(list(ready), len(ready)):
             began = time.perf_counter()
-            jax.block_until_ready(ready[name](*given))
-            taken[name].append(time.perf_counter() - began)
-    return taken
+            jax.block_until_ready(ready[name](*operands))
+            timings[name].append(time.perf_counter() - began)
+    return timings
 
 
 def table(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
@@ -130,18 +130,19 @@ def table(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]
 def memory(algorithm: FDS, tasks: Tasks, horizons: Sequence[int]) -> str:
     """Return the tables of temporaries, arguments and FLOPs."""
     runs = [algorithm.stretched(horizon) for horizon in horizons]
-    found = [costs(run, tasks) for run in runs]
+    measured = [costs(run, tasks) for run in runs]
     rows = [indices(run, tasks) for run in runs]
-    given = [each[PLAIN].arguments - size for each, size in zip(found, rows, strict=True)]
-    kept = {name: [_kib(each[name].temporaries) for each in found] for name in ENGINES}
-    kept |= {"argument: batch indices": [_kib(size) for size in rows]}
-    kept |= {"arguments: data and eta": [_kib(size) for size in given]}
+    data = [each[PLAIN].arguments - size for each, size in zip(measured, rows, strict=True)]
+    sizes = {name: [_kib(each[name].temporaries) for each in measured] for name in ENGINES}
+    sizes |= {"argument: batch indices": [_kib(size) for size in rows]}
+    sizes |= {"arguments: data and eta": [_kib(size) for size in data]}
     work = {
-        name: [f"{each[name].flops / each[PLAIN].flops:.2f}" for each in found] for name in ENGINES
+        name: [f"{each[name].flops / each[PLAIN].flops:.2f}" for each in measured]
+        for name in ENGINES
     }
     columns = [f"T={horizon}" for horizon in horizons]
     return "\n\n".join(
-        (table("temporaries, KiB", columns, kept), table("FLOPs, plain = 1", columns, work))
+        (table("temporaries, KiB", columns, sizes), table("FLOPs, plain = 1", columns, work))
     )
 
 
@@ -149,10 +150,10 @@ def times(algorithm: FDS, tasks: Tasks, counts: Sequence[int], rounds: int) -> s
     """Return the table of times by the number of hyperparameters."""
     cells: dict[str, list[str]] = {name: [] for name in ENGINES}
     for count in counts:
-        taken = seconds(with_tangents(algorithm, count), tasks, rounds)
-        plain = 1e6 * statistics.median(taken[PLAIN]) / algorithm.inner_steps
-        for name, values in taken.items():
-            ratio = statistics.median(a / b for a, b in zip(values, taken[PLAIN], strict=True))
+        timings = seconds(with_tangents(algorithm, count), tasks, rounds)
+        plain = 1e6 * statistics.median(timings[PLAIN]) / algorithm.inner_steps
+        for name, values in timings.items():
+            ratio = statistics.median(a / b for a, b in zip(values, timings[PLAIN], strict=True))
             cells[name].append(f"{plain:.1f} us" if name == PLAIN else f"{ratio:.1f}")
     corner = f"time per inner step, T={algorithm.inner_steps}, plain = 1"
     return table(corner, [f"N={count}" for count in counts], cells)
@@ -168,13 +169,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--T", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--N", type=int, nargs="+", default=[3, 5, 9, 17, 33])
     parser.add_argument("--seconds", type=int, default=0, metavar="ROUNDS")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     algorithm, tasks = problem()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n", flush=True)
-    print(memory(algorithm, tasks, given.T), flush=True)
-    if given.seconds:
-        first = algorithm.stretched(given.T[0])
-        print(f"\n{times(first, tasks, given.N, given.seconds)}")
+    print(memory(algorithm, tasks, options.T), flush=True)
+    if options.seconds:
+        first = algorithm.stretched(options.T[0])
+        print(f"\n{times(first, tasks, options.N, options.seconds)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How far off `MixedFlow`'s inexact settings are.
+"""The errors of the inexact settings of `MixedFlow`.
 
     python -m metalearn.experiments.benchmarks.inexact [--T 8 64 256 1000]
 
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, engine in SETTINGS.items():
         errors = []
         for steps in horizons:
-            found = jax.device_get(meta_gradient(engine, steps, jnp.float32))
-            size = float(((found - exact[steps]) ** 2).sum() / (exact[steps] ** 2).sum()) ** 0.5
+            grads = jax.device_get(meta_gradient(engine, steps, jnp.float32))
+            size = float(((grads - exact[steps]) ** 2).sum() / (exact[steps] ** 2).sum()) ** 0.5
             errors.append(f"{size:.1e}")
         print(f"| `{name}` | {' | '.join(errors)} |", flush=True)
 

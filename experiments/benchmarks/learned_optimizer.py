@@ -1,16 +1,16 @@
-"""A trained optimizer against tuned Adam and tuned SGD with momentum, on runs it never saw.
+"""A learned optimizer against tuned Adam and tuned SGD with momentum, on held-out runs.
 
     metalearn train --config=learned_optimizer_digits --workdir=runs/learned_optimizer
     python -m metalearn.experiments.benchmarks.learned_optimizer runs/learned_optimizer
 
-Adam and SGD have their learning rates chosen from a logarithmic grid, for each setting anew, by
-the mean training loss of runs on the training tasks: what the learned optimizer was trained
-for, on the tasks it was trained on. All are then compared on the test tasks, from the same
-starts, on the same batches. Settings: as trained, a wider network, a longer run.
+The learning rates of Adam and SGD are selected from a logarithmic grid, for each setting, by the
+mean training loss of runs on the training tasks: the outer loss and the tasks of the learned
+optimizer. All are then compared on the test tasks, from the same theta_0, on the same batches.
+Settings: as trained, a wider network, a longer run.
 
 Writes to the workdir, and to its W&B run: curves.csv, curves.png (training loss by step, mean
-and 95% band over runs), and a table with seconds per step, compiled, alone in this process. Of
-several workdirs, trained with other seeds, it also prints a table over the seeds.
+and 95% band over runs), and a table with seconds per compiled step. For several
+workdirs, trained with other seeds, it also prints a table over the seeds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from metalearn._utils.intervals import half_width
 from metalearn.algorithms import Hyperparameter, LearnedOptimizer, TunedRule
 from metalearn.engines.inner_loop import rollout
 from metalearn.experiments import build
-from metalearn.experiments.benchmarks.intervals import interval
+from metalearn.experiments.benchmarks.reporting import interval
 from metalearn.experiments.commands import run
 from metalearn.experiments.seeds import key_of
 from metalearn.loggers import WandbLogger
@@ -56,18 +56,26 @@ HAND_DESIGNED = {
 
 
 class Curve(NamedTuple):
-    """How one optimizer did in one setting."""
+    """The runs of one optimizer in one setting.
+
+    setting: its name.
+    optimizer: its name.
+    rate: the selected learning rate; nan for the learned optimizer.
+    losses: [runs, T], training losses.
+    validation: [runs], the final validation loss.
+    seconds: of one inner step.
+    """
 
     setting: str
     optimizer: str
-    rate: float  # its learning rate, where it was chosen; else nan
-    losses: np.ndarray  # [runs, T]: training losses
-    validation: np.ndarray  # [runs]: the validation loss at the end
-    seconds: float  # of one inner step
+    rate: float
+    losses: np.ndarray
+    validation: np.ndarray
+    seconds: float
 
 
 def settings(config: Mapping[str, Any], width: int, length: int) -> dict[str, dict[str, Any]]:
-    """Return the run's config as trained, with hidden layers, and with runs, so much larger."""
+    """Return the run's config as trained, with wider hidden layers, and with longer runs."""
     wider, longer = copy.deepcopy(dict(config)), copy.deepcopy(dict(config))
     wider["model"]["hidden"] = [width * n for n in config["model"]["hidden"]]
     longer["algorithm"]["inner_steps"] *= length
@@ -83,13 +91,13 @@ def compare(
     assert isinstance(learner, LearnedOptimizer)
     learner = dataclasses.replace(learner, cap=None)
     keys = jax.random.split(key_of(config["seed"] + run.TEST), runs)
-    found = [_curve(setting, "learned", learner, eta, splits.test, keys)]
-    for name, made in HAND_DESIGNED.items():
-        hand = dataclasses.replace(learner, rule=made)
+    curves = [_curve(setting, "learned", learner, eta, splits.test, keys)]
+    for name, hand_rule in HAND_DESIGNED.items():
+        hand = dataclasses.replace(learner, rule=hand_rule)
         rate = tuned(hand, splits.train, rates)
         values = {"learning_rate": jnp.log(jnp.asarray(rate, jnp.float32))}
-        found.append(_curve(setting, name, hand, values, splits.test, keys)._replace(rate=rate))
-    return found
+        curves.append(_curve(setting, name, hand, values, splits.test, keys)._replace(rate=rate))
+    return curves
 
 
 def tuned(learner: LearnedOptimizer, tasks: Tasks, rates: Sequence[float], runs: int = 8) -> float:
@@ -120,13 +128,13 @@ def _curve(
     setting: str, name: str, learner: LearnedOptimizer, eta: Any, tasks: Tasks, keys: jax.Array
 ) -> Curve:
     one = jax.jit(lambda eta, key: losses(learner, eta, tasks, key))
-    made = [jax.device_get(one(eta, key)) for key in keys]
+    results = [jax.device_get(one(eta, key)) for key in keys]
     times = []
     for key in keys[:3]:
         begun = time.perf_counter()
         jax.block_until_ready(one(eta, key))
         times.append(time.perf_counter() - begun)
-    trained, validated = (np.stack(parts) for parts in zip(*made, strict=True))
+    trained, validated = (np.stack(parts) for parts in zip(*results, strict=True))
     return Curve(setting, name, np.nan, trained, validated, min(times) / learner.inner_steps)
 
 
@@ -144,10 +152,10 @@ def table(curves: Sequence[Curve]) -> list[str]:
     return lines
 
 
-def over_seeds(found: Sequence[Sequence[Curve]]) -> list[str]:
+def over_seeds(seeds: Sequence[Sequence[Curve]]) -> list[str]:
     """Return a Markdown table of the mean over runs of each seed, with its interval over seeds."""
     lines = ["| setting | optimizer | mean training loss | validation loss |", "|---" * 4 + "|"]
-    for curves in zip(*found, strict=True):
+    for curves in zip(*seeds, strict=True):
         trained = [float(curve.losses.mean()) for curve in curves]
         validated = [float(curve.validation.mean()) for curve in curves]
         cells = (*curves[0][:2], interval(trained, 4), interval(validated, 4))
@@ -196,19 +204,19 @@ def main(argv: Sequence[str] | None = None) -> list[list[Curve]]:
     parser.add_argument("--width", type=int, default=4, help="times the hidden units")
     parser.add_argument("--length", type=int, default=5, help="times the steps")
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    given = parser.parse_args(argv)
-    found = [_report(workdir, given) for workdir in given.workdir]
-    if len(found) > 1:
-        print("\n".join([f"Over {len(found)} seeds:", *over_seeds(found)]))
-    return found
+    options = parser.parse_args(argv)
+    reports = [_report(workdir, options) for workdir in options.workdir]
+    if len(reports) > 1:
+        print("\n".join([f"Over {len(reports)} seeds:", *over_seeds(reports)]))
+    return reports
 
 
-def _report(workdir: pathlib.Path, given: argparse.Namespace) -> list[Curve]:
+def _report(workdir: pathlib.Path, options: argparse.Namespace) -> list[Curve]:
     restored = run.restore(workdir)
-    settled = settings(restored.config, given.width, given.length)
+    settled = settings(restored.config, options.width, options.length)
     curves = []
-    for name in given.setting:
-        curves += compare(settled[name], restored.state.eta, name, given.runs, RATES)
+    for name in options.setting:
+        curves += compare(settled[name], restored.state.eta, name, options.runs, RATES)
     print("\n".join([f"{workdir}:", *table(curves)]), flush=True)
     write(curves, workdir / "curves.csv")
     draw(curves, workdir / "curves.png")

@@ -1,23 +1,23 @@
-"""Learned loss weights against uniform ones and against knowing what is clean.
+"""Learned loss weights against uniform weights, and against training on the clean text only.
 
     python -m metalearn.experiments.benchmarks.loss_weights [--seeds=0,1,2] [--workdir=DIR]
 
 Per seed, weights are meta-learned as `--config=loss_weights_shakespeare` says, then frozen,
-and a language model is trained from scratch for many more steps than meta-learning ever
-looked ahead, three times from the same initialisation with the same number of steps:
+and a language model is trained from scratch for many more steps than the horizon of
+meta-training, three times from the same initialisation with the same number of steps:
 
 - `learned`   on the corrupted text, with the learned weights
 - `uniform`   on the same batches, with equal weights
-- `clean`     on the clean pieces alone, with equal weights: what an oracle would do
+- `clean`     on the clean pieces only, with equal weights: an oracle
 
-The loss is of clean text of the test split, on which nothing was chosen, in nats per byte.
-The AUC says how well a score tells clean from corrupted windows of that split: the learned
-weights, and for comparison a low loss, by the model of the same arm and by the uniform one's
-(which has learned the repeated bytes, so that a low loss is no sign of clean text).
+The loss is on clean text of the test split, which was not used to choose anything, in nats per
+byte. The AUC measures how well a score separates clean from corrupted windows of that split: the
+learned weights, and for comparison a low loss, of the model of the same arm and of the uniform one
+(which has learned the repeated bytes, so that a low loss does not indicate clean text).
 
-A seed decides the weights' initialisation, the meta-training, and the model's initialisation
-and batches; which text is corrupted is the config's. Rows are kept in DIR, so that a run can
-be continued. Intervals are 95%, Student's t over seeds.
+A seed decides the initial weights, the meta-training, and the initialisation and batches of the
+model; the config decides which text is corrupted. Rows are saved in DIR, so that a run can be
+continued. Intervals are 95%, Student's t over seeds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from metalearn.algorithms.loss_weights.features import auc
 from metalearn.datasets import Text
 from metalearn.engines.inner_loop import rollout
 from metalearn.experiments import build
-from metalearn.experiments.benchmarks.intervals import interval
+from metalearn.experiments.benchmarks.reporting import interval
 from metalearn.experiments.configs import loss_weights_shakespeare
 from metalearn.experiments.seeds import key_of
 from metalearn.loggers import ConsoleLogger
@@ -51,7 +51,7 @@ SCORES = {
 
 
 class Arms:
-    """Trains a language model with some weights, and looks at it on test text. Compiled once."""
+    """Training of a language model with some weights, and its test metrics; compiled once."""
 
     def __init__(self, trainer: Trainer, test: Text):
         self.test = test
@@ -63,12 +63,12 @@ class Arms:
         self.run = jax.jit(_run, static_argnums=0)
 
     def rows(self, eta: Any, key: jax.Array) -> dict[str, float]:
-        """Return the test losses of the three arms, and what tells clean from corrupted."""
+        """Return the test losses of the three arms, and the AUC of each score."""
         equal = jnp.zeros(self.test.sources)
         learned = self.run(self.learner, eta, self.test, key)
         uniform = self.run(self.uniform, equal, self.test, key)
         clean = self.run(self.uniform, equal, self.test.clean(), key)
-        found = {
+        results = {
             "learned": learned["loss"],
             "uniform": uniform["loss"],
             "clean": clean["loss"],
@@ -78,7 +78,7 @@ class Arms:
             "weight_clean": learned["weight_clean"],
             "weight_corrupted": learned["weight_corrupted"],
         }
-        return {name: float(value) for name, value in found.items()}
+        return {name: float(value) for name, value in results.items()}
 
 
 def _run(algorithm: LossWeights, eta: Any, tasks: Text, key: jax.Array) -> dict[str, jax.Array]:
@@ -116,7 +116,7 @@ def table(rows: Sequence[dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Measure what is not measured yet, and print a Markdown table."""
+    """Measure the seeds without a saved row, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/loss_weights"))

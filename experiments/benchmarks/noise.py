@@ -1,27 +1,27 @@
-"""How noisy hypergradients are, and what sharing a hyperparameter over a window does about it.
+"""The noise of hypergradients, and its reduction by sharing a hyperparameter over a window.
 
     python -m metalearn.experiments.benchmarks.noise [--seeds 100] [--horizon 250]
     python -m metalearn.experiments.benchmarks.noise --dataset mnist    # LeNet, 10 seeds
 
 The experiment of Micaelli & Storkey 2021 (arXiv:2007.07869). A network is trained for T steps by
 SGD with momentum, from many seeds: each draws theta_0, the split and the order of the batches.
-One pass of mixed flow per seed gives g_t, the hypergradient of the learning rate of every step
-on its own; a rate shared over a window of W steps has the mean of theirs. What is sought is
-E[g_t]. With MSE_W the squared error of that mean, averaged over steps and seeds, the paper shows
+One pass of mixed flow per seed gives g_t, the hypergradient of the learning rate of each single
+step; a rate shared over a window of W steps has the mean of theirs, an estimate of E[g_t]. With
+MSE_W the squared error of that mean, averaged over steps and seeds, the paper shows
 
     MSE_W <= (1 + c (W - 1)) / W MSE_1 + eps^2 (W^2 - 1) / 12
 
 with c the largest correlation between the g_t of two steps, and eps the largest change of E[g_t]
-from one step to the next: the noise falls, but not as 1 / W, and the bias grows. eps is taken of
-the estimated E[g_t], and the noise left in that makes it too large.
+from one step to the next: the noise falls, but not as 1 / W, and the bias grows. eps is computed
+from the estimated E[g_t], whose remaining noise makes it too large.
 
-`greedy` is what looking one step ahead sees, d L_val(theta_{t+1}) / d alpha_t, as an estimate of
-the same E[g_t]: its bias is that of every method that does not look further.
+`greedy` is the hypergradient of a single step, d L_val(theta_{t+1}) / d alpha_t, as an estimate of
+the same E[g_t]: its bias is that of every greedy method.
 
-Errors without bias: each seed is compared with the mean of all the others (leave-one-out), and
-the variance of that mean is taken off. What follows +- is a jackknife's standard error.
+Unbiased errors: each seed is compared with the mean of all the others (leave-one-out), and the
+variance of that mean is subtracted. Numbers after +- are the standard error of a jackknife.
 
-Writes noise.md, noise.csv, noise.npz (all hypergradients), and noise.png where matplotlib is.
+Writes noise.md, noise.csv, noise.npz (all hypergradients), and with matplotlib noise.png.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ GREEDY = "greedy"
 Row = dict[str, Any]
 
 
-def problem(given: Mapping[str, Any]) -> tuple[FDS, Tasks]:
+def problem(options: Mapping[str, Any]) -> tuple[FDS, Tasks]:
     """Return training with one learning rate for all steps, and the splits of a dataset."""
-    source = {"tfds": given["dataset"], "data_dir": None, "noise_seed": 0}
-    chosen = {key: given[key] for key in ("validation", "label_noise")}
+    source = {"tfds": options["dataset"], "data_dir": None, "noise_seed": 0}
+    chosen = {key: options[key] for key in ("validation", "label_noise")}
     runs = training_runs.read({**source, **chosen})
     module: Any = linen_networks.LeNet(runs.outputs, convolution="auto")
-    if given["dataset"] == "digits":  # 8 x 8
+    if options["dataset"] == "digits":  # 8 x 8
         module = linen_networks.MLP(runs.outputs, (64,))
-    learned = {NAME: Hyperparameter(0.0, 1.0, given["lr"])}
-    optimizer = functools.partial(sgd, momentum=given["momentum"])
+    learned = {NAME: Hyperparameter(0.0, 1.0, options["lr"])}
+    optimizer = functools.partial(sgd, momentum=options["momentum"])
     model = Linen(module, runs.inputs)
-    return FDS(model, learned, given["horizon"], given["batch"], optimizer), runs.train
+    return FDS(model, learned, options["horizon"], options["batch"], optimizer), runs.train
 
 
 def greedy(unroll: Unroll, eta: Any, batches: Any) -> jax.Array:
-    """Return what each step's learning rate does to the loss right after it, [T].
+    """Return the derivative of the loss after each step by the rate of that step, [T].
 
     That is -grad L_val(theta_{t+1}) . v_t, with v_t the direction of the step.
     """
@@ -91,17 +91,17 @@ def hypergradients(algorithm: FDS, tasks: Tasks, key: jax.Array) -> tuple[jax.Ar
     return grads[NAME], near
 
 
-def measure(given: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return exact and greedy hypergradients, [seeds, T], float64; of finite runs alone."""
-    algorithm, tasks = problem(given)
+def measure(options: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return exact and greedy hypergradients, [seeds, T], float64; of finite runs only."""
+    algorithm, tasks = problem(options)
 
     @jax.jit
     def all_of(tasks: Tasks, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         one = functools.partial(hypergradients, algorithm, tasks)
-        return jax.lax.map(one, keys, batch_size=given["chunk"])
+        return jax.lax.map(one, keys, batch_size=options["chunk"])
 
-    keys = jax.random.split(key_of(given["seed"]), given["seeds"])
-    exact, near = (np.asarray(found, np.float64) for found in all_of(tasks, keys))
+    keys = jax.random.split(key_of(options["seed"]), options["seeds"])
+    exact, near = (np.asarray(values, np.float64) for values in all_of(tasks, keys))
     finite = np.isfinite(exact + near).all(1)
     if not finite.all():
         print(f"{(~finite).sum()} of {len(exact)} runs exploded and are left out.")
@@ -133,9 +133,9 @@ def theorem(exact: np.ndarray, width: int) -> float:
 
 
 def correlation(exact: np.ndarray) -> float:
-    """Return c, the largest correlation between different steps; 0 where all are negative."""
-    found = np.corrcoef(exact.T)
-    return max(float(found[~np.eye(len(found), dtype=bool)].max()), 0.0)
+    """Return c, the largest correlation between different steps; 0 if all are negative."""
+    matrix = np.corrcoef(exact.T)
+    return max(float(matrix[~np.eye(len(matrix), dtype=bool)].max()), 0.0)
 
 
 def drift(exact: np.ndarray) -> float:
@@ -150,10 +150,10 @@ def rows(exact: np.ndarray, near: np.ndarray, widths: Sequence[int]) -> list[Row
             f"Only {len(exact)} runs are finite, and an error leaves one out and needs a variance "
             "of the others: 3 at least. Raise --seeds, or lower --lr if runs explode."
         )
-    found = [_row(str(width), exact, exact, width) for width in widths]
-    for row, width in zip(found, widths, strict=True):
+    table = [_row(str(width), exact, exact, width) for width in widths]
+    for row, width in zip(table, widths, strict=True):
         row["theorem"] = theorem(exact, width) / mse(exact, exact)
-    return [*found, {**_row(GREEDY, near, exact, 1), "theorem": float("nan")}]
+    return [*table, {**_row(GREEDY, near, exact, 1), "theorem": float("nan")}]
 
 
 def _row(name: str, estimates: np.ndarray, exact: np.ndarray, width: int) -> Row:
@@ -162,15 +162,15 @@ def _row(name: str, estimates: np.ndarray, exact: np.ndarray, width: int) -> Row
 
     seeds = range(len(exact))
     without = [ratio(np.delete(estimates, i, 0), np.delete(exact, i, 0)) for i in seeds]
-    found, part = mse(shared(estimates, width), exact), variance(shared(estimates, width))
+    error2, part = mse(shared(estimates, width), exact), variance(shared(estimates, width))
     first = mse(exact, exact)
     error = np.std(without) * (len(exact) - 1) ** 0.5
-    kept = {"W": name, "mse": found, "ratio": found / first, "error": float(error)}
-    return {**kept, "variance": part / first, "bias2": (found - part) / first}
+    row = {"W": name, "mse": error2, "ratio": error2 / first, "error": float(error)}
+    return {**row, "variance": part / first, "bias2": (error2 - part) / first}
 
 
 def summary(exact: np.ndarray, near: np.ndarray) -> str:
-    """Return what the numbers rest on, and which way greedy is biased."""
+    """Return the number of runs and the sign of the bias of greedy, as text."""
     truth, look = exact.mean(0), near.mean(0)
     error = (variance(exact) / len(exact)) ** 0.5
     lagged = np.corrcoef(exact.T).diagonal(1)
@@ -210,10 +210,10 @@ def draw(exact: np.ndarray, near: np.ndarray, rows: Sequence[Row], path: pathlib
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    kept, last = rows[:-1], rows[-1]
-    widths, measured = [int(row["W"]) for row in kept], [row["ratio"] for row in kept]
-    left.errorbar(widths, measured, [row["error"] for row in kept], marker="o", label="measured")
-    left.plot(widths, [row["theorem"] for row in kept], "--", label="theorem, at most")
+    windows, last = rows[:-1], rows[-1]
+    widths, measured = [int(row["W"]) for row in windows], [row["ratio"] for row in windows]
+    left.errorbar(widths, measured, [row["error"] for row in windows], marker="o", label="measured")
+    left.plot(widths, [row["theorem"] for row in windows], "--", label="theorem, at most")
     left.axhline(last["ratio"], color="C3", label=GREEDY)
     left.set(xlabel="W, steps in a window", ylabel="MSE_W / MSE_1", xscale="log", yscale="log")
     left.legend()
@@ -226,24 +226,24 @@ def draw(exact: np.ndarray, near: np.ndarray, rows: Sequence[Row], path: pathlib
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table and write everything down."""
-    given = _arguments(argv)
-    exact, near = measure(given)
-    found = rows(exact, near, [width for width in given["W"] if given["horizon"] % width == 0])
+    """Measure, print the table and write all files."""
+    options = _arguments(argv)
+    exact, near = measure(options)
+    table = rows(exact, near, [width for width in options["W"] if options["horizon"] % width == 0])
     machine = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
-    settings = f"{given['dataset']}, lr {given['lr']:g}, momentum {given['momentum']:g}"
-    text = f"{settings}, {machine}\n\n{summary(exact, near)}\n\n{markdown(found)}\n"
+    settings = f"{options['dataset']}, lr {options['lr']:g}, momentum {options['momentum']:g}"
+    text = f"{settings}, {machine}\n\n{summary(exact, near)}\n\n{markdown(table)}\n"
     print(text)
-    out = given["out"]
+    out = options["out"]
     out.mkdir(parents=True, exist_ok=True)
     (out / "noise.md").write_text(text)
     np.savez(out / "noise.npz", exact=exact, greedy=near)
     with (out / "noise.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, found[0])
+        writer = csv.DictWriter(file, table[0])
         writer.writeheader()
-        writer.writerows(found)
+        writer.writerows(table)
     if importlib.util.find_spec("matplotlib"):
-        draw(exact, near, found, out / "noise.png")
+        draw(exact, near, table, out / "noise.png")
 
 
 def _arguments(argv: Sequence[str] | None) -> dict[str, Any]:
@@ -262,9 +262,9 @@ def _arguments(argv: Sequence[str] | None) -> dict[str, Any]:
     parser.add_argument("--chunk", type=int, default=10, help="seeds at once")
     parser.add_argument("--seed", type=int, default=0, help="of all the seeds")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/noise"))
-    given = vars(parser.parse_args(argv))
-    given["seeds"] = given["seeds"] or (100 if given["dataset"] == "digits" else 10)
-    return given
+    options = vars(parser.parse_args(argv))
+    options["seeds"] = options["seeds"] or (100 if options["dataset"] == "digits" else 10)
+    return options
 
 
 if __name__ == "__main__":

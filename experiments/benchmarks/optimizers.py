@@ -10,14 +10,14 @@ three kinds of inner gradient:
     a zero     one entry of each leaf is exactly zero: a dead ReLU, a padded token
     all zero   every entry is: a task whose support is masked
 
-Each optimizer is tried as it is, with `eps_root=1e-8` where it takes that, and wrapped in
-`metalearn.optimizers.differentiable_at_zero`, in float32. A cell says "finite", or for which kinds
-the meta-gradient is not, or for which the update is not ("update"). The last column says in
-float64 whether the wrapped optimizer has the same values in every bit, and wherever they are finite
-the same derivatives, as far as the unwrapped one's are determined by rounding.
+Each optimizer is tested unchanged, with `eps_root=1e-8` if it has this argument, and wrapped in
+`metalearn.optimizers.differentiable_at_zero`, in float32. A cell is "finite", or the kinds for
+which the meta-gradient is not, or for which the update is not ("update"). The last column shows, in
+float64, whether the wrapped optimizer has bit-equal values, and equal derivatives up to rounding
+wherever they are finite.
 
-Optimizers that ask for the loss (`value`, `grad`, `value_fn`) are given it. Those with a while loop
-have no reverse mode, and are tried by forward mode.
+Optimizers that need the loss (`value`, `grad`, `value_fn`) receive it. Those with a while loop have
+no reverse mode, and are tested by forward mode.
 """
 
 from __future__ import annotations
@@ -47,10 +47,14 @@ Make = Callable[..., optax.GradientTransformation]
 
 
 class Row(NamedTuple):
-    """An optimizer to try."""
+    """An optimizer to test.
 
-    make: Make  # takes `eps_root` if the optimizer does
-    extra: tuple[str, ...] = ()  # what its update asks for
+    make: () -> optimizer; with the argument `eps_root` if the optimizer has it.
+    extra: the names of the extra arguments of its update.
+    """
+
+    make: Make
+    extra: tuple[str, ...] = ()
 
 
 def rated(make: Make, *args: Any, **kwargs: Any) -> Row:
@@ -59,7 +63,7 @@ def rated(make: Make, *args: Any, **kwargs: Any) -> Row:
 
 
 def scaling(make: Make, *args: Any, **kwargs: Any) -> Row:
-    """Return a transformation of gradients, and then a step along what it returns."""
+    """Return a transformation of gradients, followed by a step along its result."""
 
     @functools.wraps(make)
     def chained(**more: Any) -> optax.GradientTransformation:
@@ -148,8 +152,8 @@ def optimizers() -> dict[str, Row]:
     return rows | {f"contrib.{name}": row for name, row in named.items()}
 
 
-# Not tried. These have the derivative of what they are made of, or of a constant factor, or are
-# tried as a part (scale_by_muon takes matrices alone):
+# Not tested. These have the derivative of their parts, or of a constant factor, or are tested as a
+# part (scale_by_muon takes only matrices):
 MADE_OF_OTHERS = frozenset(
     "chain conditionally_mask conditionally_transform contrib.scale_by_muon flatten freeze "
     "inject_hyperparams inject_stateful_hyperparams masked measure_with_ema multi_transform "
@@ -172,7 +176,7 @@ def trained(
     optimizer: optax.GradientTransformation, extra: Sequence[str], params: Any, weights: Any
 ) -> Any:
     """Return the parameters after `STEPS` steps from `params`."""
-    told = optax.with_extra_args_support(optimizer)
+    extended = optax.with_extra_args_support(optimizer)
     target, factors = (
         jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), tree, params)
         for tree in (TARGET, weights)
@@ -185,56 +189,61 @@ def trained(
     def step(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
         params, state = carry
         value, grads = jax.value_and_grad(loss)(params)
-        given = {"value": value, "grad": grads, "value_fn": loss, "obj_fn": loss}
-        updates, moved = told.update(grads, state, params, **{name: given[name] for name in extra})
-        moved = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), moved, state)
-        return (optax.apply_updates(params, updates), moved), None
+        known = {"value": value, "grad": grads, "value_fn": loss, "obj_fn": loss}
+        arguments = {name: known[name] for name in extra}
+        updates, next_state = extended.update(grads, state, params, **arguments)
+        next_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), next_state, state)
+        return (optax.apply_updates(params, updates), next_state), None
 
-    state = jax.tree.map(jnp.asarray, told.init(params))
+    state = jax.tree.map(jnp.asarray, extended.init(params))
     return jax.lax.scan(step, (params, state), None, STEPS)[0][0]
 
 
 class Outcome(NamedTuple):
-    """What an optimizer makes of one kind of inner gradient."""
+    """The result of an optimizer for one kind of inner gradient.
 
-    params: np.ndarray  # after the last step, flat
-    slopes: np.ndarray  # d outer loss / d (first parameters, weights), flat
+    params: after the last step, flat.
+    slopes: d outer loss / d (first parameters, weights), flat.
+    """
+
+    params: np.ndarray
+    slopes: np.ndarray
 
 
 def outcomes(
     optimizer: optax.GradientTransformation, extra: Sequence[str], dtype: Any, forward: bool = False
 ) -> dict[str, Outcome]:
-    """Return what becomes of each kind of inner gradient, by reverse or forward mode."""
+    """Return the outcome for each kind of inner gradient, by reverse or forward mode."""
 
     def outer(params: Any, weights: Any) -> tuple[jax.Array, Any]:
         last = trained(optimizer, extra, params, weights)
         terms = jax.tree.map(lambda p: ((p - 1) ** 2).sum(), last)
         return jnp.stack(jax.tree.leaves(terms)).sum(), last
 
-    found = {}
+    results = {}
     differentiate = jax.jacfwd if forward else jax.jacrev
     differentiated = jax.jit(differentiate(outer, argnums=(0, 1), has_aux=True))
     for kind, weights in KINDS.items():
-        given = jax.tree.map(lambda x: jnp.asarray(x, dtype), (START, weights))
-        slopes, last = differentiated(*given)
-        found[kind] = Outcome(_flat(last), _flat(slopes))
-    return found
+        inputs = jax.tree.map(lambda x: jnp.asarray(x, dtype), (START, weights))
+        slopes, last = differentiated(*inputs)
+        results[kind] = Outcome(_flat(last), _flat(slopes))
+    return results
 
 
 def _flat(tree: Any) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def finite(found: Mapping[str, Outcome]) -> str:
+def finite(by_kind: Mapping[str, Outcome]) -> str:
     """Say for which kinds of inner gradient an update and its derivative are finite."""
     bad = {
-        kind: "update" if not np.isfinite(seen.params).all() else "derivative"
-        for kind, seen in found.items()
-        if not (np.isfinite(seen.params).all() and np.isfinite(seen.slopes).all())
+        kind: "update" if not np.isfinite(outcome.params).all() else "derivative"
+        for kind, outcome in by_kind.items()
+        if not (np.isfinite(outcome.params).all() and np.isfinite(outcome.slopes).all())
     }
     if not bad:
         return "finite"
-    if len(bad) == len(found) and set(bad.values()) == {"derivative"}:
+    if len(bad) == len(by_kind) and set(bad.values()) == {"derivative"}:
         return "NaN always"
     return "NaN: " + ", ".join(
         kind if what == "derivative" else f"{kind} (update)" for kind, what in bad.items()
@@ -242,7 +251,7 @@ def finite(found: Mapping[str, Outcome]) -> str:
 
 
 def same(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> str:
-    """Say whether values are the same to the bit, and derivatives where they are finite."""
+    """Say whether values are bit-equal, and derivatives equal where they are finite."""
     for kind, expected in theirs.items():
         if not np.array_equal(ours[kind].params, expected.params, equal_nan=True):
             return f"other values: {kind}"
@@ -257,7 +266,7 @@ COLUMNS = ("as it is", "eps_root=1e-8", "wrapped", "asks for", "wrapped against 
 
 
 def cells(row: Row) -> list[str]:
-    """Return what the table says of an optimizer."""
+    """Return the cells of an optimizer's row."""
     forward = not has_reverse_mode(row)
 
     def tried(optimizer: optax.GradientTransformation, dtype: Any) -> dict[str, Outcome]:
@@ -291,16 +300,16 @@ def has_reverse_mode(row: Row) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Try every optimizer and print a Markdown table."""
+    """Test every optimizer and print a Markdown table."""
     rows = optimizers()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", default=list(rows), choices=list(rows), metavar="NAME")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)
     jax.config.update("jax_disable_most_optimizations", True)  # small programs, compiled once
     print(f"optax {optax.__version__}, jax {jax.__version__}\n", flush=True)
     print(table("optimizer", COLUMNS, {}), flush=True)
-    for name in given.only:
+    for name in options.only:
         print(f"| `{name}` | {' | '.join(cells(rows[name]))} |", flush=True)
 
 

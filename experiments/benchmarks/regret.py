@@ -1,10 +1,10 @@
-"""Regret against cost, a line for each tuner: what `benchmarks.tuners` wrote, drawn.
+"""Pictures of the results of `benchmarks.tuners`: regret against cost, a line for each tuner.
 
     python -m metalearn.experiments.benchmarks.regret runs/tuners [--wandb auto]
 
-Regret is the test loss of what a tuner would have answered with at that cost, less the lowest
-of its box; the mean over seeds of those that had spent as much. Logarithmic axes; what diverged
-is drawn at the top. With --wandb, a W&B run shows the pictures.
+Regret is the test loss of the incumbent at a cost, minus the lowest of its box; the mean over the
+seeds that reached this cost. Logarithmic axes; diverged runs are drawn at the top. With --wandb, a
+W&B run shows the pictures.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def lines(rows: Sequence[dict[str, Any]], box: str) -> dict[str, tuple[np.ndarra
     """Return {tuner: (costs, mean regret)}; runs of one tuner at several budgets are one line."""
     ours = [row for row in rows if row["box"] == box]
     least = min(row["loss"] for row in ours)
-    found = {}
+    by_tuner = {}
     for name in dict.fromkeys(row["tuner"].strip() for row in ours):
         mine = [row for row in ours if row["tuner"].strip() == name]
         costs = np.array(sorted({row["spent"] for row in mine}))
         regrets = [[_at(mine, seed, cost) for cost in costs] for seed in _seeds(mine)]
-        found[name] = costs, np.clip(np.nanmean(np.array(regrets) - least, 0), FLOOR, TOP)
-    return found
+        by_tuner[name] = costs, np.clip(np.nanmean(np.array(regrets) - least, 0), FLOOR, TOP)
+    return by_tuner
 
 
 def draw(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -68,23 +68,23 @@ def _seeds(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _at(rows: Sequence[dict[str, Any]], seed: str, cost: float) -> float:
-    """Return the loss of the last answer of a seed that had cost no more; the first before it."""
+    """Return the loss of a seed's last incumbent up to a cost, or else of its first."""
     mine = sorted((r for r in rows if r["seed"] == seed), key=lambda row: row["spent"])
     before = [row for row in mine if row["spent"] <= cost] or mine[:1]
     return min(before[-1]["loss"], 1e3)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw, print what was written, and log it."""
+    """Draw, print the names of the files, and log them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=pathlib.Path, help="that `benchmarks.tuners` wrote")
     parser.add_argument("--wandb", choices=("auto", "online", "offline"), help="log them, too")
-    given = parser.parse_args(argv)
-    drawn = draw(given.folder)
+    options = parser.parse_args(argv)
+    drawn = draw(options.folder)
     print("\n".join(map(str, drawn)))
-    if given.wandb is None:
+    if options.wandb is None:
         return
-    logger = WandbLogger(mode=given.wandb, name="regret", directory=given.folder)
+    logger = WandbLogger(mode=options.wandb, name="regret", directory=options.folder)
     logger.start(0, {}, {})
     logger.show({path.stem: path for path in drawn})
     logger.finish()

@@ -1,4 +1,4 @@
-"""How many tasks per second the few-shot sampler makes, jitted and vmapped.
+"""Tasks per second of the few-shot sampler, jitted and vmapped.
 
     python -m metalearn.experiments.benchmarks.sampler
 

@@ -1,4 +1,4 @@
-"""FDS against other tuners: one training run, one budget, two kinds of box.
+"""FDS against other tuners: one training run, one budget, two kinds of ranges.
 
     python -m metalearn.experiments.benchmarks.tuners [--box raw log] [--seeds 5] [--out FOLDER]
 
@@ -10,15 +10,15 @@ training labels wrong: seven windows of the learning rate, momentum and weight d
     "log"   learning rate in [1e-4, 1] and weight decay in [1e-5, 0.1] by their logarithm,
             momentum in (0, 1) by its logit; all start in the middle
 
-Windows cost hypergradients nothing, in reverse or mixed flow, and black-box tuners a dimension
-each; so FDS learns all three hyperparameters in seven windows, and for comparison in the 7+1+1
-that the others tune. Greedy and online
-hypergradients answer with a value for each step.
+More windows do not increase the cost of hypergradients in reverse or mixed flow, and are one more
+dimension each for black-box tuners; so FDS learns all three hyperparameters in seven windows, and
+for comparison in the 7+1+1 windows of the other tuners. Greedy and online hypergradients return a
+value for each step.
 
-Cost is inner steps of plain training; "1x" is what ten hypergradients cost, by FLOPs. Tuners
-see validation data alone; a seed cuts the data into 1,300 and 497 for testing, makes the wrong
-labels and starts everything that is random. The score is the test loss of runs on all the training
-data with what was found, its mean over five of them; then mean and 95% interval (t) over seeds.
+Cost is in inner steps of plain training; "1x" is the cost of ten hypergradients, by FLOPs. Tuners
+use only validation data; a seed splits the data into 1,300 for training and 497 for testing, draws
+the wrong labels and all other random numbers. The score is the mean test loss of five runs on all
+the training data with the tuned hyperparameters; then mean and 95% interval (t) over seeds.
 """
 
 from __future__ import annotations
@@ -37,15 +37,14 @@ import numpy as np
 
 from metalearn.algorithms import FDS, Hyperparameter, sgd, weighted_cross_entropy
 from metalearn.datasets import HeldOut, Images, TrainingRuns, read_images, with_label_noise
-from metalearn.experiments.benchmarks.intervals import interval
+from metalearn.experiments.benchmarks.reporting import interval
 from metalearn.experiments.seeds import key_of
 from metalearn.experiments.tuners.black_box import BOHB, BayesianOptimization, Hyperband
 from metalearn.experiments.tuners.fds import Hypergradients
 from metalearn.experiments.tuners.fixed import Cosine, LearningRateFree
 from metalearn.experiments.tuners.online import Online
-from metalearn.experiments.tuners.problem import Problem
+from metalearn.experiments.tuners.problem import Incumbent, Tuner, TuningProblem
 from metalearn.experiments.tuners.random_search import RandomSearch
-from metalearn.experiments.tuners.tuner import Found, Tuner
 from metalearn.models import Linen, linen_networks, train_flag
 
 BOXES = {
@@ -91,24 +90,34 @@ TUNERS: dict[str, tuple[Tuner, float]] = {  # and their budgets
     "Mechanic, annealed": (LearningRateFree("mechanic", annealed=True), ALONE),
     "Prodigy, annealed": (LearningRateFree("prodigy", annealed=True), ALONE),
 }
-POINTS = 8  # of a tuner's way at which its incumbent is tested
-RUNS = 5  # on all the training data, of which a test loss is the mean
+POINTS = 8  # incumbents of a tuner that are tested
+RUNS = 5  # on all the training data, over which a test loss is averaged
 
 
 class Row(NamedTuple):
-    """A point on the way of a tuner, a line of the CSV file."""
+    """The incumbent of a tuner at one cost, a line of the CSV file.
+
+    box: the kind of ranges.
+    tuner: its name.
+    seed: of the problem and the tuner.
+    spent: the cost, in units of 1x.
+    seconds: so far, with compilation for the first seed.
+    loss: the test loss.
+    accuracy: on the test set.
+    last: whether it is the final incumbent.
+    """
 
     box: str
     tuner: str
     seed: int
-    spent: float  # in units of 1x
-    seconds: float  # of this machine, compilation included where it is the first seed
-    loss: float  # test
+    spent: float
+    seconds: float
+    loss: float
     accuracy: float
-    last: bool  # where the tuner ended
+    last: bool
 
 
-def problem(box: str, seed: int, horizon: int = 1000) -> Problem:
+def problem(box: str, seed: int, horizon: int = 1000) -> TuningProblem:
     """Return the tuning problem of a seed."""
     halves = [read_images("digits", split) for split in ("train", "test")]
     pixels, labels = (np.concatenate(pair) for pair in zip(*halves, strict=True))
@@ -116,7 +125,7 @@ def problem(box: str, seed: int, horizon: int = 1000) -> Problem:
     ours, theirs = (Images(pixels[rows], labels[rows]) for rows in (order[:1300], order[1300:]))
     noisy = with_label_noise(ours, 0.3, seed).labels
     runs = TrainingRuns.create(*ours, validation=400, training_targets=noisy)
-    return Problem(_fds(box, horizon), runs, HeldOut.create(ours.inputs, noisy, *theirs))
+    return TuningProblem(_fds(box, horizon), runs, HeldOut.create(ours.inputs, noisy, *theirs))
 
 
 @functools.cache
@@ -127,32 +136,32 @@ def _fds(box: str, horizon: int) -> FDS:
 
 
 def along(name: str, box: str, seed: int, unit: float, horizon: int = 1000) -> list[Row]:
-    """Run a tuner and test what it had found at a few points of its way."""
+    """Run a tuner and test its incumbents at a few costs."""
     tuner, budget = TUNERS[name]
     tuned, key = problem(box, seed, horizon), key_of(seed)
-    begun, found = time.perf_counter(), []
+    begun, incumbents = time.perf_counter(), []
     for point in tuner.tune(tuned, budget * unit, jax.random.fold_in(key, 0)):
         jax.block_until_ready(point.eta)
-        found.append((point, time.perf_counter() - begun))
-    picked = sorted({round(i) for i in np.geomspace(1, len(found), POINTS)})
+        incumbents.append((point, time.perf_counter() - begun))
+    picked = sorted({round(i) for i in np.geomspace(1, len(incumbents), POINTS)})
     rows = []
     for i in picked:
-        point, seconds = found[i - 1]
+        point, seconds = incumbents[i - 1]
         loss, accuracy = tested(tuned, point, jax.random.fold_in(key, 1))
-        last = i == len(found)
+        last = i == len(incumbents)
         rows.append(Row(box, name, seed, point.spent / unit, seconds, loss, accuracy, last))
     return rows
 
 
-def tested(tuned: Problem, found: Found, key: jax.Array) -> tuple[float, float]:
-    """Return the mean test loss and accuracy of runs with what was found."""
-    etas = jax.tree.map(lambda x: jnp.stack([x] * RUNS), found.eta)
-    score = tuned.tester(found.algorithm)(etas, jax.random.split(key, RUNS))
+def tested(tuned: TuningProblem, incumbent: Incumbent, key: jax.Array) -> tuple[float, float]:
+    """Return the mean test loss and accuracy of runs with an incumbent."""
+    etas = jax.tree.map(lambda x: jnp.stack([x] * RUNS), incumbent.eta)
+    score = tuned.tester(incumbent.algorithm)(etas, jax.random.split(key, RUNS))
     return float(score.loss.mean()), float(score.accuracy.mean())
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Return a Markdown table of where the tuners ended."""
+    """Return a Markdown table of the final incumbents."""
     lines = ["| box | tuner | cost | test loss | accuracy, % | seconds |", "|---" * 6 + "|"]
     for box, name in dict.fromkeys((row.box, row.tuner) for row in rows):
         ends = [row for row in rows if (row.box, row.tuner) == (box, name) and row.last]
@@ -174,22 +183,22 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--horizon", type=int, default=1000)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/tuners"))
-    given = parser.parse_args(argv)
-    given.out.mkdir(parents=True, exist_ok=True)
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    with (given.out / "tuners.csv").open("w", newline="") as file:
+    with (options.out / "tuners.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Row._fields)
-        for box in given.box:
-            price = problem(box, 0, given.horizon).charge(Hypergradients().engine)
-            for name in given.tuner:
-                for seed in range(given.seeds):
-                    new = along(name, box, seed, STEPS * price, given.horizon)
+        for box in options.box:
+            cost = problem(box, 0, options.horizon).charge(Hypergradients().engine)
+            for name in options.tuner:
+                for seed in range(options.seeds):
+                    new = along(name, box, seed, STEPS * cost, options.horizon)
                     writer.writerows(new)
                     file.flush()
                     rows += new
                 print(table(rows)[-1], flush=True)
-            print(f"1x: {STEPS} hypergradients, {STEPS * price / given.horizon:.1f} plain runs")
+            print(f"1x: {STEPS} hypergradients, {STEPS * cost / options.horizon:.1f} plain runs")
     print("\n".join(table(rows)))
     return rows
 
