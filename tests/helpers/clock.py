@@ -1,6 +1,7 @@
 """An outer loop that costs nothing: eta counts its steps."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -63,6 +64,7 @@ TASKS = Sinusoid(shots=2, queries=3)
 KEY = jax.random.key(0)
 
 
+@functools.cache  # and with a trainer its compiled step
 def clock(**options):
     return Trainer(Clock(**options), Reverse(), optax.sgd(1.0), tasks_per_step=2)
 

@@ -1,6 +1,7 @@
 """What a run does when something goes wrong on the way."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -18,6 +19,7 @@ from metalearn.loggers import JsonlLogger
 from metalearn.models import Functions
 from metalearn.training.faults import DivergedError, NonFiniteError
 from tests.helpers.clock import Heard, clock, fit, steps_of
+from tests.helpers.selection import quick
 
 KEY = jax.random.key(0)
 
@@ -56,6 +58,7 @@ class Bowl(Algorithm):
         return Unroll(lambda eta: eta, lambda eta, state, batch, grad: state, loss)
 
 
+@functools.cache
 def bowl():
     return Trainer(Bowl(), Reverse(), optax.sgd(1.0), tasks_per_step=1)
 
@@ -152,13 +155,13 @@ def test_with_pass_the_outer_optimizer_sees_what_is_not_finite():
     assert [math.isfinite(metrics["loss"]) for _, metrics in heard.rows] == [True, False, False]
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("chunk", quick([None, 2], lambda chunk: chunk is None))
 def test_tasks_that_are_not_finite_are_left_out_of_the_mean_and_counted(chunk, x64):
     trainer = Trainer(line(0.01), Reverse(), optax.sgd(1.0), tasks_per_step=8, isolate=True)
     trainer = dataclasses.replace(trainer, chunk=chunk)
     tasks, start = Poisoned(), trainer.init(KEY)
     end, metrics = trainer.step(start, tasks)
-    of_each = jax.vmap(lambda key: trainer.task_gradient(start.eta, tasks, key))
+    of_each = jax.jit(jax.vmap(lambda key: trainer.task_gradient(start.eta, tasks, key)))
     grads, seen = of_each(trainer.task_keys(start))
     fine = np.isfinite(seen["loss"])
     assert 0 < fine.sum() < 8

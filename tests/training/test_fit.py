@@ -18,6 +18,7 @@ from metalearn.loggers import JsonlLogger
 from metalearn.models import Functions
 from metalearn.training.faults import NonFiniteError
 from tests.helpers.clock import KEY, TASKS, Heard, clock, fit, steps_of
+from tests.helpers.selection import quick
 
 
 def test_metrics_are_logged_every_log_every_steps_and_at_the_last_one():
@@ -54,7 +55,8 @@ def test_evaluation_reports_a_mean_with_its_interval_over_the_same_tasks_every_t
     assert first["eval/size"] == second["eval/size"]
     np.testing.assert_allclose(first["eval/loss"] - second["eval/loss"], 1.0, rtol=1e-5)
     # The loss differs between tasks by the mean of three points of a wave.
-    means = jax.vmap(lambda key: TASKS.sample(key).query[1].mean())(jax.random.split(KEY, 400))
+    mean = jax.jit(jax.vmap(lambda key: TASKS.sample(key).query[1].mean()))
+    means = mean(jax.random.split(KEY, 400))
     expected = 1.96 * np.std(means, ddof=1) / math.sqrt(400)
     np.testing.assert_allclose(first["eval/loss_ci95"], expected, rtol=0.2)
     assert first["eval/clock_ci95"] == 0.0
@@ -66,7 +68,7 @@ def test_nothing_is_evaluated_unless_asked_for():
     assert steps_of(heard.rows, "eval/loss") == []
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("broken", quick([math.nan, math.inf], math.isnan))
 def test_an_outer_loss_that_is_not_finite_stops_training_and_keeps_what_was_logged(
     broken, tmp_path
 ):
@@ -111,6 +113,7 @@ def maml_by_adam(eps_root):
     return Trainer(MAML(model, squared_error, inner, inner_steps=2), Reverse(), tasks_per_step=2)
 
 
+@pytest.mark.slow  # diagnostics/test_health.py has both halves in `make test`
 def test_inner_adam_with_a_zero_gradient_is_caught_and_eps_root_mends_it():
     with pytest.raises(NonFiniteError, match="^`meta_grad_norm` became nan at outer step 1"):
         fit(maml_by_adam(eps_root=0.0), 2)

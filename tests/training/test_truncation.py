@@ -1,6 +1,7 @@
 """Truncated training: inner runs that go on from one outer step to the next."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,7 @@ class Descent(Algorithm):
         return jax.random.uniform(key, (self.steps,))
 
 
+@functools.cache  # and with a trainer its compiled step
 def trainer(truncation, **options):
     options = {"optimizer": optax.sgd(0.01), "tasks_per_step": 4, **options}
     return Trainer(Descent(), options.pop("engine", Reverse()), truncation=truncation, **options)
@@ -113,7 +115,11 @@ def run(trainer, steps, tasks=Bowls()):
     return seen
 
 
-@pytest.mark.parametrize("engine", [Reverse(), Forward(), MixedFlow()], ids=str)
+# The other two are quick in the pairs of `test_every_algorithm_runs_in_truncations...`.
+WHOLE = quick([Reverse(), Forward(), MixedFlow()], lambda engine: engine == Forward())
+
+
+@pytest.mark.parametrize("engine", WHOLE, ids=str)
 def test_a_truncation_as_long_as_the_horizon_is_a_whole_unroll(engine):
     whole = run(trainer(None, engine=engine), 3)
     cut = run(trainer(Truncation(T), engine=engine), 3)
@@ -130,13 +136,15 @@ def test_inner_runs_go_on_to_where_a_whole_unroll_ends_and_then_begin_anew():
     start = still.init(KEY, Bowls())
     keys = still.task_keys(start)
 
+    @jax.jit
+    @jax.vmap
     def ends(key):
         sample_key, unroll_key, batch_key, _ = jax.random.split(key, 4)
         episode = Bowls().sample(sample_key)
         unroll = Descent().unroll(episode, unroll_key)
         return rollout(unroll, start.eta, Descent().batches(episode, batch_key))[1].state
 
-    expected = jax.vmap(ends)(keys)
+    expected = ends(keys)
     carried = seen[3][0].inner
     np.testing.assert_allclose(carried.state["theta"], expected["theta"], rtol=1e-12)
     assert (jax.random.key_data(carried.state["key"]) == jax.random.key_data(expected["key"])).all()
@@ -159,7 +167,7 @@ def test_the_meta_gradient_is_that_of_the_steps_taken_with_the_past_a_constant()
             state = unroll.step(eta, state, batch, jax.grad)
         return unroll.loss(eta, state)[0]
 
-    loss, grads = jax.value_and_grad(outer)(before.eta)
+    loss, grads = jax.jit(jax.value_and_grad(outer))(before.eta)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-12)
     np.testing.assert_allclose(flat(after.eta), flat(before.eta) - 0.01 * flat(grads), rtol=1e-12)
     assert (grads["start"] == 0).all()  # where the run began is past
@@ -170,7 +178,7 @@ def test_the_start_of_a_run_is_learned_in_its_first_truncation():
     assert (flat(after.eta) != flat(trainer(together(3)).init(KEY, Bowls()).eta)).all()
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("chunk", quick([1, 2], lambda chunk: chunk == 2))
 def test_truncations_in_chunks_are_the_same(chunk):
     expected = run(trainer(Truncation(3)), 5)[-1]
     state, metrics = run(trainer(Truncation(3), chunk=chunk), 5)[-1]
@@ -211,16 +219,18 @@ def test_a_task_that_is_not_finite_is_left_out_counted_and_replaced():
     finite = np.isfinite(np.asarray(state.inner.state["theta"])).all(1)
     assert 0 < metrics["tasks_reset"] == (~finite).sum() < 8
     assert all(np.isfinite(value) for value in metrics.values())
+
     # The others count as if they had been alone,
-    grads, losses = [], []
-    for key in made.task_keys(start)[finite]:
+    @jax.jit
+    def alone(key):
         sample_key, unroll_key, batch_key, _ = jax.random.split(key, 4)
         episode = tasks.sample(sample_key)
         unroll = Descent().unroll(episode, unroll_key)
         batches = Descent().batches(episode, batch_key)[:3]
-        (loss, _), grad = Reverse().value_and_grad(unroll, start.eta, batches)
-        grads.append(flat(grad))
-        losses.append(loss)
+        return Reverse().value_and_grad(unroll, start.eta, batches)
+
+    found = [alone(key) for key in made.task_keys(start)[finite]]
+    grads, losses = [flat(grad) for _, grad in found], [loss for (loss, _), _ in found]
     np.testing.assert_allclose(flat(state.eta), flat(start.eta) - 0.01 * np.mean(grads, 0))
     np.testing.assert_allclose(metrics["loss"], np.mean(losses))
     # go on, and new tasks begin in the place of those that broke.
@@ -234,7 +244,8 @@ def test_a_task_that_is_not_finite_is_left_out_counted_and_replaced():
 
 def test_a_step_in_which_no_task_is_finite_says_so_and_leaves_eta_alone():
     made, tasks = trainer(together(3), tasks_per_step=1), Bowls(broken=True)
-    starts = [made.init(key, tasks) for key in jax.random.split(KEY, 20)]
+    init = jax.jit(made.init)
+    starts = [init(key, tasks) for key in jax.random.split(KEY, 20)]
     steps = [(start, *made.step(start, tasks)) for start in starts]
     broken = [step for step in steps if step[2]["tasks_reset"] == 1]
     assert broken
@@ -277,7 +288,11 @@ class Sick(Descent):
         return unroll._replace(loss=lambda eta, state: (eta["start"].sum(), {"worst": jnp.inf}))
 
 
-@pytest.mark.parametrize("problem", ["supervised", "quadratic", "fds"])
+# The cheapest problem is quick.
+PROBLEMS = quick(["supervised", "quadratic", "fds"], lambda problem: problem == "quadratic")
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_a_truncation_costs_what_its_own_steps_cost_whatever_the_horizon(problem):
     def temporaries(horizon):
         algorithm, tasks = long_run(problem, horizon)
@@ -307,15 +322,17 @@ def test_a_truncation_reads_what_the_whole_run_reads_there():
     for problem in ("supervised", "quadratic", "fds"):
         algorithm, tasks = long_run(problem, 40)
         episode = tasks.sample(KEY)
-        whole = algorithm.batches(episode, KEY)
-        part = algorithm.batches_at(episode, KEY, jnp.arange(7, 17))
+        whole = jax.jit(algorithm.batches)(episode, KEY)
+        part = jax.jit(algorithm.batches_at)(episode, KEY, jnp.arange(7, 17))
         for a, b in zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True):
             if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
                 a, b = jax.random.key_data(a), jax.random.key_data(b)
             np.testing.assert_array_equal(a, b[7:17])
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    "dtype", quick([jnp.bfloat16, jnp.float32], lambda dtype: dtype is jnp.bfloat16)
+)
 def test_a_truncated_step_keeps_the_dtypes_of_its_state(dtype):
     narrow = dataclasses.replace(trainer(together(3)), algorithm=Narrow(dtype=dtype))
     narrow = dataclasses.replace(narrow, optimizer=optax.adam(0.01))
@@ -346,11 +363,11 @@ class Narrow(Descent):
         )
 
 
-# Each algorithm once in `make test`, and each engine; the other pairs are slow.
+# Two pairs in `make test`: inner runs of one state, and of many batches.
 LEARNERS = ("MAML-adam", "LearningRates", "token-weights", "FDS", "LearnedOptimizer")
 PAIRS = quick(
     [(name, engine) for name in LEARNERS for engine in ("Reverse-nested", "Forward", "MixedFlow")],
-    lambda name, engine: engine == "MixedFlow" or name == "MAML-adam",
+    lambda *pair: pair in [("MAML-adam", "Reverse-nested"), ("LearningRates", "MixedFlow")],
 )
 
 
@@ -367,7 +384,9 @@ def test_every_algorithm_runs_in_truncations_under_every_engine(name, engine):
     assert metrics["tasks_reset"] == 0 and (ours.inner.step == 2).all()
 
 
-@pytest.mark.parametrize("engine", [ES(), PES()], ids=["ES", "PES"])
+@pytest.mark.parametrize(
+    "engine", quick([ES(), PES()], lambda engine: isinstance(engine, PES)), ids=["ES", "PES"]
+)
 def test_estimators_carry_their_particles_on_and_begin_anew_with_the_task(engine):
     made = trainer(together(3), engine=engine, optimizer=optax.sgd(0.0))
     seen = run(made, 5)
