@@ -1,6 +1,7 @@
 """What each engine would cost, which one is chosen, and what fits where none does."""
 
 import dataclasses
+import functools
 import os
 
 import jax
@@ -21,6 +22,7 @@ from metalearn.algorithms import (
 )
 from metalearn.cost import Cost, cost
 from metalearn.engines import MetaGradient
+from metalearn.planning import plan as planning
 from metalearn.planning.plan import CANDIDATES, BudgetError, Plan, plan
 from metalearn.planning.step_cost import Candidate, Row, StepCosts
 from tests.cases import ENGINES, MODELS, TASKS
@@ -29,6 +31,14 @@ WAVES = TASKS["Sinusoid"]
 ADAPTATION = MAML(MODELS["Functions"], squared_error, optax.sgd(0.05), inner_steps=4)
 TRAINER = Trainer(ADAPTATION, Reverse(), tasks_per_step=4)
 TWO = (Candidate(Reverse()), Candidate(Reverse(remat="step")))
+KNOWN: dict[str, Cost] = {}  # by program: each is compiled once for all tests
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "StepCosts", functools.partial(planning.StepCosts, known=KNOWN))
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +65,7 @@ def peak(trainer, chunk=None, **algorithm):
     """Return the memory of an outer step."""
     changed = dataclasses.replace(trainer.algorithm, **algorithm)
     trainer = dataclasses.replace(trainer, algorithm=changed, chunk=chunk)
-    return cost(trainer.step, trainer.init(jax.random.key(0)), WAVES).peak
+    return cost(trainer.step, trainer.shapes(WAVES), WAVES, known=KNOWN).peak
 
 
 # What is chosen.
