@@ -23,6 +23,7 @@ def test_the_engines_benchmark_writes_a_table_a_csv_and_a_picture(tmp_path, caps
     assert (tmp_path / "engines.md").read_text() in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_engine_that_refuses_a_task_is_left_out_and_says_why(tmp_path, capsys):
     sizes = ["--batch", "2", "--length", "4", "--layers", "1", "--width", "8", "--task", "weights"]
     names = ["MixedFlow()", "MixedFlow(inexact_reconstruct)"]

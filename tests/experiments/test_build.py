@@ -65,17 +65,15 @@ def takes_a_step(config):
     return trainer, data, after
 
 
-QUICK = ("fds_digits", "maml_digits", "maml_omniglot", "maml_sinusoid")
-
-
-@pytest.mark.parametrize("name", quick(arguments.packaged(), lambda name: name in QUICK))
+# Digits take a step below, and test_pictures.py trains FDS.
+@pytest.mark.parametrize("name", quick(arguments.packaged(), lambda name: name == "maml_sinusoid"))
 def test_a_packaged_config_builds_and_takes_a_step(name):
     config = small(name)
     skip_without(config.dataset.name, config.dataset.get("tfds"))
     takes_a_step(config)
 
 
-@pytest.mark.parametrize("library", build.LIBRARIES)
+@pytest.mark.parametrize("library", quick(build.LIBRARIES, lambda library: library == "linen"))
 def test_digits_train_and_evaluate_with_every_model_library(library):
     config = small("maml_digits", **{"model.library": library, "engine": "reverse"})
     trainer, data, state = takes_a_step(config)

@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,11 +15,14 @@ import pytest
 from metalearn.experiments import build
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.main import COMMANDS
+from metalearn.loggers import JsonlLogger
 from tests.helpers.command_line import SINUSOID, call
+from tests.helpers.selection import quick
 
 # ml-collections loads config files in a way that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 
+RUN = (*SINUSOID, "--noprogress", "--config.checkpoint_best=min eval/loss")
 DIGITS = ("train", "--config=maml_digits", "--config.wandb.mode=disabled")
 
 
@@ -37,7 +42,7 @@ def process(*words: object, **env: str) -> subprocess.CompletedProcess:
 def finished(tmp_path_factory) -> pathlib.Path:
     """The workdir of a run of two steps."""
     workdir = tmp_path_factory.mktemp("runs") / "sinusoid"
-    assert call(*SINUSOID, "--noprogress", f"--workdir={workdir}") == 0
+    assert call(*RUN, f"--workdir={workdir}") == 0
     return workdir
 
 
@@ -193,6 +198,7 @@ def test_a_config_file_of_ones_own_is_read_and_overridden(tmp_path):
     options = [word for word in SINUSOID if not word.startswith(("train", "--config="))]
     workdir = tmp_path / "run"
     words = (f"--config={mine}:7", *options, "--config.model.hidden=(3, 5)", "--noprogress")
+    words = (*words, "--config.eval_every=0")
     assert call("train", *words, f"--workdir={workdir}") == 0
     (record,) = (workdir / "checkpoints").glob("2/record/metadata")
     config = json.loads(record.read_text())["config"]
@@ -236,7 +242,7 @@ def test_a_finished_run_says_so_and_only_evaluates(finished, capsys):
     before = [(finished / name).read_bytes() for name in files]
     checkpoint = finished / "checkpoints" / "2"
     written = checkpoint.stat().st_mtime_ns
-    assert call(*SINUSOID, f"--workdir={finished}") == 0
+    assert call(*RUN, f"--workdir={finished}") == 0
     shown = capsys.readouterr()
     expected = f"The run in {finished} has taken its 2 outer steps: evaluating it.\n"
     assert shown.out.startswith(expected) and "eval/loss" not in shown.out
@@ -245,15 +251,16 @@ def test_a_finished_run_says_so_and_only_evaluates(finished, capsys):
 
 
 def test_another_config_in_the_workdir_of_a_run_is_refused_with_the_difference(refused, finished):
-    message = refused(*SINUSOID, f"--workdir={finished}", "--config.seed=1")
+    message = refused(*RUN, f"--workdir={finished}", "--config.seed=1")
     assert message.startswith(f"The run in {finished / 'checkpoints'} was started with another ")
     assert "\n  config.seed: 0 -> 1\n" in message
 
 
-def test_a_run_is_trained_for_longer_and_judged_by_its_best_where_asked(refused, tmp_path, capsys):
-    best = "--config.checkpoint_best=min eval/loss"
-    words = (*SINUSOID, "--noprogress", f"--workdir={tmp_path}", best)
-    assert call(*words) == 0
+def test_a_run_is_trained_for_longer_and_judged_by_its_best_where_asked(
+    finished, refused, tmp_path, capsys
+):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    words = (*RUN, f"--workdir={tmp_path}")
     capsys.readouterr()
     assert refused(*words, "--config.steps=3").count("\n  config.") == 1
     assert call(*words, "--config.steps=3", "--allow-config-change") == 0
@@ -264,6 +271,23 @@ def test_a_run_is_trained_for_longer_and_judged_by_its_best_where_asked(refused,
     assert call("eval", f"--workdir={tmp_path}", "--tasks=4", "--best") == 0
     lowest = min(losses, key=losses.get)
     assert capsys.readouterr().out.startswith(f"{tmp_path}, outer step {lowest}, on test tasks:")
+
+
+@pytest.mark.parametrize(
+    "number", quick([signal.SIGTERM, signal.SIGINT], lambda number: number == signal.SIGTERM)
+)
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(number, tmp_path, monkeypatch, capsys):
+    words = (*SINUSOID, "--noprogress", f"--workdir={tmp_path}", "--config.eval_every=0")
+    words = (*words, "--config.steps=5")
+    signals = iter([number])  # a second one would end this process
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonlLogger, "log", lambda *_: [signal.raise_signal(n) for n in signals])
+        assert call(*words) == 75
+    said = rf"{number.name} after outer step [1-4] of 5\. It is saved, and the same command goes on"
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "test.json").exists()
+    assert call(*words) == 0
+    assert (tmp_path / "test.json").exists()
 
 
 def test_a_best_that_nothing_judges_is_refused(refused, tmp_path):
@@ -312,7 +336,7 @@ def test_help_is_given_wherever_it_is_asked_for(capsys):
 
 
 def test_engine_options_are_set_from_the_command_line(refused, tmp_path):
-    words = (*SINUSOID, f"--workdir={tmp_path}", "--noprogress")
+    words = (*SINUSOID, f"--workdir={tmp_path}", "--noprogress", "--config.eval_every=0")
     message = refused(*words, "--config.engine_options.chunk=2")
     assert call(*words, "--config.engine_options.remat=step") == 0
     known = ["remat", "segment", "budget", "peel"]

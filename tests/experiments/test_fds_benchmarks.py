@@ -20,6 +20,7 @@ def cells(text, first):
     return {name: [float(cell.replace(",", "")) for cell in found] for name, *found in rows}
 
 
+@pytest.mark.slow
 def test_memory_and_flops_of_the_engines_make_tables(capsys):
     horizons.main(["--T", "100"])
     text = capsys.readouterr().out
@@ -35,6 +36,7 @@ def test_memory_and_flops_of_the_engines_make_tables(capsys):
     assert memory['MixedFlow("segments")'] < memory['MixedFlow("nested")']
 
 
+@pytest.mark.slow  # engines/test_engines.py has the memory of `Forward` in `make test`
 def test_forward_mode_holds_no_more_at_a_longer_horizon_but_for_the_indices():
     algorithm, tasks = horizons.problem()
     short, long = (algorithm.stretched(horizon) for horizon in (100, 1000))

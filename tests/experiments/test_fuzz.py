@@ -52,7 +52,7 @@ def test_every_field_of_a_config_is_set_to_something_else(name):
 
 
 def test_a_changed_config_runs_or_is_refused_in_our_words(tmp_path):
-    outcomes = fuzz(15, tmp_path, CHEAP)
+    outcomes = fuzz(8, tmp_path, CHEAP)
     assert outcomes["refused"] and outcomes["traced"] + outcomes["stepped"]
 
 

@@ -14,6 +14,7 @@ from metalearn.experiments.cli import arguments
 from metalearn.experiments.commands import run
 from metalearn.experiments.training_runs import kept
 from metalearn.trainer import EVALUATION
+from tests.helpers.selection import quick
 from tests.helpers.small_configs import skip_without, small
 
 KEY = jax.random.key(0)
@@ -106,7 +107,11 @@ def _letters(tasks):
     return {chr(i) for x in (episode.support.inputs, episode.query.inputs) for i in np.ravel(x)}
 
 
-@pytest.mark.parametrize("name", arguments.packaged())
+# The largest datasets are slow to read.
+LARGE = ("fds_fashion_mnist", "maml_omniglot")
+
+
+@pytest.mark.parametrize("name", quick(arguments.packaged(), lambda name: name not in LARGE))
 def test_a_packaged_config_validates_on_other_tasks_than_it_trains_on(name):
     config = small(name)
     skip_without(config.dataset.name, config.dataset.get("tfds"))

@@ -70,6 +70,7 @@ def test_a_constant_schedule_begins_with_the_first_window():
     assert (single.windows, single.start) == (1, 0.1)
 
 
+@pytest.mark.slow
 def test_windows_of_every_hyperparameter_cost_a_hypergradient_nothing():
     tuned = slow_start()
     price = tuned.charge(MixedFlow("nested"))

@@ -26,7 +26,7 @@ def workdir(tmp_path_factory):
     config.algorithm.rule.hidden = (2,)
     config.dataset.most, config.dataset.validation = 40, 10
     config.steps, config.tasks_per_step, config.test_tasks = 2, 2, 2
-    config.wandb.mode = "offline"
+    config.wandb.mode, config.health = "offline", False
     run.train(config, workdir, progress=False)
     return workdir
 
@@ -102,7 +102,8 @@ def test_an_export_of_a_run_that_learned_no_optimizer_is_refused(tmp_path, capsy
 
     config = maml_sinusoid.get_config()
     config.steps, config.tasks_per_step, config.test_tasks = 1, 1, 2
-    config.wandb.mode = "disabled"
+    config.model.hidden, config.engine, config.eval_every = (3,), "reverse", 0
+    config.wandb.mode, config.health = "disabled", False
     run.train(config, tmp_path / "run", progress=False)
     assert main.main(["metalearn", "export", f"--workdir={tmp_path / 'run'}"]) == 2
     assert (

@@ -32,6 +32,7 @@ def config():
     config = fds_digits.get_config()
     config.algorithm.inner_steps, config.model.hidden = HORIZON, (4,)
     config.algorithm.hyperparameters.learning_rate.windows = 3
+    config.engine, config.engine_options.remat = "forward", ""  # five directions
     config.health, config.wandb.mode = False, "offline"
     config.steps, config.test_tasks = 2, 1
     return config
@@ -65,8 +66,7 @@ def test_a_run_draws_what_its_config_names_and_logs_it(workdir):
 
 
 def test_tangents_are_those_of_the_hypergradient_of_the_next_outer_step(workdir, found):
-    forward = dataclasses.replace(found.trainer, engine=Forward())
-    _, metrics = forward.step(found.state, found.splits.train)
+    _, metrics = found.trainer.step(found.state, found.splits.train)
     lines = tangents.norms(found.trainer, found.state, found.splits.train)
     rates = [f"learning_rate/{window}" for window in range(3)]
     assert sorted(lines) == sorted([*rates, "momentum/0", "weight_decay/0"])
@@ -153,14 +153,17 @@ def test_what_cannot_be_drawn_fails_no_run_and_says_why(workdir, found, monkeypa
     assert "The schedules are not drawn: division by zero" in capsys.readouterr().out
 
 
-def test_tangents_of_outer_steps_in_segments_wait_for_the_command(
-    workdir, found, monkeypatch, capsys
-):
+def test_tangents_of_outer_steps_in_segments_wait_for_the_command(workdir, found, capsys):
     cut = dataclasses.replace(found.trainer, engine=Forward(), segment=5)
     run._show(["tangents"], workdir, cut, found.state, found.splits, [])
     assert f"in one program of one process: `metalearn draw --workdir={workdir}`" in (
         capsys.readouterr().out
     )
+
+
+@pytest.mark.slow
+def test_the_command_draws_tangents_of_outer_steps_in_segments(workdir, found, monkeypatch, capsys):
+    cut = dataclasses.replace(found.trainer, engine=Forward(), segment=5)
     monkeypatch.setattr(run, "restore", lambda workdir: found._replace(trainer=cut))
     run.draw(workdir)
     assert str(workdir / "pictures" / "tangents.png") in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """`metalearn plan`, and training with `engine="auto"`: what is typed, what comes back."""
 
 import contextlib
+import functools
 import io
 import json
 import shutil
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:Depreca
 
 SMALL = (
     *("--config=maml_sinusoid", "--config.model.hidden=(3,)", "--config.tasks_per_step=2"),
-    "--config.algorithm.inner_steps=2",
+    *("--config.algorithm.inner_steps=2", "--config.health=False"),
 )
 PLAN = ("plan", *SMALL)
 AUTO = (
@@ -33,9 +34,13 @@ ENGINES = (Reverse(), Forward(), MixedFlow(micro_batches=4))
 
 @pytest.fixture(scope="module", autouse=True)
 def fewer_candidates():
-    """Plan with an engine that is chosen, one that is not and one that refuses: seconds less."""
+    """Plan with an engine that is chosen, one that is not and one that refuses: seconds less.
+
+    Programs that are equal are compiled once for all tests.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "CANDIDATES", tuple(map(plan.Candidate, ENGINES)))
+        patch.setattr(plan, "StepCosts", functools.partial(plan.StepCosts, known={}))
         yield
 
 

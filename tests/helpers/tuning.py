@@ -7,17 +7,17 @@ import jax.numpy as jnp
 
 from metalearn.algorithms import FDS, Hyperparameter, cross_entropy, sgd
 from metalearn.datasets import HeldOut, TrainingRuns, read_images
-from metalearn.experiments.tuners.problem import Problem
+from metalearn.experiments.tuners.problem import TuningProblem
 from metalearn.models import Functions
 
 T = 12
 KEY = jax.random.key(0)
 
 
-class Compiled(Problem):
+class Compiled(TuningProblem):
     """A problem that compiles each of its programs once for all tests."""
 
-    validator = functools.cache(Problem.validator)
+    validator = functools.cache(TuningProblem.validator)
 
 
 def network():
