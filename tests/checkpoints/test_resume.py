@@ -24,6 +24,7 @@ COMMAND = (
     *("--config.eval_every=40", "--config.eval_tasks=4", "--config.test_tasks=8"),
     *("--config.model.filters=2", "--config.model.blocks=1", "--config.tasks_per_step=2"),
     *("--config.dataset.eval_queries=2", "--config.engine=reverse", "--config.wandb.mode=disabled"),
+    "--config.health=False",
 )
 
 
@@ -100,7 +101,14 @@ def same_in_the_end(one: pathlib.Path, other: pathlib.Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_a_run_that_is_killed_and_asked_to_stop_resumes_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param((), id="killed"),  # experiments/test_cli.py has a signal in `make test`
+        pytest.param((signal.SIGTERM, signal.SIGINT), id="and stopped", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_killed_and_asked_to_stop_resumes_to_the_same_bits(stops, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start(killed)
     kill_beyond_a_checkpoint(process, killed)
@@ -109,7 +117,7 @@ def test_a_run_that_is_killed_and_asked_to_stop_resumes_to_the_same_bits(tmp_pat
     assert not (killed / "test.json").exists()
 
     other = start(whole)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stops:
         said = stop(start(killed), killed, number)
         name, stopped_at = signal.Signals(number).name, checkpoints_in(killed)[-1]
         last = f"{name} after outer step {stopped_at} of {STEPS}. It is saved, and the same command"
