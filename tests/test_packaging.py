@@ -124,6 +124,7 @@ def install(wheel, folder):
     return python
 
 
+@pytest.mark.slow
 def test_wheel_holds_one_package_and_trains_a_step_outside_the_checkout(tmp_path):
     wheel = build_wheel(tmp_path)
     names = zipfile.ZipFile(wheel).namelist()

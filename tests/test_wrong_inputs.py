@@ -624,7 +624,10 @@ class Own(Tasks):
         return Episode((inputs, self.labels), (inputs, self.labels))
 
 
-@pytest.mark.parametrize(("labels", "found"), [([0, 3], "0 to 3"), ([-1, 2], "-1 to 2")])
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [([0, 3], "0 to 3"), pytest.param([-1, 2], "-1 to 2", marks=pytest.mark.slow)],
+)
 def test_labels_nobody_knows_of_are_not_blamed_on_the_learning_rate(labels, found):
     tasks = Own(jnp.asarray(labels))
     algorithm = MAML(linear(3))
