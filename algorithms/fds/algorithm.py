@@ -39,9 +39,16 @@ from metalearn.algorithms.epochs import check_reads, epochs, read_rows
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter, check_required, place
 from metalearn.algorithms.fds.schedule import Schedule, edges, spread, stretched, window_of
 from metalearn.algorithms.objectives import cross_entropy
+from metalearn.engines.inner_loop import depends
 from metalearn.model import Model, no_model
 from metalearn.optimizers.differentiable import differentiable_at_zero
-from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
+from metalearn.optimizers.updates import (
+    evaluate,
+    evaluation_params,
+    interpolations,
+    start,
+    update,
+)
 from metalearn.unroll import Batch, Episode, Eta, GradFn, Metrics, ModelTraining, Unroll
 
 MOST_SHOWN = 16  # windows; the values of more are one metric, their mean
@@ -118,6 +125,7 @@ class FDS(Algorithm):
         def init(eta: Eta) -> ModelTraining:
             params, statistics = self.model.init(model_key)
             optimizer = self._optimizer(self.values(eta, 0))
+            self._check_interpolations(self.values(eta, 0)["optimizer"], params)
             return ModelTraining(params, start(optimizer, params), statistics)
 
         def step(eta: Eta, state: ModelTraining, batch: Batch, grad: GradFn) -> ModelTraining:
@@ -228,6 +236,26 @@ class FDS(Algorithm):
                 f"{name!r} has {windows} windows here, but {len(eta[name])} in eta. An eta goes "
                 "with the windows it was learned for; `spread` turns it into that of `unshared()`."
             )
+
+    def _check_interpolations(self, values: dict[str, jax.Array], params: Any) -> None:
+        """Refuse a schedule for the b1 of schedule-free optimizers, which is one for a run.
+
+        The average that they are judged at is recovered with the b1 of the first step.
+        """
+        for name in values:
+            if len(self.edges(name)) == 2:
+                continue
+
+            def b1(value: jax.Array, name: str = name) -> list[jax.Array]:
+                optimizer = self.optimizer(**{**values, name: value})
+                return interpolations(optimizer.init(params))
+
+            if depends(b1, values[name]):
+                raise ValueError(
+                    f"{name!r} has several windows and sets the b1 of a schedule-free optimizer, "
+                    "whose average is recovered with one b1 for the whole run. Learn one value: "
+                    "`Hyperparameter(..., windows=1)`."
+                )
 
     def _places(self) -> dict[str, str]:
         """Return which function has each hyperparameter as an argument, {name: "optimizer"}."""

@@ -162,6 +162,11 @@ def evaluation_params(state: Any, params: Any) -> Any:
     return params
 
 
+def interpolations(state: Any) -> list[jax.Array]:
+    """Return the b1 () of each `optax.contrib.schedule_free` inside an optimizer's state."""
+    return [found.b1 for found in _nodes(state, contrib.ScheduleFreeState)]
+
+
 def start_outer(optimizer: Any, eta: Any) -> Any:
     """Return the state of an outer optimizer.
 

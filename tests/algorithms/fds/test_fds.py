@@ -378,3 +378,23 @@ def test_values_are_metrics_by_window_and_their_mean_where_there_are_many():
     }
     (_, aux), _ = solve(make(learned, inner_steps=20), MixedFlow())
     assert {"learning_rate/0", "learning_rate/1", "momentum/mean", "accuracy"} == aux.metrics.keys()
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_a_schedule_for_the_b1_of_a_schedule_free_optimizer_is_refused(windows):
+    learned = {
+        "learning_rate": Hyperparameter(1e-3, 1.0, 0.1, windows=2),
+        "interpolation": Hyperparameter(0.1, 0.99, 0.9, windows=windows),
+    }
+
+    def optimizer(learning_rate, interpolation):
+        free = optax.contrib.schedule_free_sgd(learning_rate, b1=interpolation)
+        return optax.chain(optax.clip(1.0), free)
+
+    algorithm = make(learned, 4, optimizer)
+    if windows == 1:
+        (loss, _), grads = jax.eval_shape(lambda: solve(algorithm, Reverse()))
+        assert grads["interpolation"].shape == (1,)
+        return
+    with pytest.raises(ValueError, match="'interpolation' has several windows and sets the b1"):
+        jax.eval_shape(lambda: solve(algorithm, Reverse()))
