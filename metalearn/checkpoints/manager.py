@@ -248,7 +248,7 @@ class Checkpoints:
             if before < step and self._store.is_whole(before):
                 with contextlib.suppress(UnreadableError, OtherArraysError):
                     record = self._store.read_record(before)
-                    run_record.check_arrays(record, shapes, self.directory)
+                    run_record.check_arrays(record, _fields(record, shapes), self.directory)
                     self._check_nodes(record, shapes, self._store, before)
                     return True
         return False
@@ -318,7 +318,7 @@ class Checkpoints:
         `store` and `number` say where it is; by default with the whole outer steps.
         """
         shapes = jax.tree.map(_wanted, state)
-        run_record.check_arrays(record, shapes, self.directory)
+        run_record.check_arrays(record, _fields(record, shapes), self.directory)
         store = store or self._store
         number = record["step"] if number is None else number
         try:

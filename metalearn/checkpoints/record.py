@@ -19,13 +19,10 @@ from metalearn._utils import strict_json
 from metalearn._utils.trees import paths
 from metalearn._utils.version import __version__
 
-# The fields of a train state by schema. Those that came later have defaults.
-FIELDS = {
-    1: ("step", "eta", "optimizer", "key"),
-    2: ("step", "eta", "optimizer", "key", "inner"),
-    3: ("step", "eta", "optimizer", "key", "inner", "pace"),
-}
-SCHEMA = 3
+# The fields of a train state by schema. A new field is a new schema, and has a default: an older
+# checkpoint is read without it.
+FIELDS = {1: ("step", "eta", "optimizer", "key", "inner", "pace")}
+SCHEMA = 1
 LIBRARIES = ("jax", "jaxlib", "optax", "flax", "dm-haiku", "orbax-checkpoint")
 
 Record = dict[str, Any]
@@ -85,7 +82,7 @@ def _trouble(found: Any) -> str | None:
         _wrong_type(found, "step", int, 0)
         or _wrong_type(found, "config", dict)
         or _wrong_type(found, "loggers", dict)
-        or (_wrong_type(found, "arrays", dict) if "arrays" in found else None)  # a later field
+        or _wrong_type(found, "arrays", dict)
     )
 
 
@@ -152,9 +149,7 @@ def _of_run(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_arrays(found: Record, state: Any, where: str | os.PathLike[str]) -> None:
-    """Raise OtherArraysError where a checkpoint is of a state with other arrays than this one."""
-    if "arrays" not in found:  # an older schema
-        return
+    """Raise OtherArraysError if a checkpoint has other arrays than `state`, fields by name."""
     check_nodes(found, found["arrays"], arrays(state), where)
 
 

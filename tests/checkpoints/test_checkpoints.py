@@ -65,7 +65,7 @@ def test_the_record_holds_the_config_the_versions_the_step_and_what_loggers_said
     saved(opened, config, loggers={"WandbLogger": {"wandb_id": "abc"}})
     record = opened(config).record()
     assert record["config"] == {"seed": 3, "model": {"hidden": [40, 40]}}
-    assert record["step"] == 3 and record["schema"] == 3
+    assert record["step"] == 3 and record["schema"] == 1
     libraries = ("jax", "jaxlib", "optax", "flax", "dm-haiku", "orbax-checkpoint")
     assert record["versions"] == {
         "metalearn": metalearn.__version__,
@@ -123,12 +123,12 @@ def test_differences_are_found_at_any_depth_and_in_the_order_of_keys():
 
 def test_a_checkpoint_of_a_newer_schema_is_refused_by_name(opened, tmp_path, monkeypatch):
     with monkeypatch.context() as newer:
-        newer.setattr("metalearn.checkpoints.record.SCHEMA", 4)
+        newer.setattr("metalearn.checkpoints.record.SCHEMA", 2)
         newer.setattr("metalearn.checkpoints.record.__version__", "99.1")
         saved(opened)
     expected = (
-        f"The checkpoint in {tmp_path / 'run'} has schema 4, and this version of metalearn reads "
-        "schemas up to 3. Resume it with metalearn 99.1, which wrote it."
+        f"The checkpoint in {tmp_path / 'run'} has schema 2, and this version of metalearn reads "
+        "schemas up to 1. Resume it with metalearn 99.1, which wrote it."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         opened().restore(a_state())
@@ -295,13 +295,16 @@ def test_a_state_of_other_shapes_is_refused_with_the_first_that_differ(opened, t
     assert opened().latest() == 3  # it is whole
 
 
-@pytest.mark.parametrize("schema", [1, 2])
-def test_a_checkpoint_of_an_older_schema_is_read(schema, opened, tmp_path):
-    """Written as it was: without the fields that came later."""
+@pytest.mark.parametrize("without", [("pace",), ("inner", "pace")])
+def test_a_checkpoint_of_an_older_schema_is_read(without, opened, tmp_path, monkeypatch):
+    """Of a pretend schema: written without fields that came later."""
+    now = run_record.FIELDS[run_record.SCHEMA]
+    before = tuple(name for name in now if name not in without)
     state = a_state()
-    fields = {name: state.__dict__[name] for name in run_record.FIELDS[schema]}
-    record = run_record.record(3, {}, {}) | {"schema": schema}
-    del record["arrays"]
+    fields = {name: state.__dict__[name] for name in before}
+    record = run_record.record(3, {}, {}, fields)
+    monkeypatch.setattr(run_record, "FIELDS", {record["schema"]: before, 2: now})
+    monkeypatch.setattr(run_record, "SCHEMA", 2)
     manager = ocp.CheckpointManager(tmp_path / "run", item_names=("state", "record"))
     items = {"state": ocp.args.StandardSave(fields), "record": ocp.args.JsonSave(record)}
     manager.save(3, args=ocp.args.Composite(**items))
