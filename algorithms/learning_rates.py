@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils.fields import check_fields
+from metalearn._utils.readable import described, readable
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.model import Model
@@ -40,6 +41,7 @@ from metalearn.unroll import (
 )
 
 
+@readable
 @dataclasses.dataclass(frozen=True)
 class LearningRates(Algorithm):
     """Learn one learning rate per parameter. Kemaev et al. 2025.
@@ -61,7 +63,7 @@ class LearningRates(Algorithm):
 
     model: Model
     objective: Objective = cross_entropy
-    optimizer: optax.GradientTransformation | Reversible = optax.adam(1.0, eps_root=1e-8)
+    optimizer: optax.GradientTransformation | Reversible = described(optax.adam, 1.0, eps_root=1e-8)
     initial: float = 1e-3
     mean_over_examples: bool = False
 

@@ -49,6 +49,7 @@ import optax
 
 from metalearn._utils.checks import is_integer, pattern, pick
 from metalearn._utils.fields import check_fields
+from metalearn._utils.readable import described, readable
 from metalearn._utils.trees import split_by_path
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
@@ -97,6 +98,7 @@ class Initialisation(NamedTuple):
     rates: Any
 
 
+@readable
 @dataclasses.dataclass(frozen=True)
 class MAML(Algorithm):
     """Model-agnostic meta-learning: learn the initialisation. Finn et al. 2017.
@@ -119,7 +121,7 @@ class MAML(Algorithm):
 
     model: Model
     objective: Objective = cross_entropy
-    optimizer: optax.GradientTransformation = optax.sgd(0.4)
+    optimizer: optax.GradientTransformation = described(optax.sgd, 0.4)
     inner_steps: int = 1
     eval_steps: int | None = None
     learned_rates: float | None = None

@@ -25,6 +25,7 @@ import numpy as np
 
 from metalearn._utils.checks import integers
 from metalearn._utils.fields import check_fields
+from metalearn._utils.readable import show
 from metalearn.datasets.arrays import least_and_largest
 from metalearn.datasets.corruption import Corruption, Pieces, cut
 from metalearn.datasets.reading import examples, open_source
@@ -41,6 +42,9 @@ class Tokenizer(NamedTuple):
 
     encode: Callable[[str], np.ndarray]
     vocabulary: int
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({show(self.encode)}, {self.vocabulary})"
 
     def __call__(self, text: str) -> np.ndarray:
         """Return the tokens [n] of a text; ValueError if `encode` returns anything else."""

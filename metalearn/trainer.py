@@ -19,6 +19,7 @@ import optax
 from metalearn._utils.checks import Count, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.intervals import Estimate
+from metalearn._utils.readable import described, readable
 from metalearn._utils.trees import select, strong
 from metalearn.algorithm import Algorithm
 from metalearn.checkpoints.manager import Checkpoints
@@ -45,6 +46,7 @@ from metalearn.training.truncated_unroll import TruncatedUnroll, Truncation
 EVALUATION = 2**32 - 1  # folded into the run's key; outer steps count up from 0
 
 
+@readable
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """Trains the eta of any algorithm, with any engine and any optax optimizer.
@@ -65,7 +67,7 @@ class Trainer:
 
     algorithm: Algorithm
     engine: MetaGradient = MixedFlow()
-    optimizer: optax.GradientTransformation = optax.adam(1e-3)
+    optimizer: optax.GradientTransformation = described(optax.adam, 1e-3)
     tasks_per_step: int = 16
     chunk: int | None = None
     truncation: Truncation | None = None

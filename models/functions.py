@@ -9,9 +9,11 @@ from typing import Any
 import jax
 
 from metalearn._utils.fields import check_fields
+from metalearn._utils.readable import readable
 from metalearn.model import Model
 
 
+@readable
 @dataclasses.dataclass(frozen=True)
 class Functions(Model):
     """Two functions of a network without mutable state; one with state subclasses `Model`.

@@ -44,6 +44,7 @@ import jax.numpy as jnp
 
 from metalearn._utils.checks import is_integer, pick
 from metalearn._utils.fields import check_fields
+from metalearn._utils.readable import readable
 from metalearn.models.attention import causal_attention, rotate
 
 Params = dict[str, jax.Array]
@@ -66,6 +67,7 @@ class Parameter(NamedTuple):
     init: Callable[..., jax.Array]
 
 
+@readable
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """The sizes and options of a transformer, with its parameters and its forward pass.

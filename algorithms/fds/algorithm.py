@@ -33,6 +33,7 @@ import optax
 
 from metalearn._utils.checks import Count, counts
 from metalearn._utils.fields import check_fields
+from metalearn._utils.readable import readable
 from metalearn._utils.trees import in_dtypes_of
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.epochs import check_reads, epochs, read_rows
@@ -54,6 +55,7 @@ from metalearn.unroll import Batch, Episode, Eta, GradFn, Metrics, ModelTraining
 MOST_SHOWN = 16  # windows; the values of more are one metric, their mean
 
 
+@readable
 @dataclasses.dataclass(frozen=True)
 class FDS(Algorithm):
     """Learn schedules of hyperparameters, by name. eta: {name: coordinates [N, ...]}.

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from metalearn._utils.checks import at_least
 from metalearn._utils.fields import check_fields
+from metalearn._utils.readable import readable
 from metalearn.algorithms.epochs import check_reads, epochs, read_rows
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.model import Model
@@ -77,6 +78,7 @@ class Problem(abc.ABC):
         """Return (validation loss (), metrics)."""
 
 
+@readable
 @dataclasses.dataclass(frozen=True)
 class Supervised(Problem):
     """A network trained on a whole dataset, in shuffled epochs.
@@ -132,6 +134,7 @@ class Supervised(Problem):
         return self.objective(outputs, targets)
 
 
+@readable
 @dataclasses.dataclass(frozen=True)
 class Streamed(Problem):
     """A network trained on the batches of the episode, one per step: (inputs, targets, ...).

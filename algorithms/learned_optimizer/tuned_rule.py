@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from metalearn._utils.fields import check_fields
+from metalearn._utils.readable import readable
 from metalearn._utils.trees import in_dtypes_of
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter, check_required, place
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params
@@ -27,6 +28,7 @@ from metalearn.optimizers.differentiable import differentiable_at_zero
 from metalearn.unroll import Eta
 
 
+@readable
 @dataclasses.dataclass(frozen=True)
 class TunedRule(UpdateRule):
     """Learn the hyperparameters of an optimizer, by name. eta: {name: coordinate ()}.

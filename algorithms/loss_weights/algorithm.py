@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils.fields import check_fields
+from metalearn._utils.readable import described, readable
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.loss_weights.features import WeightInputs, auc
 from metalearn.algorithms.loss_weights.weighting import (
@@ -56,6 +57,7 @@ from metalearn.unroll import (
 )
 
 
+@readable
 @dataclasses.dataclass(frozen=True)
 class LossWeights(Algorithm):
     """Learn how much each token, example or domain counts. eta: the weighting's parameters.
@@ -78,7 +80,7 @@ class LossWeights(Algorithm):
 
     model: Model
     weighting: Weighting
-    optimizer: optax.GradientTransformation = optax.adam(3e-3, eps_root=1e-8)
+    optimizer: optax.GradientTransformation = described(optax.adam, 3e-3, eps_root=1e-8)
     squash: Function = bounded
     normalize: Function | None = None
     through_features: bool = False
