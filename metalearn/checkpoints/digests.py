@@ -1,9 +1,9 @@
-"""Digests of the files of a checkpoint, so that damage is noticed and not trained on.
+"""Digests of the files of a checkpoint, which detect later damage.
 
-A write that was cut short is never taken for a checkpoint: it has another name until it is
-whole. What a disk, a copy or a hand does to it afterwards shows in the digests, which are
-written beside the files once these are whole. A checkpoint without them (the run was killed
-in between) is taken as it is.
+An incomplete write is never read as a checkpoint: it has another name until it is complete. Damage
+after that (by a disk, a copy or a user) is detected by digests, which are written beside the files
+once they are complete. A checkpoint without digests (the run was killed in between) is read
+unchecked.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ NAME = "digests.json"
 
 
 def write(directory: pathlib.Path) -> None:
-    """Write down the digest of every file below a directory, where the disk lets it.
-
-    Without them a checkpoint is as good.
-    """
+    """Write the digest of every file below a directory; nothing if the disk refuses."""
     with contextlib.suppress(OSError):
-        found = {str(path.relative_to(directory)): _digest(path) for path in _files(directory)}
-        disk.write(directory / NAME, strict_json.dumps(found, indent=1, sort_keys=True) + "\n")
+        digests = {str(path.relative_to(directory)): _digest(path) for path in _files(directory)}
+        disk.write(directory / NAME, strict_json.dumps(digests, indent=1, sort_keys=True) + "\n")
 
 
 def trouble(directory: pathlib.Path) -> str | None:
-    """Return what is wrong with the files below a directory: the first that is not as it was."""
+    """Return what is wrong with the first damaged file below a directory; None: none is."""
     listed = directory / NAME
     if not listed.exists():
         return None

@@ -1,15 +1,15 @@
-"""Checkpoints: the whole of a run, and a record of what it was made of.
+"""Checkpoints of a run: the train state, and a record of its config and versions.
 
-A checkpoint holds the train state (eta, outer optimizer, key, step, inner runs between two
-truncations) and a record (`metalearn.checkpoints.record`). A save is written aside and renamed,
-so a kill at any moment leaves the one before, and it is written beside the training. Loading
-runs no code. The newest few are kept, and the best if there is a metric to tell.
+A checkpoint holds the train state (eta, outer optimizer, key, step, carried inner states) and a
+record (`metalearn.checkpoints.record`). It is written in the background, to a temporary directory
+that is renamed: a run killed at any moment keeps the checkpoint before. Loading runs no code. The
+newest few are kept, and the best by an evaluated metric.
 
-An outer step that is taken in segments can be saved between two of them, in `within/`: the
-newest of these counts where it is of a later moment than the newest whole step.
+An outer step that is cut into segments can be saved between two of them, in `within/`: the newest
+of these is restored if it is later than the newest complete outer step.
 
-A checkpoint that is damaged is passed over for the one before it. A disk that is full, or
-gone, does not end the run: the save is left out, and said so.
+A damaged checkpoint is skipped for the one before it. A full or lost disk does not end the run: the
+save is skipped, with a message.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["ChangedConfigError", "Checkpoints", "DamagedError", "OtherArraysErro
 
 
 class DamagedError(ValueError):
-    """None of the checkpoints that a run has kept can be read."""
+    """No checkpoint of a run can be read."""
 
 
 class Checkpoints:
@@ -53,15 +53,15 @@ class Checkpoints:
         """Open or make a directory.
 
         Args:
-          directory: where they are.
-          config: of the run, as JSON; a run is resumed with the one it was started with.
-          every: outer steps from one to the next.
+          directory: of the checkpoints.
+          config: of the run, as JSON; a run must be resumed with the config it was started with.
+          every: outer steps between two checkpoints.
           keep: how many of the newest are kept.
           best: keep one more, the best by an evaluated metric: "max eval/accuracy" or "min
-            eval/loss". A checkpoint is then written at every evaluation, too.
-          allow_change: resume whatever the config.
-          within: segments from one to the next inside an outer step, where the trainer has
-            segments; 0: none, but where the run is asked to stop.
+            eval/loss". A checkpoint is then also written at every evaluation.
+          allow_change: resume with any config.
+          within: segments between two checkpoints inside an outer step, if the trainer has
+            segments; 0: only when the run is asked to stop.
         """
         at_least("Checkpoints", 0, every=every, within=within)
         if not is_integer(keep) or keep < 1:
@@ -73,8 +73,8 @@ class Checkpoints:
         judged = _best(best) if best else None
         self._store = Store(self.directory, keep, judged, run_record.trouble)
         self._inside = Inside(self.directory / "within")
-        self._told: set[int] = set()  # damaged steps that were spoken of
-        self._writes = False
+        self._reported: set[int] = set()  # damaged steps
+        self._writes = False  # whether this process has saved
 
     def save(
         self,
@@ -83,9 +83,13 @@ class Checkpoints:
         loggers: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Begin to save; the write goes on beside the training.
+        """Start to save; the write continues in the background.
 
-        `metrics` are those evaluated at this step; `best` is one of them.
+        Args:
+          state: the train state.
+          step: its outer step.
+          loggers: their records, by class name.
+          metrics: evaluated at this step; `best` names one of them.
         """
         record = run_record.record(step, self.config, loggers, state)
         self._save(lambda: self._store.save(step, state, record, metrics or {}))
@@ -93,7 +97,7 @@ class Checkpoints:
     def save_within(
         self, state: TrainState, step: int, inner_step: int, loggers: Mapping[str, Any]
     ) -> None:
-        """Begin to save a run that stands inside the outer step after `step`."""
+        """Start to save a state inside the outer step after `step`."""
         record = run_record.record(step, self.config, loggers, state) | {"inner_step": inner_step}
         self._save(lambda: self._inside.save(state, record))
 
@@ -107,51 +111,51 @@ class Checkpoints:
             self._refused(error)
 
     def within_at(self) -> tuple[int, int] | None:
-        """Return (outer steps, inner steps) of the newest save inside a step, or None."""
+        """Return (outer steps, inner steps) of the newest checkpoint inside a step, or None."""
         record = self._record_within()
         return None if record is None else (record["step"], record["inner_step"])
 
     def drop_within(self) -> None:
-        """Forget what was saved inside outer steps."""
+        """Delete all checkpoints inside outer steps."""
         self.wait()
         self._inside.clear()
 
     def _drop_outdated(self) -> None:
-        """Forget what was saved inside outer steps that have ended, and are saved whole."""
+        """Delete checkpoints inside outer steps that are complete and saved."""
         record = self._inside.record()
         if record is not None and record["step"] < (self._store.newest() or 0):
             self._inside.clear()
 
     def latest(self) -> int | None:
-        """Return the outer step of the newest checkpoint that is whole; None where none was made.
+        """Return the outer step of the newest intact checkpoint; None if there is no checkpoint.
 
         Raises:
-          DamagedError: where there are some, and all are damaged.
+          DamagedError: if there are checkpoints and all are damaged.
         """
         newest, damaged = self._store.newest(), self._store.damaged
-        self._tell("falling back to the one before")
+        self._report("falling back to the one before")
         if damaged and newest is None:
-            found = "; ".join(f"{step}: {why}" for step, why in sorted(damaged.items()))
+            reasons = "; ".join(f"{step}: {why}" for step, why in sorted(damaged.items()))
             raise DamagedError(
-                f"No checkpoint in {self.directory} can be read ({found}). Restore them from a "
+                f"No checkpoint in {self.directory} can be read ({reasons}). Restore them from a "
                 "copy, or train in another workdir."
             )
         return newest
 
-    def _tell(self, way_out: str) -> None:
-        """Speak of the damaged checkpoints, once of each."""
+    def _report(self, way_out: str) -> None:
+        """Print a message for each damaged checkpoint that was not reported before."""
         damaged = self._store.damaged
-        for step in sorted(damaged.keys() - self._told):
+        for step in sorted(damaged.keys() - self._reported):
             say(
                 f"The checkpoint of outer step {step} in {self.directory} is damaged "
                 f"({damaged[step]}): {way_out}."
             )
-        self._told = set(damaged)
+        self._reported = set(damaged)
 
     def best_step(self) -> int:
-        """Return the outer step of the best checkpoint; ValueError where none was evaluated."""
+        """Return the outer step of the best checkpoint; ValueError if none was evaluated."""
         step = self._store.best() if self.best else None
-        self._tell("going on without it")
+        self._report("going on without it")
         if step is None:
             raise ValueError(
                 f"The run in {self.directory} has no best checkpoint: its config sets no "
@@ -161,17 +165,17 @@ class Checkpoints:
         return step
 
     def record(self, step: int | None = None) -> Record | None:
-        """Return the record of a checkpoint, by default the newest; None where there is none."""
+        """Return the record of a checkpoint, by default the newest; None if there is none."""
         while (at := self.latest() if step is None else step) is not None:
             try:
-                found = self._store.read_record(at)
+                record = self._store.read_record(at)
             except UnreadableError as error:
                 if step is not None:
                     raise
                 self._store.set_aside(at, error)
                 continue
-            run_record.check_schema(found, self.directory)
-            return found
+            run_record.check_schema(record, self.directory)
+            return record
         return None
 
     def restore(
@@ -181,28 +185,28 @@ class Checkpoints:
 
         Args:
           state: a state of the same structure and shapes, as `Trainer.init` returns it.
-          within: the shapes of one inside an outer step, `Trainer.partway(tasks)`; None: what was
-            saved there does not count.
+          within: the shapes of a state inside an outer step, `Trainer.partway(tasks)`; None: do
+            not restore checkpoints inside outer steps.
 
         Raises:
           ChangedConfigError: if the checkpoint was written under another config; as an
-            OtherArraysError where its arrays are not those of `state`, whatever is allowed.
+            OtherArraysError if its arrays are not those of `state`, with any `allow_change`.
           DamagedError: if no checkpoint can be read.
         """
         self.wait()
         if within is not None and (inside := self._restore_within(within)) is not None:
             return inside
-        found = self._newest(state, self._check_config)
-        return (state, {}) if found is None else (found[0], found[1]["loggers"])
+        restored = self._newest(state, self._check_config)
+        return (state, {}) if restored is None else (restored[0], restored[1]["loggers"])
 
     def read(self, state: TrainState, best: bool = False) -> tuple[TrainState, Record]:
-        """Return (state, its record) of the newest checkpoint, or the best, whatever its config.
+        """Return (state, its record) of the newest checkpoint, or the best, of any config.
 
-        A run may go on beside us: where it removes what we are reading, the next is read.
+        Another process may train meanwhile: if it deletes this checkpoint, the next one is read.
 
         Args:
           state: a state of the same structure and shapes, or its shapes alone.
-          best: that of `best_step`.
+          best: read the checkpoint of `best_step`.
 
         Raises:
           ValueError: if there is none.
@@ -217,17 +221,17 @@ class Checkpoints:
                 return self._state(record, state), record
             except UnreadableError as error:
                 self._store.set_aside(step, error)
-        found = self._newest(state)
-        if found is None:
+        restored = self._newest(state)
+        if restored is None:
             raise ValueError(f"There is no checkpoint in {self.directory}.")
-        return found
+        return restored
 
     def _newest(
         self, state: TrainState, check: Callable[[Record], None] = lambda record: None
     ) -> tuple[TrainState, Record] | None:
-        """Return (state, its record) of the newest checkpoint that can be read; None: none is.
+        """Return (state, its record) of the newest readable checkpoint; None if there is none.
 
-        One alone that is of another state than those before it is damaged.
+        A checkpoint whose arrays differ from those of the ones before it counts as damaged.
         """
         while (record := self.record()) is not None:
             check(record)
@@ -242,7 +246,7 @@ class Checkpoints:
         return None
 
     def _fits_before(self, step: int, state: TrainState) -> bool:
-        """Say whether a checkpoint before this one is of a state like this."""
+        """Return whether a checkpoint before `step` has the arrays of `state`."""
         shapes = jax.tree.map(_wanted, state)
         for before in self._store.steps():
             if before < step and self._store.is_whole(before):
@@ -254,7 +258,7 @@ class Checkpoints:
         return False
 
     def _restore_within(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Return what was saved inside an outer step, where that is the newest and can go on."""
+        """Return the checkpoint inside an outer step, if it is the newest and can be resumed."""
         record = self._record_within()
         if record is not None:
             self._check_config(record)
@@ -283,7 +287,7 @@ class Checkpoints:
         return None
 
     def _record_within(self) -> Record | None:
-        """Return the record of the newest save inside a step, where no whole one is newer."""
+        """Return the record of the newest checkpoint inside a step, if no complete one is newer."""
         record = self._inside.record()
         newer = record is not None and record["step"] >= (self._store.newest() or 0)
         return record if newer else None
@@ -299,7 +303,7 @@ class Checkpoints:
             run_record.check_config(record, self.config, self.directory)
 
     def restore_state(self, state: TrainState, step: int | None = None) -> TrainState:
-        """Return the state of a checkpoint, by default the newest, whatever its config."""
+        """Return the state of a checkpoint, by default the newest, of any config."""
         if step is None:
             return self.read(state)[0]
         record = self.record(step)
@@ -313,9 +317,13 @@ class Checkpoints:
         store: Store | None = None,
         number: int | None = None,
     ) -> TrainState:
-        """Return the state that a record is of; fields that its schema lacks have defaults.
+        """Return the state of a record; fields that its schema lacks have defaults.
 
-        `store` and `number` say where it is; by default with the whole outer steps.
+        Args:
+          record: of the checkpoint.
+          state: shapes to restore to.
+          store: of the checkpoint; None: that of complete outer steps.
+          number: of the checkpoint in its store; None: the outer step.
         """
         shapes = jax.tree.map(_wanted, state)
         run_record.check_arrays(record, _fields(record, shapes), self.directory)
@@ -328,12 +336,12 @@ class Checkpoints:
             raise
 
     def _check_nodes(self, record: Record, shapes: TrainState, store: Store, number: int) -> None:
-        """Raise OtherArraysError where the tree that is stored is not that of a state."""
+        """Raise OtherArraysError if the stored tree is not that of a state."""
         stored, wanted = store.read_nodes(number), store.nodes(_fields(record, shapes))
         run_record.check_nodes(record, stored, wanted, self.directory)
 
     def wait(self) -> None:
-        """Wait for the last save to be whole; say so where the disk refused it."""
+        """Wait until the last save is complete; print a message if the disk refused it."""
         for store in (self._store, self._inside):
             try:
                 store.wait()
@@ -341,9 +349,9 @@ class Checkpoints:
                 self._refused(error)
 
     def close(self) -> None:
-        """Wait for the last save to be whole, and close."""
+        """Wait until the last save is complete, and close."""
         self.wait()
-        if self._writes:  # else a run may be training beside us
+        if self._writes:  # otherwise another process may be training here
             with disk.forgiven(f"What is outdated in {self.directory}"):
                 self._drop_outdated()
         self._store.close()
@@ -362,12 +370,12 @@ class Checkpoints:
 
 
 def _fields(record: Record, state: TrainState) -> dict[str, Any]:
-    """Return the fields of a state that a checkpoint of this schema holds."""
+    """Return the fields of a state in the schema of a record."""
     return {name: state.__dict__[name] for name in run_record.FIELDS[record["schema"]]}
 
 
 def _wanted(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Return the shape of a leaf, and where it is to lie: not where it lay when it was saved."""
+    """Return the shape of a leaf with its sharding now, not the sharding it was saved with."""
     where = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 

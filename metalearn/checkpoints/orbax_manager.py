@@ -17,7 +17,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 
 class Manager(ocp.CheckpointManager):
-    """Opens whatever is in its directory: what is damaged there is found when it is read."""
+    """An Orbax manager that opens damaged directories too: damage is detected on reading."""
 
     def __init__(self, directory: pathlib.Path, keep: int, best: tuple[str, str] | None):
         """Open or make a directory; `best`: ("max" or "min", the metric's name)."""
@@ -27,7 +27,7 @@ class Manager(ocp.CheckpointManager):
     def save_items(
         self, step: int, state: Any, record: Any, metrics: dict[str, float] | None
     ) -> bool:
-        """Begin to save a state and its JSON record; return whether the save has begun."""
+        """Start to save a state and its JSON record; return whether the save has started."""
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )
@@ -48,21 +48,21 @@ class Manager(ocp.CheckpointManager):
         return nodes(ocp.StandardCheckpointHandler().metadata(place).tree)
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """Return what a step is judged by; None where that cannot be read."""
+        """Return the metric that a step is ranked by; None if it cannot be read."""
         try:
-            found = super().metrics(step)
+            metrics = super().metrics(step)
         except (ValueError, OSError, RecursionError):
             return None
-        if not isinstance(found, dict):
+        if not isinstance(metrics, dict):
             return None
-        finite = all(type(x) in (int, float) and abs(x) < math.inf for x in found.values())
-        return found if finite else None
+        finite = all(type(x) in (int, float) and abs(x) < math.inf for x in metrics.values())
+        return metrics if finite else None
 
 
 class _Names:
-    """The names of steps, as Orbax has them, but for when they were saved: nobody asks.
+    """The names of steps as in Orbax, without the times at which they were saved.
 
-    Orbax reads that from a file of each step, which may be damaged, or gone by then.
+    Orbax reads a time from a file of each step, which may be damaged or deleted; it is not used.
     """
 
     def __init__(self) -> None:

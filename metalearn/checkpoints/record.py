@@ -1,8 +1,8 @@
-"""What a checkpoint says of its run: the config, the versions, and where its loggers stood.
+"""The record of a checkpoint: config, versions, shapes of arrays, and records of loggers.
 
-The record is JSON beside the arrays. It decides whether a run may go on: with another config
-it would be two experiments under one curve, and in another schema its arrays mean another
-thing. A schema that only lacks fields of the train state is read as it is.
+The record is JSON beside the arrays, and decides whether a run may be resumed. With another config
+one curve would show two experiments; in another schema the arrays mean something else. An older
+schema, which lacks fields of the train state, is read with their defaults.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Record = dict[str, Any]
 
 
 class ChangedConfigError(ValueError):
-    """A run is resumed with another config than it was started with."""
+    """A run is resumed with another config than that of its checkpoint."""
 
 
 class OtherArraysError(ChangedConfigError):
-    """A checkpoint holds other arrays than the run that would go on from it."""
+    """A checkpoint holds other arrays than the run that is resumed."""
 
 
 def record(
@@ -50,69 +50,69 @@ def record(
     }
 
 
-def trouble(found: Any, step: int) -> str | None:
-    """Return what is wrong with the record of a whole outer step, by the number of its directory.
+def trouble(saved: Any, step: int) -> str | None:
+    """Return what is wrong with the record of outer step `step`; None if it is valid.
 
-    A record of a newer schema is only asked what `check_schema` says of it.
+    Of a newer schema only those keys are checked that `check_schema` reads.
     """
-    wrong = _trouble(found)
-    if wrong is None and _is_known(found) and found["step"] != step:
-        return f"its record is of outer step {found['step']}"
+    wrong = _trouble(saved)
+    if wrong is None and _is_known(saved) and saved["step"] != step:
+        return f"its record is of outer step {saved['step']}"
     return wrong
 
 
-def trouble_within(found: Any, number: int) -> str | None:
-    """Return what is wrong with the record of a save inside an outer step."""
-    del number  # as they come
-    wrong = _trouble(found)
-    if wrong is None and _is_known(found):
-        return _wrong_type(found, "inner_step", int, 1)
+def trouble_within(saved: Any, number: int) -> str | None:
+    """Return what is wrong with the record of a checkpoint inside an outer step; None: nothing."""
+    del number  # in the order of saving
+    wrong = _trouble(saved)
+    if wrong is None and _is_known(saved):
+        return _wrong_type(saved, "inner_step", int, 1)
     return wrong
 
 
-def _trouble(found: Any) -> str | None:
-    if not isinstance(found, dict):
-        return f"its record is no object but {type(found).__name__}"
-    wrong = _wrong_type(found, "schema", int, 1) or _wrong_type(found, "versions", dict)
-    if wrong is None and not isinstance(found["versions"].get("metalearn"), str):
+def _trouble(saved: Any) -> str | None:
+    if not isinstance(saved, dict):
+        return f"its record is no object but {type(saved).__name__}"
+    wrong = _wrong_type(saved, "schema", int, 1) or _wrong_type(saved, "versions", dict)
+    if wrong is None and not isinstance(saved["versions"].get("metalearn"), str):
         wrong = "its record lacks the version of metalearn"
-    if wrong is not None or not _is_known(found):
+    if wrong is not None or not _is_known(saved):
         return wrong
     return (
-        _wrong_type(found, "step", int, 0)
-        or _wrong_type(found, "config", dict)
-        or _wrong_type(found, "loggers", dict)
-        or _wrong_type(found, "arrays", dict)
+        _wrong_type(saved, "step", int, 0)
+        or _wrong_type(saved, "config", dict)
+        or _wrong_type(saved, "loggers", dict)
+        or _wrong_type(saved, "arrays", dict)
     )
 
 
-def _is_known(found: Record) -> bool:
-    return found["schema"] in FIELDS
+def _is_known(saved: Record) -> bool:
+    return saved["schema"] in FIELDS
 
 
-def _wrong_type(found: Record, name: str, kind: type, least: int = 0) -> str | None:
-    if name not in found:
+def _wrong_type(saved: Record, name: str, kind: type, least: int = 0) -> str | None:
+    if name not in saved:
         return f"its record lacks `{name}`"
-    value = found[name]
+    value = saved[name]
     fits = isinstance(value, kind) and not isinstance(value, bool)
     if not fits or (kind is int and value < least):
         return f"the `{name}` of its record is {value!r:.40}"
     return None
 
 
-def check_schema(found: Record, where: str | os.PathLike[str]) -> None:
-    """Raise ValueError where this version cannot read what another one wrote."""
-    if found["schema"] not in FIELDS:
+def check_schema(saved: Record, where: str | os.PathLike[str]) -> None:
+    """Raise ValueError if this version cannot read the schema of a record."""
+    if saved["schema"] not in FIELDS:
         raise ValueError(
-            f"The checkpoint in {where} has schema {found['schema']}, and this version of "
+            f"The checkpoint in {where} has schema {saved['schema']}, and this version of "
             f"metalearn reads schemas up to {SCHEMA}. Resume it with metalearn "
-            f"{found['versions']['metalearn']}, which wrote it."
+            f"{saved['versions']['metalearn']}, which wrote it."
         )
 
 
-def check_config(found: Record, config: Any, where: str | os.PathLike[str]) -> None:
-    """Raise ChangedConfigError where a run had another config."""
-    changes = _changes(found, config)
+def check_config(saved: Record, config: Any, where: str | os.PathLike[str]) -> None:
+    """Raise ChangedConfigError if a record has another config."""
+    changes = _changes(saved, config)
     if changes:
         raise ChangedConfigError(
             f"The run in {where} was started with another config:\n"
@@ -122,18 +122,18 @@ def check_config(found: Record, config: Any, where: str | os.PathLike[str]) -> N
         )
 
 
-def same_config(found: Record, config: Any) -> bool:
-    """Say whether a run had this config."""
-    return not _changes(found, config)
+def same_config(saved: Record, config: Any) -> bool:
+    """Return whether a record has this config."""
+    return not _changes(saved, config)
 
 
-def _changes(found: Record, config: Any) -> list[str]:
-    old, new = (strict_json.plain(_of_run(each)) for each in (found["config"], config))
+def _changes(saved: Record, config: Any) -> list[str]:
+    old, new = (strict_json.plain(_of_run(each)) for each in (saved["config"], config))
     return difference(old, _without_new(new, old))
 
 
 def _without_new(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """Return a config without the keys of a later version that are not set: they change nothing."""
+    """Return a config without unset keys that `old` lacks: later versions added them."""
     kept = {key: value for key, value in new.items() if key in old or value}
     return {
         key: _without_new(value, old[key])
@@ -144,27 +144,27 @@ def _without_new(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_run(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without what may change: where a run is computed, what is drawn of it."""
+    """Return a config without the keys that may change: the devices and the pictures."""
     return {key: value for key, value in config.items() if key not in ("mesh", "pictures")}
 
 
-def check_arrays(found: Record, state: Any, where: str | os.PathLike[str]) -> None:
+def check_arrays(saved: Record, state: Any, where: str | os.PathLike[str]) -> None:
     """Raise OtherArraysError if a checkpoint has other arrays than `state`, fields by name."""
-    check_nodes(found, found["arrays"], arrays(state), where)
+    check_nodes(saved, saved["arrays"], arrays(state), where)
 
 
 def check_nodes(
-    found: Record, old: dict[str, str], new: dict[str, str], where: str | os.PathLike[str]
+    saved: Record, old: dict[str, str], new: dict[str, str], where: str | os.PathLike[str]
 ) -> None:
-    """Raise OtherArraysError where a checkpoint is of another tree than this run's state.
+    """Raise OtherArraysError if the tree of a checkpoint is not that of this run's state.
 
-    Two trees may have the same arrays and not the same nodes: those of `optax.adam` and
-    `optax.adamw` differ by one that is empty. `old` and `new`: `Store.nodes`.
+    Two trees may have equal arrays and different nodes: those of `optax.adam` and `optax.adamw`
+    differ by an empty node. `old` and `new` are from `Store.nodes`.
     """
     changes = difference(old, new, "")
     if changes:
         raise OtherArraysError(
-            f"The checkpoint of outer step {found['step']} in {where} holds other arrays than "
+            f"The checkpoint of outer step {saved['step']} in {where} holds other arrays than "
             "this run has: it is of another configuration, such as another optimizer, model or "
             "number of tasks:\n"
             + "\n".join(f"  {line[1:]}" for line in changes[:5])
@@ -176,12 +176,12 @@ def check_nodes(
 
 def arrays(state: Any) -> dict[str, str]:
     """Return the type and shape of each array of a state, by its path."""
-    found = zip(paths(state), jax.tree.leaves(state), strict=True)
-    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in found}
+    leaves = zip(paths(state), jax.tree.leaves(state), strict=True)
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def difference(old: Any, new: Any, path: str = "config") -> list[str]:
-    """Say how two JSON values differ, one line a leaf: 'config.seed: 0 -> 1'."""
+    """Return how two JSON values differ, one line per leaf: 'config.seed: 0 -> 1'."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         missing = "(absent)"
@@ -194,6 +194,6 @@ def difference(old: Any, new: Any, path: str = "config") -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of everything that a result may depend on."""
-    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"metalearn": __version__, "python": platform.python_version(), **found}
+    """Return the versions of the libraries that a result may depend on."""
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"metalearn": __version__, "python": platform.python_version(), **libraries}

@@ -34,9 +34,9 @@ from metalearn._utils.checks import first_line
 from metalearn.checkpoints import digests
 from metalearn.checkpoints.record import Record, trouble_within
 
-LISTINGS = 20  # how often a directory is listed anew before what is gone counts as damage
+LISTINGS = 20  # how often a directory is listed again before a missing step counts as damaged
 
-# Says what is wrong with the record of a step; None: nothing.
+# (record, step) -> what is wrong with the record of a step; None: it is valid.
 Trouble = Callable[[Any, int], str | None]
 
 
@@ -49,7 +49,12 @@ class UnreadableError(ValueError):
 
 
 class Store:
-    """The checkpoints in one directory, by outer step."""
+    """The checkpoints in one directory, by outer step.
+
+    Attributes:
+      directory: of the checkpoints.
+      damaged: what is wrong with each damaged step.
+    """
 
     def __init__(
         self,
@@ -65,16 +70,16 @@ class Store:
         self._orbax = orbax_manager
         self.directory = directory
         self._trouble = trouble
-        self.damaged: dict[int, str] = {}  # step -> what is wrong
+        self.damaged: dict[int, str] = {}
         self._keep, self._best = keep, best
         self._manager = self._orbax.Manager(directory, keep, best)
-        self._whole: set[int] = set()  # steps that were looked at
+        self._whole: set[int] = set()  # intact steps that were checked
         self._writing: threading.Thread | None = None
-        self._failed = False  # a save of ours
-        self._listings = 0  # anew, since a step was read
+        self._failed = False  # whether a save of this process has failed
+        self._listings = 0  # since a step was read
 
     def newest(self) -> int | None:
-        """Return the newest step that is whole; None where there is none."""
+        """Return the newest intact step; None if there is none."""
         while True:
             for step in self.steps():
                 if self.is_whole(step):
@@ -85,13 +90,13 @@ class Store:
                 return None
 
     def steps(self) -> list[int]:
-        """Return all steps, whole or not, the newest first."""
+        """Return all steps, intact or damaged, the newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def _lists_others(self) -> bool:
-        """List the directory anew; say whether a run beside us has written other steps there.
+        """List the directory again; return whether another process has written new steps there.
 
-        Where none is left at all it has not, and what is wrong with those before stands.
+        If it has not, the steps that were found to be damaged remain so.
         """
         if self._listings == LISTINGS or self._manager.is_saving_in_progress():
             return False
@@ -107,17 +112,17 @@ class Store:
         return True
 
     def set_aside(self, step: int, why: object) -> None:
-        """Pass over a step, which turned out to be damaged; unless a run beside us removed it."""
+        """Note that a step is damaged, unless another process has deleted it."""
         self._note(step, why)
         self._whole.discard(step)
         self._lists_others()
 
     def last(self) -> int | None:
-        """Return the newest step, whole or not; None where there is none."""
+        """Return the newest step, intact or damaged; None if there is none."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Return the whole step with the best metric, the newest of equals; None: none has one."""
+        """Return the intact step with the best metric, the newest of equals; None: no metrics."""
         while not all([self.is_whole(step) for step in self.steps()]):
             if not self._lists_others():
                 break
@@ -125,11 +130,11 @@ class Store:
         whole = [step for step in self.steps() if self.is_whole(step)]
         judged = {step: (self._manager.metrics(step) or {}).get(name) for step in whole}
         sign = 1 if mode == "max" else -1
-        found = [(sign * value, step) for step, value in judged.items() if value is not None]
-        return max(found)[1] if found else None
+        scores = [(sign * value, step) for step, value in judged.items() if value is not None]
+        return max(scores)[1] if scores else None
 
     def save(self, step: int, state: Any, record: Any, metrics: Mapping[str, float]) -> None:
-        """Begin to save, once the save before has ended (`wait`). DiskError: the disk refused."""
+        """Start to save, after the save before has ended (`wait`). DiskError: the disk refused."""
         plain = strict_json.plain(record)
         with _Disk(self):
             self._make_way(step)
@@ -146,25 +151,25 @@ class Store:
             self._writing.start()
 
     def _judged(self, metrics: Mapping[str, float]) -> dict[str, float] | None:
-        """Return what a step is judged by; None where it was not evaluated, or is not finite."""
+        """Return the metric for `best`; None if it was not evaluated or is not finite."""
         name = self._best[1] if self._best else ""
         return {name: metrics[name]} if math.isfinite(metrics.get(name, math.nan)) else None
 
     def read_record(self, step: int) -> Any:
-        """Return the JSON record of a step; UnreadableError where it is not one."""
+        """Return the JSON record of a step; UnreadableError if it is not valid."""
         try:
-            found = strict_json.restored(_read(lambda: self._manager.read_record(step)))
+            record = strict_json.restored(_read(lambda: self._manager.read_record(step)))
         except RecursionError as error:
             raise UnreadableError("its record is nested too deeply") from error
-        if wrong := self._trouble(found, step):
+        if wrong := self._trouble(record, step):
             raise UnreadableError(wrong)
-        return found
+        return record
 
     def read_state(self, step: int, shapes: Any) -> Any:
         """Return the arrays of a step, as a tree like `shapes`."""
-        found = _read(lambda: self._manager.read_state(step, shapes))
+        state = _read(lambda: self._manager.read_state(step, shapes))
         self._listings = 0
-        return found
+        return state
 
     def read_nodes(self, step: int) -> dict[str, str]:
         """Return what `nodes` says of the state of a step, without reading its arrays."""
@@ -181,24 +186,24 @@ class Store:
         self._whole.clear()
 
     def wait(self) -> None:
-        """Wait for the last save to be whole; DiskError where the disk refused it."""
+        """Wait until the last save is complete; DiskError if the disk refused it."""
         with _Disk(self):
             self._finish()
 
     def close(self) -> None:
-        """Close, whatever became of the last save."""
+        """Close, whether or not the last save has succeeded."""
         self._manager.close()
         self._sweep()
 
     def reopen(self) -> None:
-        """Begin anew after a save that failed."""
-        with contextlib.suppress(Exception):  # it failed, and closing it may say so again
+        """Open the directory again after a save that failed."""
+        with contextlib.suppress(Exception):  # closing may raise the same error again
             self._manager.close()
         self._manager = self._orbax.Manager(self.directory, self._keep, self._best)
         self._failed = True
 
     def _sweep(self) -> None:
-        """Remove what a failed save of ours has left: nobody else is saving here."""
+        """Delete temporary files of failed saves: no other process saves here."""
         if self._failed and jax.process_index() == 0:
             for left in self.directory.glob("*orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -211,14 +216,14 @@ class Store:
             self._writing = None
 
     def _write_digests(self, step: int) -> None:
-        """Wait until a step's files are whole, and note their digests; none where it failed."""
+        """Wait until a step's files are complete, then write their digests; none if it failed."""
         while self._manager.is_saving_in_progress():
             time.sleep(0.02)
         if (self.directory / str(step)).is_dir():
             digests.write(self.directory / str(step))
 
     def is_whole(self, step: int) -> bool:
-        """Say whether a step's files and record are as they were written."""
+        """Return whether a step's files and record are as they were written."""
         if step in self.damaged:
             return False
         if step not in self._whole:
@@ -245,7 +250,7 @@ class Store:
         self.damaged[step] = str(why) if there else "it is gone"
 
     def _make_way(self, step: int) -> None:
-        """Move what is damaged, or in the place of a step, where no save will meet it."""
+        """Rename damaged steps, and whatever occupies the path of a new one."""
         listed = set(self._manager.all_steps())
         aside = {*self.damaged, *({step} - listed)}
         aside = {each for each in aside if os.path.lexists(self.directory / str(each))}
@@ -265,7 +270,7 @@ class Store:
 
 
 class _Disk:
-    """Makes a DiskError of what a failing disk raises, and has the store begin anew."""
+    """Turns the errors of a failing disk into a DiskError, and reopens the store."""
 
     def __init__(self, store: Store):
         self.store = store
@@ -274,7 +279,7 @@ class _Disk:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if jax.process_count() > 1:  # the others may have seen nothing: let it end the run
+        if jax.process_count() > 1:  # other processes may have no error: let this one end the run
             return
         if error is not None and disk.at_fault(error):
             self.store.reopen()
@@ -292,7 +297,7 @@ def _read(read: Callable[[], Any]) -> Any:
 
 
 def _copy_in_place(place: pathlib.Path) -> None:
-    """Put a copy of what a link points to in its place, which Orbax may then remove."""
+    """Replace a link by a copy of its target, which Orbax may then delete."""
     aside = place.with_name(f"linked-{place.name}-{time.time_ns()}")
     try:
         shutil.copytree(place, aside)
@@ -304,7 +309,7 @@ def _copy_in_place(place: pathlib.Path) -> None:
 
 
 class Inside:
-    """The newest save inside an outer step, in one directory, which is made when it is needed."""
+    """Checkpoints inside an outer step, in a directory that is made when it is needed."""
 
     def __init__(self, directory: pathlib.Path):
         self._directory = directory
@@ -314,12 +319,12 @@ class Inside:
         return Store(self._directory, keep=2, best=None, trouble=trouble_within)
 
     def save(self, state: Any, record: Record) -> None:
-        """Begin to save, once the save before has ended (`wait`). DiskError: the disk refused."""
+        """Start to save, after the save before has ended (`wait`). DiskError: the disk refused."""
         self._store = self._store or self._open()
         self._store.save((self._store.last() or 0) + 1, state, record, {})
 
     def record(self) -> Record | None:
-        """Return the record of the newest save; None where there is none that can be read."""
+        """Return the record of the newest readable checkpoint; None if there is none."""
         while self._store is not None and (newest := self._store.newest()) is not None:
             try:
                 return self._store.read_record(newest)
@@ -328,33 +333,33 @@ class Inside:
         return None
 
     def set_aside(self, error: Exception) -> None:
-        """Pass over the newest save, one that `record` returned, for it cannot be read."""
+        """Note that the newest checkpoint, whose record `record` returned, cannot be read."""
         store, newest = self.newest()
         store.set_aside(newest, error)
 
     @property
     def damage(self) -> str:
-        """Say what is wrong with saves that cannot be read; "" where all can."""
+        """Return what is wrong with unreadable checkpoints; "" if all can be read."""
         damaged = self._store.damaged if self._store else {}
         return "; ".join(damaged.values())
 
     def newest(self) -> tuple[Store, int]:
-        """Return (where the newest save is, its number), of what `record` returned."""
+        """Return (store, number) of the newest checkpoint, whose record `record` returned."""
         newest = self._store.newest() if self._store else None
         assert self._store is not None and newest is not None
         return self._store, newest
 
     def clear(self) -> None:
-        """Delete what is there."""
+        """Delete all checkpoints."""
         if self._store is not None:
             self._store.clear()
 
     def wait(self) -> None:
-        """Wait for the last save to be whole; DiskError where the disk refused it."""
+        """Wait until the last save is complete; DiskError if the disk refused it."""
         if self._store is not None:
             self._store.wait()
 
     def close(self) -> None:
-        """Close, whatever became of the last save."""
+        """Close, whether or not the last save has succeeded."""
         if self._store is not None:
             self._store.close()
