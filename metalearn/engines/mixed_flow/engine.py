@@ -7,25 +7,25 @@ keeps all its intermediates for it. But second derivatives commute:
 
     u^T dg/d(theta, eta)  =  d/de [ grad_(theta, eta) L(theta + e u, eta) ]   at e = 0
 
-one `jvp` of a gradient, which needs no memory beyond a forward-mode sweep of an
-ordinary backward pass. Everything else in the step (an optax update, say) is mostly
-elementwise and differentiated as usual. The inner gradients themselves are kept by name
-through the checkpoint of each step, so that the backward pass never computes them again; but for
-remat="segments" or a `budget`, where that would be the most of what is kept.
+one `jvp` of a gradient, which needs no memory beyond that of an ordinary backward pass
+and its tangents. Everything else in the step (such as an optax update) is mostly elementwise and
+differentiated as usual. The inner gradients are residuals of each rematerialised step, saved by
+name, so that the backward pass does not compute them again; except with remat="segments" or a
+`budget`, where they would be most of the saved memory.
 
-They commute where g is the gradient of L as JAX differentiates it. A function in L with a
-derivative rule of its own that is no derivative (a straight-through estimator, a clipped or a
-reversed gradient, a surrogate gradient) makes g the gradient of nothing. Rules are found and
-probed when a program is traced (`metalearn.engines.custom_rules`): an inner gradient that
-passes one that is none, or may be none, is differentiated as it stands, by reverse over reverse.
-That is exact too, and takes the memory that `Reverse("step")` takes for it.
+Second derivatives commute where g is the gradient of L as JAX differentiates it. A function in L
+with a custom derivative rule that is not its derivative (a straight-through estimator, a clipped
+or reversed gradient, a surrogate gradient) makes g the gradient of no function. Custom rules are
+probed when a program is traced (`metalearn.engines.custom_rules`): an inner gradient through a
+rule that is not, or may not be, a derivative is differentiated by reverse over reverse. That is
+exact too, and takes as much memory as `Reverse("step")`.
 
-As general as reverse mode, within the limits of JAX's custom derivative rules: the
+Mixed flow is as general as reverse mode, within the limits of JAX's custom derivative rules: the
 meta-gradient cannot itself be differentiated, and inner gradients must have a derivative. A
-callback or a kernel without any derivative of its backward pass serves no engine, and is refused.
+callback or a kernel whose backward pass has no derivative works with no engine, and is refused.
 Parameters may be complex; as everywhere in JAX, the gradient of a real loss with respect to them
-is conjugated. A step cannot push a `jax.jvp` through `grad`: take a Hessian product as the `grad`
-of `<grad, v>`, or by `jax.vjp`, both exact here.
+is conjugated. A step cannot take a `jax.jvp` of `grad`: compute a Hessian product as the `grad`
+of `<grad, v>`, or by `jax.vjp`; both are exact.
 
 Reference: Kemaev et al. 2025, "Scalable Meta-Learning via Mixed-Mode
 Differentiation" (arXiv:2505.00793).
@@ -61,39 +61,40 @@ STORES: dict[str, Any] = {
 class MixedFlow(MetaGradient):
     """Backpropagation through the loop whose inner Hessian products run forward.
 
-    Exact as it stands; what is not exact has "inexact" in its name. T inner steps, "state" the
-    size of the inner state, g that of an inner gradient:
+    Exact, except for settings with "inexact" in their name. T: inner steps; state: the size of the
+    inner state; g: the size of an inner gradient.
 
-    | remat                 | keeps                                  | extra work            |
-    |-----------------------|----------------------------------------|-----------------------|
-    | "none"                | all but the inner loss's activations   | none                  |
-    | "step"                | T (state + g)                          | the optimizer, again  |
-    | "nested"              | T g + 2 sqrt(T) states                 | the optimizer, twice  |
-    | "segments"            | sqrt(T) (2 states + g)                 | one more forward loop |
-    | "inexact_reconstruct" | T / segment states                     | T inner gradients     |
+    | remat                 | saved residuals                        | extra computation           |
+    |-----------------------|----------------------------------------|-----------------------------|
+    | "none"                | all but the inner loss's activations   | none                        |
+    | "step"                | T (state + g)                          | the optimizer update, again |
+    | "nested"              | T g + 2 sqrt(T) states                 | the optimizer update, twice |
+    | "segments"            | sqrt(T) (2 states + g)                 | one more forward loop       |
+    | "inexact_reconstruct" | T / segment states                     | T inner gradients           |
 
     Args:
-      remat: as above.
-      segment: inner steps between kept states. "nested" and "segments": None is sqrt(T).
-        "inexact_reconstruct": between anchors, None is 32. It undoes steps (`Unroll.undo`, see
-        `metalearn.optimizers.reversible`), and rounding errors grow geometrically from an anchor
-        backwards: the meta-gradient is off by 1e-5 with 16 and 3e-5 with 32 in float32, against
-        6e-6 of exact modes (docs/results.md).
-      budget: "nested": bytes that kept states of one task may take at a time, instead of a
-        segment. Inner gradients are then taken again rather than kept (see
+      remat: which residuals are saved for the backward pass, as above.
+      segment: inner steps between saved states. "nested" and "segments": None is sqrt(T).
+        "inexact_reconstruct": None is 32. It undoes steps (`Unroll.undo`, see
+        `metalearn.optimizers.reversible`), and rounding errors grow geometrically from a saved
+        state backwards: the relative error of the meta-gradient is 1e-5 with 16 and 3e-5 with 32
+        in float32, against 6e-6 of exact modes (docs/results.md).
+      budget: "nested": bytes that saved states of one task may take at a time, instead of a
+        segment. Inner gradients are then recomputed rather than saved (see
         `metalearn.engines.nested_scan`).
-      store: where remat="step" keeps states and inner gradients. "device"; "host", its memory,
-        for the price of the transfers; "inexact_bfloat16", on the device in half the bytes,
-        which rounds the points at which Hessian products are taken by 2^-9 (off by 2e-3 to 5e-3).
-      peel: take the first step apart where theta_0 does not depend on eta: its Hessian product
-        is not needed. Costs one more step to compile.
-      micro_batches: take inner gradients and Hessian products a part of the batch at a time; the
-        inner loss must be a `metalearn.ExampleMean`. Holds one part's activations; same FLOPs,
-        more time.
+      store: where remat="step" saves states and inner gradients. "device"; "host": in host memory,
+        at the cost of the transfers; "inexact_bfloat16": on the device in half the bytes, which
+        rounds the points where Hessian products are computed by 2^-9 (relative error 2e-3 to
+        5e-3).
+      peel: compute the first step outside the scan where theta_0 does not depend on eta: its
+        Hessian product is not needed. Costs one more step to compile.
+      micro_batches: compute inner gradients and Hessian products in this many parts of the batch;
+        the inner loss must be a `metalearn.ExampleMean`. The activations of one part are alive at
+        a time; same FLOPs, more time.
       true_rules: names of functions in the inner loss whose `custom_jvp` or `custom_vjp` rules are
-        true derivatives, and shall be believed where trying cannot tell: kernels, functions too
-        large to be tried, or with a kink where arguments are zero. ("*",) is all. A rule that was
-        tried and is none is refused. What was not believed, `metalearn.diagnostics.health` lists.
+        declared to be derivatives where probing cannot decide: kernels, functions too large to
+        probe, or with a kink at zero. ("*",): all of them. A declared rule that probing refutes is
+        refused. `trainer.check_health` lists rules that do not count as derivatives.
     """
 
     remat: str = "step"
@@ -135,11 +136,11 @@ class MixedFlow(MetaGradient):
 
     @property
     def commutes(self) -> bool:
-        """Whether it takes Jacobians of inner gradients for symmetric: it does."""
+        """Whether the engine assumes symmetric Jacobians of inner gradients: true."""
         return True
 
     def plan(self, call: commuted.Call) -> custom_rules.Plan:
-        """Say what of an inner gradient's Jacobian is taken for symmetric, and why not all."""
+        """Return which inputs of an inner gradient have Jacobians assumed symmetric, and why."""
         return commuted.planned(call, self.true_rules)
 
     def _remat(self) -> Remat:

@@ -1,29 +1,26 @@
-"""An inner `value_and_grad` whose own derivative is taken forward-over-reverse.
+"""An inner `value_and_grad` whose derivative is computed forward-over-reverse.
 
-The rule has to be right in more places than g. The loss value and aux (batch
-statistics, logits, metrics) carry cotangents of their own, l and a. They come out of the
-same pass: differentiate
+Besides g, the loss value and aux (batch statistics, logits, metrics) have cotangents too, l and
+a. One pass gives all of them: differentiate
 
     Phi(theta, s) = (1 + s l) L(theta) + s <a, aux(theta)>
 
 along (u, 1) in (theta, s): d Phi' = u^T H + l L' + a^T aux'.
 
-And the inner loss may close over anything, eta among it. JAX would drop or refuse a
-derivative through a closure of a custom rule, so the loss is traced once and what it
-closes over becomes an argument.
+The inner loss may close over traced values, eta for instance. JAX would drop or refuse a
+derivative through a closure of a custom rule, so the loss is traced once and its closed-over
+values become arguments.
 
-All this takes the Jacobian of g for symmetric: g has to be the gradient of L as JAX
-differentiates it. A function in L with a derivative rule of its own that is none (a
-straight-through estimator, a clipped gradient) breaks that, and one that may be none might.
-`custom_rules` says which. Where what is differentiated passes such a function, g is traced
-with its rules in it and differentiated as it stands, by reverse over reverse; where only
-other inputs do (labels that a rule gives no cotangent, say), only their part of u^T dg is.
+This assumes that the Jacobian of g is symmetric: g must be the gradient of L as JAX differentiates
+it. A function in L with a custom derivative rule that is not its derivative (a straight-through
+estimator, a clipped gradient) violates that; `custom_rules` decides which rules count. If theta
+reaches such a function, g is traced with its rules and differentiated by reverse over reverse; if
+only other inputs reach it (labels without a cotangent, for instance), only their part of u^T dg is.
 
-A `jvp`, and a `vjp`, that say what is wrong where a model has no such derivative.
-
-Fused kernels come with a backward pass of their own and often without a derivative of it.
-Some of those fail inside JAX when they are pushed forward, and a rule within a rule fails
-only when the whole program is lowered, far from here: both are found and named.
+`pushforward` and `differentiated` are a `jvp` and a `vjp` with clear errors. Fused kernels have a
+backward pass of their own, often without a derivative. Some of them fail inside JAX under a JVP,
+and a custom rule within a custom rule fails only when the whole program is lowered: both cases are
+detected and named.
 """
 
 from __future__ import annotations
@@ -56,10 +53,14 @@ def value_and_grad(
     *,
     true_rules: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
-    """Stand in for `jax.value_and_grad`; the derivative of its gradient runs forward.
+    """Replace `jax.value_and_grad`; the derivative of its gradient is a JVP.
 
-    With `given`, its result is known from before and only its derivative is computed.
-    `true_rules`: see `MixedFlow`.
+    Args:
+      fun: the inner loss.
+      argnums: as of `jax.value_and_grad`.
+      has_aux: as of `jax.value_and_grad`.
+      given: the result, if it is known: only its derivative is computed. None: compute it.
+      true_rules: see `MixedFlow`.
     """
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
@@ -76,7 +77,14 @@ def value_and_grad(
 
 
 class Call:
-    """One call of what `grad` is given: what it is differentiated in, and its other inputs."""
+    """One call of the function that `grad` receives.
+
+    Attributes:
+      loss: (theta, inputs) -> (value, aux).
+      theta: leaves of the differentiated arguments.
+      treedef: their structure.
+      inputs: the other arrays among the arguments.
+    """
 
     def __init__(
         self,
@@ -90,7 +98,7 @@ class Call:
         theta, treedef = jax.tree.flatten([args[i] for i in chosen])
         held = list(args)
         for i in chosen:
-            held[i] = None  # theta travels apart from the other arguments
+            held[i] = None  # theta is passed separately from the other arguments
         inputs, static, join = split((held, kwargs), is_array)
 
         def loss(theta: Leaves, inputs: Leaves) -> tuple[Any, Any]:
@@ -108,9 +116,9 @@ class Call:
 
 
 def named(grads: Leaves) -> list[jax.Array]:
-    """Name inner gradients, so that a checkpoint's policy can keep them.
+    """Name inner gradients, so that a policy of `jax.checkpoint` can save them.
 
-    A complex one part by part: `jax.checkpoint` rounds what it keeps, and knows how for reals.
+    Real and imaginary parts are named separately: `jax.checkpoint` rounds saved reals only.
     """
 
     def part(g: jax.Array) -> jax.Array:
@@ -134,14 +142,18 @@ def inexact(leaf: Any) -> jax.Array:
 
 
 class Hoisted:
-    """A function that was traced, (theta, inputs) -> result: all it closed over is an input.
+    """A traced function (theta, inputs) -> result whose closed-over values are inputs.
 
-    Call it with (theta, [*inputs, *consts]). The constants, which may be traced values, are not
-    kept here: they would outlive their trace.
+    Call it with (theta, [*inputs, *consts]). The constants may be traced values and are not stored
+    here: they would outlive their trace.
+
+    Attributes:
+      jaxpr: of inputs [*theta, *inputs, *consts].
+      shapes: of the result.
     """
 
     def __init__(self, jaxpr: core.Jaxpr, shapes: Any):
-        self.jaxpr = jaxpr  # of inputs [*theta, *inputs, *consts]
+        self.jaxpr = jaxpr
         self.shapes = shapes
 
     def __call__(self, theta: Leaves, inputs: Leaves) -> Any:
@@ -150,7 +162,7 @@ class Hoisted:
 
 
 def hoist(function: Callable[..., Any], theta: Leaves, inputs: Leaves) -> tuple[Hoisted, list[Any]]:
-    """Make all that a function of (theta, inputs) closes over an input: (function, consts)."""
+    """Return (function, consts): a function whose closed-over values became inputs, and those."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(list(theta), list(inputs))
     jaxpr, consts = closed.jaxpr, list(closed.consts)
     jaxpr = jaxpr.replace(
@@ -164,21 +176,23 @@ def hoist(function: Callable[..., Any], theta: Leaves, inputs: Leaves) -> tuple[
 class Gradient(NamedTuple):
     """An inner gradient, of (theta, floats, rest), and its derivative.
 
-    floats and rest are the loss's other inputs, those that carry a derivative and those that
-    do not.
+    `floats` and `rest` are the other inputs of the loss, with and without derivatives.
+
+    Args:
+      forward: (theta, floats, rest) -> ((value, aux), grads).
+      back: (theta, floats, rest, cotangents of forward's result) -> those of (theta, floats).
     """
 
-    forward: Callable[[Leaves, Leaves, Leaves], Any]  # -> ((value, aux), grads)
-    # theta, floats, rest, cotangents of ((value, aux), grads) -> those of (theta, floats)
+    forward: Callable[[Leaves, Leaves, Leaves], Any]
     back: Callable[[Leaves, Leaves, Leaves, Any], tuple[Leaves, Leaves]]
 
 
 def inner_gradient(
     loss: Loss, theta: Leaves, inputs: Leaves, true_rules: Sequence[str] = ()
 ) -> tuple[Gradient, list[Any], Any]:
-    """Return (the gradient of a loss, what the loss closes over, the shapes of its result).
+    """Return (gradient of a loss, its closed-over values, shapes of its result).
 
-    What the loss closes over comes after `inputs`, in this order, where these are split.
+    Its `floats` and `rest` are split from [*inputs, *closed-over values].
     """
     hoisted, consts = hoist(loss, theta, inputs)
     plan = _planned(hoisted, theta, [*inputs, *consts], true_rules)
@@ -211,7 +225,7 @@ def inner_gradient(
 
 
 def planned(call: Call, true_rules: Sequence[str]) -> custom_rules.Plan:
-    """Return what of a loss's second derivatives may be taken for symmetric."""
+    """Return which second derivatives of a loss may be assumed symmetric."""
     hoisted, consts = hoist(call.loss, call.theta, call.inputs)
     return _planned(hoisted, call.theta, [*call.inputs, *consts], true_rules)
 
@@ -224,13 +238,13 @@ def _planned(
 
 
 def primal(given: Any, has_aux: bool) -> Any:
-    """Return a known result of `value_and_grad` as the rules have it: ((value, aux), leaves)."""
+    """Return a known result of `value_and_grad` as ((value, aux), leaves of grads)."""
     value, grads = given
     return value if has_aux else (value, ()), jax.tree.leaves(grads)
 
 
 def _commuted(gradient: Gradient) -> Callable[[Leaves, Leaves, Leaves, Any], Any]:
-    """Return (theta, floats, rest, known) -> ((value, aux), grads), with a rule of its own."""
+    """Return (theta, floats, rest, known) -> ((value, aux), grads), with a custom rule."""
 
     def forward(theta: Leaves, floats: Leaves, rest: Leaves, known: Any) -> Any:
         if known is not None:
@@ -254,10 +268,15 @@ def pullback(
     rest: Leaves,
     cotangents: Any,
 ) -> tuple[Leaves, Leaves]:
-    """Pull ((value, aux), grads) cotangents back to (theta, floats): one jvp of a gradient.
+    """Pull cotangents of ((value, aux), grads) back to (theta, floats): one JVP of a gradient.
 
-    `apart`: which floats' part is by reverse over reverse instead; that of data, which carry no
-    derivative, is not computed.
+    Args:
+      loss: (theta, floats, rest) -> (value, aux).
+      apart: which of `floats` are differentiated by reverse over reverse instead.
+      theta: the differentiated leaves.
+      floats: other inputs that carry a derivative.
+      rest: other inputs that carry none.
+      cotangents: of ((value, aux), grads).
     """
     (value_bar, aux_bar), u = cotangents
     backwards, forwards, join = split(floats, apart)
@@ -292,7 +311,7 @@ def pushforward(function: Callable[..., Any], primals: Any, tangents: Any) -> An
     """Return the tangent of `function` at `primals` along `tangents`.
 
     Raises:
-      TypeError: where an operation in it has no forward-mode derivative.
+      TypeError: if an operation in it has no forward-mode derivative.
     """
 
     def tangent(primals: Any, tangents: Any) -> Any:
@@ -307,7 +326,7 @@ def pushforward(function: Callable[..., Any], primals: Any, tangents: Any) -> An
             "cause. Replace it by one written in JAX, such as `metalearn.models.causal_attention` "
             "for attention."
         ) from error
-    if "custom_lin" in _primitives(closed.jaxpr):  # what is left of a rule without a JVP
+    if "custom_lin" in _primitives(closed.jaxpr):  # the remainder of a rule without a JVP
         raise TypeError(
             "`MixedFlow` pushes the inner gradient forward (a JVP), but the inner loss has a "
             "`jax.custom_vjp` inside the rule of another, which has no JVP. Write the inner one as "
@@ -323,7 +342,7 @@ def differentiated(
     """Pull cotangents of a function's result, an inner gradient, back to `primals`.
 
     Raises:
-      TypeError: where an operation in it has no derivative. `names` says which bring rules.
+      TypeError: if an operation in it has no derivative; `names` are functions with rules.
     """
     try:
         result, pull = jax.vjp(function, *primals)
@@ -345,7 +364,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _cotangent(value: Any, cotangent: Any) -> Any:
-    """Return a cotangent as `jax.vjp` takes it: of integers and keys, none."""
+    """Return a cotangent as `jax.vjp` expects it: float0 for integers and keys."""
     return cotangent if is_differentiable(value) else np.zeros(value.shape, jax.dtypes.float0)
 
 

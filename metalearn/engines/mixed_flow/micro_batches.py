@@ -1,11 +1,11 @@
-"""The commuted rule a few examples at a time, for a loss that is a mean over examples.
+"""Inner gradients and Hessian products in micro-batches, for a loss that is a mean over examples.
 
     g = 1/k sum_j grad L_j          u^T H = 1/k sum_j u^T H_j
 
 over k parts of the batch, one after the other: the same sums in another order, so the result
-is that of the whole batch up to rounding, and only one part's activations are alive. Each part
-is differentiated as its share of the mean, L_j / k: a derivative rule that looks at the size of
-a cotangent then sees what it would see in the whole batch.
+equals that of the full batch up to rounding, and only the activations of one part are alive. Each
+part is differentiated as its share of the mean, L_j / k: custom rules that depend on the size of a
+cotangent then get the cotangents of the full batch.
 """
 
 from __future__ import annotations
@@ -94,12 +94,15 @@ def _whole(rows: jax.Array) -> jax.Array:
 
 
 def _in_parts(gradient: Gradient, parts: int, dtype: Any) -> Callable[..., Any]:
-    """Return the rule of `commuted`, part by part.
+    """Return (theta, others, rest, known) -> ((value, aux), grads), computed part by part.
 
-    theta, others, rest, known -> ((value, aux), grads).
+    `others` and `rest` are (cut, common): arrays [parts, ...] with a slice for each part, and
+    arrays that all parts read.
 
-    `gradient` is of a part's share of the loss. others and rest are (cut, common): arrays
-    [parts, ...], one slice a part, and arrays that all parts read. `dtype` is the loss's.
+    Args:
+      gradient: of a part's share of the loss.
+      parts: how many.
+      dtype: of the loss.
     """
 
     def forward(theta: Leaves, others: Any, rest: Any, known: Any) -> Any:
@@ -143,5 +146,5 @@ def _plus(total: Any, terms: Any) -> Any:
 
 
 def _cut_cotangent(leaf: Any, parts: int) -> jax.Array:
-    """Cut as the values are; what carries no derivative gets a placeholder."""
+    """Cut a cotangent like its value; a placeholder if the value carries no derivative."""
     return jnp.zeros(parts) if leaf.dtype == jax.dtypes.float0 else _cut(leaf, parts)

@@ -5,11 +5,11 @@
     c_t  =  (d theta_{t+1} / d theta_t)^T c_{t+1}        c_T = dF / d theta_T
     dF/deta  =  sum_t (d theta_{t+1} / d eta)^T c_{t+1}  + direct terms
 
-so that the inner state it needs at step t may come from elsewhere: `Copies` saves all T of them,
-and the inner gradients, in host memory or in low precision; `Anchors` saves every k-th and undoes
-the steps in between. Inner gradients are recorded in the forward pass and replayed in the
-backward pass, so that no loss is evaluated again for them. The first step is peeled: where theta_0
-does not depend on eta, c_0 is not computed.
+so that the inner states can be saved in other ways: `Copies` saves all T of them, and the inner
+gradients, in host memory or in low precision; `Anchors` saves every k-th state and undoes the
+steps in between. Inner gradients are recorded in the forward pass and replayed in the backward
+pass, so that no loss is evaluated again for them. The first step is peeled: where theta_0 does not
+depend on eta, c_0 is not computed.
 """
 
 from __future__ import annotations
@@ -34,28 +34,37 @@ def sweep(
     eta: Any,
     batches: Any,
     value_and_grad: ValueAndGrad,
-    kept: Kept,
+    saved: Saved,
     peel: bool = True,
 ) -> tuple[tuple[jax.Array, Aux], Any]:
-    """Return ((loss (), aux), meta-gradient like eta)."""
+    """Differentiate an unroll: ((loss (), aux), meta-gradient like eta).
+
+    Args:
+      unroll: the inner loop.
+      eta: the meta-parameters.
+      batches: leaves [T, ...].
+      value_and_grad: for inner gradients.
+      saved: which residuals are saved for the backward pass, and how.
+      peel: compute the first step outside the scan.
+    """
     check_eta(eta)
     with going_backwards():
-        return _swept(unroll, eta, batches, value_and_grad, kept, peel)
+        return _swept(unroll, eta, batches, value_and_grad, saved, peel)
 
 
 def _swept(
-    unroll: Unroll, eta: Any, batches: Any, value_and_grad: ValueAndGrad, kept: Kept, peel: bool
+    unroll: Unroll, eta: Any, batches: Any, value_and_grad: ValueAndGrad, saved: Saved, peel: bool
 ) -> tuple[tuple[jax.Array, Aux], Any]:
-    alone = horizon(batches) == 1
+    one_step = horizon(batches) == 1
     step = OneStep(unroll, eta, value_and_grad)
     first, rest = jax.tree.map(lambda x: x[0], batches), jax.tree.map(lambda x: x[1:], batches)
     theta_0 = unroll.init(eta)
-    theta_1, (seen, tape) = step.forward(theta_0, first)
-    inner = jax.tree.map(lambda x: x[None], seen)
-    theta_T, stored = theta_1, None
-    if not alone:
-        theta_T, seen, stored = kept.forward(step, theta_1, rest)
-        inner = joined([inner, seen])
+    theta_1, (first_inner, tape) = step.forward(theta_0, first)
+    inner = jax.tree.map(lambda x: x[None], first_inner)
+    theta_T, residuals = theta_1, None
+    if not one_step:
+        theta_T, rest_inner, residuals = saved.forward(step, theta_1, rest)
+        inner = joined([inner, rest_inner])
 
     floats, others, join = split(theta_T)
 
@@ -63,11 +72,11 @@ def _swept(
         return outer_loss(unroll, eta, join(floats, others))
 
     (loss, metrics), bars = jax.value_and_grad(outer, (1, 0), has_aux=True)(eta, floats)
-    state_bar, eta_bar = bars if alone else kept.back(step, theta_T, rest, stored, bars)
-    wanted = not peel or depends(unroll.init, eta)
-    state_bar, from_first = step.back(theta_0, first, tape, state_bar, wanted)
-    eta_bar = jax.tree.map(jnp.add, eta_bar, from_first)
-    if wanted:
+    state_bar, eta_bar = bars if one_step else saved.back(step, theta_T, rest, residuals, bars)
+    needs_state_bar = not peel or depends(unroll.init, eta)
+    state_bar, first_eta_bar = step.back(theta_0, first, tape, state_bar, needs_state_bar)
+    eta_bar = jax.tree.map(jnp.add, eta_bar, first_eta_bar)
+    if needs_state_bar:
         _, pull = jax.vjp(lambda eta: split(unroll.init(eta))[0], eta)
         eta_bar = jax.tree.map(jnp.add, eta_bar, *pull(state_bar))
     return (loss, Aux(metrics, theta_T, inner)), eta_bar
@@ -76,79 +85,88 @@ def _swept(
 Bars = tuple[list[jax.Array], Any]  # cotangents of the state's float leaves, and of eta
 
 
-class Kept(abc.ABC):
+class Saved(abc.ABC):
     """Which residuals of a loop over batches [T, ...] are saved for the backward pass. T >= 1."""
 
     @abc.abstractmethod
     def forward(self, step: OneStep, state: Any, batches: Any) -> tuple[Any, Any, Any]:
-        """Return (last state, what the steps saw, what is kept)."""
+        """Return (last state, inner losses and norms [T, ...], residuals)."""
 
     @abc.abstractmethod
-    def back(self, step: OneStep, state: Any, batches: Any, kept: Any, bars: Bars) -> Bars:
-        """Pull cotangents of the last state back to the first, adding up eta's."""
+    def back(self, step: OneStep, state: Any, batches: Any, residuals: Any, bars: Bars) -> Bars:
+        """Pull cotangents of the last state back to the first, and accumulate those of eta."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Copies(Kept):
-    """Keep every state and inner gradient, as `put` stores an array and `get` reads it."""
+class Copies(Saved):
+    """Save every state and inner gradient.
+
+    Args:
+      put: array -> its stored form.
+      get: (stored form, dtype of the array) -> array.
+    """
 
     put: Callable[[jax.Array], Any]
-    get: Callable[[Any, Any], jax.Array]  # stored, the dtype it had -> array
+    get: Callable[[Any, Any], jax.Array]
 
     def forward(self, step: OneStep, state: Any, batches: Any) -> tuple[Any, Any, Any]:
-        """Scan, and store on the way."""
+        """Scan over the steps, saving states and tapes."""
 
         def body(state: Any, batch: Any) -> Any:
             after, (inner, tape) = step.forward(state, batch)
             return after, (inner, jax.tree.map(self.put, (state, tape)))
 
-        state, (inner, kept) = jax.lax.scan(body, state, batches)
-        return state, inner, kept
+        state, (inner, residuals) = jax.lax.scan(body, state, batches)
+        return state, inner, residuals
 
-    def back(self, step: OneStep, state: Any, batches: Any, kept: Any, bars: Bars) -> Bars:
-        """Scan backwards over what was stored."""
+    def back(self, step: OneStep, state: Any, batches: Any, residuals: Any, bars: Bars) -> Bars:
+        """Scan backwards over the saved states."""
         first = jax.tree.map(lambda x: x[0], batches)
         _, (_, tape) = jax.eval_shape(step.forward, state, first)
         dtypes = jax.tree.map(lambda x: x.dtype, (state, tape))
 
         def body(bars: Bars, slice_: Any) -> Any:
-            batch, kept = slice_
-            state, tape = jax.tree.map(self.get, kept, dtypes)
+            batch, stored = slice_
+            state, tape = jax.tree.map(self.get, stored, dtypes)
             return _added(bars, step.back(state, batch, tape, bars[0])), None
 
-        return jax.lax.scan(body, bars, (batches, kept), reverse=True)[0]
+        return jax.lax.scan(body, bars, (batches, residuals), reverse=True)[0]
 
 
 def in_bfloat16() -> Copies:
-    """Keep real floating-point arrays in bfloat16, as bits: XLA would undo a plain conversion."""
+    """Save real floating-point arrays as the bits of bfloat16: XLA would undo a conversion."""
 
     def put(x: jax.Array) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
 
-    def get(x: jax.Array, was: Any) -> jax.Array:
-        if x.dtype == was:
+    def get(x: jax.Array, dtype: Any) -> jax.Array:
+        if x.dtype == dtype:
             return x
-        return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(was)
+        return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(dtype)
 
     return Copies(put, get)
 
 
 def on_host() -> Copies:
-    """Keep arrays in host memory; where that is the device's own, nothing moves."""
+    """Save arrays in host memory; no transfer if that is the device's memory too."""
     device, host = jax.memory.Space.Device, jax.memory.Space.Host
     return Copies(lambda x: jax.device_put(x, host), lambda x, _: jax.device_put(x, device))
 
 
 @dataclasses.dataclass(frozen=True)
-class Anchors(Kept):
-    """Keep the state after every `every` steps, and undo the steps in between."""
+class Anchors(Saved):
+    """Save every k-th state, and undo the steps in between.
+
+    Args:
+      every: k, in inner steps.
+    """
 
     every: int
 
     def forward(self, step: OneStep, state: Any, batches: Any) -> tuple[Any, Any, Any]:
-        """Scan over segments, keeping the state at the end of each."""
+        """Scan over segments, saving the state at the end of each."""
 
         def body(state: Any, batch: Any) -> Any:
             state, (inner, _) = step.forward(state, batch)
@@ -164,8 +182,8 @@ class Anchors(Kept):
         state, rest = jax.lax.scan(body, state, tail)
         return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), inner, rest), ends
 
-    def back(self, step: OneStep, state: Any, batches: Any, kept: Any, bars: Bars) -> Bars:
-        """Go back segment by segment, each from its own end."""
+    def back(self, step: OneStep, state: Any, batches: Any, residuals: Any, bars: Bars) -> Bars:
+        """Scan backwards over segments, each from the saved state at its end."""
 
         def body(carry: Any, batch: Any) -> Any:
             state, bars = carry
@@ -179,14 +197,14 @@ class Anchors(Kept):
 
         head, tail = self._segments(batches)
         bars, _ = segment(bars, (state, tail))
-        return jax.lax.scan(segment, bars, (kept, head), reverse=True)[0]
+        return jax.lax.scan(segment, bars, (residuals, head), reverse=True)[0]
 
     def _segments(self, batches: Any) -> tuple[Any, Any]:
-        """Return the batches of whole segments [n, every, ...], and those left over."""
+        """Return the batches of complete segments [n, every, ...], and the remaining ones."""
         steps = jax.tree.leaves(batches)[0].shape[0]
-        whole = steps - steps % self.every
-        head = jax.tree.map(lambda x: x[:whole].reshape(-1, self.every, *x.shape[1:]), batches)
-        return head, jax.tree.map(lambda x: x[whole:], batches)
+        complete = steps - steps % self.every
+        head = jax.tree.map(lambda x: x[:complete].reshape(-1, self.every, *x.shape[1:]), batches)
+        return head, jax.tree.map(lambda x: x[complete:], batches)
 
 
 def _added(bars: Bars, step: Bars) -> Bars:
