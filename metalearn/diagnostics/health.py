@@ -1,26 +1,24 @@
-"""Meta-gradient health: what would make a run fail, found before it starts.
+"""Health checks of meta-gradients: causes of failure, detected before a run starts.
 
-Two things go wrong without a word in training through training. An inner optimizer whose
-update has an infinite derivative at a zero gradient (sqrt(v) of Adam, and of about half of
-optax) turns the first exact zero into a NaN in all of eta; one that takes a norm (clipping,
-lars), the first gradient that is all zero. And a leaf of eta that no path
-leads to (unused, or behind a `stop_gradient`) has the meta-gradient zero: nothing fails, and
-nothing is learned.
+Two things go wrong silently in training through training. An inner optimizer whose update has an
+infinite derivative at a zero gradient (sqrt(v) of Adam, and about half of optax) turns the first
+exact zero into NaN in all of eta; one that takes a norm (clipping, lars) does so at the first
+gradient that is all zero. And a leaf of eta without a path to the outer loss (unused, or behind a
+`stop_gradient`) has a meta-gradient of zero: nothing fails, and nothing is learned.
 
-`check` looks at the first task of the next outer step, with the trainer's own engine and
-over its first few inner steps: one more program to compile, the memory of one task. What it
-finds is an error where this task itself has a NaN, since training would stop at its first
-step. It is a warning where only an exact zero would, or a gradient of zeros alone: a ReLU network
-will meet one, a tanh network will not, and an algorithm does not say which it has. The reason
-that is given is found by looking again, at the same inner loop with other zeros in its gradients.
+`check` examines the first task of the next outer step, with the trainer's engine and over the first
+few inner steps: one more program to compile, the memory of one task. It reports an error if this
+task has a NaN: training would stop at its first step. It reports a warning if only an exact zero,
+or an all-zero gradient, gives a NaN: a ReLU network will have one, a tanh network will not, and an
+algorithm does not say which it trains. The cause is found by running the same inner loop with other
+zeros in its gradients.
 
-An engine that assumes symmetric Jacobians of inner gradients (`MixedFlow`) is asked for which inner
-gradients it does not, and why: a note, since the result is exact and only costs more memory. The
-symmetry of the others is measured on the task (`metalearn.diagnostics.symmetry`): a warning where
-a Jacobian is not symmetric.
+Of an engine that assumes symmetric Jacobians of inner gradients (`MixedFlow`), the check lists the
+inner gradients where it does not, and why: a note, since the result is exact and only costs more
+memory. The symmetry of the others is measured on the task (`metalearn.diagnostics.symmetry`): a
+warning if a Jacobian is not symmetric.
 
-`diagnose` says the same of an outer step that has failed: which task, where, from which
-inner step on.
+`diagnose` explains a failed outer step: which task, where, from which inner step on.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ from metalearn.engines.custom_rules import listed
 from metalearn.tasks import Tasks, check_tasks, draw_episode
 from metalearn.train_state import TrainState
 
-STEPS = 5  # inner steps of a check: enough for every optimizer of optax to show itself
+STEPS = 5  # inner steps of a check: enough to detect every optimizer of optax concerned
 
 WRAP = "wrap it: `metalearn.optimizers.differentiable_at_zero(optimizer)`"
 ROOT = (
@@ -78,7 +76,7 @@ DIVERGES = (
 )
 OUTER = ": look at the `loss` of the algorithm's unroll, and at the data it reads."
 
-GROWN = 1e8  # the norm of a tangent from which on it is overflowing
+GROWN = 1e8  # norm of a tangent above which it counts as overflowing
 
 
 class HealthError(FloatingPointError):
@@ -86,20 +84,26 @@ class HealthError(FloatingPointError):
 
 
 class HealthWarning(UserWarning):
-    """Training can go on, but something will not be learned, or is a zero away from NaN."""
+    """Training can continue, but a leaf of eta is not learned, or an exact zero gives a NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a check found, a paragraph each."""
+    """The result of a health check, one paragraph per finding.
+
+    Args:
+      errors: training would fail at its first step.
+      warnings: training may fail later, or does not learn all of eta.
+      notes: nothing is wrong.
+    """
 
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()  # nothing is wrong, but good to know
+    notes: tuple[str, ...] = ()
 
     @property
     def healthy(self) -> bool:
-        """Say whether nothing was found to be wrong."""
+        """Return whether there are no errors and no warnings."""
         return not (self.errors or self.warnings)
 
     def __str__(self) -> str:
@@ -107,9 +111,9 @@ class Report:
             "Health: the meta-gradient is finite, with a zero in every inner gradient too, "
             "and with all of them zero."
         )
-        found = [fine] if self.healthy else [f"Error: {text}" for text in self.errors]
-        found += [f"Warning: {text}" for text in self.warnings]
-        return "\n".join(found + [f"Note: {text}" for text in self.notes])
+        lines = [fine] if self.healthy else [f"Error: {text}" for text in self.errors]
+        lines += [f"Warning: {text}" for text in self.warnings]
+        return "\n".join(lines + [f"Note: {text}" for text in self.notes])
 
     def raise_errors(self) -> None:
         """Raise HealthError if training would fail at its first step."""
@@ -117,7 +121,7 @@ class Report:
             raise HealthError(" ".join(self.errors))
 
     def warn(self) -> None:
-        """Give a HealthWarning for each thing found, errors included."""
+        """Issue a HealthWarning for each error and each warning."""
         for text in (*self.errors, *self.warnings):
             warnings.warn(text, HealthWarning, stacklevel=2)
 
@@ -139,11 +143,16 @@ class Probes(NamedTuple):
 
 
 def check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
-    """Look at the first task of the outer step that comes after `state`.
+    """Examine the first task of the outer step after `state`.
+
+    Args:
+      probes: the functions of the trainer.
+      state: the state before the outer step.
+      tasks: as of the outer step.
 
     Raises:
-      TypeError: if `tasks` are no distribution over tasks.
-      ValueError: if their labels are known, and beyond the outputs of the network.
+      TypeError: if `tasks` are not a distribution over tasks.
+      ValueError: if their labels are known and exceed the outputs of the network.
     """
     check_tasks("Trainer.check_health(tasks=)", tasks)
     with known(tasks, probes.labels_seen):
@@ -153,46 +162,46 @@ def check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
 def _check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
     key, names = probes.task_keys(state)[0], _names(state.eta)
     look = functools.partial(probes.look, state.eta, tasks, key, steps=STEPS)
-    seen = look(zeros=probe.AS_THEY_ARE)
-    trouble = _trouble(seen, names, _labels(probes, tasks, key, seen), look)
-    if trouble and not _outer_finite(seen):
-        return Report(errors=(f"On the first task {trouble}",))
-    found = [f"On the first task {trouble}"] if trouble else []
-    found += _at_zeros(look, names)
-    if seen.zero.any():
-        found += _unreached(probes, state.eta, tasks, key, names)
+    result = look(zeros=probe.AS_THEY_ARE)
+    cause = _cause(result, names, _labels(probes, tasks, key, result), look)
+    if cause and not _outer_finite(result):
+        return Report(errors=(f"On the first task {cause}",))
+    warnings = [f"On the first task {cause}"] if cause else []
+    warnings += _at_zeros(look, names)
+    if result.zero.any():
+        warnings += _unreached(probes, state.eta, tasks, key, names)
     symmetry = probes.symmetry(state.eta, tasks, key)
-    return Report(warnings=(*found, *_asymmetric(symmetry)), notes=_as_they_stand(symmetry))
+    return Report(warnings=(*warnings, *_asymmetric(symmetry)), notes=_not_commuted(symmetry))
 
 
 def diagnose(probes: Probes, state: TrainState, tasks: Tasks) -> str:
-    """Say what is not finite in the outer step that was taken from `state`, task by task.
+    """Return a sentence: what is not finite in the outer step taken from `state`.
 
     Only the eta, the key and the step of `state` are read.
     """
     names, keys = _names(state.eta), probes.task_keys(state)
     for i, key in enumerate(keys):
         look = functools.partial(probes.look, state.eta, tasks, key)
-        seen = look(zeros=probe.AS_THEY_ARE)
-        trouble = _trouble(seen, names, _labels(probes, tasks, key, seen), look)
-        if trouble:
-            return f"In its task {i + 1} of {len(keys)} {trouble}"
+        result = look(zeros=probe.AS_THEY_ARE)
+        cause = _cause(result, names, _labels(probes, tasks, key, result), look)
+        if cause:
+            return f"In its task {i + 1} of {len(keys)} {cause}"
     return (
         "Each of its tasks has a finite outer loss and meta-gradient of its own, so it is their "
         "sum, or the outer optimizer, that is not."
     )
 
 
-def _labels(probes: Probes, tasks: Tasks, key: jax.Array, seen: Look) -> str:
-    """Say which labels of a task are beyond the outputs of the network; "" where all is finite."""
-    losses = np.asarray(seen.inner.losses)
-    if np.isfinite(losses).all() and jnp.isfinite(seen.loss):
+def _labels(probes: Probes, tasks: Tasks, key: jax.Array, result: Look) -> str:
+    """Return which labels of a task exceed the network's outputs; "" if all losses are finite."""
+    losses = np.asarray(result.inner.losses)
+    if np.isfinite(losses).all() and jnp.isfinite(result.loss):
         return ""
     return beyond(draw_episode(tasks, key), probes.labels_seen)
 
 
 def _at_zeros(look: Callable[..., Look], names: Sequence[str]) -> list[str]:
-    """Warn of what is not finite with one zero in each leaf of inner gradients, or with all."""
+    """Return a warning if one zero in each leaf of inner gradients, or all zeros, give a NaN."""
     kinds = (
         (
             probe.ONE_A_LEAF,
@@ -202,18 +211,18 @@ def _at_zeros(look: Callable[..., Look], names: Sequence[str]) -> list[str]:
         (probe.ALL, "every inner gradient is exactly zero (a task whose support is masked)", NORM),
     )
     for zeros, where, reason in kinds:
-        seen = look(zeros=zeros)
-        if not _outer_finite(seen):
-            reason = reason if jnp.isfinite(seen.loss) else UNDEFINED
+        result = look(zeros=zeros)
+        if not _outer_finite(result):
+            reason = reason if jnp.isfinite(result.loss) else UNDEFINED
             return [
                 f"The meta-gradient becomes NaN or infinite where {where}, in "
-                f"{_listed(names, ~seen.finite)}. {reason}"
+                f"{_listed(names, ~result.finite)}. {reason}"
             ]
     return []
 
 
 def _reason(look: Callable[..., Look]) -> str:
-    """Say why a meta-gradient is not finite though its outer loss is."""
+    """Return why a meta-gradient is not finite though its outer loss is."""
     for zeros, reason in ((probe.NONE, ALWAYS), (probe.ONE_A_LEAF, ROOT)):
         if not _outer_finite(look(zeros=zeros)):
             return reason
@@ -221,21 +230,24 @@ def _reason(look: Callable[..., Look]) -> str:
 
 
 def _undefined(look: Callable[..., Look]) -> str:
-    """Say that it is zeros in inner gradients that make an inner loop fail; "" where not."""
+    """Return a sentence if zeros in inner gradients make an inner loop fail; "" otherwise."""
     if not _outer_finite(look(zeros=probe.NONE)):
         return ""
     return f"Without the zeros in its inner gradients it is finite. {UNDEFINED}"
 
 
-def _trouble(seen: Look, names: Sequence[str], labels: str, look: Callable[..., Look]) -> str:
-    """Say what is not finite on a task, and what to do; "" where everything is.
+def _cause(result: Look, names: Sequence[str], labels: str, look: Callable[..., Look]) -> str:
+    """Return what is not finite on a task, and what to do; "" if everything is finite.
 
-    `labels`: what is wrong with the labels, if it is that. `look` looks at the task again, with
-    the zeros it is told.
+    Args:
+      result: of the task.
+      names: of the leaves of eta.
+      labels: what is wrong with its labels; "": nothing.
+      look: examines the task again, with given zeros in its inner gradients.
     """
     if labels:
         return f"the loss is not finite, of labels that the network has no output for. {labels}"
-    losses, finite = np.asarray(seen.inner.losses), np.asarray(seen.inner.finite)
+    losses, finite = np.asarray(result.inner.losses), np.asarray(result.inner.finite)
     bad = ~(np.isfinite(losses) & finite)
     if bad.any():
         first = int(bad.any(axis=1).argmax())
@@ -245,29 +257,29 @@ def _trouble(seen: Look, names: Sequence[str], labels: str, look: Callable[..., 
             f"{losses[-1].mean():.4g}; {1 - bad.mean():.0%} finite). "
             f"{_undefined(look) or DIVERGES}"
         )
-    overflow = _overflow(np.asarray(seen.inner.tangent_norm))
+    overflow = _overflow(np.asarray(result.inner.tangent_norm))
     if overflow:
         return overflow
-    if not jnp.isfinite(seen.loss):
+    if not jnp.isfinite(result.loss):
         undefined = _undefined(look)
         return (
-            f"the outer loss is {float(seen.loss)}, though every inner loss and gradient is finite"
-            + (f". {undefined}" if undefined else OUTER)
+            f"the outer loss is {float(result.loss)}, though every inner loss and gradient is "
+            "finite" + (f". {undefined}" if undefined else OUTER)
         )
-    if not seen.finite.all():
+    if not result.finite.all():
         return (
-            f"the meta-gradient is not finite in {_listed(names, ~seen.finite)}, though the outer "
-            f"loss and every inner loss and gradient are. {_reason(look)}"
+            f"the meta-gradient is not finite in {_listed(names, ~result.finite)}, though the "
+            f"outer loss and every inner loss and gradient are. {_reason(look)}"
         )
     return ""
 
 
 def _overflow(norms: np.ndarray) -> str:
-    """Say where the tangents [T, k] of `Forward` grew beyond all bounds; "" where they did not."""
+    """Return where the tangents [T, k] of `Forward` overflow; "" if they do not."""
     bad = (~np.isfinite(norms)).any(axis=1)
     first = int(bad.argmax()) if bad.any() else 0
     if not first or norms[first - 1].max() < GROWN:
-        return ""  # what is not finite from one step to the next has not grown: see _reason
+        return ""  # not finite from one step to the next, without growth: see `_reason`
     return (
         f"the tangents overflow from inner step {first + 1} of {len(norms)} on (largest norm "
         f"before: {norms[first - 1].max():.3g}): the inner loop is chaotic there, and its "
@@ -275,57 +287,57 @@ def _overflow(norms: np.ndarray) -> str:
     )
 
 
-def _outer_finite(seen: Look) -> bool:
-    return bool(jnp.isfinite(seen.loss) & seen.finite.all())
+def _outer_finite(result: Look) -> bool:
+    return bool(jnp.isfinite(result.loss) & result.finite.all())
 
 
 def _unreached(
     probes: Probes, eta: Any, tasks: Tasks, key: jax.Array, names: Sequence[str]
 ) -> list[str]:
-    """Warn of leaves of eta with a meta-gradient of zero here, and close by, over all steps.
+    """Return a warning if leaves of eta have a meta-gradient of zero, at eta and at eta + noise.
 
-    A layer that starts at zero gives those before it a zero meta-gradient too, once.
+    At eta alone a layer that is initialised to zero gives zeros to the layers before it.
     """
     leaves, treedef = jax.tree.flatten(eta)
     draws = [jax.random.fold_in(key, i) for i in range(len(leaves))]
     noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(draws, leaves, strict=True)]
     moved = [x + 0.01 * (1 + abs(x)) * n for x, n in zip(leaves, noise, strict=True)]
-    seen = probes.look(jax.tree.unflatten(treedef, moved), tasks, key)
-    if not seen.zero.any():
+    result = probes.look(jax.tree.unflatten(treedef, moved), tasks, key)
+    if not result.zero.any():
         return []
     return [
-        f"The meta-gradient is exactly zero in {_listed(names, seen.zero)}, at the initial eta "
+        f"The meta-gradient is exactly zero in {_listed(names, result.zero)}, at the initial eta "
         "and beside it: no path leads from there to the outer loss, so it will not be learned. Is "
         "it used in `init`, `step` or `loss`, and not behind a `stop_gradient`, a rounding or an "
         "argmax? What is not learned belongs on the algorithm, not in `eta`."
     ]
 
 
-def _asymmetric(seen: Symmetry) -> tuple[str, ...]:
-    """Warn where an engine takes a Jacobian for symmetric that is not, on this task."""
-    if not seen.asymmetry > seen.tolerance:
+def _asymmetric(symmetry: Symmetry) -> tuple[str, ...]:
+    """Return a warning if a Jacobian that an engine assumes symmetric is not, on this task."""
+    if not symmetry.asymmetry > symmetry.tolerance:
         return ()
     return (
         "The Jacobian J of an inner gradient is not symmetric on the first task (u^T J v and "
-        f"v^T J u differ by {seen.asymmetry:.2g} of their size, of which rounding explains "
-        f"{seen.tolerance:.0e}), but the engine takes it for symmetric: its meta-gradient is wrong "
-        "there. A function of the inner loss has a derivative rule that is no derivative where "
-        "this task uses it, though it is one wherever it was tried, or was declared one in "
+        f"v^T J u differ by {symmetry.asymmetry:.2g} of their size, of which rounding explains "
+        f"{symmetry.tolerance:.0e}), but the engine takes it for symmetric: its meta-gradient is "
+        "wrong there. A function of the inner loss has a derivative rule that is no derivative "
+        "where this task uses it, though it is one wherever it was tried, or was declared one in "
         "`true_rules`. Use `Reverse()`, or take the name out of `true_rules`; a rule that was "
         "believed without being declared is worth a report.",
     )
 
 
-def _as_they_stand(seen: Symmetry) -> tuple[str, ...]:
-    """Name the functions that keep inner gradients from being commuted, and what they cost."""
-    if not seen.rules:
+def _not_commuted(symmetry: Symmetry) -> tuple[str, ...]:
+    """Return a note of the functions for which inner gradients take reverse over reverse."""
+    if not symmetry.rules:
         return ()
     return (
         "Inner gradients are differentiated as they stand, by reverse over reverse, where they "
         "pass functions whose derivative rules do not count as derivatives: "
-        f"{listed(seen.rules)}. The meta-gradient is exact; these gradients take the memory that "
-        "they take under `Reverse('step')`. Where a rule that could not be told by trying is a "
-        "true derivative, say so by name in `MixedFlow(true_rules=...)`.",
+        f"{listed(symmetry.rules)}. The meta-gradient is exact; these gradients take the memory "
+        "that they take under `Reverse('step')`. Where a rule that could not be told by trying is "
+        "a true derivative, say so by name in `MixedFlow(true_rules=...)`.",
     )
 
 

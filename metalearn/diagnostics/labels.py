@@ -1,14 +1,14 @@
-"""Labels beside the outputs of a network: one that is beyond them is found before training.
+"""Labels that exceed the outputs of a network, detected before training.
 
-The loss of such a label is NaN, or that of another class where it is negative, and what is seen
-of it later looks like a diverged run. What the labels go up to is known on the host
-(`Tasks.label_range`), how many outputs there are when the loss is traced, and only there. So
-those who train say what is known (`known`), and a loss says what it is traced with (`compare`):
+The loss of such a label is NaN, and that of a negative label is the loss of another class; later
+both look like a diverged run. The range of the labels is known on the host (`Tasks.label_range`),
+the number of outputs only when a loss is traced. So a trainer announces the labels (`known`), and a
+loss compares its outputs with them when it is traced (`compare`):
 
     with known(tasks, seen):            # Trainer.fit, Trainer.evaluate, health checks
         step(state, tasks)              # traces `cross_entropy`, which calls `compare`
 
-A program that was compiled before is not traced again, so the outputs that were seen are kept.
+A compiled program is not traced again, so the numbers of outputs are recorded in `seen`.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ import numpy as np
 
 from metalearn.tasks import Tasks
 
-Range = tuple[int, int]  # the least and the largest label
-Seen = set[tuple[str, int]]  # losses, by name, and the outputs they were traced with
+Range = tuple[int, int]  # the smallest and the largest label
+Seen = set[tuple[str, int]]  # names of losses, and the numbers of outputs they were traced with
 
 _NOW: contextvars.ContextVar[tuple[Range | None, Seen]] = contextvars.ContextVar("labels")
 
 
 @contextlib.contextmanager
 def known(tasks: Any, seen: Seen) -> Iterator[None]:
-    """Say what is known of the labels of `tasks` to all losses that are traced inside.
+    """Announce the labels of `tasks` to all losses that are traced in this context.
 
     Args:
-      tasks: of which `label_range` is asked.
-      seen: of earlier calls on the same network, and added to.
+      tasks: their `label_range` is read.
+      seen: numbers of outputs from earlier calls on the same network; extended.
 
     Raises:
-      ValueError: at once, where a label is beyond outputs that were seen; inside likewise.
+      ValueError: if a label exceeds the outputs in `seen`; or in the context, those traced there.
     """
-    found = tasks.label_range() if isinstance(tasks, Tasks) else None
+    labels = tasks.label_range() if isinstance(tasks, Tasks) else None
     for what, outputs in seen:
-        _check(what, found, outputs)
-    token = _NOW.set((found, seen))
+        _check(what, labels, outputs)
+    token = _NOW.set((labels, seen))
     try:
         yield
     finally:
@@ -52,16 +52,16 @@ def known(tasks: Any, seen: Seen) -> Iterator[None]:
 
 
 def compare(what: str, outputs: int) -> None:
-    """Note the outputs of a network that a loss is traced with, and check the labels there are."""
+    """Record the number of outputs that a loss is traced with, and check the known labels."""
     labels, seen = _NOW.get((None, set()))
     seen.add((what, outputs))
     _check(what, labels, outputs)
 
 
 def beyond(episode: Any, seen: Seen) -> str:
-    """Say which labels of an episode, (inputs, labels, ...) twice, no output is for; or ""."""
-    found = [_range(part) for part in (episode.support, episode.query)]
-    for labels in found:
+    """Return a message if labels of an episode, (inputs, labels, ...) twice, exceed the outputs."""
+    ranges = [_range(part) for part in (episode.support, episode.query)]
+    for labels in ranges:
         for what, outputs in seen:
             if labels is not None and not 0 <= labels[0] <= labels[1] < outputs:
                 return _message(what, labels, outputs)
@@ -75,7 +75,7 @@ def _range(part: Any) -> Range | None:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         return None
     if isinstance(labels, jax.Array) and not labels.is_fully_addressable:
-        return None  # of other processes too
+        return None  # sharded over processes
     values = np.asarray(labels)
     return int(values.min()), int(values.max())
 

@@ -1,10 +1,10 @@
-"""What cannot fit is refused before any of it is allocated.
+"""A lower bound of the memory of a run, to refuse sizes that cannot fit before allocating them.
 
-A size with three zeros too many ends in an error of the compiler, or in a process that the
-system kills, hours into a run where it is a size of evaluation. Shapes are known without
-computing anything: here those that every engine needs are added up and held against the memory
-there is. It is a lower bound, a small part of what an outer step takes: what it refuses cannot
-run, and `metalearn plan` says what fits.
+A size with three zeros too many ends in a compiler error, or in a process that the system kills,
+possibly hours into a run (a size of an evaluation). Shapes are known without computing: the bytes
+of the arrays that every engine needs are added up and compared with the memory of the device. The
+sum is a small part of an outer step's memory: a size that it refuses cannot run, and
+`metalearn plan` tells what fits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from metalearn.algorithm import Algorithm
 from metalearn.tasks import Tasks
 from metalearn.unroll import horizon
 
-ANYWHERE = 2**30  # bytes that are tried whatever a device says it has
+ANYWHERE = 2**30  # bytes that are never refused, whatever memory a device reports
 
 
 def nbytes(shapes: Any) -> int:
@@ -34,7 +34,7 @@ def nbytes(shapes: Any) -> int:
 def check_learned(
     algorithm: Algorithm, optimizer: optax.GradientTransformation, devices: int = 1
 ) -> None:
-    """Raise ValueError where eta and the outer optimizer's state do not fit `devices` devices."""
+    """Raise ValueError if eta and the outer optimizer's state do not fit `devices` devices."""
     eta = jax.eval_shape(jax.jit(algorithm.init), jax.eval_shape(lambda: jax.random.key(0)))
     needed = nbytes(eta) + nbytes(jax.eval_shape(optimizer.init, eta))
     most = device_memory() * devices
@@ -51,18 +51,20 @@ def check_learned(
 def check_tasks(
     algorithm: Algorithm, tasks: Tasks, at_once: int, steps: int | None = None, what: str = ""
 ) -> None:
-    """Raise ValueError where the inner runs of `at_once` tasks do not fit a device.
+    """Raise ValueError if the inner loops of `at_once` tasks do not fit a device.
 
     Args:
-      algorithm: as it trains, or as it evaluates.
-      tasks: where the tasks come from.
+      algorithm: in training, or in evaluation.
+      tasks: the distribution to draw from.
       at_once: tasks that are unrolled at once.
-      steps: inner steps whose batches are there at once; None: all of a run.
+      steps: inner steps whose batches are in memory at once; None: all T.
       what: for the message, such as "An outer step".
     """
     try:
         parts = _parts(algorithm, tasks, steps)
-    except Exception:  # what cannot be traced is refused by the outer step, which says why
+    except (
+        Exception
+    ):  # a problem that cannot be traced is refused by the outer step, with the reason
         return
     most, needed = device_memory(), at_once * sum(parts.values())
     if needed > max(most, ANYWHERE):
@@ -76,7 +78,7 @@ def check_tasks(
 
 
 def _parts(algorithm: Algorithm, tasks: Tasks, steps: int | None) -> dict[str, int]:
-    """Return the bytes that a task needs for its own, by what they are."""
+    """Return the bytes of a task that no other task shares, by kind."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     eta = jax.eval_shape(algorithm.init, key)
     episode = jax.eval_shape(tasks.sample, key)
@@ -86,7 +88,7 @@ def _parts(algorithm: Algorithm, tasks: Tasks, steps: int | None) -> dict[str, i
     )
     total = horizon(batches)
     share = 1.0 if steps is None else min(steps, total) / total
-    # Data that episodes hand on as they are, and read by rows, are there once.
+    # Data that episodes contain unchanged, and read by rows, are in memory once.
     shared = {_kind(leaf) for leaf in jax.tree.leaves(tasks) if is_array(leaf)}
     own = [leaf for leaf in jax.tree.leaves(episode) if _kind(leaf) not in shared]
     return {

@@ -1,14 +1,13 @@
-"""A look at one task: its meta-gradient, what its inner loop saw, and what zeros would do.
+"""Examination of one task: its meta-gradient and inner losses, and the effect of zeros on them.
 
-A network with a dead ReLU, an embedding that no token of the batch uses or a masked output
-has inner gradients with exact zeros, and a task whose support is masked has nothing else. A
-task drawn now may have none, and the thousandth one some. So a look can put them there: one
-entry per leaf of each inner gradient, or every entry, is multiplied by zero, value and
-derivative alike, which is what the dead unit does. No optimizer needs to be known for that,
-and no engine: it wraps the algorithm and the `grad` its steps receive.
+A network with a dead ReLU, an embedding that no token of the batch uses or a masked output has
+inner gradients with exact zeros, and a task whose support is masked has zeros only. A task drawn
+now may have none, and the thousandth task some. So zeros can be inserted: one entry per leaf of
+each inner gradient, or every entry, is multiplied by zero, value and derivative, as a dead unit
+does. This works for any optimizer and any engine: it transforms the unroll, replacing the `grad`
+that its steps receive.
 
-It can take them away too, by a small number in place of each zero: what is not finite then has
-another reason than zeros.
+Zeros can also be replaced by a small number: what is then still not finite has another cause.
 """
 
 from __future__ import annotations
@@ -24,18 +23,25 @@ from metalearn.engines import Inner
 from metalearn.tasks import Tasks
 from metalearn.unroll import Unroll
 
-# What a look does to the zeros in inner gradients.
+# Which entries of inner gradients are zero: unchanged; none; one in each leaf; all.
 AS_THEY_ARE, NONE, ONE_A_LEAF, ALL = range(4)
-FILL = 1e-3  # what stands in for a zero that is taken away
+FILL = 1e-3  # replaces a zero
 
 
 class Look(NamedTuple):
-    """What is seen of one task. The leaves of eta are in the order of `jax.tree.leaves`."""
+    """The result of examining one task. Leaves of eta are in the order of `jax.tree.leaves`.
 
-    loss: jax.Array  # (): the outer loss
-    finite: jax.Array  # [leaves], bool: whether a leaf's meta-gradient is finite everywhere
-    zero: jax.Array  # [leaves], bool: whether it is zero everywhere
-    inner: Inner  # inner losses and finiteness, [T, n]
+    Args:
+      loss: (), the outer loss.
+      finite: [leaves], bool: whether a leaf's meta-gradient is finite everywhere.
+      zero: [leaves], bool: whether a leaf's meta-gradient is zero everywhere.
+      inner: inner losses and finiteness, [T, n].
+    """
+
+    loss: jax.Array
+    finite: jax.Array
+    zero: jax.Array
+    inner: Inner
 
 
 def look_at(
@@ -46,16 +52,16 @@ def look_at(
     zeros: jax.Array | int = AS_THEY_ARE,
     steps: int | None = None,
 ) -> Look:
-    """Look at the task that `key` draws.
+    """Examine the task that `key` draws.
 
     Args:
       solve: eta, tasks, key, transform of the unroll, steps -> ((loss (), aux), meta-gradient).
-      eta: where to look.
-      tasks: where the task comes from.
+      eta: the meta-parameters.
+      tasks: the distribution to draw from.
       key: draws the task.
-      zeros: (), int: which entries of inner gradients are exactly zero: as they are, none, one
-        in each leaf and no other, or all.
-      steps: look at no more inner steps than the first so many; None: at all.
+      zeros: (), int: which entries of inner gradients are exactly zero: unchanged, none, one in
+        each leaf and no other, or all.
+      steps: the number of inner steps to run; None: all.
     """
     transform = functools.partial(_zeroed, zeros=jnp.asarray(zeros))
     (loss, aux), grads = solve(eta, tasks, key, transform, steps)
@@ -66,7 +72,7 @@ def look_at(
 
 
 def _zeroed(unroll: Unroll, zeros: jax.Array) -> Unroll:
-    """Return an unroll whose inner gradients get a zero in each leaf where `zeros` () says so."""
+    """Return an unroll whose inner gradients have the zeros that `zeros` () selects."""
 
     def with_zeros(move: Callable[..., Any]) -> Callable[..., Any]:
         return lambda eta, state, batch, grad: move(eta, state, batch, _with_zeros(grad, zeros))
@@ -76,14 +82,14 @@ def _zeroed(unroll: Unroll, zeros: jax.Array) -> Unroll:
 
 
 def _with_zeros(grad: Callable[..., Any], zeros: jax.Array) -> Callable[..., Any]:
-    """Stand in for the `grad` of an engine, with the zeros of a look in what it returns."""
+    """Return a replacement of an engine's `grad`, with zeros in the gradients it returns."""
 
     def with_zeros(leaf: jax.Array) -> jax.Array:
         if not leaf.size:
             return leaf
         filled = jnp.where((zeros == NONE) | (zeros == ONE_A_LEAF), FILL, 0).astype(leaf.dtype)
         leaf = leaf + jnp.where(leaf == 0, filled, jnp.zeros_like(leaf))
-        # A product, since it passes an infinite cotangent on as NaN, as a dead unit does.
+        # A product turns an infinite cotangent into NaN, as a dead unit does.
         factor = jnp.where(zeros == ALL, 0, 1).astype(leaf.dtype)
         first = jnp.where((zeros == ALL) | (zeros == ONE_A_LEAF), 0, 1).astype(leaf.dtype)
         return leaf * jnp.full_like(leaf, factor).at[(0,) * leaf.ndim].set(first)

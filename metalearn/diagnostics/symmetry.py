@@ -1,14 +1,14 @@
-"""Whether the Jacobian of an inner gradient is symmetric, measured on one task.
+"""Symmetry of the Jacobians of inner gradients, measured on one task.
 
-`MixedFlow` assumes that it is, except for inner losses with derivative rules that do not count as
-derivatives (`metalearn.engines.custom_rules`). What it assumes of a rule was probed with
-random numbers, or declared; here it is tested with the numbers of a task. With J the
-Jacobian of g, two random vectors u and v tell,
+`MixedFlow` assumes symmetry, except for inner losses with derivative rules that do not count as
+derivatives (`metalearn.engines.custom_rules`). That a rule counts was probed with random numbers,
+or declared; here it is tested with the numbers of a task. With J the Jacobian of g and random
+vectors u and v,
 
     u^T J v  =  v^T J u
 
-up to rounding, where J is symmetric, and hardly ever where it is not. v is drawn among the
-parameters that g is the gradient with respect to, and among the other inputs of the loss.
+holds up to rounding if J is symmetric, and almost never otherwise. v is drawn for the parameters
+that g is the gradient with respect to, and for the other inputs of the loss.
 """
 
 from __future__ import annotations
@@ -29,23 +29,32 @@ from metalearn.engines.custom_rules import Plan, Rule
 from metalearn.engines.mixed_flow.forward_over_reverse import Call, hoist
 from metalearn.tasks import Tasks, draw_task
 
-STEPS = 2  # inner steps that are looked at
+STEPS = 2  # inner steps that are measured
 
 
 class Symmetry(NamedTuple):
-    """What an engine makes of the inner gradients of a task, and whether it may."""
+    """Which inner gradients of a task an engine commutes, and their asymmetry.
 
-    # Functions whose rules do not count as derivatives; gradients that pass them are not commuted.
+    Args:
+      rules: functions whose rules do not count as derivatives; inner gradients through them are
+        not commuted.
+      asymmetry: the largest |u^T J v - v^T J u| of the others, relative to the sizes of both terms.
+      tolerance: the largest asymmetry that rounding explains.
+    """
+
     rules: tuple[Rule, ...] = ()
-    # The largest |u^T J v - v^T J u| of those that are, in units of what their products are made
-    # of, and the least that rounding does not explain.
     asymmetry: float = 0.0
     tolerance: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """Measures tasks of an algorithm for an engine: (eta, tasks, key) -> Symmetry."""
+    """Measures the symmetry of a task: (eta, tasks, key) -> Symmetry.
+
+    Args:
+      algorithm: whose inner gradients are measured.
+      engine: whose assumptions are tested.
+    """
 
     algorithm: Algorithm
     engine: MetaGradient
@@ -54,22 +63,22 @@ class Measure:
         """Measure the task that `key` draws, over its first steps. Compiles a program."""
         if not self.engine.commutes:
             return Symmetry()
-        seen = _Seen(self.engine)
+        traced = _Traced(self.engine)
 
         def measured(eta: Any, tasks: Tasks, key: jax.Array) -> jax.Array:
-            return _worst(self.algorithm, seen, eta, tasks, key)
+            return _worst(self.algorithm, traced, eta, tasks, key)
 
         with jax.default_matmul_precision("highest"):
             lowered = jax.jit(measured).trace(eta, tasks, key).lower()
-        rules = tuple({str(rule): rule for rule in seen.rules}.values())
-        if not seen.tolerances:
+        rules = tuple({str(rule): rule for rule in traced.rules}.values())
+        if not traced.tolerances:
             return Symmetry(rules)
         worst = float(lowered.compile()(eta, tasks, key))
-        return Symmetry(rules, worst * max(seen.tolerances), max(seen.tolerances))
+        return Symmetry(rules, worst * max(traced.tolerances), max(traced.tolerances))
 
 
-class _Seen:
-    """What is noted while a program is traced."""
+class _Traced:
+    """Rules and tolerances, collected while a program is traced."""
 
     def __init__(self, engine: MetaGradient):
         self.engine = engine
@@ -77,14 +86,16 @@ class _Seen:
         self.tolerances: list[float] = []
 
 
-def _worst(algorithm: Algorithm, seen: _Seen, eta: Any, tasks: Tasks, key: jax.Array) -> jax.Array:
+def _worst(
+    algorithm: Algorithm, traced: _Traced, eta: Any, tasks: Tasks, key: jax.Array
+) -> jax.Array:
     """Return the largest asymmetry of a task, in units of its tolerance: ()."""
     task = draw_task(algorithm, tasks, key)
     batches = task.first_batches(STEPS)
 
     def move(carry: tuple[Any, jax.Array], batch: Any) -> tuple[Any, None]:
         state, worst = carry
-        measuring = _Measuring(seen)
+        measuring = _Measuring(traced)
         state = task.unroll.step(eta, state, batch, measuring.grad)
         return (state, jnp.stack([worst, *measuring.asymmetries]).max()), None
 
@@ -94,26 +105,26 @@ def _worst(algorithm: Algorithm, seen: _Seen, eta: Any, tasks: Tasks, key: jax.A
 
 
 class _Measuring:
-    """Hands out a `grad` for one inner step that measures what it differentiates."""
+    """Provides the `grad` of one inner step, and measures each gradient that it computes."""
 
-    def __init__(self, seen: _Seen):
-        self._seen = seen
+    def __init__(self, traced: _Traced):
+        self._traced = traced
         self._trace = get_opaque_trace_state(convention="metalearn")
         self.asymmetries: list[jax.Array] = []
 
     def grad(self, fun: Any, argnums: Any = 0, has_aux: bool = False) -> Callable[..., Any]:
-        """Stand in for `jax.grad`."""
+        """Replace `jax.grad`."""
         differentiate = jax.grad(fun, argnums=argnums, has_aux=has_aux)
 
         def grad_fun(*args: Any, **kwargs: Any) -> Any:
             call = Call(fun, argnums, has_aux, args, kwargs)
-            plan = self._seen.engine.plan(call)
-            self._seen.rules += plan.rules
-            # Inside a transformation of the step's own nothing can be taken out.
+            plan = self._traced.engine.plan(call)
+            self._traced.rules += plan.rules
+            # Values traced inside a transformation of the step itself cannot leave it.
             here = get_opaque_trace_state(convention="metalearn") == self._trace
             if here and not plan.rules:
                 asymmetry, tolerance = _measured(call, plan)
-                self._seen.tolerances.append(tolerance)
+                self._traced.tolerances.append(tolerance)
                 self.asymmetries.append((asymmetry / tolerance).astype(jnp.float32))
             return differentiate(*args, **kwargs)
 
@@ -121,7 +132,7 @@ class _Measuring:
 
 
 def _measured(call: Call, plan: Plan) -> tuple[jax.Array, float]:
-    """Return (the asymmetry of a gradient's Jacobian (), what rounding explains of it)."""
+    """Return (the asymmetry of a gradient's Jacobian (), its tolerance)."""
     hoisted, consts = hoist(call.loss, call.theta, call.inputs)
     inputs = [*call.inputs, *consts]
     commuting = [
@@ -140,14 +151,16 @@ def _measured(call: Call, plan: Plan) -> tuple[jax.Array, float]:
     _, pushed = jax.jvp(lambda theta: gradient(theta, floats), (call.theta,), (u,))
     zeros = jax.tree.map(jnp.zeros_like, (call.theta, floats))
     directions = (_random(call.theta, 1), zeros[1]), (zeros[0], _random(floats, 2))
-    found = []
+    asymmetries = []
     for v in directions:
         _, (along, _) = jax.jvp(gradient, (call.theta, floats), v)
         ours, our_size = _product(u, along)
         theirs, their_size = _product(v, pushed)
         size = our_size + their_size
-        found.append(jnp.where(size > 0, abs(ours - theirs) / jnp.where(size > 0, size, 1), 0))
-    return jnp.stack(found).max(), _tolerance(hoisted.jaxpr)
+        asymmetries.append(
+            jnp.where(size > 0, abs(ours - theirs) / jnp.where(size > 0, size, 1), 0)
+        )
+    return jnp.stack(asymmetries).max(), _tolerance(hoisted.jaxpr)
 
 
 def _random(tree: Any, seed: int) -> Any:
@@ -175,7 +188,7 @@ def _precise(leaf: jax.Array) -> Any:
 
 
 def _tolerance(jaxpr: core.Jaxpr) -> float:
-    """Return how asymmetric rounding may make a Jacobian, by the lowest precision in a loss."""
+    """Return the tolerance for the lowest floating-point precision in a loss."""
     eps = max((float(jnp.finfo(dtype).eps) for dtype in _floats(jaxpr)), default=0.0)
     if eps > 1e-5:
         return 0.3
