@@ -1,49 +1,52 @@
-"""What is learned, and what one inner step is: the class a new method subclasses.
+"""Algorithms: the base class of a meta-learning method.
 
-A subclass is a frozen dataclass of pure functions. It never takes a derivative with
-respect to eta (the engine does) and never calls `jax.grad` in its inner step (it
-calls the `grad` it is given).
+A subclass is a frozen dataclass of pure functions. It never differentiates with respect to eta (the
+engine does), and never calls `jax.grad` in its inner step (it calls the `grad` that it receives).
 """
 
 from __future__ import annotations
 
 import abc
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from metalearn.unroll import Episode, Unroll
+from metalearn.unroll import Batch, Episode, Eta, Unroll
 
 
 class Algorithm(abc.ABC):
     """A meta-learning method: meta-parameters, and an inner loop on one task."""
 
     @abc.abstractmethod
-    def init(self, key: jax.Array) -> Any:
+    def init(self, key: jax.Array) -> Eta:
         """Return eta, the meta-parameters: any pytree of floating-point arrays."""
 
     @abc.abstractmethod
     def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
         """Return the inner loop on one task. Traced inside jit, vmapped over tasks."""
 
-    def batches(self, episode: Episode, key: jax.Array) -> Any:
-        """Return what the inner steps read: a pytree with leaves [T, ...], a slice a step.
+    def batches(self, episode: Episode, key: jax.Array) -> Batch:
+        """Return the inputs of the inner steps: a pytree with leaves [T, ...], a slice per step.
 
-        By default the support set itself, whose leading axis is then T. A long horizon
-        returns indices or keys and reads the data in `step` instead of stacking it.
+        By default the support set itself, whose leading axis is then T. For a long horizon return
+        indices or keys, and read the data in `step` instead of stacking it.
         """
         del key
         return episode.support
 
-    def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Any:
-        """Return what these steps read: the same as `batches`, leaves [len(steps), ...].
+    def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Batch:
+        """Return the inputs of some inner steps: those rows of `batches`, leaves [t, ...].
 
-        `steps` are numbers, int32, one after the other. Truncated training asks for a few at a
-        time; where `batches` draws a lot for a long horizon, draw here what is asked for alone.
+        Truncated and segmented unrolls read a few steps at a time. Override this where computing
+        all `batches` of a long horizon is expensive.
+
+        Args:
+          episode: the task.
+          key: as for `batches`.
+          steps: [t], int32: consecutive numbers of inner steps.
         """
         return jax.tree.map(lambda x: jnp.asarray(x)[steps], self.batches(episode, key))
 
     def evaluation(self) -> Algorithm:
-        """Return the algorithm as it is evaluated: itself, unless it says otherwise."""
+        """Return the algorithm to evaluate; by default itself."""
         return self

@@ -1,8 +1,8 @@
-"""What an algorithm needs of a model, whichever library it was written in.
+"""Interface between algorithms and models of any library.
 
-A model is a pair of pure functions over explicit parameters and an explicit mutable
-state (running statistics, random streams). `metalearn.models` has one adapter each for
-Flax linen, Flax NNX, Haiku and plain functions.
+A model is a pair of pure functions of explicit parameters and an explicit mutable state (running
+statistics, random streams). `metalearn.models` has an adapter each for Flax linen, Flax NNX, Haiku
+and plain functions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Model(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Return (params, state): what is learned, and what the forward pass updates."""
+        """Return (params, state): the parameters, and the mutable state of the forward pass."""
 
     @abc.abstractmethod
     def apply(
@@ -28,10 +28,10 @@ class Model(abc.ABC):
 
         Args:
           params: from `init`, or adapted.
-          state: from `init`, or from the call before. `()` for a model without one.
-          inputs: [batch, ...], as the model takes them.
-          train: batch statistics and dropout on; running statistics are updated.
-          key: for dropout and the like; None where the model draws nothing.
+          state: from `init`, or from the previous call. `()` for a model without one.
+          inputs: [batch, ...], as the model expects them.
+          train: use batch statistics and dropout, and update running statistics.
+          key: for dropout and other random operations; None if there are none.
         """
 
 
@@ -45,11 +45,11 @@ ADAPTERS = {
 
 
 def no_model(what: str, value: Any) -> str:
-    """Say that something is no `Model`, and which adapter makes one of it.
+    """Return a message that a value is not a `Model`, with the adapter that converts it.
 
     Args:
-      what: what got it, as its user writes it: "MAML(model=...)".
-      value: what was given.
+      what: the argument, as its user writes it: "MAML(model=...)".
+      value: of the argument.
     """
     is_class = isinstance(value, type)
     name = value.__name__ if is_class else type(value).__name__
@@ -57,12 +57,12 @@ def no_model(what: str, value: Any) -> str:
         return f"`{what}`: it is a Model, not the class {name}. Make one: `{name}(...)`."
     library = library_of(value)
     kind = "a network" if library is None else f"{KINDS[library]}"
-    found = f"the class {name}, of {kind}s" if is_class and library else f"{kind}, `{name}`"
+    given = f"the class {name}, of {kind}s" if is_class and library else f"{kind}, `{name}`"
     if library is None:
-        found = "a function" if callable(value) and not is_class else f"`{name}`"
+        given = "a function" if callable(value) and not is_class else f"`{name}`"
     ways = [ADAPTERS[library]] if library else list(ADAPTERS.values())
     return (
-        f"`{what}`: it is a Model, two pure functions with explicit parameters, not {found}. "
+        f"`{what}`: it is a Model, two pure functions with explicit parameters, not {given}. "
         f"`metalearn.models` makes one of it: {'; or '.join(ways)}."
     )
 
@@ -71,9 +71,9 @@ KINDS = {"linen": "a linen module", "nnx": "an NNX module", "haiku": "a Haiku ne
 
 
 def library_of(value: Any) -> str | None:
-    """Return "linen", "nnx" or "haiku" for a module of one, or its class; else None.
+    """Return "linen", "nnx" or "haiku" for a network of that library, or its class; else None.
 
-    Told by the modules of its classes, since this one imports none of the libraries.
+    It is detected by the modules of its classes, without importing a library.
     """
     classes = value.__mro__ if isinstance(value, type) else type(value).__mro__
     for module in (cls.__module__ for cls in classes):

@@ -1,11 +1,11 @@
-"""Where tasks come from: a pure function from a PRNG key to an episode, and to an unroll.
+"""Task distributions, and drawing a task: from a PRNG key to an episode and its unroll.
 
-A task distribution is a pytree (its arrays sit on the device, its numbers are
-static), so it goes through `jit` as an argument, and a run's data is decided by
-(seed, step) alone: resuming needs no position in any stream.
+A task distribution is a pytree (its arrays are on the device, its numbers are static), so it is an
+argument of `jit`, and the data of a run depends on (seed, step) alone: resuming needs no position
+in a stream.
 
-What is no such distribution (a list, a generator, a loader, a class that JAX does not know) is
-refused where it is given, before anything is compiled: `check_tasks`.
+Other values (a list, a generator, a loader, a class that JAX does not know) are refused by
+`check_tasks` before anything is compiled.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from metalearn.unroll import Batch, Episode, Unroll, horizon
 class Tasks(abc.ABC):
     """A distribution over tasks. Subclasses are dataclasses registered as pytrees.
 
-    `@jax.tree_util.register_dataclass` over `@dataclasses.dataclass(frozen=True)`, with what is
-    no array as `dataclasses.field(metadata={"static": True})`.
+    `@jax.tree_util.register_dataclass` over `@dataclasses.dataclass(frozen=True)`; fields that are
+    not arrays are `dataclasses.field(metadata={"static": True})`.
     """
 
     @abc.abstractmethod
@@ -36,9 +36,9 @@ class Tasks(abc.ABC):
         """Draw one task. Pure, and traced inside jit; vmap over keys for a batch."""
 
     def label_range(self) -> tuple[int, int] | None:
-        """Return the least and the largest label of all episodes, read on the host.
+        """Return the smallest and the largest label of all episodes, read on the host.
 
-        None, by default: it is not known, or there are none. What is known is compared with the
+        None, the default: unknown, or there are no labels. A known range is compared with the
         outputs of the network before training.
         """
         return None
@@ -56,19 +56,19 @@ DATA = (
 
 
 def check_tasks(where: str, tasks: Any) -> None:
-    """Raise TypeError unless these are tasks that jit takes as an argument.
+    """Raise TypeError unless `tasks` is a task distribution that jit takes as an argument.
 
     Args:
-      where: what takes them, as its user writes it: "Trainer.fit(tasks=)".
-      tasks: what was given; its arrays may be shapes.
+      where: the argument, as its user writes it: "Trainer.fit(tasks=)".
+      tasks: its value; arrays may be shapes.
     """
-    found, why, way_out = _other(tasks)
-    if not found and not callable(_sample(tasks)):
-        found, why, way_out = f"a {type(tasks).__name__}", "it has no `sample`", f"{DATA}. {OWN}"
-    if found:
+    given, why, way_out = _other(tasks)
+    if not given and not callable(_sample(tasks)):
+        given, why, way_out = f"a {type(tasks).__name__}", "it has no `sample`", f"{DATA}. {OWN}"
+    if given:
         raise TypeError(
             f"`{where}` takes a distribution over tasks, whose `sample(key)` draws an episode "
-            f"inside jit, but got {found}: {why}. {way_out}."
+            f"inside jit, but got {given}: {why}. {way_out}."
         )
     name = type(tasks).__name__
     leaves = jax.tree_util.tree_leaves_with_path(tasks)
@@ -79,7 +79,7 @@ def check_tasks(where: str, tasks: Any) -> None:
             f"cannot take it as an argument. {OWN}. Any other class is registered with "
             "`jax.tree_util.register_pytree_node`."
         )
-    whole = []  # Python's integers among the leaves
+    integers = []  # paths of Python's integers among the leaves
     for path, leaf in leaves:
         field = jax.tree_util.keystr(path)
         if not _is_number(leaf):
@@ -88,9 +88,9 @@ def check_tasks(where: str, tasks: Any) -> None:
                 "array and no number, so that jit cannot take it as an argument. Make that field "
                 "static: `dataclasses.field(metadata={'static': True})`; or its data an array."
             )
-        whole += [field] if isinstance(leaf, int) else []
-    if whole:
-        _check_numbers(where, tasks, whole)
+        integers += [field] if isinstance(leaf, int) else []
+    if integers:
+        _check_numbers(where, tasks, integers)
 
 
 def draw(tasks: Tasks, key: jax.Array) -> Episode:
@@ -108,7 +108,7 @@ def draw(tasks: Tasks, key: jax.Array) -> Episode:
 
 
 def _other(tasks: Any) -> tuple[str, str, str]:
-    """Return (what it is, why that cannot be, the way out) of a usual mistake; "" where none."""
+    """Return (description, reason, way out) for a common mistake; "" if it is none of them."""
     kind = type(tasks).__name__
     stream = "jit cannot draw from it, and a run that is resumed could not either"
     if tasks is None:
@@ -155,12 +155,12 @@ def _other(tasks: Any) -> tuple[str, str, str]:
 
 
 def _sample(tasks: Any) -> Any:
-    """Return the `sample` of an object, a class aside; None where it has none."""
+    """Return the attribute `sample` of an object; None if it has none."""
     return getattr(tasks, "sample", None)
 
 
 def _is_loader(tasks: Any) -> bool:
-    """Say whether something is like a loader of PyTorch or tf.data, neither of them imported."""
+    """Return whether a value looks like a loader of PyTorch or tf.data, importing neither."""
     names = {*dir(tasks)}
     return {"__iter__", "batch_size"} <= names or {"element_spec", "batch"} <= names
 
@@ -178,7 +178,7 @@ def _is_number(leaf: Any) -> bool:
 
 
 def _check_numbers(where: str, tasks: Any, fields: Sequence[str]) -> None:
-    """Raise TypeError where `sample` needs numbers that jit has made arrays of."""
+    """Raise TypeError if `sample` needs the values of numbers that jit turns into arrays."""
     try:
         jax.eval_shape(lambda tasks: tasks.sample(jax.random.key(0)), tasks)
     except TypeError as error:  # JAX's, of tracers where a number was needed, are TypeErrors
@@ -191,17 +191,24 @@ def _check_numbers(where: str, tasks: Any, fields: Sequence[str]) -> None:
 
 
 class DrawnTask(NamedTuple):
-    """One task, ready to be unrolled."""
+    """One task, ready to be unrolled.
+
+    Args:
+      unroll: its inner loop.
+      batches: () -> the inputs of all inner steps, leaves [T, ...].
+      batches_at: numbers of steps [t] -> the inputs of those steps, leaves [t, ...].
+      engine_key: (), for `MetaGradient.init(engine_key, unroll, eta)`.
+    """
 
     unroll: Unroll
-    batches: Callable[[], Batch]  # () -> what the inner steps read, leaves [T, ...]
-    batches_at: Callable[[jax.Array], Batch]  # numbers of steps [t] -> leaves [t, ...]
-    engine_key: jax.Array  # (), for `MetaGradient.init(engine_key, unroll, eta)`
+    batches: Callable[[], Batch]
+    batches_at: Callable[[jax.Array], Batch]
+    engine_key: jax.Array
 
     def first_batches(self, steps: int | None) -> Batch:
-        """Return what the first `steps` inner steps read; None: all of them."""
+        """Return the inputs of the first `steps` inner steps; None: of all."""
         batches = self.batches()
-        horizon(batches)  # leaves of different lengths would go unnoticed once cut to one length
+        horizon(batches)  # refuses leaves of different lengths, which slicing would hide
         return jax.tree.map(lambda leaf: leaf[:steps], batches)
 
 
@@ -216,13 +223,13 @@ def draw_task(
     key: jax.Array,
     transform: Callable[[Unroll], Unroll] | None = None,
 ) -> DrawnTask:
-    """Return the task that `key` draws, as `algorithm` unrolls it.
+    """Return the task that `key` draws, with the unroll of `algorithm`.
 
     Args:
-      algorithm: what is learned, and what one inner step is.
+      algorithm: of the inner loop.
       tasks: the distribution to draw from.
       key: (); the same key draws the same episode, batches and engine key.
-      transform: applied to the unroll, for instance to constrain where inner states lie.
+      transform: applied to the unroll, for instance to constrain the sharding of inner states.
     """
     _, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
     episode = draw_episode(tasks, key)

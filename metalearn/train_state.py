@@ -1,4 +1,4 @@
-"""The state of an outer training run: all of it, and nothing else, is checkpointed."""
+"""The state of an outer training run, which is what a checkpoint saves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metalearn.unroll import Eta
 class TrainState:
     """The state between two outer steps, a pytree.
 
-    The tasks of step n are drawn from `fold_in(key, n)`, so the state decides them too.
+    The tasks of step n are drawn from `fold_in(key, n)`, so the state determines them too.
 
     Args:
       step: (), int32: outer steps taken.

@@ -1,8 +1,8 @@
-"""Checks of arguments, with the same words for the same refusal.
+"""Checks of arguments, with uniform messages; lookups of names in tables.
 
-`what` is the class or function that got the value, as its user writes it: "MAML", "Text". None
-is a value that is not set, and passes, except where a count is needed. `pick` looks up a name in
-a table; `first_line` shortens the text of another library's error.
+`what` is the class or function that received the value, as its user writes it: "MAML", "Text".
+None is an unset value, and passes except in `counts` and `integers`. `pick` looks up a name in a
+table; `first_line` shortens the message of another library's error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CountOrZero = Annotated[int, AtLeast(0)]
 
 
 def at_least(what: str, least: int, **values: Any) -> None:
-    """Raise ValueError for the first value that is no integer, or below `least`.
+    """Raise ValueError for the first value that is not an integer, or below `least`.
 
     >>> at_least("FDS", 1, batch=32, inner_steps=1e4)
     Traceback (most recent call last):
@@ -41,14 +41,14 @@ def at_least(what: str, least: int, **values: Any) -> None:
 
 
 def counts(what: str, least: int, **values: Any) -> None:
-    """Do the same for values that have to be set. A boolean is no integer here."""
+    """Like `at_least`, for values that must be set. A boolean does not count as an integer."""
     for name, value in values.items():
         if not (is_integer(value) and int(value) >= least):
             raise ValueError(f"`{what}({name}={value!s:.80})`: it is an integer, {least} or more.")
 
 
 def at_most(what: str, most: int, **values: Any) -> None:
-    """Raise ValueError for the first value above `most`, which has to be small enough to try.
+    """Raise ValueError for the first value above `most`.
 
     >>> at_most("ConvNet", 1000, blocks=10**9)
     Traceback (most recent call last):
@@ -60,12 +60,12 @@ def at_most(what: str, most: int, **values: Any) -> None:
 
 
 def is_integer(value: Any) -> TypeGuard[int]:
-    """Say whether a value is an integer, of Python's or of NumPy's; a boolean is not one."""
+    """Return whether a value is an integer of Python or NumPy; a boolean is not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def integers(what: str, **values: Any) -> None:
-    """Raise ValueError for the first value that is no integer, None included.
+    """Raise ValueError for the first value that is not an integer, None included.
 
     >>> integers("FewShot", ways=5, shots=1.0)
     Traceback (most recent call last):
@@ -84,38 +84,35 @@ def above(what: str, bound: float, **values: float | None) -> None:
 
 
 def widths(what: str, **values: Iterable[Any]) -> None:
-    """Raise ValueError unless each value holds the widths of layers, positive integers.
+    """Raise ValueError unless each value is a sequence of layer widths, positive integers.
 
     >>> widths("MLP", hidden=(32, 0))
     Traceback (most recent call last):
     ValueError: `MLP(hidden=(32, 0))`: a width is an integer, 1 or more, as in hidden=(32, 32).
     """
-    for name, found in values.items():
-        found = tuple(found)
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in found):
+    for name, value in values.items():
+        sizes = tuple(value)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes):
             raise ValueError(
-                f"`{what}({name}={found})`: a width is an integer, 1 or more, as in "
+                f"`{what}({name}={sizes})`: a width is an integer, 1 or more, as in "
                 f"{name}=(32, 32)."
             )
 
 
 def pattern(what: str, **values: str) -> None:
-    """Raise ValueError unless each value is a regular expression that paths are searched for.
-
-    See `unusable`.
-    """
+    """Raise ValueError unless each value is a usable regular expression; see `unusable`."""
     for name, value in values.items():
         if reason := unusable(value):
             raise ValueError(f"`{what}({name}={value!r:.80})`: {reason}")
 
 
 def unusable(pattern: Any) -> str:
-    """Say why a text is no pattern for the paths of parameters, or return "".
+    """Return why a value is not a usable pattern for the paths of parameters; "" if it is.
 
-    It is a regular expression, as in "head" or "kernel$|bias$". One may come from a config of
-    somebody else's, and a short one, "(a+)+$", can take longer than the universe to fail. So a
-    pattern has at most three repeats and groups, and no group is repeated: that takes at most a
-    fourth power of the length of a path, fractions of a second.
+    A pattern is a regular expression, such as "head" or "kernel$|bias$". It may come from another
+    user's config, and a short one, "(a+)+$", can take exponential time. So a pattern may have at
+    most three repeats and groups, and no repeated group: matching then takes at most the fourth
+    power of the length of a path, fractions of a second.
 
     >>> unusable("head"), unusable("(a+)+$")[:38]
     ('', 'it repeats a group, which can take lon')
@@ -126,7 +123,7 @@ def unusable(pattern: Any) -> str:
         return f"it has {len(pattern):,} characters, and {LONGEST_PATTERN} at most."
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what may mean something else one day
+            warnings.simplefilter("ignore")  # future changes of the syntax
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         return f"it is no regular expression: {error}."
@@ -142,7 +139,7 @@ T = TypeVar("T")
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:
-    """Return `table[name]`, or raise a ValueError that lists the names there are.
+    """Return `table[name]`, or raise a ValueError that lists all names.
 
     >>> pick({"maml": 1, "fds": 2}, "mamml", "algorithm")
     Traceback (most recent call last):
@@ -156,7 +153,7 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return " Did you mean ...?" for a close match, and "" where nothing is close."""
+    """Return " Did you mean ...?" for a close match, and "" if there is none."""
     close = difflib.get_close_matches(str(name), list(names), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 

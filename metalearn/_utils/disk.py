@@ -1,6 +1,7 @@
-"""Disks that are full, or gone: how that is told from other errors, and what it leaves whole.
+"""Full and lost disks: detecting their errors, and writing files atomically.
 
-A run does not depend on what it writes: it says what could not be written, and goes on.
+A run does not depend on the files that it writes: if one cannot be written, it prints a message and
+continues.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from tqdm import tqdm
 
 from metalearn._utils.checks import first_line
 
-# What says that a disk is at fault: as an error of Python's, or as text from tensorstore,
-# which writes the arrays.
+# Errors of a disk: numbers of Python's OSError, and texts of tensorstore, which writes the arrays.
 ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES}
 TEXT = re.compile(
     r"No space left|File too large|quota exceeded|Read-only file system|Input/output error",
@@ -25,7 +25,7 @@ TEXT = re.compile(
 
 
 def at_fault(error: BaseException | None) -> bool:
-    """Say whether an error, or what it was raised from, is a disk's."""
+    """Return whether an error, or its cause, is an error of a disk."""
     if error is None:
         return False
     if isinstance(error, BaseExceptionGroup) and any(map(at_fault, error.exceptions)):
@@ -36,7 +36,7 @@ def at_fault(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def forgiven(what: str) -> Iterator[None]:
-    """Where a disk is at fault, say that `what` could not be written, and go on."""
+    """Turn an error of a disk into a message that `what` could not be written."""
     try:
         yield
     except Exception as error:
@@ -46,7 +46,7 @@ def forgiven(what: str) -> Iterator[None]:
 
 
 def tell(text: str) -> None:
-    """Print a line above a progress bar; or not, where that goes to a file on a full disk."""
+    """Print a line above a progress bar; nothing if the output is a file on a full disk."""
     try:
         tqdm.write(text)
     except OSError as error:
@@ -55,16 +55,16 @@ def tell(text: str) -> None:
 
 
 def write(path: pathlib.Path, data: str | bytes) -> None:
-    """Write a file whole, or leave what was there: OSError."""
+    """Write a file atomically: on OSError the old content is unchanged."""
     content = data.encode() if isinstance(data, str) else data
     if path.exists() and not path.is_file():  # such as /dev/stdout
         path.write_bytes(content)
         return
-    aside = path.with_name(f"{path.name}.part")
+    temporary = path.with_name(f"{path.name}.part")
     try:
-        aside.write_bytes(content)
-        aside.replace(path)
+        temporary.write_bytes(content)
+        temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
         raise

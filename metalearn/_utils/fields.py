@@ -32,16 +32,16 @@ from metalearn.model import Model, no_model
 
 
 class FieldError(TypeError, ValueError):
-    """A field of the wrong type: a TypeError, and a ValueError for who reads fields from a file."""
+    """A field of the wrong type: a TypeError, and also a ValueError, for fields from a file."""
 
 
 def check_fields(part: Any, *others: str, absent: Sequence[str] = ()) -> None:
-    """Raise FieldError for the first field of a dataclass whose value is none of its type.
+    """Raise FieldError for the first field of a dataclass whose value is not of its type.
 
     Args:
-      part: an instance. Of one whose fields are arrays (`Tasks`), those that are static.
-      *others: fields that the class checks itself; not for None.
-      absent: fields that may be None, whatever their type says.
+      part: an instance. If some of its fields are static, the others are arrays, not checked.
+      *others: fields that the class checks itself, except for None.
+      absent: fields that may be None, even if their annotation excludes it.
     """
     for name, hint in _hints(part.__class__).items():
         value = vars(part)[name]
@@ -58,21 +58,21 @@ def check_fields(part: Any, *others: str, absent: Sequence[str] = ()) -> None:
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    """Return the types of the fields that are not arrays, by name."""
+    """Return the annotations of the fields that are not arrays, by name."""
     fields = [field for field in dataclasses.fields(cls) if field.init]
     if any(field.metadata.get("static") for field in fields):  # the others are arrays
         fields = [field for field in fields if field.metadata.get("static")]
-    found = {}
+    hints = {}
     for field in fields:
         owner = next(c for c in cls.__mro__ if field.name in c.__dict__.get("__annotations__", {}))
         scope = vars(inspect.getmodule(owner))
         try:
-            found[field.name] = (
+            hints[field.name] = (
                 eval(field.type, dict(scope)) if isinstance(field.type, str) else field.type
             )
-        except NameError:  # of names that are there for type checkers alone
+        except NameError:  # a name that is imported for type checkers only
             continue
-    return found
+    return hints
 
 
 def _bound(hint: Any) -> AtLeast | None:
@@ -122,7 +122,7 @@ def _transforms(value: Any) -> bool:
 
 
 def _said(hint: Any) -> str:
-    """Say what a type is, for a message."""
+    """Return a type in words, for a message."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _said(inside[0])
@@ -143,7 +143,7 @@ def _said(hint: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    """Say what was given, for a message."""
+    """Return the type of a value in words, for a message."""
     if value is None:
         return "None"
     if isinstance(value, type):

@@ -1,8 +1,8 @@
-"""Which inputs are pixels: images of uint8 are read as 0..1, and nothing else is rescaled.
+"""Which inputs are pixels: uint8 images are rescaled to 0..1, and nothing else is.
 
-uint8 is how images are stored, and a network wants them between 0 and 1. It is also how bytes of
-text and other small integers come, which are no amounts of light: an embedding looks them up.
-The two are told apart by the shape of an example: an image has a height and a width.
+Images are stored as uint8, and a network expects them between 0 and 1. Bytes of text and other
+small integers are uint8 too, and must not be rescaled: they are indices of an embedding. The shape
+of an example distinguishes the two: an image has a height and a width.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 
 
 def are_pixels(what: str, dtype: Any, example: tuple[int, ...]) -> bool:
-    """Say whether inputs are to be divided by 255: uint8 images.
+    """Return whether inputs are to be divided by 255: uint8 images.
 
     Args:
-      what: who reads them, for the message.
+      what: reads them, for the message.
       dtype: of the inputs.
-      example: the shape of one.
+      example: the shape of one example.
 
     Raises:
-      ValueError: of uint8 that may be pixels and may be integers: without a height and a width.
+      ValueError: for ambiguous inputs: uint8 without a height and a width.
     """
     if np.dtype(dtype) != np.uint8:
         return False

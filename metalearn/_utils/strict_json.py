@@ -1,15 +1,15 @@
-"""JSON that every reader takes, and JSON that somebody else wrote.
+"""Strict JSON: writing it for any reader, and parsing files from others.
 
 RFC 8259 has no NaN and no infinities, so `dumps` writes them as text:
 
     nan, inf, -inf  <->  "NaN", "Infinity", "-Infinity"
 
-Text that reads so by itself gets a backslash before it, and `loads` removes it: what comes back is
-what was written. `loads` also reads the bare NaN that Python's own `json` writes.
+A string equal to one of these texts is escaped by a backslash, which `loads` removes, so that a
+round trip changes nothing. `loads` also reads the bare NaN that Python's `json` writes.
 
-A file that came with a result, or by mail, is read by `parse`. `json.loads` answers text that is
-not JSON with the place alone, thousands of brackets with a RecursionError, and takes NaN, keys
-that are set twice, and files of any size; `parse` raises a ValueError that says what is wrong.
+`parse` reads files from others. `json.loads` reports only the position of an error, raises
+RecursionError for thousands of brackets, and accepts NaN, duplicate keys and files of any size;
+`parse` raises a ValueError that says what is wrong.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from collections.abc import Callable
 from typing import Any
 
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-LONGEST = 16 * 2**20  # bytes, or characters of text; what is read here is a few thousand
-DEEPEST = 64  # lists and objects inside each other
+LONGEST = 16 * 2**20  # bytes, or characters of text; usual files have a few thousand
+DEEPEST = 64  # nested lists and objects
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """Return a value as strict JSON; `options` as those of `json.dumps`."""
+    """Return a value as strict JSON; `options` are those of `json.dumps`."""
     return json.dumps(plain(value), allow_nan=False, **options)
 
 
 def loads(text: str | bytes) -> Any:
-    """Return what `dumps` wrote, or any other JSON.
+    """Return the value of a text that `dumps` wrote, or of any other JSON.
 
     Raises:
-      ValueError: if that is no JSON, no UTF-8, or is nested too deeply.
+      ValueError: if it is not JSON or not UTF-8, or is nested too deeply.
     """
     try:
         return restored(json.loads(text.decode() if isinstance(text, bytes) else text))
@@ -43,7 +43,7 @@ def loads(text: str | bytes) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Return a tree of JSON with text for each float that is not finite."""
+    """Return a JSON tree with text in place of non-finite floats."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, str) and value.lstrip("\\") in NONFINITE:
@@ -52,7 +52,7 @@ def plain(value: Any) -> Any:
 
 
 def restored(value: Any) -> Any:
-    """Return a tree with the floats that `plain` made text of."""
+    """Return a JSON tree with the floats that `plain` replaced by text."""
     if isinstance(value, str) and value.lstrip("\\") in NONFINITE:
         return value[1:] if value.startswith("\\") else NONFINITE[value]
     return _each(restored, value)
@@ -65,28 +65,28 @@ def _each(change: Callable[[Any], Any], value: Any) -> Any:
 
 
 def read(path: pathlib.Path, what: str) -> Any:
-    """Return what the JSON of a file stands for; see `parse`. A file too long is not read."""
+    """Return the value of a JSON file; see `parse`. A file that is too long is not read."""
     if path.stat().st_size > LONGEST:
         raise _too_long(what)
     return parse(path.read_bytes(), what)
 
 
 def parse(source: bytes | str, what: str, *, nonfinite: bool = False) -> Any:
-    """Return what a JSON text stands for.
+    """Return the value of a JSON text.
 
     Args:
-      source: the text, or its bytes: UTF-8, with a byte order mark or without one.
-      what: where it is from, for messages, such as the path of a file.
-      nonfinite: whether NaN and Infinity may be in it, which are no JSON but Python's.
+      source: the text, or its bytes: UTF-8, with or without a byte order mark.
+      what: the source, for messages, such as the path of a file.
+      nonfinite: accept NaN and Infinity, which Python writes and JSON lacks.
 
     Raises:
-      ValueError: where it is no JSON, too long or too deep, or sets a key twice.
+      ValueError: if it is not JSON, too long or nested too deeply, or has a duplicate key.
     """
     if len(source) > LONGEST:
         raise _too_long(what)
     try:
         text = source if isinstance(source, str) else source.decode("utf-8-sig")
-        found = json.loads(
+        value = json.loads(
             text.removeprefix("\ufeff"),
             object_pairs_hook=_once,
             parse_constant=None if nonfinite else _refuse_constant,
@@ -95,8 +95,8 @@ def parse(source: bytes | str, what: str, *, nonfinite: bool = False) -> Any:
         raise _too_deep(what) from error
     except ValueError as error:  # of the decoder, of JSON, or of an integer of 5,000 digits
         raise ValueError(f"{what} is not JSON: {error}") from error
-    _check_depth(found, what)
-    return found
+    _check_depth(value, what)
+    return value
 
 
 def _too_long(what: str) -> ValueError:
@@ -107,21 +107,21 @@ def _too_long(what: str) -> ValueError:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in values:
             raise ValueError(f"{name!r} is set twice.")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON, which has finite numbers alone.")
 
 
-def _check_depth(found: Any, what: str) -> None:
-    """Raise ValueError where lists and objects are too many inside each other; no recursion."""
-    level = [found]
+def _check_depth(value: Any, what: str) -> None:
+    """Raise ValueError if lists and objects are nested too deeply; without recursion."""
+    level = [value]
     for _ in range(DEEPEST + 1):
         nested = [each for each in level if isinstance(each, dict | list)]
         level = [x for each in nested for x in (each.values() if isinstance(each, dict) else each)]

@@ -1,8 +1,8 @@
-"""Taking a pytree's leaves apart by kind or by name, and joining them again.
+"""Splitting a pytree's leaves by kind or by path, and joining them again.
 
-Inner states, batches and model statistics mix float arrays with integers, booleans
-and PRNG keys, and derivatives travel on the first kind only. An algorithm may adapt
-some parameters and leave others alone, and names them by path.
+Inner states, batches and model statistics mix float arrays with integers, booleans and PRNG keys,
+and only the first kind carries derivatives. An algorithm may adapt some parameters and not others,
+and names them by path.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ Join = Callable[[Sequence[Any], Sequence[Any]], Any]
 
 
 def is_array(leaf: Any) -> bool:
-    """Say whether a leaf is an array (a Python scalar is not: it stays static)."""
+    """Return whether a leaf is an array; a Python scalar is not, it stays static."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
 def is_differentiable(leaf: Any) -> bool:
-    """Say whether a leaf carries derivatives: a floating-point array or scalar."""
+    """Return whether a leaf carries derivatives: a floating-point or complex array or scalar."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def split(
     tree: Any, where: Callable[[Any], bool] | Sequence[bool] = is_differentiable
 ) -> tuple[list[Any], list[Any], Join]:
-    """Return (leaves where true, other leaves, the function that joins them again).
+    """Return (leaves where true, other leaves, a function that joins them again).
 
-    `where` is a function of a leaf, or whether, leaf by leaf.
+    Args:
+      tree: any pytree.
+      where: a function leaf -> bool, or a bool for each leaf.
     """
     if callable(where):
         where = [where(leaf) for leaf in jax.tree.leaves(tree)]
@@ -43,8 +45,7 @@ def split(
 def split_by_path(tree: Any, pattern: str) -> tuple[list[Any], list[Any], Join]:
     """Split into the leaves whose path matches a regular expression, and the others.
 
-    A path reads like "params/head/kernel". ValueError, with the paths there are, where
-    none matches.
+    A path is written like "params/head/kernel". ValueError, with all paths, if none matches.
     """
     names = paths(tree)
     mask = [re.search(pattern, name) is not None for name in names]
@@ -60,7 +61,7 @@ def paths(tree: Any) -> list[str]:
 
 
 def strong(tree: Any) -> Any:
-    """Return the same arrays without weak types, which would compile a step twice."""
+    """Return the arrays without weak types, which would cause a second compilation of a step."""
 
     def convert(leaf: Any) -> Any:
         if jax.dtypes.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
@@ -71,7 +72,7 @@ def strong(tree: Any) -> Any:
 
 
 def in_dtypes_of(old: Any, new: Any) -> Any:
-    """Return `new` with its float leaves in the dtypes that they have in `old`, a tree like it."""
+    """Return `new` with its float leaves in the dtypes of `old`, a tree of the same structure."""
 
     def convert(before: Any, after: Any) -> Any:
         return after.astype(jnp.result_type(before)) if is_differentiable(after) else after
@@ -80,7 +81,7 @@ def in_dtypes_of(old: Any, new: Any) -> Any:
 
 
 def select(condition: jax.Array, yes: Any, no: Any) -> Any:
-    """Return one pytree where a condition () holds, else the other; keys and all."""
+    """Return `yes` if a condition () holds, else `no`: pytrees of arrays, PRNG keys included."""
     return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
 
 

@@ -19,28 +19,28 @@ Record = dict[str, Any]
 
 
 class Logger(abc.ABC):
-    """Hears what a run reports. Every method but `log` may be left as it is."""
+    """Receives the metrics of a run. Only `log` must be implemented."""
 
     def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:  # noqa: B027
-        """Begin, or go on at `step`. `record` is what `record()` returned before."""
+        """Start, or resume after outer step `step` with the `record()` of its checkpoint."""
 
     @abc.abstractmethod
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note the metrics of an outer step, counted from 1."""
+        """Log the metrics of an outer step, counted from 1."""
 
     def back_to(self, step: int) -> None:  # noqa: B027
-        """Take back what was logged after `step`, where that can be: the run goes on from there."""
+        """Drop what was logged after `step`, if possible: the run resumes from there."""
 
     def show(self, pictures: Mapping[str, str | os.PathLike[str]]) -> None:  # noqa: B027
-        """Note image files, by name; before `finish`."""
+        """Log image files, by name; called before `finish`."""
 
     def record(self) -> Record:
-        """Return what a resumed run must know (JSON): kept in the checkpoint."""
+        """Return the state of the logger (JSON), which a checkpoint saves for `start`."""
         return {}
 
     def finish(self, table: Mapping[str, Estimate] | None = None) -> None:  # noqa: B027
-        """End, with the final evaluation if there was one."""
+        """Close the logger, with the final evaluation if there is one."""
 
     def abandon(self) -> None:
-        """End a run that failed. The same as `finish()`, if nothing else is said."""
+        """Close the logger of a failed run; by default `finish()`."""
         self.finish()

@@ -10,9 +10,10 @@ from metalearn.loggers.base import Logger
 
 
 class ConsoleLogger(Logger):
-    """Prints a line now and then, above the progress bar, and the final table."""
+    """Prints metrics above the progress bar, and the final table."""
 
     def __init__(self, every: int = 100):
+        """Print metrics every so many outer steps, and those of every evaluation."""
         self.every = every
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

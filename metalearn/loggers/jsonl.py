@@ -15,16 +15,23 @@ from metalearn.loggers.base import Logger, Record
 
 
 class Line(NamedTuple):
-    """A line of `metrics.jsonl`."""
+    """A line of `metrics.jsonl`.
 
-    number: int  # from 1
-    text: bytes  # with the end of the line, where it has one
-    row: Record | None  # {"step": 10, "loss": 1.5}, NaN and infinities as floats; None: unreadable
-    wrong: str = ""  # why
+    Args:
+      number: from 1.
+      text: with its newline, if there is one.
+      row: {"step": 10, "loss": 1.5}, NaN and infinities as floats; None: unreadable.
+      wrong: why it is unreadable.
+    """
+
+    number: int
+    text: bytes
+    row: Record | None
+    wrong: str = ""
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[Line]:
-    """Return the lines of a file of `JsonlLogger`'s, readable or not; [] where there is none."""
+    """Return the lines of a file of `JsonlLogger`, readable or not; [] if there is no file."""
     path = pathlib.Path(path)
     if not path.is_file():
         return []
@@ -43,7 +50,7 @@ def _read_line(number: int, text: bytes) -> Line:
 
 
 def unreadable(path: str | os.PathLike[str], lines: Sequence[Line]) -> str:
-    """Say which lines of a file cannot be read, and why the first of them cannot."""
+    """Return a message: which lines of a file cannot be read, and why the first cannot."""
     numbers = [str(line.number) for line in lines]
     shown = ", ".join(numbers[:5]) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
     more = "lines" if len(numbers) > 1 else "line"
@@ -53,9 +60,9 @@ def unreadable(path: str | os.PathLike[str], lines: Sequence[Line]) -> str:
 class JsonlLogger(Logger):
     """Appends one JSON object per line: {"step": 10, "loss": 1.5, ...}.
 
-    The JSON is strict: NaN and infinities are "NaN", "Infinity" and "-Infinity". Where the disk
-    is full, lines wait in memory for a later one to be written. Lines that cannot be read when a
-    run goes on are moved to `metrics.jsonl.bad`.
+    The JSON is strict: NaN and infinities are "NaN", "Infinity" and "-Infinity". While the disk is
+    full, lines wait in memory. Lines that cannot be read when a run is resumed are moved to
+    `metrics.jsonl.bad`.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -64,7 +71,7 @@ class JsonlLogger(Logger):
         self._told = False
 
     def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:
-        """Go on after `step`: the lines after it will come again."""
+        """Resume after `step`: later lines are dropped, and will be logged again."""
         del config
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._take_back(step)
@@ -75,7 +82,7 @@ class JsonlLogger(Logger):
         self._write()
 
     def record(self) -> Record:
-        """Return the lines that a full disk has not taken yet."""
+        """Return the lines that wait for a full disk."""
         self._write()
         return {"waiting": self._waiting} if self._waiting else {}
 
@@ -85,8 +92,8 @@ class JsonlLogger(Logger):
         self._take_back(step)
 
     def _take_back(self, step: int) -> None:
-        """Drop the lines of the file after `step`, and one cut short by a kill; say what is bad."""
-        if self.path.exists() and not self.path.is_file():  # such as a pipe: nothing to take back
+        """Drop the lines after `step` and incomplete ones; report and move unreadable ones."""
+        if self.path.exists() and not self.path.is_file():  # such as a pipe
             return
         lines = read_lines(self.path)
         whole = [line for line in lines if line.text.endswith(b"\n")]
@@ -98,13 +105,13 @@ class JsonlLogger(Logger):
         try:
             if not self.path.exists() or not before.startswith(kept):
                 disk.write(self.path, kept)
-            elif kept != before:  # needs no room
+            elif kept != before:  # needs no disk space
                 os.truncate(self.path, len(kept))
         except OSError as error:
             disk.tell(f"{self.path} cannot be written ({error}): lines after {step} stay in it.")
 
     def _set_aside(self, bad: Sequence[Line]) -> None:
-        """Keep lines that cannot be read in a file beside; say which they are."""
+        """Move unreadable lines to another file, and report them."""
         aside = self.path.with_name(f"{self.path.name}.bad")
         try:
             with aside.open("ab") as file:
@@ -125,7 +132,7 @@ class JsonlLogger(Logger):
             disk.tell(f"{self.path} lacks its last {len(self._waiting)} lines: the disk is full.")
 
     def _write(self) -> None:
-        """Append the lines that wait, all or none."""
+        """Append the waiting lines, all or none."""
         if not self._waiting:
             return
         whole = self.path.stat().st_size if self.path.exists() else 0
@@ -144,7 +151,7 @@ class JsonlLogger(Logger):
 
 
 def _strict(line: Line) -> bytes:
-    """Return the text of a line; that of an older version with bare NaN, as it is written now."""
+    """Return the text of a line, with bare NaN and infinities replaced by text."""
     if b"NaN" not in line.text and b"Infinity" not in line.text:
         return line.text
     return (strict_json.dumps(line.row) + "\n").encode()

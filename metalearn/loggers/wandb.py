@@ -23,9 +23,9 @@ class WandbLogger(Logger):
     offline. A resumed run keeps its id online; offline, W&B begins a new directory. Disabled,
     W&B is not even imported.
 
-    A run does not depend on W&B: where its server does not answer, the run is logged offline,
-    for `wandb sync` later; where it stops answering, what is not sent yet waits on disk. On a full
-    disk the run goes on without it.
+    A run does not depend on W&B: if its server does not answer, the run is logged offline, for
+    `wandb sync` later; if it stops answering, unsent data waits on disk; on a full disk the run
+    continues without it.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class WandbLogger(Logger):
         self.project, self.mode, self.name, self.group = project, mode, name, group
         self.directory = directory
         self._run: Any = None
-        self._step = 0  # the last that was logged
-        self._before: Record = {}  # what was kept before this process
+        self._step = 0  # the last step that was logged
+        self._before: Record = {}  # the record of the checkpoint
 
     def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:
         self._before = record
@@ -103,7 +103,7 @@ class WandbLogger(Logger):
         return "online" if logged_in else "offline"
 
     def _offline(self, error: Exception) -> str:
-        """Say that the server does not answer; return the mode that does without."""
+        """Report that the server does not answer; return the mode "offline"."""
         runs = pathlib.Path(self.directory or ".") / "wandb" / "offline-run-*"
         disk.tell(
             f"W&B does not answer ({first_line(error)}): this run is logged offline. "
@@ -124,13 +124,13 @@ class WandbLogger(Logger):
         self._run.log(shown, commit=False)  # in the row of the last step
 
     def record(self) -> Record:
-        """Return the id of the run; where it is disabled for a while, that which it had before."""
+        """Return the id of the run; while W&B is disabled, the previous id."""
         if self._run is None:
             return self._before
         return {"wandb_id": self._run.id, "wandb_step": self._step}
 
     def abandon(self) -> None:
-        """End with the mark of a failure."""
+        """Close the run, marked as failed."""
         if self._run is not None:
             self._run.finish(exit_code=1)
 
