@@ -1,8 +1,8 @@
 """The outer loop: a batch of tasks, their mean meta-gradient, one outer update.
 
-One outer step is one compiled program: it draws the tasks on the device, unrolls all of
-them (vmapped, or in chunks where memory asks for it) and applies the outer optimizer. One that
-takes hours is cut into several (`segment`). The tasks of step n depend on (key, n) alone.
+One outer step is one compiled program: it draws the tasks on the device, unrolls all of them
+(vmapped, or in chunks to save memory) and applies the outer optimizer. An outer step of hours can
+be cut into several programs (`segment`). The tasks of step n depend on (key, n) alone.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ class Trainer:
     """Trains the eta of any algorithm, with any engine and any optax optimizer.
 
     Args:
-      algorithm: what is learned, and what one inner step is.
-      engine: how the unroll is differentiated.
-      optimizer: the outer one, of optax.
+      algorithm: the meta-learning method: meta-parameters and inner loop.
+      engine: differentiates the unroll.
+      optimizer: the outer optimizer, of optax.
       tasks_per_step: tasks whose meta-gradients an outer step averages.
       chunk: tasks unrolled at once on a device; None: all of its share.
       truncation: truncated unrolls carried across outer steps; None: full unrolls.
       isolate: leave non-finite tasks out of the mean, as truncated unrolls always do.
       skip_nonfinite: leave eta unchanged by an outer step that is not finite.
-      layout: over which devices; None: on one.
-      segment: inner steps of one compiled program, for engines that stream (`Forward`). Between
-        two programs the run can be checkpointed, or stopped. None: an outer step is one program.
+      layout: the devices of a mesh to use; None: one device.
+      segment: inner steps of one compiled program, for engines that stream (`Forward`). The run
+        can be saved and stopped between two programs. None: an outer step is one program.
     """
 
     algorithm: Algorithm
@@ -123,7 +123,7 @@ class Trainer:
     def init(self, key: jax.Array, tasks: Tasks | None = None) -> TrainState:
         """Return the state before the first outer step.
 
-        Inner runs that go on from step to step are a part of it, so `truncation` needs `tasks`.
+        It includes the inner states that truncated unrolls carry, so `truncation` needs `tasks`.
         """
         if tasks is not None:
             check_tasks("Trainer.init(tasks=)", tasks)
@@ -134,7 +134,7 @@ class Trainer:
         return jax.jit(self._init, out_shardings=where)(key, self.place(tasks))
 
     def shapes(self, tasks: Tasks | None = None) -> TrainState:
-        """Return the shapes of a state, and where its leaves lie; nothing is allocated."""
+        """Return the shapes and shardings of a state; nothing is allocated."""
         shapes = jax.eval_shape(self._init, jax.eval_shape(lambda: jax.random.key(0)), tasks)
         return shapes if self.layout is None else abstract(shapes, self._shardings(shapes))
 
@@ -157,8 +157,8 @@ class Trainer:
         inner gradients that were finite), `inner_steps_finite` (steps before a gradient, or a
         tangent of `Forward`, was not), `inner_update_norm` (of one step's change of theta) and
         `inner_tangent_norm` (the largest, in the end); and `meta_grad_norm`, `meta_update_norm`.
-        Tasks that were not finite and left out are counted: in `tasks_left_out`, or of truncated
-        training in `tasks_reset`. `step_skipped` is 1 where `skip_nonfinite` left eta alone.
+        The number of masked non-finite tasks is `tasks_left_out`, or `tasks_reset` in truncated
+        training. `step_skipped` is 1 if `skip_nonfinite` left eta unchanged.
         """
         return jax.jit(self._step) if self.segment is None else self._in_parts
 
@@ -184,7 +184,7 @@ class Trainer:
         ]
 
     def partway(self, tasks: Tasks) -> TrainState | None:
-        """Return the shapes of a state between two segments; None where there are not two."""
+        """Return the shapes of a state between two segments; None if there is one program."""
         parts = self.parts(tasks)
         if len(parts) == 1:
             return None
@@ -192,7 +192,7 @@ class Trainer:
         return state if self.layout is None else abstract(state, self._shardings(state))
 
     def parts_taken(self, state: TrainState) -> int:
-        """Return how many programs of its outer step a state has behind it."""
+        """Return how many programs of its outer step a state has completed."""
         steps = steps_taken(state.inner)
         if self.segment is None or not steps:
             return 0
@@ -204,7 +204,7 @@ class Trainer:
         return steps // self.segment
 
     def _in_parts(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Take an outer step, or what is left of one, program by program."""
+        """Take an outer step, or the rest of one, program by program."""
         metrics: Any = None
         for part in self.parts(tasks)[self.parts_taken(state) :]:
             state, metrics = part.take(state, tasks)
@@ -254,7 +254,7 @@ class Trainer:
         return jax.lax.with_sharding_constraint(state, self._shardings(state))
 
     def _shardings(self, state: TrainState) -> Any:
-        """Return where each leaf of a state lies on the layout."""
+        """Return the sharding of each leaf of a state."""
         assert self.layout is not None
         return spread(self.layout.shardings(state), self.engine)
 
@@ -278,7 +278,7 @@ class Trainer:
 
     @functools.cached_property
     def look(self) -> Callable[..., Look]:
-        """Look at one task, for a health check: (eta, tasks, key, zeros, steps). Compiled."""
+        """Examine one task, for a health check: (eta, tasks, key, zeros, steps). Compiled."""
         most = None if self.truncation is None else self.truncation.steps
 
         def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = 0, steps: Any = None):
@@ -329,7 +329,7 @@ class Trainer:
           log_every: outer steps between two rows of metrics; 0: never.
           check_every: outer steps between health checks, which give a `HealthWarning` for each
             thing found; None or 0: never.
-          faults: what to do about non-finite outer steps and diverging inner loops.
+          faults: the policy on non-finite outer steps and diverging inner loops.
           asked_to_stop: called after every outer step with its number: None, or why the run is to
             stop; it is then saved, and `Interrupted` raised. With `segment`: called after every
             segment, with the number of segments so far. See `metalearn.training.signals`.
@@ -341,10 +341,10 @@ class Trainer:
           The state after the last outer step.
 
         Raises:
-          NonFiniteError: at an outer loss or meta-gradient that is NaN or infinite, where
-            `faults` says stop or has had enough.
-          DivergedError: at inner loops that diverge, where `faults` says stop.
-          Interrupted: where `asked_to_stop` said so.
+          NonFiniteError: if the outer loss or the meta-gradient is not finite, and `faults` says
+            stop, or has skipped or backed off too often. Metrics up to then are logged.
+          DivergedError: if inner loops diverge and `faults` says stop.
+          Interrupted: if `asked_to_stop` returned a reason; the state is saved.
           ChangedConfigError: if the checkpoints are of another config.
         """
         check_tasks("Trainer.fit(tasks=)", tasks)
@@ -401,7 +401,7 @@ class Trainer:
         )
 
     def check_memory(self, tasks: Tasks, evaluated: Sequence[Tasks] = ()) -> None:
-        """Raise ValueError where an outer step on tasks, or an evaluation, cannot fit a device.
+        """Raise ValueError if an outer step on tasks, or an evaluation, cannot fit a device.
 
         The need is a lower bound (`metalearn.diagnostics.memory`); nothing is allocated for it.
         """
@@ -418,14 +418,14 @@ class Trainer:
         memory.check_learned(self.algorithm, self.optimizer, devices)
 
     def place(self, tasks: Any) -> Any:
-        """Return tasks with their arrays on every device of the layout, if they were not there."""
+        """Return tasks with their arrays replicated on all devices of the layout."""
         return tasks if self.layout is None else self.layout.replicate(tasks)
 
     def learned(self, state: TrainState) -> Any:
-        """Return the eta of a state to evaluate and to keep: where its optimizer is judged.
+        """Return the eta of a state to evaluate and to export.
 
-        That is `state.eta` but for an outer optimizer that trains at one point and is judged at
-        another, such as `optax.contrib.schedule_free`; see `metalearn.optimizers.updates`.
+        This is `state.eta`, except for an outer optimizer that evaluates at another point than it
+        trains at, such as `optax.contrib.schedule_free`; see `metalearn.optimizers.updates`.
         """
         return evaluation_params(state.optimizer, state.eta)
 

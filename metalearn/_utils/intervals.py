@@ -9,10 +9,16 @@ import numpy as np
 
 
 class Estimate(NamedTuple):
-    """A mean over tasks and the half-width of its 95% confidence interval."""
+    """A mean over tasks and its confidence interval.
+
+    Args:
+      mean: over the tasks.
+      ci95: half-width of the 95% interval, by Student's t (`half_width`); nan for a single task.
+      tasks: how many.
+    """
 
     mean: float
-    ci95: float  # by Student's t: `half_width`; nan for a single task
+    ci95: float
     tasks: int
 
     def __str__(self) -> str:
@@ -29,7 +35,7 @@ def half_width(values: Any) -> Any:
       values: [n, ...]; the interval is over the leading axis.
 
     Returns:
-      float64 [...]; nan where n is 1, since one value says nothing of the spread.
+      float64 [...]; nan if n is 1: one value gives no estimate of the variance.
     """
     from scipy.special import stdtrit  # a dependency of jax, imported where it is needed
 

@@ -31,11 +31,11 @@ def task_metrics(
     """Draw one task, run its inner loop and return its outer loss and metrics.
 
     Args:
-      algorithm: as it is evaluated.
+      algorithm: to evaluate.
       eta: the meta-parameters.
-      tasks: where the task comes from.
-      key: () of the task.
-      steps: take no more inner steps than the first so many; None: all.
+      tasks: the distribution to draw from.
+      key: (), of the task.
+      steps: the number of inner steps to take; None: all T.
       transform: applied to the unroll; see `metalearn.tasks.draw_task`.
     """
     check_eta(eta)
@@ -45,12 +45,12 @@ def task_metrics(
 
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Join our metrics and an algorithm's; ValueError where it takes a name of ours."""
-    taken = sorted((ours.keys() | OURS) & theirs.keys())
-    if taken:
+    """Join our metrics and an algorithm's; ValueError if one has a name that we reserve."""
+    reserved = sorted((ours.keys() | OURS) & theirs.keys())
+    if reserved:
         raise ValueError(
-            f"The algorithm's `loss` returns a metric called {taken[0]!r}, a name that the Trainer "
-            "needs for its own. Call it something else."
+            f"The algorithm's `loss` returns a metric called {reserved[0]!r}, a name that the "
+            "Trainer needs for its own. Call it something else."
         )
     return {**ours, **theirs}
 

@@ -1,6 +1,6 @@
-"""Opening a run and closing it: its newest checkpoint, its loggers, its progress bar.
+"""Starting and closing a run: its newest checkpoint, its loggers, its progress bars.
 
-What happens in between is the loop's (`metalearn.training.outer_loop`).
+The loop in between is `metalearn.training.outer_loop`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ def run(
     loggers: Sequence[Logger] = (),
     checkpoints: Checkpoints | None = None,
 ) -> TrainState:
-    """Train from `state` (or from the newest checkpoint) and return the last state.
+    """Train from `state`, or from the newest checkpoint, and return the last state.
 
-    The loggers are left open for a final table (`logger.finish(table)`), unless
-    training fails.
+    The loggers are left open for a final table (`logger.finish(table)`), unless training fails.
+    The exceptions are those of `Trainer.fit`.
 
-    Raises:
-      NonFiniteError: at an outer loss or meta-gradient that is NaN or infinite, where
-        `fit.faults` says stop or has had enough. What was logged until then is kept.
-      DivergedError: at inner runs that diverge, where `fit.faults` says stop.
-      Interrupted: where `fit.asked_to_stop` said so, once the state is saved.
-      ChangedConfigError: if the checkpoints are of another config.
+    Args:
+      fit: the settings of the run.
+      outer: the functions of the trainer.
+      state: the state to start from.
+      tasks: the tasks to train on.
+      loggers: they get the metrics.
+      checkpoints: where the run is saved, and resumed from; None: nowhere.
     """
     parts = outer.parts
     if checkpoints is not None and checkpoints.within and parts[-1].steps is None:
@@ -56,11 +57,11 @@ def run(
     config = checkpoints.config if checkpoints else {}
     try:
         for logger in loggers:
-            kept = record.get(type(logger).__name__)
-            logger.start(first, config, kept if isinstance(kept, dict) else {})
+            saved = record.get(type(logger).__name__)
+            logger.start(first, config, saved if isinstance(saved, dict) else {})
         shown = fit.progress and is_first()
-        with bars(fit.steps, first, outer.tasks_per_step, parts[-1].steps, shown) as shows:
-            return OuterLoop(fit, outer, tasks, loggers, checkpoints, shows).run(state)
+        with bars(fit.steps, first, outer.tasks_per_step, parts[-1].steps, shown) as progress:
+            return OuterLoop(fit, outer, tasks, loggers, checkpoints, progress).run(state)
     except Interrupted:
         for logger in loggers:
             with disk.forgiven(f"What {type(logger).__name__} had left"):

@@ -1,9 +1,9 @@
-"""The loop around `Trainer.step`, on the host: what is reported, saved, taken back or ended.
+"""The loop over outer steps, on the host: logging, evaluation, checkpoints, faults, stopping.
 
-The device is never waited for: the metrics of a step are read while the next one runs, which
-is also when a fault is noticed. Where the host must wait (it evaluates, saves, checks, or was
-asked to stop) the step is looked at first, so that no checkpoint holds what a fault has left.
-An outer step of several programs (`Trainer(segment=)`) is saved, and stopped, between them too.
+The host does not wait for the device: it reads the metrics of a step, and detects faults, while the
+next step runs. Where it must wait (it evaluates, saves, checks, or is asked to stop), it reads the
+metrics first, so that no checkpoint is saved after a fault. An outer step of several programs
+(`Trainer(segment=)`) can be saved and stopped between two of them.
 """
 
 from __future__ import annotations
@@ -84,23 +84,29 @@ class OuterStep(NamedTuple):
 
 
 class Interrupted(Exception):
-    """A run was asked to stop, and has saved where it stands, if it could: the text says so."""
+    """A run was asked to stop; the message says whether its state was saved."""
 
 
-class _Taken(NamedTuple):
-    """An outer step whose metrics have not been read yet."""
+class _Pending(NamedTuple):
+    """An outer step whose metrics have not been read yet.
+
+    Args:
+      step: its number.
+      metrics: of the step, on the device.
+      before: the state before the step, without the states of the outer optimizer and inner loops.
+    """
 
     step: int
     metrics: Any
-    before: TrainState  # the state it was taken from, but for the outer optimizer's and inner runs
+    before: TrainState
 
 
 class _BacksOff(Exception):
-    """An outer step has to be taken back, with what came after it."""
+    """An outer step must be undone, and all later ones."""
 
 
 class OuterLoop:
-    """One run of a `Fit`."""
+    """The outer loop of one run."""
 
     def __init__(
         self,
@@ -115,81 +121,84 @@ class OuterLoop:
         self.loggers, self.checkpoints = loggers, checkpoints
         self._parts = outer.parts
         self._watch = Watch(fit.faults)
-        self._waiting: _Taken | None = None
+        self._pending: _Pending | None = None
 
     def run(self, state: TrainState) -> TrainState:
-        """Take the outer steps that are left, and return the last state."""
+        """Take the remaining outer steps, and return the last state."""
         backs_off = self.fit.faults.nonfinite == "back_off"
-        begun, step = state if backs_off else None, int(state.step)
+        first, step = state if backs_off else None, int(state.step)
         taken = self.outer.parts_taken(state)
         while step < self.fit.steps:
             step += 1
             try:
                 state, taken = self._take(step, state, taken), 0
             except _BacksOff:
-                state = self._taken_back(begun, state.pace)
+                state = self._backed_off(first, state.pace)
                 step, taken = int(state.step), self.outer.parts_taken(state)
         return state
 
     def _take(self, step: int, state: TrainState, taken: int) -> TrainState:
-        """Take an outer step, of whose programs some are `taken`, and what is due after it."""
+        """Take an outer step, `taken` of whose parts are done, and what is due after it."""
         before, metrics = dataclasses.replace(state, optimizer=None, inner=()), None
         for number, part in enumerate(self._parts[taken:], taken + 1):
-            if part.steps is not None:  # the bar shows what the device has done
+            if part.steps is not None:  # the bar shows the progress of the device
                 jax.block_until_ready(state.inner)
                 self.bars.inner_done(self._parts[number - 2].steps or 0 if number > 1 else 0)
             state, metrics = part.take(state, self.tasks)
-            self._hear()
+            self._read_metrics()
             if metrics is None:
-                self._rest_within(step, number, state)
-        self._waiting = _Taken(step, metrics, before)
-        self._rest(step, state)
+                self._after_part(step, number, state)
+        self._pending = _Pending(step, metrics, before)
+        self._after_step(step, state)
         return state
 
-    def _rest_within(self, step: int, number: int, state: TrainState) -> None:
-        """Do what is due between two programs of an outer step, after so many."""
-        fit, keeps = self.fit, self.checkpoints
-        now = (step - 1) * len(self._parts) + number
-        asked = fit.asked_to_stop(now) if fit.asked_to_stop else None
-        every = 0 if keeps is None else keeps.within
+    def _after_part(self, step: int, number: int, state: TrainState) -> None:
+        """Save and stop, if due, after `number` parts of an outer step."""
+        fit, checkpoints = self.fit, self.checkpoints
+        parts = (step - 1) * len(self._parts) + number
+        reason = fit.asked_to_stop(parts) if fit.asked_to_stop else None
+        every = 0 if checkpoints is None else checkpoints.within
         inner = self._parts[number - 1].steps or 0
-        if keeps is not None and (asked or (every and number % every == 0)):
-            keeps.save_within(state, step - 1, inner, self._records())
-        if asked:
+        if checkpoints is not None and (reason or (every and number % every == 0)):
+            checkpoints.save_within(state, step - 1, inner, self._records())
+        if reason:
             raise Interrupted(
-                f"{asked} after inner step {inner} of {self._parts[-1].steps} of outer step {step} "
-                f"of {fit.steps}. {self._kept(step - 1, inner)}"
+                f"{reason} after inner step {inner} of {self._parts[-1].steps} of outer step "
+                f"{step} of {fit.steps}. {self._saved(step - 1, inner)}"
             )
 
     def _records(self) -> dict[str, Any]:
-        """Return where the loggers stand."""
+        """Return the records of the loggers."""
         return {type(logger).__name__: logger.record() for logger in self.loggers}
 
-    def _rest(self, step: int, state: TrainState) -> None:
-        """Do what the host must wait for, if anything is due after this step."""
+    def _after_step(self, step: int, state: TrainState) -> None:
+        """Evaluate, check, save and stop, if due after this step."""
         fit = self.fit
         evaluates = fit.held_out is not None and self._due(step, fit.eval_every)
         checks = self._due(step, fit.check_every)
-        asked = fit.asked_to_stop(step * len(self._parts)) if fit.asked_to_stop else None
-        keeps = self.checkpoints
-        saves = keeps is not None and (
-            bool(asked) or self._due(step, keeps.every) or (evaluates and keeps.best is not None)
+        reason = fit.asked_to_stop(step * len(self._parts)) if fit.asked_to_stop else None
+        checkpoints = self.checkpoints
+        saves = checkpoints is not None and (
+            bool(reason)
+            or self._due(step, checkpoints.every)
+            or (evaluates and checkpoints.best is not None)
         )
-        if not (evaluates or saves or checks or asked or step == fit.steps):
+        if not (evaluates or saves or checks or reason or step == fit.steps):
             return
-        self._hear()
+        self._read_metrics()
         if checks:
             report = self.outer.check(state)
             if is_first():
                 report.warn()
-        found = self._evaluate(state, step) if evaluates else {}
-        if saves and keeps is not None:
-            keeps.save(state, step, self._records(), found)
-        if asked:
-            raise Interrupted(f"{asked} after outer step {step} of {fit.steps}. {self._kept(step)}")
+        metrics = self._evaluate(state, step) if evaluates else {}
+        if saves and checkpoints is not None:
+            checkpoints.save(state, step, self._records(), metrics)
+        if reason:
+            saved = self._saved(step)
+            raise Interrupted(f"{reason} after outer step {step} of {fit.steps}. {saved}")
 
-    def _kept(self, step: int, inner_step: int = 0) -> str:
-        """Say what is left of a run that stops here."""
+    def _saved(self, step: int, inner_step: int = 0) -> str:
+        """Return a sentence: whether the state of a run that stops here was saved."""
         if self.checkpoints is None:
             return "Nothing is saved."
         self.checkpoints.wait()
@@ -204,11 +213,11 @@ class OuterLoop:
     def _due(self, step: int, every: int | None) -> bool:
         return bool(every) and (step % (every or 1) == 0 or step == self.fit.steps)
 
-    def _hear(self) -> None:
-        """Read the metrics of the step that is waiting, log them, and look for a fault."""
-        if self._waiting is None:
+    def _read_metrics(self) -> None:
+        """Read the metrics of the pending step, log them, and check them for faults."""
+        if self._pending is None:
             return
-        (step, metrics, before), self._waiting = self._waiting, None
+        (step, metrics, before), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.bars.step_done(values["loss"])
         names = broken(values)
@@ -218,7 +227,7 @@ class OuterLoop:
                 logger.log(step, values)
         if answer == "stop":
             if self.checkpoints is not None:
-                self.checkpoints.drop_within()  # of the step that broke: no way to go on
+                self.checkpoints.drop_within()  # they would resume the step that failed
             raise NonFiniteError(self._why(names[0], values, step, before))
         if answer == "back_off":
             say(f"`{names[0]}` became {values[names[0]]} at outer step {step}: backing off.")
@@ -226,12 +235,12 @@ class OuterLoop:
         self._watch_inner(step, values)
 
     def _watch_inner(self, step: int, values: Mapping[str, float]) -> None:
-        """Report inner runs that diverge, or stop for them."""
-        found = self._watch.diverges(step, values)
-        if found and self.fit.faults.diverged == "stop":
-            raise DivergedError(found)
-        if found:
-            say(found)
+        """Report inner loops that diverge, or stop the run."""
+        message = self._watch.diverges(step, values)
+        if message and self.fit.faults.diverged == "stop":
+            raise DivergedError(message)
+        if message:
+            say(message)
 
     def _why(self, name: str, values: Mapping[str, float], step: int, before: TrainState) -> str:
         faults = self.fit.faults
@@ -247,15 +256,15 @@ class OuterLoop:
             f"{_cause(values, self.outer, before)}"
         )
 
-    def _taken_back(self, begun: TrainState | None, pace: jax.Array) -> TrainState:
+    def _backed_off(self, first: TrainState | None, pace: jax.Array) -> TrainState:
         """Return the last good state, with a smaller pace than the run had."""
         smaller = self._watch.pace(float(pace))
-        assert begun is not None and smaller is not None
-        state = begun
+        assert first is not None and smaller is not None
+        state = first
         if self.checkpoints is not None:
-            self.checkpoints.drop_within()  # of a step that may be the one that is taken back
-            state, _ = self.checkpoints.restore(begun)
-        self._waiting, step = None, int(state.step)
+            self.checkpoints.drop_within()  # they may be of the step that is undone
+            state, _ = self.checkpoints.restore(first)
+        self._pending, step = None, int(state.step)
         for logger in self.loggers:
             logger.back_to(step)
         self.bars.back_to(step)
@@ -263,16 +272,16 @@ class OuterLoop:
         return dataclasses.replace(state, pace=jnp.full_like(state.pace, smaller))
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        found = self.outer.evaluate(state)
-        means = {f"eval/{name}": value.mean for name, value in found.items()}
-        errors = {f"eval/{name}_ci95": value.ci95 for name, value in found.items()}
+        estimates = self.outer.evaluate(state)
+        means = {f"eval/{name}": value.mean for name, value in estimates.items()}
+        errors = {f"eval/{name}_ci95": value.ci95 for name, value in estimates.items()}
         for logger in self.loggers:
             logger.log(step, means | errors)
         return means
 
 
 def _cause(values: Mapping[str, float], outer: OuterStep, before: TrainState) -> str:
-    """Say what was not finite in an outer step."""
+    """Return a sentence: what was not finite in an outer step."""
     left_out = values.get("tasks_reset", values.get("tasks_left_out"))
     if left_out == outer.tasks_per_step:
         return (
