@@ -28,16 +28,7 @@ import optax
 
 from metalearn._utils.checks import nearest, pick
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter
-from metalearn.algorithms.learned_optimizer.features import (
-    FactoredMoments,
-    Gradient,
-    Momenta,
-    ParameterScale,
-    ParameterValue,
-    ReciprocalRoot,
-    SecondMoments,
-    StepFeatures,
-)
+from metalearn.algorithms.learned_optimizer import features
 from metalearn.algorithms.learned_optimizer.hypergradient_rule import HypergradientRule
 from metalearn.algorithms.learned_optimizer.networks import PointwiseGRU, PointwiseMLP
 from metalearn.algorithms.learned_optimizer.per_parameter import PerParameter
@@ -45,19 +36,19 @@ from metalearn.algorithms.learned_optimizer.tuned_rule import TunedRule
 from metalearn.algorithms.sgd import sgd
 
 CLASSES: dict[str, type] = {
-    "FactoredMoments": FactoredMoments,
-    "Gradient": Gradient,
+    "FactoredMoments": features.FactoredMoments,
+    "Gradient": features.Gradient,
     "HypergradientRule": HypergradientRule,
     "Hyperparameter": Hyperparameter,
-    "Momenta": Momenta,
-    "ParameterScale": ParameterScale,
-    "ParameterValue": ParameterValue,
+    "Momenta": features.Momenta,
+    "ParameterScale": features.ParameterScale,
+    "ParameterValue": features.ParameterValue,
     "PerParameter": PerParameter,
     "PointwiseGRU": PointwiseGRU,
     "PointwiseMLP": PointwiseMLP,
-    "ReciprocalRoot": ReciprocalRoot,
-    "SecondMoments": SecondMoments,
-    "StepFeatures": StepFeatures,
+    "ReciprocalRoot": features.ReciprocalRoot,
+    "SecondMoments": features.SecondMoments,
+    "StepFeatures": features.StepFeatures,
     "TunedRule": TunedRule,
 }
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
