@@ -182,7 +182,7 @@ def _check(index: ClassIndex, ways: int, shots: int, queries: int) -> None:
         raise ValueError(
             f"`FewShot` got shots + queries = {shots} + {queries} = {needed}, but class {smallest} "
             f"has {fewest} examples and those of a task are distinct. Ask for at most {fewest} "
-            f"together, or keep the larger classes alone with "
+            f"together, or keep only the larger classes with "
             f"`select(index, np.flatnonzero(index.counts >= {needed}))`."
         )
 

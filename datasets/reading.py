@@ -144,7 +144,7 @@ def _check_classes(name: str, root: pathlib.Path, folder: str) -> None:
                     f"The dataset {name!r} in {path.parent} names the class {foreign[:200]!r} in "
                     f"{path.name}, and to read it TFDS would import that module, and so run it. "
                     "metalearn runs no code that a dataset names: the features of one are classes "
-                    "of `tensorflow_datasets.` alone. Delete that directory if you do not know "
+                    "of `tensorflow_datasets.` only. Delete that directory if you do not know "
                     "where it comes from. Data of your own: prepare them with features of TFDS, or "
                     "read them with TFDS yourself and make arrays of them."
                 )

@@ -56,8 +56,8 @@ class Tokenizer(NamedTuple):
                 returned += f" with values from {tokens.min()} to {tokens.max()}"
             raise ValueError(
                 f"The tokenizer returned {returned}, but tokens are a one-dimensional array of "
-                f"integers in 0 .. vocabulary - 1 = {self.vocabulary - 1}. Let `encode` return ids "
-                "alone, and `vocabulary` count all of them, special tokens included."
+                f"integers in 0 .. vocabulary - 1 = {self.vocabulary - 1}. Let `encode` return "
+                "only ids, and let `vocabulary` count all of them, including special tokens."
             )
         return tokens
 

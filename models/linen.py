@@ -146,7 +146,7 @@ def _refuse_training(next_fun: Callable[..., Any], args: Any, kwargs: Any, conte
         if flag is False and getattr(layer, "rate", 1.0) > 0:
             raise ValueError(
                 f"The model is applied with train=False, but its {type(layer).__name__} at "
-                f"{'/'.join(layer.path) or 'the top'} has {word}=False and goes on training. Give "
+                f"{'/'.join(layer.path) or 'the top'} has {word}=False, its training mode. Give "
                 "the module's call an argument, such as `train`, and the layer "
                 f"`{word}=not train`; or say that this is meant: `Linen(..., mode=no_flag)`."
             )

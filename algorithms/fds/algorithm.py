@@ -242,7 +242,7 @@ class FDS(Algorithm):
     def _check_interpolations(self, values: dict[str, jax.Array], params: Any) -> None:
         """Refuse a schedule for the b1 of schedule-free optimizers, which is one for a run.
 
-        The average that they are judged at is recovered with the b1 of the first step.
+        Their average, which is evaluated, is recovered with the b1 of the first step.
         """
         for name in values:
             if len(self.edges(name)) == 2:

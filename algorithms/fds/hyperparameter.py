@@ -81,7 +81,7 @@ class Hyperparameter:
             )
         if self.space == "log" and not (self.low > 0 and (starts > 0).all()):
             raise ValueError(
-                f'space="log" holds positive values alone, not low={self.low} and '
+                f'space="log" holds only positive values, not low={self.low} and '
                 f'start={self.start}. Take positive ones, such as low=1e-6, or space="raw".'
             )
         if self.space == "logit" and not ((self.low < starts) & (starts < self.high)).all():

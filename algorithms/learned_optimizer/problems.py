@@ -98,7 +98,7 @@ class Supervised(Problem):
         if self.batch is None:
             raise ValueError(
                 "`Supervised(batch=None)`: the tasks hold a whole dataset, of which a step reads "
-                "so many examples. Say how many; tasks that bring a batch a step are `Streamed`."
+                "a batch. Pass its size; tasks with a batch per step are for `Streamed`."
             )
         at_least("Supervised", 1, batch=self.batch)
 

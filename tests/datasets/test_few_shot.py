@@ -120,7 +120,7 @@ def test_a_task_may_take_all_classes_and_all_examples_of_the_smallest():
         (
             dict(ways=2, shots=5, queries=15),
             "`FewShot` got shots + queries = 5 + 15 = 20, but class 0 has 6 examples and those of "
-            "a task are distinct. Ask for at most 6 together, or keep the larger classes alone "
+            "a task are distinct. Ask for at most 6 together, or keep only the larger classes "
             "with `select(index, np.flatnonzero(index.counts >= 20))`.",
         ),
         (

@@ -260,13 +260,13 @@ REFUSED = {
     "dropout": (
         Linen(nn.Sequential([nn.Dense(3), nn.Dropout(0.5, deterministic=False)]), ROW),
         "The model is applied with train=False, but its Dropout at layers_1 has "
-        "deterministic=False and goes on training. Give the module's call an argument, such as "
+        "deterministic=False, its training mode. Give the module's call an argument, such as "
         "`train`, and the layer `deterministic=not train`; or say that this is meant: "
         "`Linen(..., mode=no_flag)`.",
     ),
     "batch norm": (
         Linen(nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False)]), ROW),
-        "its BatchNorm at layers_1 has use_running_average=False and goes on training",
+        "its BatchNorm at layers_1 has use_running_average=False, its training mode",
     ),
     "haiku": (
         Haiku(lambda x: hk.BatchNorm(True, True, 0.9)(hk.Linear(3)(x), is_training=True), ROW),

@@ -179,8 +179,8 @@ def test_a_name_that_nothing_takes_is_refused_with_those_there_are():
     [
         ({"low": 0.0, "high": 1.0, "start": 2.0}, "start=2.0 is not in the range from 0.0 to 1.0"),
         ({"low": 1.0, "high": 0.0}, "low < high"),
-        ({"low": 0.0, "high": 1.0, "space": "log"}, "positive values alone, not low=0.0"),
-        ({"low": -1.0, "high": 1.0, "start": 0.5, "space": "log"}, "positive values alone"),
+        ({"low": 0.0, "high": 1.0, "space": "log"}, "only positive values, not low=0.0"),
+        ({"low": -1.0, "high": 1.0, "start": 0.5, "space": "log"}, "only positive values"),
         ({"low": 0.0, "high": 1.0, "space": "logit"}, "strictly between 0.0 and 1.0"),
         ({"low": 0.0, "high": 1.0, "space": "logg"}, "No space is called 'logg'"),
     ],
