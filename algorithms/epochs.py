@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from metalearn._utils.pixels import are_pixels
 
@@ -25,7 +26,9 @@ def check_reads(what: str, steps: int, batch: int) -> None:
         )
 
 
-def epochs(rows: jax.Array, steps: jax.Array, batch: int, key: jax.Array) -> jax.Array:
+def epochs(
+    rows: Int[Array, " n"], steps: Int[Array, " t"], batch: int, key: jax.Array
+) -> Int[Array, "t {batch}"]:
     """Return the rows [t, batch] that consecutive steps read, in shuffled epochs without repeats.
 
     Only the permutations of those epochs that the steps touch are computed.

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int, Num, Shaped
 
 from metalearn.diagnostics.labels import compare
 from metalearn.unroll import Metrics
@@ -15,14 +16,18 @@ from metalearn.unroll import Metrics
 Objective = Callable[[Any, Any], tuple[jax.Array, Metrics]]
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
+def cross_entropy(
+    logits: Float[Array, "*batch classes"], labels: Shaped[Array, "..."]
+) -> tuple[Float[Array, ""], Metrics]:
     """Cross-entropy: logits [n, classes], labels [n] int -> mean loss (), accuracy in 0..1."""
     labels = check_labels("cross_entropy", logits, labels)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
 
 
-def squared_error(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, Metrics]:
+def squared_error(
+    outputs: Num[Array, "..."], targets: Num[Array, "..."]
+) -> tuple[Num[Array, ""], Metrics]:
     """Squared error: outputs and targets [n, ...] -> mean squared error (), no metrics."""
     if outputs.shape != targets.shape:
         raise ValueError(
@@ -33,11 +38,11 @@ def squared_error(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, Me
 
 
 def weighted_cross_entropy(
-    logits: jax.Array,
-    labels: jax.Array,
+    logits: Float[Array, "*batch classes"],
+    labels: Shaped[Array, "..."],
     label_smoothing: jax.typing.ArrayLike = 0.0,
-    class_weights: jax.Array | None = None,
-) -> tuple[jax.Array, Metrics]:
+    class_weights: Float[Array, " classes"] | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
     """Cross-entropy with hyperparameters that can be learned: mean loss (), accuracy in 0..1.
 
     Args:
@@ -56,7 +61,9 @@ def weighted_cross_entropy(
     return losses.mean(), {"accuracy": (logits.argmax(-1) == labels).mean()}
 
 
-def check_labels(what: str, logits: jax.Array, labels: jax.Array) -> jax.Array:
+def check_labels(
+    what: str, logits: Float[Array, "*batch classes"], labels: Shaped[Array, "..."]
+) -> Int[Array, "*batch"]:
     """Return the labels, negative ones replaced by a label that is out of range.
 
     The loss of a label beyond the outputs is NaN; that of -1 would be the loss of the last class.

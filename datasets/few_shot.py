@@ -33,6 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from metalearn._utils.checks import integers
 from metalearn._utils.fields import check_fields
@@ -95,7 +96,7 @@ class FewShot(Tasks):
         """Return (0, ways - 1)."""
         return 0, self.ways - 1
 
-    def indices(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def indices(self, key: jax.Array) -> tuple[Int[Array, " ways"], Int[Array, "ways examples"]]:
         """Draw one task as indices: classes [ways], examples [ways, shots + queries], int32."""
         class_key, example_key = jax.random.split(key)
         classes = distinct(class_key, self.counts.shape[0], self.ways)
@@ -187,7 +188,7 @@ def _check(index: ClassIndex, ways: int, shots: int, queries: int) -> None:
         )
 
 
-def distinct(key: jax.Array, n: jax.Array | int, k: int) -> jax.Array:
+def distinct(key: jax.Array, n: Int[Array, ""] | int, k: int) -> Int[Array, " {k}"]:
     """Return k distinct integers from 0 .. n-1, in uniformly random order: [k] int32.
 
     Args:

@@ -21,11 +21,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from metalearn._utils.fields import check_fields
 
+Heads = Float[Array, "batch S heads head_dim"]
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+
+def causal_attention(q: Heads, k: Heads, v: Heads) -> Heads:
     """Causal self-attention: q, k, v [batch, S, heads, head_dim] -> the same shape."""
     return _attend(q, k, v, jnp.arange(q.shape[1]))
 
@@ -47,7 +50,7 @@ class BlockedAttention:
         if self.block < 1:
             raise ValueError(f"`BlockedAttention(block={self.block})` must be at least 1.")
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def __call__(self, q: Heads, k: Heads, v: Heads) -> Heads:
         """Attend: q, k, v [batch, S, heads, head_dim] -> the same shape."""
         length = q.shape[1]
         full = length - length % self.block  # queries in full blocks
@@ -67,7 +70,12 @@ class BlockedAttention:
         return jnp.concatenate(out, axis=1)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+def _attend(
+    q: Float[Array, "batch block heads head_dim"],
+    k: Heads,
+    v: Heads,
+    positions: Int[Array, " block"],
+) -> Float[Array, "batch block heads head_dim"]:
     """Attend from queries at `positions` [block] to all keys at or before them."""
     precise = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=precise)
@@ -84,7 +92,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> j
     return (mixed / total).astype(v.dtype)
 
 
-def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
+def rotate(x: Heads, base: float = 10_000.0) -> Heads:
     """Rotary positions: rotate pairs of features [batch, S, heads, even], an angle per position.
 
     Feature i is paired with feature i + head_dim / 2, and the pair at position t is rotated by
@@ -97,7 +105,7 @@ def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
     return jnp.concatenate(rotated, axis=-1)
 
 
-def _angles(x: jax.Array, base: float) -> tuple[jax.Array, jax.Array]:
+def _angles(x: Heads, base: float) -> tuple[Float[Array, "S half"], Float[Array, "S half"]]:
     """Return the cosine and the sine of every rotation, [S, head_dim / 2]."""
     length, half = x.shape[1], x.shape[-1] // 2
     precise = jnp.promote_types(x.dtype, jnp.float32)

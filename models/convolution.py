@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from metalearn._utils.checks import pick
 
@@ -34,13 +35,13 @@ MOST_PATCHES = 128 * 128  # output pixels above which "auto" is "lax"
 
 
 def convolve(
-    images: jax.Array,
-    kernel: jax.Array,
+    images: Float[Array, "n h w c"],
+    kernel: Float[Array, "kh kw c features"],
     strides: tuple[int, int] = (1, 1),
     padding: str | Sequence[tuple[int, int]] = "SAME",
     method: str = "auto",
     precision: Any = None,
-) -> jax.Array:
+) -> Float[Array, "n out_h out_w features"]:
     """Convolve images [n, h, w, c] with a kernel [kh, kw, c, features].
 
     Args:
@@ -75,8 +76,8 @@ def convolve(
 
 
 def _patches(
-    images: jax.Array, window: Any, strides: Any, pads: Any, output: tuple[int, int]
-) -> jax.Array:
+    images: Float[Array, "n h w c"], window: Any, strides: Any, pads: Any, output: tuple[int, int]
+) -> Float[Array, "n out_h out_w columns"]:
     """Return the window at every position: [n, out_h, out_w, kh * kw * c]."""
     padded = jnp.pad(images, ((0, 0), *pads, (0, 0)))
     stop = [(size - 1) * stride + 1 for size, stride in zip(output, strides, strict=True)]
@@ -112,7 +113,7 @@ def flax_convolution(method: str) -> Any:
     return conv_general_dilated
 
 
-def max_pool(images: jax.Array) -> jax.Array:
+def max_pool(images: Float[Array, "n h w c"]) -> Float[Array, "n h//2 w//2 c"]:
     """Max-pool 2x2 windows with stride 2, without a last odd row or column: [n, h//2, w//2, c].
 
     A reshape and a maximum: its second derivative is cheaper than that of `reduce_window`.
@@ -122,7 +123,9 @@ def max_pool(images: jax.Array) -> jax.Array:
     return even.reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 
 
-def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def batch_statistics(
+    x: Float[Array, "*batch channels"],
+) -> tuple[Float[Array, " channels"], Float[Array, " channels"]]:
     """Return mean and variance [channels] of x [..., channels]."""
     leading = tuple(range(x.ndim - 1))
     mean = x.mean(leading)
@@ -130,8 +133,12 @@ def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def normalized(
-    x: jax.Array, mean: jax.Array, variance: jax.Array, scale: jax.Array, offset: jax.Array
-) -> jax.Array:
+    x: Float[Array, "*batch channels"],
+    mean: Float[Array, " channels"],
+    variance: Float[Array, " channels"],
+    scale: Float[Array, " channels"],
+    offset: Float[Array, " channels"],
+) -> Float[Array, "*batch channels"]:
     """Return batch-normalised x [..., channels]; the other arguments are [channels]."""
     along = (None,) * (x.ndim - 1)
     gain = scale * jax.lax.rsqrt(variance + 1e-5)

@@ -5,6 +5,27 @@ import sys
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+import tests.helpers.shapes  # noqa: F401  (the hook looks it up by name)
+
+# The shapes and types that the signatures of these modules state, checked at every call (of a
+# function inside jit: when it is traced).
+install_import_hook(
+    [
+        "metalearn.algorithms.epochs",
+        "metalearn.algorithms.fds.augmentation",
+        "metalearn.algorithms.fds.schedule",
+        "metalearn.algorithms.learned_optimizer.features",
+        "metalearn.algorithms.loss_weights.features",
+        "metalearn.algorithms.loss_weights.weighting",
+        "metalearn.algorithms.objectives",
+        "metalearn.datasets.few_shot",
+        "metalearn.models.attention",
+        "metalearn.models.convolution",
+    ],
+    "tests.helpers.shapes.check_arrays",
+)
 
 # Most of a test's time is LLVM's, on programs that then run for milliseconds. XLA's own
 # passes, and with them memory and FLOPs, are as ever.

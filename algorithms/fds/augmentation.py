@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
 def jitter(
-    images: jax.Array,
+    images: Float[Array, "n h w c"],
     key: jax.Array,
     noise: jax.typing.ArrayLike = 0.0,
     contrast: jax.typing.ArrayLike = 0.0,
     shift: jax.typing.ArrayLike = 0.0,
-) -> jax.Array:
+) -> Float[Array, "n h w c"]:
     """Add noise to each image, change its contrast and shift it, each by a draw of its own.
 
     Args:
@@ -37,14 +38,18 @@ def jitter(
     return images + noise * jax.random.normal(noise_key, images.shape, images.dtype)
 
 
-def _shifted(image: jax.Array, down: jax.Array, right: jax.Array) -> jax.Array:
+def _shifted(
+    image: Float[Array, "h w c"], down: Float[Array, ""], right: Float[Array, ""]
+) -> Float[Array, "h w c"]:
     """Return an image [h, w, c] shifted by fractions of pixels, its edge rows repeated."""
     rows = jnp.arange(image.shape[0], dtype=image.dtype) - down
     columns = jnp.arange(image.shape[1], dtype=image.dtype) - right
     return _interpolated(_interpolated(image, rows).swapaxes(0, 1), columns).swapaxes(0, 1)
 
 
-def _interpolated(image: jax.Array, rows: jax.Array) -> jax.Array:
+def _interpolated(
+    image: Float[Array, "h w c"], rows: Float[Array, " rows"]
+) -> Float[Array, "rows w c"]:
     """Return an image [h, ...] at fractional rows, by linear interpolation."""
     rows = jnp.clip(rows, 0, image.shape[0] - 1)
     below = jnp.clip(jnp.floor(rows), 0, image.shape[0] - 2).astype(jnp.int32)

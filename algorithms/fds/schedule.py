@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from metalearn._utils.checks import counts, is_integer
 from metalearn._utils.strict_json import dumps, parse, read
@@ -70,11 +71,11 @@ class Schedule:
             )
 
     @classmethod
-    def of(cls, edges: tuple[int, ...], values: np.ndarray) -> Schedule:
+    def of(cls, edges: tuple[int, ...], values: Float[np.ndarray, "windows ..."]) -> Schedule:
         """Return the schedule with an array of values, [N, ...]."""
         return cls(edges, _tuples(values.tolist()))
 
-    def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
+    def __call__(self, step: jax.typing.ArrayLike) -> Float[Array, "..."]:
         """Return the value at an inner step."""
         window = window_of(jnp.asarray(step), np.asarray(self.edges))
         return jnp.asarray(np.asarray(self.values, float))[window]
@@ -181,7 +182,7 @@ Windows = int | tuple[int, ...]  # a number of equal windows, or their edges, fr
 LONGEST = 2**31 - 1  # inner steps
 
 
-def edges(windows: Windows, horizon: int) -> np.ndarray:
+def edges(windows: Windows, horizon: int) -> Int[np.ndarray, " edges"]:
     """Return the first step of each window, and the horizon last: [N + 1], int.
 
     With equal windows, step t is in window floor(N t / T).
@@ -252,7 +253,7 @@ def stretched(edges: Sequence[int], to: int) -> tuple[int, ...]:
     return tuple(-(-int(edge) * int(to) // horizon) for edge in edges)
 
 
-def window_of(step: jax.Array, edges: np.ndarray) -> jax.Array:
+def window_of(step: Int[Array, "*steps"], edges: Int[np.ndarray, " edges"]) -> Int[Array, "*steps"]:
     """Return the number of the window that holds a step: (), int32."""
     return jnp.searchsorted(jnp.asarray(edges[1:-1], jnp.int32), step, side="right")
 

@@ -38,10 +38,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from metalearn._utils.fields import check_fields
 from metalearn.algorithms.learned_optimizer.update_rule import check_decays, precision
 
+Values = Float[Array, "size ..."]  # of a feature, for every parameter of a tensor
 LEAST = 1e-16  # added inside a square root: corresponds to Adam's 1e-8 outside
 
 
@@ -54,10 +56,10 @@ class Tensor(NamedTuple):
     directions: [d, *shape]: the directions among the features before this one.
     """
 
-    grad: jax.Array
-    param: jax.Array
-    step: jax.Array
-    directions: jax.Array
+    grad: Float[Array, "*shape"]
+    param: Float[Array, "*shape"]
+    step: Int[Array, ""]
+    directions: Float[Array, " d *shape"]
 
 
 class Feature(abc.ABC):
@@ -80,7 +82,7 @@ class Feature(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, jax.Array]:
+    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, Values]:
         """Return (next slots, values [size, *shape], or [size, 1, ...] where all are equal)."""
 
 
@@ -93,7 +95,7 @@ class Gradient(Feature):
     def size(self, directions: int) -> int:
         return 1
 
-    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, jax.Array]:
+    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, Values]:
         return slot, tensor.grad[None]
 
 
@@ -118,7 +120,7 @@ class Momenta(Feature):
     def init(self, param: jax.Array) -> jax.Array:
         return jnp.zeros((len(self.decays), *param.shape), precision(param))
 
-    def __call__(self, slot: jax.Array, tensor: Tensor) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, slot: jax.Array, tensor: Tensor) -> tuple[jax.Array, Values]:
         slot = running_means(slot, tensor.grad, self.decays)
         return slot, slot
 
@@ -145,7 +147,7 @@ class SecondMoments(Feature):
     def init(self, param: jax.Array) -> jax.Array:
         return jnp.zeros((len(self.decays), *param.shape), precision(param))
 
-    def __call__(self, slot: jax.Array, tensor: Tensor) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, slot: jax.Array, tensor: Tensor) -> tuple[jax.Array, Values]:
         slot = running_means(slot, tensor.grad**2, self.decays)
         inverse = jax.lax.rsqrt(slot + LEAST)
         values = [(slot + LEAST) * inverse, inverse, over(tensor.directions, inverse)]
@@ -159,7 +161,7 @@ class ParameterValue(Feature):
     def size(self, directions: int) -> int:
         return 1
 
-    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, jax.Array]:
+    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, Values]:
         return slot, tensor.param[None]
 
 
@@ -180,7 +182,7 @@ class StepFeatures(Feature):
     def size(self, directions: int) -> int:
         return len(self.scales)
 
-    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, jax.Array]:
+    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, Values]:
         dtype = tensor.grad.dtype
         values = jnp.tanh(tensor.step.astype(dtype) / jnp.asarray(self.scales, dtype) - 1)
         return slot, values.reshape(-1, *[1] * tensor.grad.ndim)
@@ -202,7 +204,7 @@ def width(features: Sequence[Feature]) -> int:
 
 def evaluate(
     features: Sequence[Feature], slots: Sequence[Any], tensor: Tensor
-) -> tuple[tuple[Any, ...], jax.Array]:
+) -> tuple[tuple[Any, ...], Float[Array, " width *shape"]]:
     """Return (next slots, values [width, *shape], normalised)."""
     tensor = tensor._replace(grad=above_noise(tensor.grad), param=above_noise(tensor.param))
     shape, next_slots, columns = tensor.grad.shape, [], []
@@ -217,24 +219,28 @@ def evaluate(
     return tuple(next_slots), jnp.concatenate(wide)
 
 
-def above_noise(x: jax.Array) -> jax.Array:
+def above_noise(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Return x, its derivative cut if its root mean square is below 1e-8."""
     return jnp.where((x**2).mean() < LEAST, jax.lax.stop_gradient(x), x)
 
 
-def normalized(values: jax.Array) -> jax.Array:
+def normalized(values: Float[Array, " k *shape"]) -> Float[Array, " k *shape"]:
     """Return each of the values [k, *shape] divided by its root mean square over the tensor."""
     axes = tuple(range(1, values.ndim))
     return values * jax.lax.rsqrt((values**2).mean(axes, keepdims=True) + LEAST)
 
 
-def running_means(slots: jax.Array, new: jax.Array, decays: Sequence[float]) -> jax.Array:
+def running_means(
+    slots: Float[Array, " k *shape"], new: Float[Array, "*shape"], decays: Sequence[float]
+) -> Float[Array, " k *shape"]:
     """Return d slot + (1 - d) new for every decay d: [k, *new.shape]."""
     d = jnp.asarray(decays, new.dtype).reshape(-1, *[1] * new.ndim)
     return d * slots + (1 - d) * new[None]
 
 
-def over(directions: jax.Array, inverse: jax.Array) -> jax.Array:
+def over(
+    directions: Float[Array, " d *shape"], inverse: Float[Array, " k *shape"]
+) -> Float[Array, " k*d *shape"]:
     """Return all directions [d, *shape] times all inverse roots [k, *shape]: [k d, *shape]."""
     count, *shape = directions.shape
     return (inverse[:, None] * directions[None]).reshape(len(inverse) * count, *shape)
@@ -265,7 +271,7 @@ class FactoredMoments(Feature):
             jnp.zeros((len(self.decays), *part.shape), part.dtype) for part in _parts(square)
         )
 
-    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, jax.Array]:
+    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, Values]:
         parts = _parts(tensor.grad**2)
         slot = tuple(running_means(s, p, self.decays) for s, p in zip(slot, parts, strict=True))
         inverses = [jax.lax.rsqrt(means + LEAST) for means in slot]
@@ -318,7 +324,7 @@ class ParameterScale(Feature):
     def size(self, directions: int) -> int:
         return 1
 
-    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, jax.Array]:
+    def __call__(self, slot: Any, tensor: Tensor) -> tuple[Any, Values]:
         square = (tensor.param**2).mean(keepdims=True)
         return slot, jnp.sqrt(jnp.maximum(square, self.least**2))[None]
 
@@ -345,6 +351,6 @@ class ReciprocalRoot(Feature):
     def init(self, param: jax.Array) -> jax.Array:
         return jnp.zeros((1, *param.shape), precision(param))
 
-    def __call__(self, slot: jax.Array, tensor: Tensor) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, slot: jax.Array, tensor: Tensor) -> tuple[jax.Array, Values]:
         slot = running_means(slot, tensor.grad**2, (self.decay,))
         return slot, jax.lax.rsqrt(slot + self.eps)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from metalearn._utils.checks import is_integer, pick
 
@@ -34,11 +35,13 @@ class WeightInputs(NamedTuple):
     source: [batch] int32, the domain of each example; 0 where the tasks have no domains.
     """
 
-    losses: jax.Array
-    source: jax.Array
+    losses: Float[Array, "batch S"]
+    source: Int[Array, " batch"]
 
 
-def features(names: Sequence[str], inputs: WeightInputs, sources: int = 0) -> jax.Array:
+def features(
+    names: Sequence[str], inputs: WeightInputs, sources: int = 0
+) -> Float[Array, "batch S width"]:
     """Return the named features, concatenated: [batch, S, width]."""
     batch, length = inputs.losses.shape
     columns = [pick(FEATURES, name, "feature")(inputs, sources) for name in names]
@@ -72,33 +75,33 @@ def width(names: Sequence[str], sources: int = 0) -> int:
     return sum(sources if name == "source" else 1 for name in names)
 
 
-def _loss(inputs: WeightInputs, sources: int) -> jax.Array:
+def _loss(inputs: WeightInputs, sources: int) -> Float[Array, "batch S width"]:
     del sources
     return inputs.losses[..., None]
 
 
-def _log_loss(inputs: WeightInputs, sources: int) -> jax.Array:
+def _log_loss(inputs: WeightInputs, sources: int) -> Float[Array, "batch S width"]:
     del sources
     return jnp.log1p(inputs.losses)[..., None]
 
 
-def _example_loss(inputs: WeightInputs, sources: int) -> jax.Array:
+def _example_loss(inputs: WeightInputs, sources: int) -> Float[Array, "batch S width"]:
     del sources
     return inputs.losses.mean(-1, keepdims=True)[..., None]
 
 
-def _spread(inputs: WeightInputs, sources: int) -> jax.Array:
+def _spread(inputs: WeightInputs, sources: int) -> Float[Array, "batch S width"]:
     del sources
     return inputs.losses.std(-1, keepdims=True)[..., None]
 
 
-def _position(inputs: WeightInputs, sources: int) -> jax.Array:
+def _position(inputs: WeightInputs, sources: int) -> Float[Array, "batch S width"]:
     del sources
     length, dtype = inputs.losses.shape[-1], inputs.losses.dtype
     return jnp.linspace(-1.0, 1.0, length, dtype=dtype)[None, :, None]
 
 
-def _source(inputs: WeightInputs, sources: int) -> jax.Array:
+def _source(inputs: WeightInputs, sources: int) -> Float[Array, "batch S width"]:
     return jax.nn.one_hot(inputs.source, sources, dtype=inputs.losses.dtype)[:, None]
 
 
@@ -112,7 +115,7 @@ FEATURES: dict[str, Callable[[WeightInputs, int], jax.Array]] = {
 }
 
 
-def auc(scores: jax.Array, positive: jax.Array) -> jax.Array:
+def auc(scores: Float[Array, " n"], positive: Bool[Array, " n"]) -> Float[Array, ""]:
     """Return the area under the ROC curve: the chance that a positive scores above a negative.
 
     Mann and Whitney's rank statistic; ties count half. NaN where a group is empty or a score is

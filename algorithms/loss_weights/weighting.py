@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from metalearn._utils.checks import Count, widths
 from metalearn._utils.fields import check_fields
@@ -52,7 +53,7 @@ class Weighting(abc.ABC):
         """Return eta, its parameters: any pytree of floating-point arrays."""
 
     @abc.abstractmethod
-    def __call__(self, eta: Eta, inputs: WeightInputs) -> jax.Array:
+    def __call__(self, eta: Eta, inputs: WeightInputs) -> Float[Array, "batch S"]:
         """Return scores: [batch, 1], one per example, or [batch, S], one per token."""
 
 
@@ -69,12 +70,14 @@ class DomainWeights(Weighting):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def init(self, key: jax.Array) -> jax.Array:
+    def init(self, key: jax.Array) -> Float[Array, " domains"]:
         """Return the scores [domains], all zero."""
         del key
         return jnp.zeros(self.domains)
 
-    def __call__(self, eta: jax.Array, inputs: WeightInputs) -> jax.Array:
+    def __call__(
+        self, eta: Float[Array, " domains"], inputs: WeightInputs
+    ) -> Float[Array, "batch 1"]:
         """Return the score of each example's source: [batch, 1]."""
         known = (inputs.source >= 0) & (inputs.source < self.domains)
         return jnp.where(known, eta[inputs.source], jnp.nan)[:, None]
@@ -111,7 +114,7 @@ class TokenWeights(_FeatureWeights):
 
     features: tuple[str, ...] = ("loss", "position")
 
-    def __call__(self, eta: Eta, inputs: WeightInputs) -> jax.Array:
+    def __call__(self, eta: Eta, inputs: WeightInputs) -> Float[Array, "batch S"]:
         """Return the score of every token: [batch, S]."""
         return mlp(eta, features(self.features, inputs, self.sources))[..., 0]
 
@@ -128,7 +131,7 @@ class ExampleWeights(_FeatureWeights):
 
     features: tuple[str, ...] = ("example_loss", "spread")
 
-    def __call__(self, eta: Eta, inputs: WeightInputs) -> jax.Array:
+    def __call__(self, eta: Eta, inputs: WeightInputs) -> Float[Array, "batch S"]:
         """Return the score of every example: [batch, 1]."""
         return mlp(eta, features(self.features, inputs, self.sources).mean(1))
 
@@ -143,7 +146,9 @@ def init_mlp(key: jax.Array, widths: Sequence[int]) -> list[dict[str, jax.Array]
     return [*layers[:-1], jax.tree.map(jnp.zeros_like, layers[-1])]
 
 
-def mlp(layers: Sequence[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+def mlp(
+    layers: Sequence[dict[str, jax.Array]], x: Float[Array, "*batch a"]
+) -> Float[Array, "*batch b"]:
     """Apply dense layers [..., a] -> [..., b] with tanh between them."""
     for i, layer in enumerate(layers):
         x = jnp.tanh(x) if i else x
@@ -151,17 +156,17 @@ def mlp(layers: Sequence[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
     return x
 
 
-def bounded(scores: jax.Array) -> jax.Array:
+def bounded(scores: Float[Array, "*scores"]) -> Float[Array, "*scores"]:
     """Return 2 sigmoid(score): a weight between 0 and 2, one at score zero."""
     return 2 * jax.nn.sigmoid(scores)
 
 
-def unbounded(scores: jax.Array) -> jax.Array:
+def unbounded(scores: Float[Array, "*scores"]) -> Float[Array, "*scores"]:
     """Return softplus(score) / log 2: a weight above 0, one at score zero."""
     return jax.nn.softplus(scores) / math.log(2)
 
 
-def mean_one(weights: jax.Array) -> jax.Array:
+def mean_one(weights: Float[Array, "*weights"]) -> Float[Array, "*weights"]:
     """Scale the weights of a batch to mean one; if all are zero they stay zero, not NaN."""
     return weights / jnp.maximum(weights.mean(), jnp.finfo(weights.dtype).tiny ** 0.5)
 
