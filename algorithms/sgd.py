@@ -1,4 +1,4 @@
-"""SGD as training runs use it, its three hyperparameters as arguments."""
+"""SGD as training runs use it: `optax.sgd` with an optional weight decay."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import optax
 
 def sgd(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
+    momentum: float | None = None,
     nesterov: bool = False,
+    weight_decay: float | None = None,
 ) -> optax.GradientTransformation:
-    """Return v <- momentum v + g + weight_decay theta; theta <- theta - learning_rate v."""
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.trace(momentum, nesterov),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    """Return v <- momentum v + g + weight_decay theta; theta <- theta - learning_rate v.
+
+    Without `weight_decay` it is `optax.sgd`, and without `momentum` no v is kept.
+    """
+    plain = optax.sgd(learning_rate, momentum, nesterov)
+    if weight_decay is None:
+        return plain
+    return optax.chain(optax.add_decayed_weights(weight_decay), plain)

@@ -23,8 +23,9 @@ windows, nested reverse mode or mixed flow is the cheaper engine; see `metalearn
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,16 @@ from metalearn._utils.trees import in_dtypes_of
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.epochs import check_reads, epochs, read_rows
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter, check_required, place
-from metalearn.algorithms.fds.schedule import Schedule, edges, spread, stretched, window_of
+from metalearn.algorithms.fds.outer_rules import fds_rule, in_ranges
+from metalearn.algorithms.fds.pictures import draw_schedules, draw_tangents
+from metalearn.algorithms.fds.schedule import (
+    Schedule,
+    edges,
+    save_schedules,
+    spread,
+    stretched,
+    window_of,
+)
 from metalearn.algorithms.objectives import cross_entropy
 from metalearn.engines.inner_loop import depends
 from metalearn.model import Model, no_model
@@ -85,6 +95,7 @@ class FDS(Algorithm):
     objective: Callable[..., tuple[jax.Array, Metrics]] = cross_entropy
     augment: Callable[..., jax.Array] | None = None
     eval_steps: Count | None = None
+    export_name: ClassVar[str] = "schedules.json"
 
     def __post_init__(self) -> None:
         check_fields(self, "optimizer", absent=("model",))
@@ -174,6 +185,52 @@ class FDS(Algorithm):
     def evaluation(self) -> FDS:
         """Return the same algorithm with every schedule stretched to `eval_steps` steps."""
         return self.stretched(self.eval_steps or self.inner_steps)
+
+    def outer_optimizer(
+        self, optimizer: optax.GradientTransformation
+    ) -> optax.GradientTransformation:
+        """Return the optimizer, kept within the ranges of the hyperparameters."""
+        return in_ranges(optimizer, self.hyperparameters)
+
+    def outer_rules(self) -> Mapping[str, Callable[..., optax.GradientTransformation]]:
+        """Return the sign rule: {"fds_rule": see `metalearn.algorithms.fds_rule`}."""
+        return {"fds_rule": self._sign_rule}
+
+    def _sign_rule(
+        self,
+        share: float = 0.1,
+        grow: float = 1.0,
+        tolerance: float | None = 0.1,
+        guarded: bool = True,
+        clip: float | None = None,
+        schedule: optax.Schedule | None = None,
+        steps: int | None = None,
+    ) -> optax.GradientTransformation:
+        """Return `fds_rule`; that of arXiv:2007.07869 where it is not `guarded`."""
+        if clip is not None:
+            raise ValueError("`fds_rule` takes signs, which no clip changes: leave `clip` unset.")
+        if not guarded:
+            tolerance = steps = None
+        return fds_rule(self.hyperparameters, share, grow, tolerance, schedule, steps)
+
+    def export(self, eta: Any, path: pathlib.Path) -> str:
+        """Write the schedules, as `load_schedules` reads them."""
+        save_schedules(path, self.schedules(eta))
+        return f"the schedules of {', '.join(sorted(eta))}"
+
+    def pictures(self) -> Mapping[str, Callable[..., Mapping[str, Any]]]:
+        """Return "schedules" and "tangents": see `metalearn.algorithms.fds.pictures`."""
+
+        def schedules(trainer: Any, state: Any, tasks: Any, workdir: pathlib.Path) -> Any:
+            learned = self.schedules(trainer.learned(state))
+            spaces = {name: chosen.space for name, chosen in self.hyperparameters.items()}
+            return draw_schedules(workdir, spaces, learned)
+
+        def tangents(trainer: Any, state: Any, tasks: Any, workdir: pathlib.Path) -> Any:
+            begins = {name: self.edges(name)[:-1] for name in self.hyperparameters}
+            return draw_tangents(trainer, state, tasks, workdir, begins)
+
+        return {"schedules": schedules, "tangents": tangents}
 
     def stretched(self, inner_steps: int) -> FDS:
         """Return the same algorithm over `inner_steps` steps; an eta of this one fits it.

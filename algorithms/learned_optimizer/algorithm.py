@@ -21,7 +21,8 @@ References: Andrychowicz et al. 2016 (arXiv:1606.04474); Metz et al. 2019 (arXiv
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+import pathlib
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ import optax
 from metalearn._utils.checks import is_integer, pick
 from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
+from metalearn.algorithms.learned_optimizer.export import save_optimizer
 from metalearn.algorithms.learned_optimizer.problems import Problem
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
@@ -79,6 +81,7 @@ class LearnedOptimizer(Algorithm):
     inner_steps: int
     judge: str = "training"
     cap: float | None = None
+    export_name: ClassVar[str] = "optimizer.safetensors"
 
     def __post_init__(self) -> None:
         check_fields(self, "rule", "inner_steps")
@@ -152,3 +155,8 @@ class LearnedOptimizer(Algorithm):
         self.problem.check(episode.support, self.inner_steps)
         step_keys = jax.vmap(lambda step: jax.random.fold_in(noise_key, step))(steps)
         return self.problem.batches(episode.support, steps, batch_key), step_keys
+
+    def export(self, eta: Any, path: pathlib.Path) -> str:
+        """Write the optimizer, as `load_optimizer` reads it."""
+        save_optimizer(path, self.rule, eta)
+        return "the optimizer"

@@ -36,8 +36,8 @@ from metalearn.algorithms import Hyperparameter, LearnedOptimizer, TunedRule
 from metalearn.engines.inner_loop import rollout
 from metalearn.experiments import build
 from metalearn.experiments.benchmarks.reporting import interval
+from metalearn.experiments.build import key_of
 from metalearn.experiments.commands import run
-from metalearn.experiments.seeds import key_of
 from metalearn.loggers import WandbLogger
 
 RATES = tuple(np.geomspace(1e-4, 10, 21).tolist())  # four to an order of magnitude

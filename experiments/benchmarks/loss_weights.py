@@ -39,8 +39,8 @@ from metalearn.datasets import Text
 from metalearn.engines.inner_loop import rollout
 from metalearn.experiments import build
 from metalearn.experiments.benchmarks.reporting import interval
+from metalearn.experiments.build import key_of
 from metalearn.experiments.configs import loss_weights_shakespeare
-from metalearn.experiments.seeds import key_of
 from metalearn.loggers import ConsoleLogger
 
 SCORES = {

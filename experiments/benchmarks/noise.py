@@ -40,8 +40,7 @@ import numpy as np
 from metalearn import MixedFlow, Tasks, Unroll
 from metalearn._utils.intervals import half_width
 from metalearn.algorithms import FDS, Hyperparameter, sgd
-from metalearn.experiments import training_runs
-from metalearn.experiments.seeds import key_of
+from metalearn.experiments.build import datasets, key_of
 from metalearn.models import Linen, linen_networks
 
 NAME = "learning_rate"
@@ -53,7 +52,7 @@ def problem(options: Mapping[str, Any]) -> tuple[FDS, Tasks]:
     """Return training with one learning rate for all steps, and the splits of a dataset."""
     source = {"tfds": options["dataset"], "data_dir": None, "noise_seed": 0}
     chosen = {key: options[key] for key in ("validation", "label_noise")}
-    runs = training_runs.read({**source, **chosen})
+    runs = datasets.training_run(**source, **chosen)
     module: Any = linen_networks.LeNet(runs.outputs, convolution="auto")
     if options["dataset"] == "digits":  # 8 x 8
         module = linen_networks.MLP(runs.outputs, (64,))

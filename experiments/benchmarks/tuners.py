@@ -38,7 +38,7 @@ import numpy as np
 from metalearn.algorithms import FDS, Hyperparameter, sgd, weighted_cross_entropy
 from metalearn.datasets import HeldOut, Images, TrainingRuns, read_images, with_label_noise
 from metalearn.experiments.benchmarks.reporting import interval
-from metalearn.experiments.seeds import key_of
+from metalearn.experiments.build import key_of
 from metalearn.experiments.tuners.black_box import BOHB, BayesianOptimization, Hyperband
 from metalearn.experiments.tuners.fds import Hypergradients
 from metalearn.experiments.tuners.fixed import Cosine, LearningRateFree

@@ -20,6 +20,8 @@ from metalearn.experiments.cli import values
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 JSON = pathlib.Path(__file__).parent / "json_config.py"  # reads the path that is its option
+HANDED_OVER = pathlib.Path(__file__).parent / "loaded_config.py"  # its option is a key of LOADED
+LOADED: dict[str, ml_collections.ConfigDict] = {}  # by what `--config` was; each executed once
 
 
 # Keys of a config that were called otherwise in versions before.
@@ -54,7 +56,10 @@ def command(argv: Sequence[str], commands: Mapping[str, Any], usage: str) -> str
 
 
 def expanded(argv: Sequence[str]) -> list[str]:
-    """Return argv without the command, `--config=NAME` made a path, keys and values checked."""
+    """Return argv without the command, its config loaded, and keys and values checked against it.
+
+    `--config=NAME` is made the path of `loaded_config.py`, so that the file is executed once.
+    """
     rest = [argv[0], *(_with_underscores(argument) for argument in argv[2:])]
     for i in range(len(rest) - 1, 0, -1):
         if rest[i - 1] in ("-config", "--config"):  # `--config NAME`
@@ -63,8 +68,8 @@ def expanded(argv: Sequence[str]) -> list[str]:
         match = re.fullmatch(r"--?config=(.+)", argument)
         if match:
             path, options = _config_file(match[1])
-            rest[i] = f"--config={path}:{options}" if options else f"--config={path}"
-            config = _load(path, options)
+            config = LOADED[match[1]] = _load(path, options)
+            rest[i] = f"--config={HANDED_OVER}:{match[1]}"
             _check_keys(rest, config)
             _check_values(rest, config)
     return rest

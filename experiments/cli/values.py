@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections.config_flags import tuple_parser
 
+from metalearn._utils import strict_json
 from metalearn._utils.checks import MOST_TASKS
 
 KINDS: dict[type, str] = {
@@ -33,7 +34,7 @@ PARSERS: dict[type, Any] = {  # as ml-collections reads them
 LARGEST = 2**31 - 1
 WIDE = ("seed", "engine_options.budget")  # a seed has 64 bits, and a budget is in bytes
 LEAST = {  # mostly of what a run uses late: better refused before hours of training than after
-    "seed": 0,  # see `metalearn.experiments.seeds`
+    "seed": 0,  # see `metalearn.experiments.build.key_of`
     "steps": 0,
     "log_every": 0,
     "eval_every": 0,
@@ -123,3 +124,17 @@ def leaves(config: Any, key: str = "") -> Iterable[tuple[str, Any]]:
         return
     for name, value in parts:
         yield from leaves(value, f"{key}.{name}" if key else str(name))
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Return an ml-collections config as plain JSON values (tuples become lists)."""
+    try:
+        plain = strict_json.parse(config.to_json(), "The config", nonfinite=True)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(
+            "A run keeps its config as JSON, and this one holds what JSON does not: "
+            f"{str(error).partition('. Instead')[0]}. Write numbers, texts, true, false and tuples "
+            "of those."
+        ) from error
+    check(plain)
+    return plain

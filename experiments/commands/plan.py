@@ -20,7 +20,7 @@ from metalearn._utils import strict_json
 from metalearn._utils.device_memory import show_bytes
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.cost import Cost
-from metalearn.experiments import build, devices
+from metalearn.experiments import build
 from metalearn.planning.plan import Plan, plan, tasks_at_once
 from metalearn.planning.step_cost import Candidate, Row, StepCosts, changed_fields
 from metalearn.sharding.distributed import broadcast, say
@@ -276,7 +276,7 @@ def abstract(config: Mapping[str, Any]) -> tuple[Trainer, Any]:
     train, validation, test = jax.eval_shape(tasks)
     splits = read[-1]._replace(train=train, validation=validation, test=test)
     open_config = {**config, "engine": "mixed_flow", "engine_options": {}, "segment": None}
-    return build.trainer(open_config, splits, devices.layout(config)), train
+    return build.trainer(open_config, splits, build.layout(config)), train
 
 
 def settings(row: Row) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 workdir/checkpoints/   the whole train state, by Orbax, and what it was made of
 workdir/metrics.jsonl  what was logged, one line each
 workdir/test.json      the score on test tasks: mean, 95% interval, tasks
-workdir/pictures/      those that the config names; see metalearn.experiments.pictures
+workdir/pictures/      those that the config names; see metalearn.experiments.commands.pictures
 workdir/wandb/         the W&B run, unless disabled
 
 A workdir is held by one process at a time.
@@ -24,11 +24,10 @@ from metalearn import Tasks, Trainer
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import first_line
 from metalearn._utils.intervals import Estimate
-from metalearn.algorithms import FDS, LearnedOptimizer, save_optimizer, save_schedules
 from metalearn.checkpoints.manager import Checkpoints
-from metalearn.experiments import build, devices, pictures
+from metalearn.experiments import build
+from metalearn.experiments.commands import pictures
 from metalearn.experiments.commands import plan as auto
-from metalearn.experiments.seeds import key_of
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
 from metalearn.sharding.distributed import is_first, say
 from metalearn.train_state import TrainState
@@ -60,8 +59,8 @@ def train(
 def _train(
     plain: dict[str, Any], workdir: pathlib.Path, progress: bool, allow_change: bool
 ) -> dict[str, Estimate]:
-    layout = devices.layout(plain)
-    if left := devices.idle(plain, layout):
+    layout = build.layout(plain)
+    if left := build.idle_devices(plain, layout):
         say(left)
     splits = build.splits(plain["dataset"])
     if plain["eval_every"] and splits.validation is None:
@@ -80,15 +79,16 @@ def _train(
         loggers: list[Logger] = [ConsoleLogger()] if is_first() else []  # nothing new to log
     else:
         loggers = _loggers(plain, workdir)
-    key = key_of(plain["seed"])
+    key = build.key_of(plain["seed"])
     try:
+        state = trainer.init(key, splits.train)
         if plain["health"] and checkpoints.latest() is None:
-            check(trainer, splits.train, key)
+            check(trainer, state, splits.train)
         with asked_to_stop() as asked:
             state = trainer.fit(
                 splits.train,
                 plain["steps"],
-                key=key,
+                state=state,
                 loggers=loggers,
                 checkpoints=checkpoints,
                 held_out=splits.validation,
@@ -151,7 +151,7 @@ def restore(workdir: pathlib.Path, best: bool = False) -> Restored:
             "config of one. Read its state in Python, with `Checkpoints(...).read(shapes)`."
         )
     splits = build.splits(record["config"]["dataset"])
-    layout = devices.for_evaluation(record["config"])
+    layout = build.evaluation_layout(record["config"])
     trainer = build.trainer(record["config"], splits, layout)
     checkpoints = _open(workdir, record["config"])  # now: a run may be training beside us
     state, now = checkpoints.read(trainer.shapes(splits.train), best)
@@ -170,44 +170,39 @@ def evaluate(workdir: pathlib.Path, tasks: int, best: bool = False) -> dict[str,
 
 
 def export(workdir: pathlib.Path, out: pathlib.Path | None = None, best: bool = False) -> None:
-    """Write what a run has learned, where that is of use on its own.
+    """Write what a run has learned, where that is of use on its own: see `Algorithm.export`.
 
     An optimizer, as a file that `load_optimizer` reads (optimizer.safetensors), or schedules, as
     one for `load_schedules` (schedules.json).
     """
-    found = restore(workdir, best)
-    learner, step = found.trainer.algorithm, int(found.state.step)
-    eta = found.trainer.learned(found.state)
-    if isinstance(learner, LearnedOptimizer):
-        out = out or workdir / "optimizer.safetensors"
-        with _named(out):
-            save_optimizer(out, learner.rule, eta)
-        print(f"{out}: the optimizer of outer step {step}.")
-    elif isinstance(learner, FDS):
-        out = out or workdir / "schedules.json"
-        with _named(out):
-            save_schedules(out, learner.schedules(eta))
-        print(f"{out}: the schedules of outer step {step}: {', '.join(sorted(eta))}.")
-    else:
+    restored = restore(workdir, best)
+    learner, step = restored.trainer.algorithm, int(restored.state.step)
+    if learner.export_name is None:
         raise ValueError(
             f"The run in {workdir} learned no optimizer and no schedules: its algorithm is "
             f"{type(learner).__name__}. Its eta is in the train state of its checkpoints."
         )
+    out = out or workdir / learner.export_name
+    with _named(out):
+        what = learner.export(restored.trainer.learned(restored.state), out)
+    print(f"{out}: {what} of outer step {step}.")
 
 
 def draw(workdir: pathlib.Path) -> None:
     """Draw all pictures of a run at its newest checkpoint; print where each kind of them is."""
     _, trainer, splits, state, _ = restore(workdir)
     uncut = dataclasses.replace(trainer, segment=None)
-    for kind in pictures.KINDS:
+    kinds = list(trainer.algorithm.pictures())
+    pictures.check(kinds or ["pictures"], trainer.algorithm)
+    for kind in kinds:
         with _named(workdir / pictures.FOLDER):
             paths = pictures.draw(kind, workdir, uncut, state, splits.train)
         print("\n".join(map(str, paths)), flush=True)
 
 
-def check(trainer: Trainer, tasks: Tasks, key: jax.Array) -> None:
+def check(trainer: Trainer, state: TrainState, tasks: Tasks) -> None:
     """Print what a health check finds, one line where that is nothing; HealthError if bad."""
-    report = trainer.check_health(trainer.init(key, tasks), tasks)
+    report = trainer.check_health(state, tasks)
     report.raise_errors()
     say(str(report))
 
@@ -216,7 +211,7 @@ def test(
     trainer: Trainer, state: TrainState, splits: build.Splits, seed: int, tasks: int
 ) -> dict[str, Estimate]:
     """Evaluate on test tasks; the same seed draws the same ones."""
-    key = jax.random.fold_in(key_of(seed), TEST)
+    key = jax.random.fold_in(build.key_of(seed), TEST)
     return trainer.evaluate(trainer.learned(state), splits.test, key, tasks)
 
 

@@ -51,7 +51,7 @@ def maml() -> ml_collections.ConfigDict:
     config.chunk = placeholder(int)  # tasks unrolled at once on a device; None: all of its share
 
     # Devices over which tasks are divided (None: as many as divide tasks_per_step), over which
-    # `rules` shard eta, and which share the tangents of "forward": metalearn.experiments.devices.
+    # `rules` shard eta, and which share the tangents of "forward": see build/trainers.py.
     config.mesh = {"tasks": placeholder(int), "model": 1, "tangents": 1, "rules": ()}
 
     # Truncated unrolls of `steps` inner steps, carried across outer steps up to horizons drawn
@@ -81,7 +81,7 @@ def maml() -> ml_collections.ConfigDict:
     config.eval_tasks = 400  # validation tasks, during training
     config.test_tasks = 1000  # test tasks, once, at the end
     config.wandb = {"mode": "auto", "project": "metalearn", "name": "", "group": ""}
-    config.pictures = ()  # drawn and logged at the end; see metalearn.experiments.pictures
+    config.pictures = ()  # drawn and logged at the end; see `Algorithm.pictures`
     return config
 
 

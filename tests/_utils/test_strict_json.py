@@ -10,9 +10,9 @@ import pytest
 
 from metalearn._utils import strict_json
 from metalearn._utils.intervals import Estimate
+from metalearn.algorithms.fds.pictures import read_steps
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
 from metalearn.experiments.commands import run
-from metalearn.experiments.pictures import schedules
 from metalearn.loggers import JsonlLogger, read_lines
 from tests.helpers.checkpoints import saved
 
@@ -85,7 +85,7 @@ def test_metrics_that_are_not_finite_are_strict_json_and_are_read_back(tmp_path)
     assert repr([line.row for line in read_lines(logger.path)]) == (
         "[{'step': 1, 'loss': nan, 'up': inf}, {'step': 2, 'loss': -inf, 'up': 1.0}]"
     )
-    (first, second) = schedules.read(tmp_path)
+    (first, second) = read_steps(tmp_path)
     assert math.isnan(first["loss"]) and second["loss"] == -math.inf
 
 

@@ -9,10 +9,11 @@ import pytest
 
 from metalearn.datasets import Images
 from metalearn.datasets.text import Windows
-from metalearn.experiments import build, learned_optimizers, training_runs
+from metalearn.experiments import build
+from metalearn.experiments.build import datasets
+from metalearn.experiments.build.datasets import kept
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.commands import run
-from metalearn.experiments.training_runs import kept
 from metalearn.trainer import EVALUATION
 from tests.helpers.selection import quick
 from tests.helpers.small_configs import skip_without, small
@@ -27,12 +28,11 @@ def numbered(name, split, data_dir=None):
     return Images(numbers.astype(np.uint8).reshape(-1, 1, 1, 1), numbers.astype(np.int32) % 4)
 
 
-@pytest.fixture(params=[training_runs, learned_optimizers], ids=["fds", "learned_optimizer"])
+@pytest.fixture(params=["fds", "learned_optimizer"])
 def data(request, monkeypatch):
     """The splits of a packaged config of each kind; the images are numbered 0..99 and 100..139."""
-    monkeypatch.setattr(request.param, "read_images", numbered)
-    name = {training_runs: "fds_digits", learned_optimizers: "learned_optimizer_digits"}
-    config = build.to_json(small(name[request.param], **{"dataset.validation": 8}))
+    monkeypatch.setattr(datasets, "read_images", numbered)
+    config = build.to_json(small(f"{request.param}_digits", **{"dataset.validation": 8}))
     return build.splits(config["dataset"])
 
 
@@ -61,7 +61,7 @@ def test_no_image_of_the_test_split_is_in_what_is_trained_on_or_chosen_by(data):
 
 
 def test_a_learned_optimizer_is_validated_by_training_on_images_it_has_not_seen(monkeypatch):
-    monkeypatch.setattr(learned_optimizers, "read_images", numbered)
+    monkeypatch.setattr(datasets, "read_images", numbered)
     config = build.to_json(small("learned_optimizer_digits", **{"dataset.validation": 8}))
     data = build.splits(config["dataset"])
     assert rows(data.train) == set(range(80)) and rows(data.validation) == set(range(80, 100))
@@ -71,7 +71,7 @@ def test_a_learned_optimizer_is_validated_by_training_on_images_it_has_not_seen(
 
 
 def test_a_schedule_is_validated_as_it_is_tested_and_the_final_run_has_all_the_images(monkeypatch):
-    monkeypatch.setattr(training_runs, "read_images", numbered)
+    monkeypatch.setattr(datasets, "read_images", numbered)
     config = build.to_json(small("fds_digits", **{"dataset.validation": 8}))["dataset"]
     data = build.splits(config)
     assert rows(data.train) == rows(data.validation, ["support"]) == set(range(90))
@@ -82,7 +82,7 @@ def test_a_schedule_is_validated_as_it_is_tested_and_the_final_run_has_all_the_i
 
 
 def test_runs_of_before_have_no_held_out_images_and_train_on_all(monkeypatch):
-    monkeypatch.setattr(training_runs, "read_images", numbered)
+    monkeypatch.setattr(datasets, "read_images", numbered)
     config = build.to_json(small("fds_digits", **{"dataset.validation": 8}))["dataset"]
     del config["held_out"]
     data = build.splits(config)
@@ -91,7 +91,7 @@ def test_runs_of_before_have_no_held_out_images_and_train_on_all(monkeypatch):
 
 def test_text_that_a_learned_optimizer_is_validated_on_is_none_of_its_training(monkeypatch):
     texts = {"train": "a" * 900 + "b" * 100, "validation": "c" * 900 + "d" * 100, "test": "e" * 999}
-    monkeypatch.setattr(build.language, "read_text", lambda name, split, feature: texts[split])
+    monkeypatch.setattr(datasets, "read_text", lambda name, split, feature: texts[split])
     expected = {
         "learned_optimizer_shakespeare": "ab cd e",
         "learning_rates_shakespeare": "ab acd ae",

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from metalearn.experiments import build, devices
+from metalearn.experiments import build
 from metalearn.experiments.cli import arguments, json_config, values
 from tests.helpers.command_line import SINUSOID, call
 
@@ -102,7 +102,7 @@ def test_a_list_stands_for_a_tuple(write):
 def test_a_json_config_that_cannot_be_is_refused(write, given, expected):
     with pytest.raises(ValueError, match=re.escape(expected)) as caught:
         plain = build.to_json(json_config.get_config(write(given)))
-        devices.layout(plain)
+        build.layout(plain)
         build.algorithm(plain["algorithm"], None)
     assert len(str(caught.value)) < 1500
 

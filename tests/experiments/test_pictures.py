@@ -11,10 +11,9 @@ import pytest
 
 from metalearn import Forward
 from metalearn.algorithms import FDS, Hyperparameter, load_schedules, sgd
-from metalearn.experiments import pictures
-from metalearn.experiments.commands import run
+from metalearn.algorithms.fds import pictures as drawing
+from metalearn.experiments.commands import pictures, run
 from metalearn.experiments.configs import fds_digits
-from metalearn.experiments.pictures import schedules, tangents
 from metalearn.loggers import Logger
 from tests.helpers.command_line import call
 from tests.helpers.wandb_runs import records_of
@@ -67,7 +66,8 @@ def test_a_run_draws_what_its_config_names_and_logs_it(workdir):
 
 def test_tangents_are_those_of_the_hypergradient_of_the_next_outer_step(workdir, found):
     _, metrics = found.trainer.step(found.state, found.splits.train)
-    lines = tangents.norms(found.trainer, found.state, found.splits.train)
+    begins = {name: found.trainer.algorithm.edges(name)[:-1] for name in found.state.eta}
+    lines = drawing.tangent_norms(found.trainer, found.state, found.splits.train, begins)
     rates = [f"learning_rate/{window}" for window in range(3)]
     assert sorted(lines) == sorted([*rates, "momentum/0", "weight_decay/0"])
     for window, name in enumerate(rates):
@@ -76,8 +76,8 @@ def test_tangents_are_those_of_the_hypergradient_of_the_next_outer_step(workdir,
     np.testing.assert_allclose(largest, metrics["inner_tangent_norm"], rtol=1e-5)
     table = (workdir / "pictures" / "tangents.md").read_text()
     assert table.startswith("Outer step 3:\n\n| tangent of |")
-    assert table.splitlines() == tangents.table(lines, 3)
-    assert tangents.figure(lines, 3).get_suptitle() == "outer step 3"
+    assert table.splitlines() == drawing.tangent_table(lines, 3)
+    assert drawing.tangent_figure(lines, 3).get_suptitle() == "outer step 3"
 
 
 def test_a_command_draws_a_run_again(workdir, capsys):
@@ -148,7 +148,7 @@ def test_what_cannot_be_drawn_fails_no_run_and_says_why(workdir, found, monkeypa
     names = [f"pictures/{name}" for name in DRAWN if name != "tangents"]
     assert sorted(logger.names) == names
 
-    monkeypatch.setitem(pictures.KINDS, "schedules", lambda *_: 1 / 0)
+    monkeypatch.setattr(FDS, "pictures", lambda self: {"schedules": lambda *_: 1 / 0})
     run._show(["schedules"], workdir, trainer, found.state, found.splits, [logger])
     assert "The schedules are not drawn: division by zero" in capsys.readouterr().out
 
@@ -185,6 +185,10 @@ def fds(**windows):
     return FDS(None, learned, inner_steps=20, batch=2, optimizer=sgd)
 
 
+def spaces(learner):
+    return {name: chosen.space for name, chosen in learner.hyperparameters.items()}
+
+
 LEARNER = fds(momentum=1, learning_rate=(0, 4, 20), weight_decay=12)
 
 
@@ -201,7 +205,7 @@ def write_run(workdir, **extra):
 
 def test_windows_are_drawn_in_their_order_and_evaluations_are_left_out(tmp_path):
     rows = write_run(tmp_path)
-    values = schedules.logged_values(schedules.read(tmp_path), LEARNER)
+    values = drawing.logged_values(drawing.read_steps(tmp_path), LEARNER.hyperparameters)
     assert {name: x.shape for name, x in values.items()} == {
         "momentum": (3, 1),
         "learning_rate": (3, 1),
@@ -219,7 +223,7 @@ def test_infinite_values_means_and_what_another_config_logged_are_drawn(tmp_path
         file.write('{"step": 4, "loss": 0.2, "momentum/0": 0.4}\n')
     learner = fds(momentum=1, learning_rate=2, weight_decay=windows)
     learned = learner.schedules(learner.init(jax.random.key(0)))
-    figures = schedules.figures(schedules.read(tmp_path), learner, learned)
+    figures = drawing.schedule_figures(drawing.read_steps(tmp_path), spaces(learner), learned)
     assert list(figures) == ["loss", "momentum", "learning_rate", "weight_decay"]
     for figure in figures.values():
         figure.savefig(tmp_path / "picture.png")
@@ -228,9 +232,10 @@ def test_infinite_values_means_and_what_another_config_logged_are_drawn(tmp_path
 
 def test_the_learned_schedule_is_drawn_over_those_that_were_tried(tmp_path):
     write_run(tmp_path)
-    rows, learned = schedules.read(tmp_path), LEARNER.schedules(LEARNER.init(jax.random.key(0)))
+    rows, learned = drawing.read_steps(tmp_path), LEARNER.schedules(LEARNER.init(jax.random.key(0)))
     changed = dataclasses.replace(learned["weight_decay"], values=tuple(range(1, 13)))
-    figure = schedules.figures(rows, LEARNER, learned | {"weight_decay": changed})["weight_decay"]
+    both = learned | {"weight_decay": changed}
+    figure = drawing.schedule_figures(rows, spaces(LEARNER), both)["weight_decay"]
     *tried, last = figure.axes[0].patches
     logged = [[row[f"weight_decay/{w}"] for w in range(12)] for row in rows[:3]]
     np.testing.assert_array_equal([line.get_data().values for line in tried], logged)
@@ -242,18 +247,21 @@ def test_the_learned_schedule_is_drawn_over_those_that_were_tried(tmp_path):
 def test_of_a_schedule_logged_as_its_mean_the_learned_one_is_drawn(tmp_path):
     write_run(tmp_path)
     learned = LEARNER.schedules(LEARNER.init(jax.random.key(0)))
-    figure = schedules.figures(schedules.read(tmp_path), LEARNER, learned)["learning_rate"]
+    figure = drawing.schedule_figures(drawing.read_steps(tmp_path), spaces(LEARNER), learned)[
+        "learning_rate"
+    ]
     (line,) = figure.axes[0].patches
     assert line.get_label() == "learned"
     np.testing.assert_allclose(line.get_data().edges, [0, 0.2, 1])
 
 
 def test_windows_lie_where_the_algorithm_has_them():
-    cuts = schedules.ends(LEARNER, {"learning_rate": np.ones((1, 2)), "momentum": np.ones((1, 1))})
+    learned = LEARNER.schedules(LEARNER.init(jax.random.key(0)))
+    cuts = drawing.ends(learned, {"learning_rate": np.ones((1, 2)), "momentum": np.ones((1, 1))})
     np.testing.assert_allclose(cuts["learning_rate"], [0, 0.2, 1])
     np.testing.assert_allclose(cuts["momentum"], [0, 1])
 
 
 def test_a_workdir_without_a_run_is_refused_and_says_how_to_get_one(tmp_path):
     with pytest.raises(ValueError, match="no outer steps in .*metrics.jsonl.*metalearn train"):
-        schedules.read(tmp_path)
+        drawing.read_steps(tmp_path)

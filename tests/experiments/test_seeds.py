@@ -8,9 +8,9 @@ import pytest
 
 from metalearn.datasets import Corruption, Images, with_label_noise
 from metalearn.experiments import build
+from metalearn.experiments.build import key_of
 from metalearn.experiments.cli import arguments, values
 from metalearn.experiments.commands import run
-from metalearn.experiments.seeds import key_of
 from tests.helpers.command_line import SINUSOID
 from tests.helpers.small_configs import small
 

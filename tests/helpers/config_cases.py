@@ -21,7 +21,8 @@ import ml_collections
 
 import metalearn
 from metalearn.checkpoints.manager import Checkpoints
-from metalearn.experiments import build, devices, language, learned_optimizers, training_runs
+from metalearn.experiments import build
+from metalearn.experiments.build import algorithms
 from metalearn.experiments.commands.run import RHYTHM
 from metalearn.experiments.main import REPORTED
 from metalearn.loggers import WandbLogger
@@ -48,7 +49,7 @@ NAMES = {  # by the last part of a field
     "engine": (*build.ENGINES, "forward"),  # "auto" compiles every engine; see test_plan_cli.py
     "library": tuple(build.LIBRARIES),
     "schedule": tuple(build.SCHEDULES),
-    "objective": (*build.OBJECTIVES, *training_runs.OBJECTIVES),
+    "objective": tuple(build.OBJECTIVES),
     "remat": ("none", "step", "segments", "nested", "inexact_reconstruct", "block", "dots"),
     "store": ("device", "host", "inexact_bfloat16"),
     "batch_norm": ("transductive", "running", "frozen"),
@@ -59,13 +60,13 @@ NAMES = {  # by the last part of a field
     "diverged": DIVERGED,
     "checkpoint_best": ("max eval/accuracy", "min eval/loss", "max", "most eval/loss"),
     "partition": ("vinyals", "maml"),
-    "problem": tuple(learned_optimizers.PROBLEMS),
+    "problem": tuple(algorithms.PROBLEMS),
     "judge": ("training", "validation"),
-    "network": tuple(learned_optimizers.NETWORKS),
+    "network": tuple(algorithms.RULE_NETWORKS),
     "space": ("raw", "log", "logit"),
-    "squash": tuple(language.SQUASHES),
-    "normalize": tuple(language.NORMALIZATIONS),
-    "augment": tuple(training_runs.AUGMENTATIONS),
+    "squash": tuple(algorithms.SQUASHES),
+    "normalize": tuple(algorithms.NORMALIZATIONS),
+    "augment": tuple(algorithms.AUGMENTATIONS),
     "tfds": ("digits", "tiny_shakespeare"),
     "feature": ("text", "image"),
     "convolution": ("auto", "patches", "lax"),
@@ -73,11 +74,11 @@ NAMES = {  # by the last part of a field
 TABLES = {  # of `name`, by the part before it
     "algorithm": tuple(build.ALGORITHMS),
     "dataset": tuple(build.DATASETS),
-    "model": tuple(build.NETWORKS),
-    "rule": tuple(learned_optimizers.RULES),
-    "base": tuple(learned_optimizers.MAKES),
-    "weighting": tuple(language.WEIGHTINGS),
-    "optimizer": (*build.OPTIMIZERS, *training_runs.OPTIMIZERS, "fds_rule"),
+    "model": tuple(build.LIBRARIES["linen"].networks),
+    "rule": tuple(algorithms.RULES),
+    "base": tuple(build.OPTIMIZERS),
+    "weighting": tuple(algorithms.WEIGHTINGS),
+    "optimizer": (*build.OPTIMIZERS, "fds_rule"),
     "wandb": ("a name",),
 }
 BASES: dict[str, dict[str, Any]] = {  # where SMALL is not enough, or the data is not there
@@ -164,7 +165,7 @@ def construct(case: Case, workdir: pathlib.Path) -> tuple[Any, build.Splits, dic
     """Make all that a run is made of, and compile nothing."""
     config = plain(case)
     splits = _splits(json.dumps(config["dataset"]))
-    layout = devices.layout(config)
+    layout = build.layout(config)
     assert layout is None
     trainer = build.trainer(config, splits)
     trainer.check_memory(splits.train, [tasks for tasks in splits[1:3] if tasks is not None])

@@ -38,7 +38,7 @@ from metalearn import (
 )
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.cost.hlo import collectives
-from metalearn.experiments import devices
+from metalearn.experiments import build
 from metalearn.loggers import Logger
 from metalearn.planning.step_cost import Candidate, StepCosts
 from metalearn.sharding import distributed as processes
@@ -253,9 +253,9 @@ def idle():
     found = {}
     for tasks, chunk in ((16, None), (10, None), (40, 4), (1, None)):
         config = {"tasks_per_step": tasks, "chunk": chunk, "engine": "reverse"}
-        layout = devices.layout(config)
+        layout = build.layout(config)
         taken = 1 if layout is None else layout.devices
-        found[str(tasks)] = [taken, devices.idle(config, layout)]
+        found[str(tasks)] = [taken, build.idle_devices(config, layout)]
     return found
 
 
@@ -325,7 +325,7 @@ def part(directory, port, process):
         "logged": [trained(made, pathlib.Path(directory), steps) for steps in (2, 4)],
         "first": processes.is_first(),
         "agreed": processes.broadcast({"process": int(process)}),
-        "uneven": [refusal(lambda: make_mesh(3)), refusal(lambda: devices.layout(few))],
+        "uneven": [refusal(lambda: make_mesh(3)), refusal(lambda: build.layout(few))],
     }
 
 

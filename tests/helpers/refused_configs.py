@@ -89,7 +89,7 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
     # Values that only a library refused, or nobody.
     ("maml_digits", {"algorithm.adapt": "("}, r"`MAML\(adapt='\('\)`: it is no regular expression"),
     ("maml_digits", {"optimizer.clip": -1.0}, r"`optimizer\(clip=-1.0\)`: it is a number above 0"),
-    ("maml_digits", {"truncation.shortest": 3}, "truncation.shortest=3 is of truncated runs, but"),
+    ("maml_digits", {"truncation.shortest": 3}, "truncation.shortest=3 is of truncated unrolls,"),
     ("maml_digits", {"model.filters": 0}, r"`ConvNet\(filters=0\)`: it is an integer, 1 or more"),
     ("maml_digits", {"model.library": "haiku", "model.blocks": -1}, r"`ConvNet\(blocks=-1\)`"),
     ("maml_digits", {"model.library": "nnx", "model.filters": -1}, r"`ConvNet\(filters=-1\)`"),

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from metalearn import Layout, Trainer, make_mesh
 from metalearn.algorithms import MAML
-from metalearn.experiments import build, devices
+from metalearn.experiments import build
 from metalearn.experiments.benchmarks import devices as benchmark
 from metalearn.experiments.configs import maml_sinusoid
 from metalearn.sharding import partition
@@ -251,13 +251,13 @@ def sinusoid(**changes):
 
 
 def test_one_device_needs_no_layout():
-    assert devices.layout(sinusoid()) is None
-    assert devices.for_evaluation(sinusoid(mesh=EIGHT | {"model": 2})) is None
+    assert build.layout(sinusoid()) is None
+    assert build.evaluation_layout(sinusoid(mesh=EIGHT | {"model": 2})) is None
 
 
 def test_a_config_that_asks_for_more_devices_than_there_are_is_refused():
     with pytest.raises(ValueError, match="takes 8 devices, but there is 1"):
-        devices.layout(sinusoid(mesh=EIGHT))
+        build.layout(sinusoid(mesh=EIGHT))
 
 
 def test_tangents_are_those_of_forward_alone():
@@ -265,7 +265,7 @@ def test_tangents_are_those_of_forward_alone():
         "mesh.tangents=2 spreads the tangents of the engine 'forward', but the engine is "
         "'mixed_flow', which has none. Leave mesh.tangents at 1."
     ):
-        devices.layout(sinusoid(mesh={"tangents": 2}))
+        build.layout(sinusoid(mesh={"tangents": 2}))
 
 
 def test_an_axis_of_the_model_needs_rules():
@@ -273,7 +273,7 @@ def test_an_axis_of_the_model_needs_rules():
         "mesh.model=2 cuts nothing without mesh.rules, which say what is cut and how, such as "
         "--config.mesh.rules=\"(('kernel$', None, 'model'),)\"."
     ):
-        devices.layout(sinusoid(mesh={"model": 2}))
+        build.layout(sinusoid(mesh={"model": 2}))
 
 
 @pytest.mark.parametrize("rule", ["kernel", ["kernel"], [1, "model"]])
@@ -282,4 +282,4 @@ def test_a_rule_of_a_config_that_is_none_is_refused(rule):
         "A rule of mesh.rules is a pattern and an axis or None for each axis of an array, such as "
         f"('kernel$', None, 'model'), not {rule!r}."
     ):
-        devices.layout(sinusoid(mesh={"model": 1, "tasks": 1, "rules": [rule]}))
+        build.layout(sinusoid(mesh={"model": 1, "tasks": 1, "rules": [rule]}))

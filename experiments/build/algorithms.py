@@ -1,0 +1,235 @@
+"""From a config to an algorithm around a model.
+
+An algorithm that `metalearn.algorithms` exports is built by its constructor: the keys of a config
+are its arguments. `model` is the network; an argument `optimizer`, or one whose annotation is an
+optax transformation, is a config of an optimizer; an argument `objective` is the name of one.
+Those that a config describes in other words have a builder of their own in `SPECIAL`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from metalearn import Algorithm, algorithms
+from metalearn._utils.checks import pick
+from metalearn.algorithms import (
+    FDS,
+    DomainWeights,
+    ExampleWeights,
+    HypergradientRule,
+    Hyperparameter,
+    LearnedOptimizer,
+    LearningRates,
+    LossWeights,
+    PerParameter,
+    PointwiseGRU,
+    PointwiseMLP,
+    Problem,
+    ReciprocalRoot,
+    Streamed,
+    Supervised,
+    TokenWeights,
+    TunedRule,
+    UpdateRule,
+    bounded,
+    cross_entropy,
+    jitter,
+    mean_one,
+    unbounded,
+)
+from metalearn.experiments.build.registry import (
+    OBJECTIVES,
+    OPTIMIZERS,
+    Exports,
+    as_tuple,
+    check_call,
+    optimizer,
+    parameters,
+    without_unset,
+)
+from metalearn.model import Model
+
+AUGMENTATIONS = {"none": None, "jitter": jitter}
+WEIGHTINGS = {"domain": DomainWeights, "example": ExampleWeights, "token": TokenWeights}
+SQUASHES = {"bounded": bounded, "unbounded": unbounded}
+NORMALIZATIONS = {"none": None, "mean_one": mean_one}
+
+
+def algorithm(config: Mapping[str, Any], network: Model) -> Algorithm:
+    """Build an algorithm around a model."""
+    options = dict(config)
+    name = options.pop("name")
+    build = pick(ALGORITHMS, name, "algorithm")
+    check_call(f"algorithm {name!r}", options, build, filled=("model",))
+    if name in SPECIAL:
+        return SPECIAL[name](network, **options)
+    return construct(build, network, options)
+
+
+def construct(build: type[Algorithm], network: Model, options: Mapping[str, Any]) -> Algorithm:
+    """Build an algorithm by its constructor, each value made what its argument takes."""
+    takes = parameters(build)
+    values = {key: _converted(takes[key], value) for key, value in options.items()}
+    return build(**({"model": network} if "model" in takes else {}), **values)
+
+
+def _converted(parameter: inspect.Parameter, value: Any) -> Any:
+    hint = str(parameter.annotation)
+    transforms = "GradientTransformation" in hint and "Callable" not in hint
+    if isinstance(value, Mapping) and (parameter.name == "optimizer" or transforms):
+        return optimizer(value)
+    if parameter.name == "objective" or hint.rpartition(".")[2] == "Objective":
+        return pick(OBJECTIVES, value, "objective")
+    return as_tuple(value)
+
+
+def _learning_rates(
+    model: Model,
+    optimizer: Mapping[str, Any],
+    objective: str,
+    initial: float = LearningRates.initial,
+    mean_over_examples: bool = LearningRates.mean_over_examples,
+) -> Algorithm:
+    options = {
+        "optimizer": {**optimizer, "learning_rate": 1.0},  # the rates are what is learned
+        "objective": objective,
+        "initial": initial,
+        "mean_over_examples": mean_over_examples,
+    }
+    return construct(LearningRates, model, options)
+
+
+def _fds(
+    model: Model,
+    optimizer: Mapping[str, Any],
+    objective: str,
+    augment: str,
+    hyperparameters: Mapping[str, Any],
+    inner_steps: int,
+    batch: int,
+    eval_steps: int | None = None,
+) -> FDS:
+    """Build FDS around a model; options of the optimizer that are not learned are fixed."""
+    make = partial_optimizer(optimizer)
+    loss = pick(OBJECTIVES, objective, "objective")
+    augmentation = pick(AUGMENTATIONS, augment, "augmentation")
+    learned = {name: hyperparameter(h) for name, h in hyperparameters.items()}
+    return FDS(model, learned, inner_steps, batch, make, loss, augmentation, eval_steps)
+
+
+def partial_optimizer(config: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return an optimizer as a function of what a config of it leaves open."""
+    fixed = without_unset(config)
+    make = pick(OPTIMIZERS, fixed.pop("name"), "optimizer")
+    return functools.partial(make, **fixed) if fixed else make
+
+
+def hyperparameter(config: Mapping[str, Any]) -> Hyperparameter:
+    """Build a hyperparameter; lists become tuples."""
+    return Hyperparameter(**without_unset(config))
+
+
+def _loss_weights(
+    model: Model,
+    optimizer: Mapping[str, Any],
+    weighting: Mapping[str, Any],
+    squash: str,
+    normalize: str,
+    through_features: bool,
+) -> Algorithm:
+    values = {
+        "optimizer": optimizer,
+        "weighting": build_weighting(weighting),
+        "squash": pick(SQUASHES, squash, "squash"),
+        "normalize": pick(NORMALIZATIONS, normalize, "normalization"),
+        "through_features": through_features,
+    }
+    return construct(LossWeights, model, values)
+
+
+def build_weighting(config: Mapping[str, Any]) -> Any:
+    """Build a weighting by name, from those of its options that are set."""
+    options = without_unset(config)
+    build: Any = pick(WEIGHTINGS, options.pop("name"), "weighting")
+    check_call(f"weighting {config['name']!r}", options, build)
+    return build(**options)
+
+
+def _learned_optimizer(
+    model: Model,
+    rule: Mapping[str, Any],
+    problem: str,
+    batch: int | None,
+    inner_steps: int,
+    judge: str = LearnedOptimizer.judge,
+    cap: float | None = LearnedOptimizer.cap,
+) -> LearnedOptimizer:
+    made = build_rule(rule)
+    trained = pick(PROBLEMS, problem, "problem")(model, batch)
+    return LearnedOptimizer(trained, made, inner_steps, judge, cap)
+
+
+def build_rule(config: Mapping[str, Any]) -> UpdateRule:
+    """Build an update rule by name: "per_parameter", "tuned" or "hypergradient"."""
+    return pick(RULES, config["name"], "update rule")(config)
+
+
+def _per_parameter(config: Mapping[str, Any]) -> PerParameter:
+    network = pick(RULE_NETWORKS, config["network"], "network")(tuple(config["hidden"]))
+    return PerParameter(
+        network=network,
+        step_scale=config["step_scale"],
+        magnitude_scale=config["magnitude_scale"],
+        base=_tuned(config) if config["base"] else None,
+        factors=(ReciprocalRoot(),) if config["preconditioned"] else (),
+    )
+
+
+def _tuned(config: Mapping[str, Any]) -> TunedRule:
+    base = dict(config["base"])
+    learned = {name: hyperparameter(h) for name, h in base.pop("hyperparameters").items()}
+    return TunedRule(partial_optimizer(base), learned)
+
+
+def _gru(hidden: tuple[int, ...]) -> PointwiseGRU:
+    if len(hidden) != 1:
+        raise ValueError(
+            f"The network 'gru' has one hidden size, not hidden={hidden}. Take one such as (8,)."
+        )
+    return PointwiseGRU(*hidden)
+
+
+def _supervised(network: Model, batch: Any) -> Problem:
+    return Supervised(network, cross_entropy, batch)
+
+
+def _streamed(network: Model, batch: Any) -> Problem:
+    del batch  # the tasks have their batches
+    return Streamed(network)
+
+
+RULES: dict[str, Callable[[Mapping[str, Any]], UpdateRule]] = {
+    "per_parameter": _per_parameter,
+    "tuned": _tuned,
+    "hypergradient": lambda config: HypergradientRule(),
+}
+RULE_NETWORKS: dict[str, Callable[..., Any]] = {"mlp": PointwiseMLP, "gru": _gru}
+PROBLEMS = {"supervised": _supervised, "streamed": _streamed}
+
+SPECIAL: dict[str, Callable[..., Algorithm]] = {
+    "fds": _fds,
+    "learned_optimizer": _learned_optimizer,
+    "learning_rates": _learning_rates,
+    "loss_weights": _loss_weights,
+}
+
+
+def _is_algorithm(export: Any) -> bool:
+    subclass = isinstance(export, type) and issubclass(export, Algorithm)
+    return subclass and not inspect.isabstract(export)
+
+
+ALGORITHMS = Exports(algorithms, _is_algorithm, SPECIAL)

@@ -1,0 +1,266 @@
+"""From a config to the tasks of a run: to train on, to choose by, and to report.
+
+A dataset that `metalearn.datasets` exports is a function of a split ("train", "validation" or
+"test") and keywords, which are the keys of a config. It returns a `ClassIndex`, from which
+few-shot tasks are drawn, or `Tasks`. Others have a builder of their own in `SPECIAL`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metalearn import Tasks, datasets
+from metalearn._utils.checks import at_least, pick
+from metalearn.datasets import (
+    ClassIndex,
+    Corruption,
+    FewShot,
+    HeldOut,
+    Images,
+    Sinusoid,
+    Text,
+    TrainingRuns,
+    read_images,
+    read_text,
+    with_label_noise,
+)
+from metalearn.experiments.build.registry import Exports, check_call, without_unset
+
+SPLITS = ("train", "validation", "test")
+
+
+class Splits(NamedTuple):
+    """Tasks to train on, to choose by, and to report; and what a model sees of them."""
+
+    train: Tasks
+    validation: Tasks | None  # disjoint from those to train on; None: there are none
+    test: Tasks
+    inputs: jax.ShapeDtypeStruct  # one batch of inputs, [1, ...]
+    outputs: int  # of the network: ways, or the dimension of a regression
+
+
+def splits(config: Mapping[str, Any]) -> Splits:
+    """Read a dataset and make its three distributions over tasks."""
+    options = dict(config)
+    name = options.pop("name")
+    read = pick(DATASETS, name, "dataset")
+    what = f"dataset {name!r}"
+    if name in SPECIAL:
+        check_call(what, options, read)
+        return read(**options)
+    if _returns(read, ClassIndex):
+        check_call(what, options, few_shot, read, filled=("read", "split"))
+        return few_shot(read, **options)
+    check_call(what, options, read, filled=("split",))
+    return of_tasks(*(read(split, **options) for split in SPLITS))
+
+
+def few_shot(
+    read: Callable[..., ClassIndex],
+    ways: int,
+    shots: int,
+    queries: int,
+    eval_queries: int,
+    **options: Any,
+) -> Splits:
+    """Make few-shot tasks of the classes of each split."""
+    shape = {"ways": ways, "shots": shots}
+    each = {"train": queries, "validation": eval_queries, "test": eval_queries}
+    indices = {split: read(split, **options) for split in SPLITS}
+    train, validation, test = (_few_shot_tasks(s, indices[s], shape, each[s]) for s in SPLITS)
+    image = jax.ShapeDtypeStruct((1, *indices["train"].examples.shape[2:]), jnp.float32)
+    return Splits(train, validation, test, image, ways)
+
+
+def _few_shot_tasks(split: str, index: ClassIndex, shape: dict[str, int], queries: int) -> FewShot:
+    try:
+        return FewShot.create(index, **shape, queries=queries)
+    except ValueError as error:
+        raise ValueError(f"In the {split} split: {error}") from error
+
+
+def of_tasks(train: Tasks, validation: Tasks, test: Tasks) -> Splits:
+    """Find what a model sees of tasks whose queries are (inputs [n, ...], targets [n, ...])."""
+    inputs, targets = jax.eval_shape(train.sample, jax.random.key(0)).query[:2]
+    with jax.ensure_compile_time_eval():  # `metalearn plan` reads data under a trace
+        labels = train.label_range()
+    outputs = math.prod(targets.shape[1:]) if labels is None else labels[1] + 1
+    example = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
+    return Splits(train, validation, test, example, outputs)
+
+
+def _sinusoid(shots: int, queries: int, eval_queries: int) -> Splits:
+    train = Sinusoid(shots, queries)
+    held_out = Sinusoid(shots, eval_queries)  # waves never repeat
+    return Splits(train, held_out, held_out, jax.ShapeDtypeStruct((1, 1), jnp.float32), 1)
+
+
+def _text(
+    tfds: str,
+    feature: str,
+    held_out: float,
+    corruption: Mapping[str, Any],
+    length: int,
+    inner_steps: int,
+    eval_steps: int,
+    batch: int,
+    queries: int,
+    eval_queries: int,
+    probes: int,
+    eval_probes: int,
+    pieces: int = 1,
+    fresh: bool = False,
+) -> Splits:
+    """Read a text.
+
+    The inner loop always reads the training split, but for its last `held_out` share: that
+    is what the outer loss of training reads. Validation and test read their own split, and
+    train for `eval_steps`. Where what is learned is how to train (`fresh`), they train on their
+    own split too, but for its last `held_out` share, which the outer loss reads.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(
+            f"dataset.held_out={held_out} is the share of the training text that the inner loop "
+            "does not read, above 0 and below 1. Take one such as 0.1."
+        )
+    corrupted = build_corruption(corruption)
+    same: dict[str, Any] = {
+        "length": length,
+        "batch": batch,
+        "pieces": pieces,
+        "corruption": corrupted,
+    }
+    training: dict[str, Any] = {
+        "inner_steps": inner_steps,
+        "queries": queries,
+        "probes": probes,
+        **same,
+    }
+    evaluation: dict[str, Any] = {
+        "inner_steps": eval_steps,
+        "queries": eval_queries,
+        "probes": eval_probes,
+        **same,
+    }
+    texts = {split: read_text(tfds, split, feature=feature) for split in SPLITS}
+    cuts = {split: round(len(text) * (1 - held_out)) for split, text in texts.items()}
+    inner, judge = texts["train"][: cuts["train"]], texts["train"][cuts["train"] :]
+    made = {"train": Text.create(inner, judge, **training)}
+    for split in SPLITS[1:]:
+        text, cut = texts[split], cuts[split]
+        parts = (text[:cut], text[cut:]) if fresh else (inner, text)
+        made[split] = Text.create(*parts, **evaluation)
+    window = jax.ShapeDtypeStruct((1, made["train"].length), jnp.int32)
+    return Splits(**made, inputs=window, outputs=made["train"].vocabulary)
+
+
+def build_corruption(config: Mapping[str, Any]) -> Corruption | None:
+    """Build a corruption; a share of zero is none."""
+    return Corruption(**without_unset(config)) if config["share"] else None
+
+
+def training_run(
+    tfds: str,
+    data_dir: str | None,
+    validation: int | float,
+    label_noise: float,
+    noise_seed: int,
+    held_out: float = 0.0,
+) -> Splits:
+    """Read a dataset of images as training runs, for what is learned of one training run.
+
+    Hyperparameters are learned on runs that never see the last `held_out` of the training split,
+    neither to train on nor to judge by. A validation run is the final run in small: it trains on
+    all that they see, and is judged by what is held out. The final one trains on the whole
+    training split and is judged by the test split.
+    """
+    train, test = (read_images(tfds, split, data_dir=data_dir) for split in ("train", "test"))
+    noisy = with_label_noise(train, label_noise, noise_seed).labels
+    seen = kept(len(noisy), held_out)
+    images = train.inputs[:seen], train.labels[:seen]
+    runs = TrainingRuns.create(*images, validation=validation, training_targets=noisy[:seen])
+    judged = None
+    if seen < len(noisy):
+        unseen = train.inputs[seen:], train.labels[seen:]
+        judged = HeldOut.create(train.inputs[:seen], noisy[:seen], *unseen)
+    final = HeldOut.create(train.inputs, noisy, *test)
+    image = jax.ShapeDtypeStruct((1, *train.inputs.shape[1:]), jnp.float32)
+    return Splits(runs, judged, final, image, int(train.labels.max()) + 1)
+
+
+def _optimizer_runs(
+    tfds: str,
+    data_dir: str | None,
+    validation: int | float,
+    most: int | None,
+    held_out: float = 0.0,
+) -> Splits:
+    """Read a dataset of images: runs on the training split, and on images never seen in those.
+
+    What is learned is how to train, so validation and test runs train too, from fresh
+    initialisations: on the last `held_out` of the training split, and on the test split.
+    """
+    at_least("dataset", 1, most=most)
+
+    def runs(inputs: Any, labels: Any) -> TrainingRuns:
+        images = Images(inputs[:most], labels[:most])
+        return TrainingRuns.create(*images, validation=validation)
+
+    images, test = (read_images(tfds, split, data_dir=data_dir) for split in ("train", "test"))
+    seen = kept(len(images.labels), held_out)
+    train = runs(images.inputs[:seen], images.labels[:seen])
+    unseen = images.inputs[seen:], images.labels[seen:]
+    judged = runs(*unseen) if len(unseen[1]) else None
+    image = jax.ShapeDtypeStruct((1, *train.inputs.shape[1:]), jnp.float32)
+    return Splits(train, judged, runs(*test), image, int(images.labels.max()) + 1)
+
+
+def kept(examples: int, held_out: float) -> int:
+    """Return how many of the training examples are left where a share of them is held out.
+
+    Raises:
+      ValueError: for a share that leaves none on a side; 0 holds nothing out.
+    """
+    if not 0 <= held_out < 1:
+        raise ValueError(
+            f"dataset.held_out={held_out} is the share of the training split that evaluations on "
+            "the way are judged by, from 0 (none of it, and no evaluations) to below 1. Take one "
+            "such as 0.1."
+        )
+    count = round(held_out * examples)
+    if (held_out and not count) or count == examples:
+        raise ValueError(
+            f"dataset.held_out={held_out} of {examples} training examples is {count} of them, "
+            "which leaves none on one side. Take a share such as 0.1, or 0 to hold nothing out."
+        )
+    return examples - count
+
+
+SPECIAL: dict[str, Callable[..., Splits]] = {
+    "sinusoid": _sinusoid,
+    "text": _text,
+    "training_run": training_run,
+    "optimizer_runs": _optimizer_runs,
+}
+
+
+def _is_dataset(export: Any) -> bool:
+    """Say whether an export is a function of a split that returns classes or tasks."""
+    if not inspect.isfunction(export):
+        return False
+    first = next(iter(inspect.signature(export).parameters), "")
+    return first == "split" and (_returns(export, ClassIndex) or _returns(export, Tasks))
+
+
+def _returns(function: Callable[..., Any], kind: type) -> bool:
+    returned = inspect.get_annotations(function, eval_str=True).get("return")
+    return isinstance(returned, type) and issubclass(returned, kind)
+
+
+DATASETS = Exports(datasets, _is_dataset, SPECIAL)

@@ -1,0 +1,250 @@
+"""From a config to a trainer: engine, outer optimizer, truncation, and the layout over devices.
+
+    mesh.tasks     devices that take tasks of their own; None: as many as tasks_per_step divides by
+    mesh.model     pieces that eta is cut into, by `mesh.rules`
+    mesh.tangents  devices that share the tangents of the engine "forward"
+    mesh.rules     (pattern, axis or None, ...), ...: how a leaf of eta is cut, axis by axis
+
+Where a run is computed is no part of what it computes: another mesh goes on from its checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from metalearn import (
+    ES,
+    Algorithm,
+    InverseVariance,
+    Layout,
+    MetaGradient,
+    Trainer,
+    Truncation,
+    make_mesh,
+)
+from metalearn._utils.checks import above, at_least, counts, is_integer, pick
+from metalearn.experiments.build.algorithms import algorithm
+from metalearn.experiments.build.datasets import Splits
+from metalearn.experiments.build.models import model
+from metalearn.experiments.build.registry import (
+    ENGINES,
+    SCHEDULES,
+    as_tuple,
+    check_call,
+    optimizer,
+    without_unset,
+)
+from metalearn.sharding.batched_means import check_tasks, most_devices
+from metalearn.sharding.mesh import AXES, MODEL, TANGENTS, TASKS, format_devices, remaining
+from metalearn.sharding.partition import check_rules
+
+
+def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = None) -> Trainer:
+    """Build the trainer that a config describes, with what `engine="auto"` chose if it did."""
+    added = {
+        "truncation": {"steps": None},
+        "isolate": False,
+        "segment": None,
+    }  # that configs did not always have
+    config = {**added, **config, **config.get("auto", {})}
+    learner = algorithm(config["algorithm"], model(config["model"], splits))
+    options = {**config.get("engine_options", {}), **_tangent_options(layout)}
+    return Trainer(
+        learner,
+        engine(config["engine"], options),
+        outer_optimizer(config["optimizer"], config["steps"], learner),
+        tasks_per_step=config["tasks_per_step"],
+        chunk=config["chunk"],
+        truncation=truncation(config["truncation"]),
+        isolate=config["isolate"],
+        layout=layout,
+        segment=config["segment"],
+    )
+
+
+def truncation(config: Mapping[str, Any]) -> Truncation | None:
+    """Build a truncation; None, full unrolls, where its number of steps is not set."""
+    if config["steps"] is not None:
+        return Truncation(**config)
+    if config.get("shortest") is not None:
+        raise ValueError(
+            f"truncation.shortest={config['shortest']} is of truncated unrolls, but unrolls are "
+            "full: truncation.steps is not set. Set it, or leave both."
+        )
+    return None
+
+
+def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
+    """Build an engine by its name in `ENGINES`, with the options that are set."""
+    values = {key: as_tuple(value) for key, value in set_options(options or {}).items()}
+    build: Callable[..., MetaGradient] = pick(ENGINES, name, "engine")
+    build = _inverse_variance if build is InverseVariance else build
+    try:
+        check_call(f"engine {name!r}", values, build)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} What a config has set for another engine is cleared by "
+            "--config.engine_options.KEY= with nothing behind it."
+        ) from None
+    return build(**values)
+
+
+def _inverse_variance(pairs: int = 4, sigma: float = 0.01) -> InverseVariance:
+    return InverseVariance(ES(pairs, sigma))
+
+
+def set_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those options of an engine that are set: None is not, nor is what is empty."""
+    return {key: value for key, value in options.items() if value not in (None, "", (), [])}
+
+
+def outer_optimizer(
+    config: Mapping[str, Any], steps: int, learner: Algorithm | None = None
+) -> optax.GradientTransformation:
+    """Build the outer optimizer, its learning rate on a schedule over the outer steps.
+
+    It may be one that the algorithm brings (`Algorithm.outer_rules`), and goes through
+    `Algorithm.outer_optimizer`.
+    """
+    options = without_unset(config)
+    schedule = pick(SCHEDULES, options.pop("schedule"), "schedule")
+    clip = options.get("clip")
+    above("optimizer", 0, clip=clip)
+    rules = {} if learner is None else learner.outer_rules()
+    if options["name"] in rules:
+        name = options.pop("name")
+        scale = schedule(1.0, steps)
+        check_call(f"outer optimizer {name!r}", options, rules[name], filled=("schedule", "steps"))
+        return rules[name](schedule=scale if callable(scale) else None, steps=steps, **options)
+    options.pop("clip", None)
+    if "learning_rate" not in options:
+        raise ValueError(f"The outer optimizer {options['name']!r} needs a learning_rate.")
+    made = optimizer({**options, "learning_rate": schedule(options["learning_rate"], steps)})
+    if clip is not None:
+        made = optax.chain(optax.clip_by_global_norm(clip), made)
+    return made if learner is None else learner.outer_optimizer(made)
+
+
+LARGEST_SEED = 2**63 - 1
+
+
+def key_of(seed: int) -> jax.Array:
+    """Return the key () of a seed, from 0 to 2^63 - 1: different seeds are different keys.
+
+    `jax.random.key` takes the last 32 bits of an integer where JAX has no 64-bit ones, its
+    default: key(2**32) is key(0), and key(-1) is key(2**32 - 1). Here both halves of a seed count.
+    Below 2**32 the keys are those of `jax.random.key`.
+
+    Raises:
+      ValueError: for what is no such integer; a boolean is none.
+    """
+    if not is_integer(seed) or not 0 <= int(seed) <= LARGEST_SEED:
+        raise ValueError(
+            f"seed={seed!s:.80} is no seed: those are integers from 0 to {LARGEST_SEED}. Below 0 "
+            "and above, two of them would draw the same numbers."
+        )
+    with jax.enable_x64(True):
+        return jax.random.key(int(seed))
+
+
+MESH: dict[str, Any] = {TASKS: None, MODEL: 1, TANGENTS: 1, "rules": ()}
+
+
+def layout(config: Mapping[str, Any]) -> Layout | None:
+    """Build the layout of a config over the devices there are; None where one is enough.
+
+    Raises:
+      ValueError: for a mesh that the devices, the tasks or the engine do not fit.
+    """
+    config = {**config, **config.get("auto", {})}  # with the chunks that were chosen
+    mesh = {**MESH, **config.get("mesh", {})}
+    check_tasks(config["tasks_per_step"], config["chunk"])
+    at_least("mesh", 1, **{axis: mesh[axis] for axis in AXES})
+    counts("mesh", 1, **{MODEL: mesh[MODEL], TANGENTS: mesh[TANGENTS]})
+    _check(mesh, config)
+    rules = tuple(map(_rule, mesh["rules"]))
+    check_rules(rules, dict.fromkeys(AXES, 1))
+    tasks = _most(mesh, config) if mesh[TASKS] is None else mesh[TASKS]
+    if tasks * mesh[MODEL] * mesh[TANGENTS] == 1 and jax.process_count() == 1:
+        return None
+    return Layout(make_mesh(tasks, mesh[MODEL], mesh[TANGENTS]), rules)
+
+
+def evaluation_layout(config: Mapping[str, Any]) -> Layout | None:
+    """Build a layout to evaluate a run with, on other devices than those it was trained on."""
+    mesh = {**config.get("mesh", {}), TASKS: None, TANGENTS: 1}
+    if len(jax.devices()) % mesh.get(MODEL, 1):
+        mesh |= {MODEL: 1, "rules": ()}
+    return layout({**config, "mesh": mesh})
+
+
+def idle_devices(config: Mapping[str, Any], layout: Layout | None) -> str:
+    """Say how many devices take no part, and why; "" where all do."""
+    config = {**config, **config.get("auto", {})}
+    taken, there = 1 if layout is None else layout.mesh.size, len(jax.devices())
+    if taken == there:
+        return ""
+    chunks = "" if config["chunk"] is None else f" in chunks of {config['chunk']}"
+    return (
+        f"devices: {taken} of {there} take part. tasks_per_step={config['tasks_per_step']}{chunks} "
+        "does not divide among more, or config.mesh asks for no more."
+    )
+
+
+def _tangent_options(layout: Layout | None) -> dict[str, Any]:
+    """Return the options of the engine "forward" that spread its tangents over a layout."""
+    if layout is None or layout.mesh.shape[TANGENTS] == 1:
+        return {}
+    return {"sharding": NamedSharding(layout.mesh, P(TANGENTS))}
+
+
+def _rule(rule: Any) -> tuple[str, P]:
+    words = list(rule) if isinstance(rule, list | tuple) else []
+    if len(words) < 2 or not isinstance(words[0], str):
+        raise ValueError(
+            f"A rule of mesh.rules is a pattern and an axis or None for each axis of an array, "
+            f"such as ('kernel$', None, 'model'), not {rule!r}."
+        )
+    axes = words[1:]
+    for axis in axes:
+        if axis is not None and (not isinstance(axis, str) or axes.count(axis) > 1):
+            raise ValueError(
+                f"In the rule {rule!r:.80} of mesh.rules each axis of an array has an axis of the "
+                f"mesh of its own, or None, not {axis!r:.80}."
+            )
+    return words[0], P(*axes)
+
+
+def _check(mesh: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    if mesh[TANGENTS] > 1 and config["engine"] != "forward":
+        raise ValueError(
+            f"mesh.tangents={mesh[TANGENTS]} spreads the tangents of the engine 'forward', but the "
+            f"engine is {config['engine']!r}, which has none. Leave mesh.tangents at 1."
+        )
+    if mesh[MODEL] > 1 and not mesh["rules"]:
+        raise ValueError(
+            f"mesh.model={mesh[MODEL]} cuts nothing without mesh.rules, which say what is cut and "
+            "how, such as --config.mesh.rules=\"(('kernel$', None, 'model'),)\"."
+        )
+
+
+def _most(mesh: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """Return the most groups of devices that the tasks of a config divide among."""
+    each, processes = mesh[MODEL] * mesh[TANGENTS], jax.process_count()
+    there = remaining(len(jax.devices()), mesh[MODEL], mesh[TANGENTS])
+    step = processes // math.gcd(processes, each)  # as many devices of each process
+    found = most_devices(config["tasks_per_step"], config["chunk"], there, step)
+    if not found:
+        raise ValueError(
+            f"tasks_per_step={config['tasks_per_step']} does not divide among {processes} "
+            f"processes with {format_devices(len(jax.devices()))} in all. Take a multiple "
+            f"of {step}."
+        )
+    return found
