@@ -36,6 +36,7 @@ from ml_collections import config_flags
 
 from metalearn._utils.device_memory import parse_bytes
 from metalearn.experiments.cli import arguments
+from metalearn.experiments.cli.compilation_cache import kept_programs
 from metalearn.experiments.commands import plan, run
 from metalearn.sharding import distributed as processes
 from metalearn.training.outer_loop import Interrupted
@@ -60,6 +61,7 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes share the run.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the processes: SLURM, clouds.")
+_CACHE = flags.DEFINE_bool("compilation_cache", True, "Keep compiled programs between starts.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
 # What a user can mend. Anything else is a bug of ours and keeps its traceback.
@@ -135,7 +137,8 @@ def main(argv: Sequence[str]) -> int:
         processes.start(
             *(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value), detect=_DISTRIBUTED.value
         )
-        COMMANDS[command]()
+        with kept_programs(_CACHE.value):
+            COMMANDS[command]()
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
         return 130

@@ -13,4 +13,4 @@ from metalearn.experiments.cli.arguments import LOADED
 
 def get_config(key: str) -> ml_collections.ConfigDict:
     """Return the config that `--config` named."""
-    return LOADED[key]
+    return LOADED.pop(key)
