@@ -7,7 +7,8 @@
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
 
-Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback. train:
+Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback,
+--nocompilation_cache (compile again what an earlier command has compiled). train:
 --allow-config-change (resume though the config is another). eval: --tasks. eval and export:
 --best (the best checkpoint, of a config with checkpoint_best). export: --out. plan: --budget
 (such as 40GiB; else the memory of the device), --json, --largest=KEY (how large an integer of

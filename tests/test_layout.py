@@ -54,6 +54,9 @@ FEATURES = {
         "algorithms/learned_optimizer/export.py",
         "save_optimizer",
     ),
+    "which names a config may use": ("experiments/build/registry.py", "check_call"),
+    "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),
+    "from a config to the trainer": ("experiments/build/trainers.py", "trainer"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
 }
 

@@ -15,6 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKS = ("algorithms", "models", "datasets", "experiments")
+# Folders that stay in the repository: scripts that measure, and the tuners that they compare with.
+# They run from a checkout, through the links; nothing that is installed imports them.
+NOT_INSTALLED = ("experiments/benchmarks", "experiments/tuners")
 NOT_NEEDED_TO_IMPORT = (
     "tensorflow_datasets",
     "wandb",
@@ -36,13 +39,15 @@ def setup_options():
 
 
 def packages_on_disk():
-    """Map from package name to folder, for every folder that holds Python files."""
+    """Map from package name to folder, for every installed folder that holds Python files."""
     found = {}
     for top in ("metalearn", *LINKS):
         for file in (ROOT / top).rglob("*.py"):
             folder = file.parent.relative_to(ROOT)
             if any((ROOT / part).is_symlink() for part in (folder, *folder.parents)):
                 continue  # rglob follows links on some versions of Python
+            if folder.as_posix() in NOT_INSTALLED:
+                continue
             name = ".".join(folder.parts)
             found[name if top == "metalearn" else f"metalearn.{name}"] = folder.as_posix()
     return found
@@ -68,6 +73,23 @@ def test_every_folder_with_python_files_is_a_listed_package():
     packages, package_dir = setup_options()
     assert package_dir == packages_on_disk()
     assert sorted(packages) == sorted(package_dir)
+
+
+def test_what_is_installed_imports_nothing_that_is_not():
+    left_out = re.compile(r"metalearn\.experiments(\.| import .*\b)(benchmarks|tuners)\b")
+    folders = packages_on_disk().values()
+    files = [file for folder in folders for file in sorted((ROOT / folder).glob("*.py"))]
+    imports = re.compile(r"^\s*(?:from|import) .*", re.MULTILINE)
+    lines = [line for file in files for line in imports.findall(file.read_text(encoding="utf-8"))]
+    assert len(lines) > 500 and not list(filter(left_out.search, lines))
+
+
+@pytest.mark.parametrize("name", ["benchmarks.engines", "tuners.random_search"])
+def test_what_is_not_installed_is_found_in_a_checkout(name):
+    code = f"import importlib.util; print(importlib.util.find_spec({name!r}).origin)"
+    code = code.replace(repr(name), repr(f"metalearn.experiments.{name}"))
+    where = Path(run(sys.executable, "-c", code, cwd=ROOT).strip()).resolve()
+    assert where == ROOT / "experiments" / f"{name.replace('.', '/')}.py"
 
 
 def test_every_package_has_an_init_file():
@@ -136,6 +158,7 @@ def test_wheel_holds_one_package_and_trains_a_step_outside_the_checkout(tmp_path
         for p in (ROOT / "experiments" / "configs").glob("*.py")
     }
     assert {"metalearn/py.typed"} | tracked_data | configs <= set(names)
+    assert not [name for name in names for left in NOT_INSTALLED if left in name]
 
     python = install(wheel, tmp_path / "venv")
     elsewhere = tmp_path / "elsewhere"
