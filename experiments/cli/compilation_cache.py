@@ -19,7 +19,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from metalearn.datasets.reading import cache_dir
 
-LEAST_SECONDS = 0.3  # of compilation, for a program to be kept
+FOLDER = "jax_compilation_cache_dir"
+SETTINGS: dict[str, Any] = {
+    FOLDER: None,
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
 
 
 @contextlib.contextmanager
@@ -29,7 +34,8 @@ def kept_programs(wanted: bool = True) -> Iterator[None]:
     A cache that the user has set up ($JAX_COMPILATION_CACHE_DIR) stays as it is. There is none
     where several processes share a run, or where the directory cannot be written to.
     """
-    if not wanted or jax.config.jax_compilation_cache_dir or jax.process_count() > 1:
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    if not wanted or before[FOLDER] or jax.process_count() > 1:
         yield
         return
     try:
@@ -37,13 +43,7 @@ def kept_programs(wanted: bool = True) -> Iterator[None]:
     except OSError:
         yield
         return
-    settings: dict[str, Any] = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": LEAST_SECONDS,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    _configure(settings)
+    _configure({**SETTINGS, FOLDER: str(folder)})
     try:
         yield
     finally:
