@@ -182,16 +182,16 @@ def training_run(
     """
     train, test = (read_images(tfds, split, data_dir=data_dir) for split in ("train", "test"))
     noisy = with_label_noise(train, label_noise, noise_seed).labels
-    seen = kept(len(noisy), held_out)
-    images = train.inputs[:seen], train.labels[:seen]
-    runs = TrainingRuns.create(*images, validation=validation, training_targets=noisy[:seen])
-    judged = None
-    if seen < len(noisy):
-        unseen = train.inputs[seen:], train.labels[seen:]
-        judged = HeldOut.create(train.inputs[:seen], noisy[:seen], *unseen)
+    count = training_examples(len(noisy), held_out)
+    images = train.inputs[:count], train.labels[:count]
+    runs = TrainingRuns.create(*images, validation=validation, training_targets=noisy[:count])
+    validation_runs = None
+    if count < len(noisy):
+        unseen = train.inputs[count:], train.labels[count:]
+        validation_runs = HeldOut.create(train.inputs[:count], noisy[:count], *unseen)
     final = HeldOut.create(train.inputs, noisy, *test)
     image = jax.ShapeDtypeStruct((1, *train.inputs.shape[1:]), jnp.float32)
-    return Splits(runs, judged, final, image, int(train.labels.max()) + 1)
+    return Splits(runs, validation_runs, final, image, int(train.labels.max()) + 1)
 
 
 def _optimizer_runs(
@@ -213,15 +213,15 @@ def _optimizer_runs(
         return TrainingRuns.create(*images, validation=validation)
 
     images, test = (read_images(tfds, split, data_dir=data_dir) for split in ("train", "test"))
-    seen = kept(len(images.labels), held_out)
-    train = runs(images.inputs[:seen], images.labels[:seen])
-    unseen = images.inputs[seen:], images.labels[seen:]
-    judged = runs(*unseen) if len(unseen[1]) else None
+    count = training_examples(len(images.labels), held_out)
+    train = runs(images.inputs[:count], images.labels[:count])
+    unseen = images.inputs[count:], images.labels[count:]
+    validation_runs = runs(*unseen) if len(unseen[1]) else None
     image = jax.ShapeDtypeStruct((1, *train.inputs.shape[1:]), jnp.float32)
-    return Splits(train, judged, runs(*test), image, int(images.labels.max()) + 1)
+    return Splits(train, validation_runs, runs(*test), image, int(images.labels.max()) + 1)
 
 
-def kept(examples: int, held_out: float) -> int:
+def training_examples(examples: int, held_out: float) -> int:
     """Return how many of the training examples are left where a share of them is held out.
 
     Raises:

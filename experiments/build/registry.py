@@ -138,17 +138,17 @@ def check_call(
       functions: classes or functions that take them, one or several between them.
       filled: arguments that do not come from the config.
     """
-    found = {
+    takes = {
         name: parameter
         for function in functions
         for name, parameter in parameters(function).items()
         if name not in filled
     }
     for key in options:
-        if key not in found:
-            hint = renamed(key, found)
-            raise ValueError(f"The {what} has no option {key!r}.{hint} It has: {list(found)}.")
-    needed = [name for name, p in found.items() if p.default is inspect.Parameter.empty]
+        if key not in takes:
+            hint = renamed(key, takes)
+            raise ValueError(f"The {what} has no option {key!r}.{hint} It has: {list(takes)}.")
+    needed = [name for name, p in takes.items() if p.default is inspect.Parameter.empty]
     missing = [name for name in needed if name not in options]
     if missing:
         raise ValueError(
@@ -161,7 +161,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the named arguments of a function, or of the constructor of a class."""
     if isinstance(function, type):
         init = inspect.signature(function.__init__)  # type: ignore[misc]
-        found = list(init.parameters.values())[1:]  # without self
+        arguments = list(init.parameters.values())[1:]  # without self
     else:
-        found = list(inspect.signature(function).parameters.values())
-    return {p.name: p for p in found if p.kind not in _REST and p.name not in _LIBRARY}
+        arguments = list(inspect.signature(function).parameters.values())
+    return {p.name: p for p in arguments if p.kind not in _REST and p.name not in _LIBRARY}

@@ -94,7 +94,7 @@ def _config_file(name: str) -> tuple[str, str]:
         )
     if name.endswith(".json"):
         return str(JSON), name
-    known = {found: str(CONFIGS / f"{found}.py") for found in packaged()}
+    known = {name: str(CONFIGS / f"{name}.py") for name in packaged()}
     return pick(known, path, "config"), options
 
 

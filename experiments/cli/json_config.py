@@ -45,14 +45,15 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"There is no config file {path}.")
     try:
-        found = strict_json.read(path, "this file")
+        config = strict_json.read(path, "this file")
     except ValueError as error:
         raise ValueError(f"{path} is not JSON of a config: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise ValueError(
-            f'{path} holds {type(found).__name__}, but a config is an object: {{"config": "NAME"}}.'
+            f"{path} holds {type(config).__name__}, but a config is an object: "
+            '{"config": "NAME"}.'
         )
-    return found
+    return config
 
 
 def update(config: ml_collections.ConfigDict, given: dict[str, Any], prefix: str = "") -> None:

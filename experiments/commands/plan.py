@@ -39,23 +39,23 @@ def show(config: Any, budget: int | None, as_json: bool, key: str | None = None)
     plain = build.to_json(config)
     value = None if key is None else _value(plain, key)
     trainer, tasks = abstract(plain)
-    found = plan(trainer, tasks, budget=budget, all_chunks=True)
-    most = None if key is None or value is None else largest(plain, key, value, found)
+    planned = plan(trainer, tasks, budget=budget, all_chunks=True)
+    most = None if key is None or value is None else largest(plain, key, value, planned)
     if as_json:
-        values = to_json(found, trainer)
+        values = to_json(planned, trainer)
         print(strict_json.dumps({**values, "largest": most and most._asdict()}, indent=2))
-        found.choose()
+        planned.choose()
         return
-    print("\n".join(table(found, trainer)))
-    if most is not None and found.leanest is not None:
-        print(f"\n{_said(most, found.leanest, found.budget)}")
-    row = found.choose()
-    print(f"\nChosen: {found.reason()}.\n  {_flags(row)}")
+    print("\n".join(table(planned, trainer)))
+    if most is not None and planned.leanest is not None:
+        print(f"\n{_said(most, planned.leanest, planned.budget)}")
+    row = planned.choose()
+    print(f"\nChosen: {planned.reason()}.\n  {_flags(row)}")
 
 
-def largest(config: dict[str, Any], key: str, value: int, found: Plan) -> Largest | None:
+def largest(config: dict[str, Any], key: str, value: int, planned: Plan) -> Largest | None:
     """Double a value for as long as it fits with the leanest engine, or halve it until it does."""
-    leanest = found.leanest
+    leanest = planned.leanest
     if leanest is None:
         return None
 
@@ -66,14 +66,14 @@ def largest(config: dict[str, Any], key: str, value: int, found: Plan) -> Larges
     row = leanest
     if row_of(2 * value).cost == leanest.cost:
         raise ValueError(f"--largest={key}: memory does not depend on it.")
-    if found.fits(leanest):
-        while found.fits(row := row_of(2 * value)):
+    if planned.fits(leanest):
+        while planned.fits(row := row_of(2 * value)):
             value *= 2
         return Largest(key, value, _needs(row))
     while value > 1:
         beyond, row = row, row_of(value // 2)
         value //= 2
-        if found.fits(row):
+        if planned.fits(row):
             return Largest(key, value, _needs(beyond))
     return Largest(key, None, _needs(row))
 
@@ -128,30 +128,30 @@ HEADER = (
 )
 
 
-def to_json(found: Plan, trainer: Trainer) -> dict[str, Any]:
+def to_json(planned: Plan, trainer: Trainer) -> dict[str, Any]:
     """Return a plan as JSON values; sizes are in bytes."""
     return {
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
-        "budget": found.budget,
+        "budget": planned.budget,
         "tasks_per_step": trainer.tasks_per_step,
-        "inner_steps": found.inner_steps,
-        "plain": _cost_json(found.plain, found.plain),
-        "rows": [_row_json(row, found) for row in found.rows],
-        "chosen": found.rows.index(found.chosen) if found.chosen else None,
-        "why": found.reason() if found.chosen else None,
-        "largest_inner_steps": found.largest_horizon,
+        "inner_steps": planned.inner_steps,
+        "plain": _cost_json(planned.plain, planned.plain),
+        "rows": [_row_json(row, planned) for row in planned.rows],
+        "chosen": planned.rows.index(planned.chosen) if planned.chosen else None,
+        "why": planned.reason() if planned.chosen else None,
+        "largest_inner_steps": planned.largest_horizon,
     }
 
 
-def _row_json(row: Row, found: Plan) -> dict[str, Any]:
+def _row_json(row: Row, planned: Plan) -> dict[str, Any]:
     return {
         "name": row.name,
         **settings(row),
         "exact": row.exact,
-        "fits": found.fits(row),
+        "fits": planned.fits(row),
         "refusal": row.refusal or None,
-        "cost": _cost_json(row.cost, found.plain) if row.cost else None,
+        "cost": _cost_json(row.cost, planned.plain) if row.cost else None,
     }
 
 
@@ -164,39 +164,39 @@ def _cost_json(cost: Cost, plain: Cost) -> dict[str, Any]:
     }
 
 
-def table(found: Plan, trainer: Trainer) -> Iterator[str]:
+def table(planned: Plan, trainer: Trainer) -> Iterator[str]:
     """Yield the lines of a table of a plan."""
     yield (
-        f"{_problem(found, trainer)}; {jax.devices()[0].device_kind}, jax {jax.__version__}; "
-        f"budget {show_bytes(found.budget)}"
+        f"{_problem(planned, trainer)}; {jax.devices()[0].device_kind}, jax {jax.__version__}; "
+        f"budget {show_bytes(planned.budget)}"
     )
     yield ""
     chunk = trainer.batch.at_once
-    refusals = {row.name: row.refusal for row in found.rows if row.refusal}
-    rows = [("", "plain training", str(chunk), *_cells(found.plain, found.plain), "")]
-    rows += [_row_cells(row, found) for row in found.rows if not row.refusal]
+    refusals = {row.name: row.refusal for row in planned.rows if row.refusal}
+    rows = [("", "plain training", str(chunk), *_cells(planned.plain, planned.plain), "")]
+    rows += [_row_cells(row, planned) for row in planned.rows if not row.refusal]
     yield from _aligned([HEADER, *rows])
     yield ""
     for name, refusal in refusals.items():
         yield f"{name} refuses: {refusal.split('. ')[0].rstrip('.')}."
     yield "Plain training: the same inner loops and the outer loss, run forward; no meta-gradient."
     yield "tasks: unrolled at once. FLOPs: of matrix products and convolutions, loops included."
-    if any(row.cost and row.cost.counted_on == "jaxpr" for row in found.rows):
+    if any(row.cost and row.cost.counted_on == "jaxpr" for row in planned.rows):
         yield "FLOPs were counted on the jaxpr: this program's products cannot be read off its HLO."
 
 
-def _problem(found: Plan, trainer: Trainer) -> str:
-    steps, tasks = found.inner_steps, trainer.tasks_per_step
+def _problem(planned: Plan, trainer: Trainer) -> str:
+    steps, tasks = planned.inner_steps, trainer.tasks_per_step
     many = f"{tasks} task{'s' * (tasks != 1)} of {steps} inner step{'s' * (steps != 1)}"
     return f"An outer step of {many}"
 
 
-def _row_cells(row: Row, found: Plan) -> tuple[str, ...]:
-    mark = "*" if row is found.chosen else ""
+def _row_cells(row: Row, planned: Plan) -> tuple[str, ...]:
+    mark = "*" if row is planned.chosen else ""
     name = row.name if row.exact else f"{row.name} (inexact)"
-    fits = "yes" if found.fits(row) else "no"
+    fits = "yes" if planned.fits(row) else "no"
     assert row.cost is not None
-    return mark, name, str(row.chunk), *_cells(row.cost, found.plain), fits
+    return mark, name, str(row.chunk), *_cells(row.cost, planned.plain), fits
 
 
 def _cells(cost: Cost, plain: Cost) -> tuple[str, ...]:
@@ -226,7 +226,7 @@ AUTO = "auto"
 def settled(config: dict[str, Any], checkpoints: pathlib.Path) -> dict[str, Any]:
     """Return the config of a run, with the engine chosen where it is "auto".
 
-    The choice is made once for a run, before its first checkpoint, and kept in the config
+    The choice is made once for a run, before its first checkpoint, and stored in the config
     that its checkpoints record: a run goes on as it began, on whatever device.
     """
     if config["engine"] != AUTO:
@@ -243,16 +243,16 @@ def settled(config: dict[str, Any], checkpoints: pathlib.Path) -> dict[str, Any]
             f'{config["segment"]} cuts a run into programs. Name the engine, "forward", or leave '
             "`segment` unset."
         )
-    kept = _recorded(checkpoints).get(AUTO)
-    chosen = kept or broadcast(_choice(config))
-    say(f"engine: {chosen['why']}{' (chosen when the run began)' if kept else ''}.")
+    stored = _recorded(checkpoints).get(AUTO)
+    chosen = stored or broadcast(_choice(config))
+    say(f"engine: {chosen['why']}{' (chosen when the run began)' if stored else ''}.")
     return {**config, AUTO: chosen}
 
 
 def _choice(config: Mapping[str, Any]) -> dict[str, Any]:
     trainer, tasks = abstract(config)
-    found = plan(trainer, tasks)
-    return {**settings(found.choose()), "why": found.reason()}
+    planned = plan(trainer, tasks)
+    return {**settings(planned.choose()), "why": planned.reason()}
 
 
 def _recorded(checkpoints: pathlib.Path) -> dict[str, Any]:

@@ -100,19 +100,19 @@ def _train(
     finally:
         with disk.forgiven(f"The last checkpoint in {workdir}"):
             checkpoints.close()
-    found: dict[str, Estimate] = {}
+    estimates: dict[str, Estimate] = {}
     try:
-        found = test(trainer, state, splits, plain["seed"], plain["test_tasks"])
+        estimates = test(trainer, state, splits, plain["seed"], plain["test_tasks"])
         if is_first() and not ended:
             _show(plain.get("pictures") or (), workdir, trainer, state, splits, loggers)
     finally:
         for logger in loggers:
             with disk.forgiven(f"What {type(logger).__name__} had left"):
-                logger.finish(found)
+                logger.finish(estimates)
     if is_first():
         with disk.forgiven(f"{workdir / 'test.json'}"):
-            _write(workdir / "test.json", found)
-    return found
+            _write(workdir / "test.json", estimates)
+    return estimates
 
 
 def _evaluated(plain: dict[str, Any], splits: build.Splits) -> list[Tasks]:
@@ -162,11 +162,11 @@ def restore(workdir: pathlib.Path, best: bool = False) -> Restored:
 def evaluate(workdir: pathlib.Path, tasks: int, best: bool = False) -> dict[str, Estimate]:
     """Evaluate the newest checkpoint of a run, or the best, with the config it was trained by."""
     config, trainer, splits, state, _ = restore(workdir, best)
-    found = test(trainer, state, splits, config["seed"], tasks)
+    estimates = test(trainer, state, splits, config["seed"], tasks)
     say(f"{workdir}, outer step {int(state.step)}, on test tasks:")
     if is_first():
-        ConsoleLogger().finish(found)
-    return found
+        ConsoleLogger().finish(estimates)
+    return estimates
 
 
 def export(workdir: pathlib.Path, out: pathlib.Path | None = None, best: bool = False) -> None:
@@ -273,8 +273,8 @@ def _named(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def _write(path: pathlib.Path, found: dict[str, Estimate]) -> None:
-    rows = {name: value._asdict() for name, value in found.items()}
+def _write(path: pathlib.Path, estimates: dict[str, Estimate]) -> None:
+    rows = {name: value._asdict() for name, value in estimates.items()}
     disk.write(path, strict_json.dumps(rows, indent=2) + "\n")
 
 

@@ -11,7 +11,7 @@ from metalearn.datasets import Images
 from metalearn.datasets.text import Windows
 from metalearn.experiments import build
 from metalearn.experiments.build import datasets
-from metalearn.experiments.build.datasets import kept
+from metalearn.experiments.build.datasets import training_examples
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.commands import run
 from metalearn.trainer import EVALUATION
@@ -143,8 +143,8 @@ def test_a_share_that_holds_out_none_or_all_is_refused(share):
     with pytest.raises(
         ValueError, match=re.escape(f"dataset.held_out={share} ") + ".* such as 0.1"
     ):
-        kept(100, share)
-    assert (kept(100, 0), kept(100, 0.25)) == (100, 75)
+        training_examples(100, share)
+    assert (training_examples(100, 0), training_examples(100, 0.25)) == (100, 75)
 
 
 def test_evaluations_on_the_way_without_held_out_images_are_refused(tmp_path):
