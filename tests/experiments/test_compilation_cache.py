@@ -17,7 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:Depreca
 def cache(tmp_path, monkeypatch):
     """An empty cache directory, and no other cache of JAX's: a function that lists the entries."""
     monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(compilation_cache, "LEAST_SECONDS", 0.0)  # small programs, on fast machines
+    seconds = "jax_persistent_cache_min_compile_time_secs"
+    monkeypatch.setitem(compilation_cache.SETTINGS, seconds, 0.0)  # small programs
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     yield lambda: sorted(path.name for path in tmp_path.glob("cache/compiled/*/*-cache"))
