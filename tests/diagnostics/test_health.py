@@ -349,8 +349,9 @@ def test_health_says_of_every_optimizer_what_the_table_says(name):
     as_it_is, _, wrapped, *_ = dict(documented())[name]
     reason = "An infinite derivative of the inner optimizer"
     expected = REASONS["NaN: all zero"] if name in MATRICES else REASONS.get(as_it_is, reason)
-    assert expected in str(checked(trainer(optimizer, inner_steps=4)))
-    mended = str(checked(trainer(differentiable_at_zero(optimizer), inner_steps=4)))
+    with jax.numpy_rank_promotion("allow"):  # some of optax's promote
+        assert expected in str(checked(trainer(optimizer, inner_steps=4)))
+        mended = str(checked(trainer(differentiable_at_zero(optimizer), inner_steps=4)))
     assert REASONS[wrapped] in mended
 
 
