@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 PAIRS = [(name, library) for name in ALGORITHMS for library in LIBRARIES]
 REVERSE = Reverse()
 # What compiles longest and has a quick sibling: tests of its own, or the same algorithm above.
-LARGE = ("LearnedOptimizer", "example-weights", "LearningRates-ConvNet")
+LARGE = ("LearnedOptimizer", "example-weights", "token-weights", "LearningRates-ConvNet")
 EXACT_PAIRS = quick(
     [pair for pair in PAIRS if ALGORITHMS[pair[0]].exact],
     lambda name, library: library == "linen" and name not in LARGE,

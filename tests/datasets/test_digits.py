@@ -65,6 +65,7 @@ def test_an_unknown_split_is_refused_with_those_there_are():
         digits("val")
 
 
+@pytest.mark.slow
 def test_two_processes_may_prepare_at_once(tmp_path):
     env = {**os.environ, "METALEARN_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", ONE_RUN]

@@ -211,6 +211,7 @@ def test_truncated_runs_carry_complex_states(engine):
     assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(state.eta))
 
 
+@pytest.mark.slow
 def test_health_looks_at_complex_parameters_too():
     trainer = Trainer(Spectral(), MixedFlow(), tasks_per_step=1)
     report = trainer.check_health(trainer.init(jax.random.key(0)), Sinusoid())

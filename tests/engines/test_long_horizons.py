@@ -98,6 +98,7 @@ def test_parts_push_the_fewest_tangents_that_will_do():
     assert all(a.stop == b.start for a, b in zip(many, many[1:], strict=False))
 
 
+@pytest.mark.slow
 def test_windows_that_have_not_begun_cost_nothing_and_change_nothing():
     algorithm, episode = make(LEARNED, 28), make_episode()
     eta = algorithm.init(KEY)

@@ -112,7 +112,7 @@ EXACT = {
 
 SETTINGS = quick(
     [(engine, name) for engine in EXACT for name in ("rates", "weights")],
-    lambda engine, name: engine == "parts" and name == "rates",
+    lambda engine, name: engine == "host-parts" and name == "weights",
 )
 
 

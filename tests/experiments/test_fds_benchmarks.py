@@ -75,6 +75,7 @@ def measured(tmp_path_factory):
     return out, rows, dict(np.load(out / "noise.npz"))
 
 
+@pytest.mark.slow
 def test_the_noise_benchmark_writes_a_table_a_csv_and_a_picture(measured):
     out, rows, arrays = measured
     assert list(rows) == ["1", "5", "20", noise.GREEDY]  # 7 does not divide the horizon

@@ -30,6 +30,7 @@ def test_hypergradients_are_charged_by_their_flops_and_keep_to_the_budget():
     assert len(list(Hypergradients(steps=2).tune(tuned, 1e9, KEY))) == 2
 
 
+@pytest.mark.slow
 def test_hypergradients_raise_a_learning_rate_that_is_too_small():
     tuned = slow_start()
     found = list(Hypergradients(steps=4).tune(tuned, 1e9, KEY))

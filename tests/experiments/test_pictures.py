@@ -64,6 +64,7 @@ def test_a_run_draws_what_its_config_names_and_logs_it(workdir):
     assert last["item"]["pictures/loss._type"] == "image-file"
 
 
+@pytest.mark.slow
 def test_tangents_are_those_of_the_hypergradient_of_the_next_outer_step(workdir, found):
     _, metrics = found.trainer.step(found.state, found.splits.train)
     begins = {name: found.trainer.algorithm.edges(name)[:-1] for name in found.state.eta}

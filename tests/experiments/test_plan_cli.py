@@ -117,6 +117,7 @@ def test_plan_ends_with_the_choice_and_the_options_that_make_it(table):
     assert table[-1] == "  --config.engine=reverse --config.chunk=2"
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_fits_ends_with_status_2_after_the_table(capsys):
     assert call(*PLAN, "--budget=1kB") == 2
     captured = capsys.readouterr()

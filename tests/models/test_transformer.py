@@ -240,6 +240,7 @@ def temporaries(layers, remat):
     return jax.jit(grad).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_with_block_remat_memory_hardly_grows_with_depth():
     growth = {remat: temporaries(12, remat) - temporaries(4, remat) for remat in ("none", "block")}
     assert growth["block"] < growth["none"] / 8
@@ -250,7 +251,7 @@ def test_dots_keeps_products_with_weights_and_not_the_scores():
     assert 1.5 * block < dots < plain / 1.5
 
 
-@pytest.mark.parametrize("remat", quick(["none", "block"], lambda remat: remat == "block"))
+@pytest.mark.parametrize("remat", quick(["none", "block"], lambda remat: remat == "none"))
 def test_bfloat16_computes_in_half_precision_and_returns_float32(remat):
     half = dataclasses.replace(TINY, dtype=jnp.bfloat16, remat=remat)
     params = half.init(KEY)

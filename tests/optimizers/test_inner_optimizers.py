@@ -349,7 +349,7 @@ def wanting_value(name):
             "example-weights",
             "token-weights",
         ],
-        lambda name: name in ("MAML", "LearningRates", "example-weights"),
+        lambda name: name in ("MAML", "LearningRates"),
     ),
 )
 def test_every_algorithm_passes_the_loss_its_gradient_is_of(name):
@@ -426,6 +426,7 @@ def test_lbfgs_without_a_line_search_is_differentiated():
     agrees(maml(optimizer), loop_of(optimizer, given=()), MixedFlow())
 
 
+@pytest.mark.slow
 def test_sophia_and_opaque_sam_get_what_they_ask_for():
     sophia = contrib.sophia(0.1, eps=1e-3, update_interval=1)
     agrees(maml(sophia), loop_of(sophia, given=("obj_fn",)), Reverse())
@@ -704,6 +705,7 @@ def test_held_out_tasks_judge_the_eta_that_has_been_learned(tmp_path):
     assert abs(of["learned"] - of["state"]) > 1e-5
 
 
+@pytest.mark.slow
 def test_truncated_runs_carry_the_state_of_an_optimizer_that_wants_the_loss():
     algorithm, tasks = wanting_value("LearnedOptimizer")
     rate = {"max_learning_rate": Hyperparameter(1e-3, 10.0, 1.0, space="log")}

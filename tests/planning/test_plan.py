@@ -99,6 +99,7 @@ def test_an_inexact_setting_is_never_chosen():
 REAL = {"xla_backend_optimization_level": 3}  # as it trains; tests compile with 0
 
 
+@pytest.mark.slow
 def test_a_row_is_what_the_program_that_trains_will_take():
     found = plan(TRAINER, WAVES, candidates=TWO)
     for one, (engine, _) in zip(found.rows, TWO, strict=True):

@@ -119,6 +119,7 @@ def test_a_step_goes_on_from_where_its_state_stands(x64):
     assert bits(found) == bits(expected)
 
 
+@pytest.mark.slow
 def test_segments_of_the_same_length_and_tangents_share_a_program():
     made = trainer(segment=2)
     parts, state = made.parts(Targets()), made.init(KEY, Targets())

@@ -243,6 +243,7 @@ def test_a_schedule_is_not_stretched_over_fewer_steps():
         make(inner_steps=10, eval_steps=5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_slots_keep_the_type_of_the_parameters_whatever_is_learned():
     learned = {"momentum": Hyperparameter(0.0, 1.0, 0.5), "weight_decay": Hyperparameter(0.0, 1.0)}

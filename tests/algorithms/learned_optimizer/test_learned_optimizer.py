@@ -152,6 +152,7 @@ MIXTURE = Together(
 BOTH = SideBySide({"bowl": Quadratics(2), "digits": TASKS["TrainingRuns"]})
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_each_part_as_if_it_were_alone():
     mixed = LearnedOptimizer(MIXTURE, SGD, inner_steps=3)
     ((loss, aux), grads), episode = solved(mixed, BOTH)
