@@ -95,13 +95,13 @@ class Trainer:
             return
         if not isinstance(self.engine, Streaming):
             raise ValueError(
-                f"`Trainer(segment={self.segment})` cuts a run into programs, which takes an "
-                "engine that keeps nothing of the steps behind it: `Forward()`, not "
+                f"`Trainer(segment={self.segment})` cuts an outer step into programs, which takes "
+                "an engine that saves no residuals of earlier inner steps: `Forward()`, not "
                 f"`{type(self.engine).__name__}`."
             )
         if self.truncation is not None:
             raise ValueError(
-                "`Trainer(segment=..., truncation=...)`: inner runs are whole and take several "
+                "`Trainer(segment=..., truncation=...)`: unrolls are full and take several "
                 "programs, or they are truncated. Choose one."
             )
 
@@ -323,7 +323,7 @@ class Trainer:
           key: of the run: it draws the initial eta and all tasks.
           state: the state to start from, such as `init(key, tasks)`; `key` is then not needed,
             and not read. None: `init(key, tasks)`. A checkpoint takes precedence over both.
-          held_out: validation tasks, evaluated on the way; not those of the final test.
+          held_out: validation tasks, evaluated during training; not those of the final test.
           eval_every: outer steps between evaluations; None or 0: never.
           eval_tasks: tasks of an evaluation, the same every time.
           log_every: outer steps between two rows of metrics; 0: never.

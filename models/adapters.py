@@ -1,4 +1,4 @@
-"""What the adapters share: checks of their arguments, and how a network is told `train`.
+"""What the adapters share: checks of their arguments, and how `train` is passed to a network.
 
 Libraries and authors have different names for the flag of training mode. The `mode` of an adapter
 is a function from `train` to keyword arguments of the network; None passes those arguments of the

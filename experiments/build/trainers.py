@@ -5,7 +5,7 @@
     mesh.tangents  devices that share the tangents of the engine "forward"
     mesh.rules     (pattern, axis or None, ...), ...: how a leaf of eta is cut, axis by axis
 
-Where a run is computed is no part of what it computes: another mesh goes on from its checkpoints.
+The mesh does not change the results: a run can be resumed on another one.
 """
 
 from __future__ import annotations

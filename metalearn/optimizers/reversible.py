@@ -5,7 +5,7 @@ Adam's update is a function of its moments after the step, so the parameters bef
     theta_t = theta_{t+1} - u(m_{t+1}, v_{t+1})
 
 and with the gradient g_t taken there again, m_t = (m_{t+1} - (1 - b1) g_t) / b1 and v_t
-likewise. An inner loop then need not keep its states for the way back
+likewise. An inner loop then need not save its states for the backward pass
 (`MixedFlow(remat="inexact_reconstruct")`): memory is flat in T. But 1 / b1 > 1: what rounding
 adds grows geometrically, step by step back, so the states are kept again every so often.
 
