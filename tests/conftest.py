@@ -4,6 +4,7 @@ import os
 import sys
 
 import jax
+import jaxlib
 import pytest
 from jaxtyping import install_import_hook
 
@@ -27,13 +28,16 @@ install_import_hook(
     "tests.helpers.shapes.check_arrays",
 )
 
-# Most of a test's time is LLVM's, on programs that then run for milliseconds. XLA's own
+# Most of a test's time is compilation, of programs that then run for milliseconds. XLA's own
 # passes, and with them memory and FLOPs, are as ever.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+FLAGS = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",  # two workers have a core each
-)
+]
+if jaxlib.version.__version_info__ < (0, 11):  # later ones have these emitters alone
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # a third of the time
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 
 @pytest.fixture(scope="session", autouse=True)

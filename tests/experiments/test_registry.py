@@ -234,8 +234,8 @@ def test_a_config_file_is_executed_once(tmp_path, option, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(COUNTED)
     trained = []
     monkeypatch.setattr(run, "train", lambda config, *_: trained.append(config))
-    config = f"--config={tmp_path / 'mine.py'}{option}"
-    assert call("train", config, "--config.seed=3", f"--workdir={tmp_path}") == 0
+    config = f"{tmp_path / 'mine.py'}{option}"
+    assert call("train", f"--config={config}", "--config.seed=3", f"--workdir={tmp_path}") == 0
     assert (tmp_path / "mine.txt").read_text() == "executed\n"
     assert trained[0].seed == 3 and trained[0].wandb.name == option[1:]
-    assert not arguments.LOADED
+    assert config not in arguments.LOADED  # it has been handed over
