@@ -250,10 +250,10 @@ def finite(by_kind: Mapping[str, Outcome]) -> str:
     )
 
 
-def same(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> str:
-    """Say whether values are bit-equal, and derivatives equal where they are finite."""
+def same(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome], rounding: float = 0.0) -> str:
+    """Say whether values are equal up to `rounding`, and derivatives where they are finite."""
     for kind, expected in theirs.items():
-        if not np.array_equal(ours[kind].params, expected.params, equal_nan=True):
+        if not np.allclose(ours[kind].params, expected.params, rounding, rounding, equal_nan=True):
             return f"other values: {kind}"
         if np.isfinite(expected.slopes).all():
             error = np.abs(ours[kind].slopes - expected.slopes).max()
@@ -265,8 +265,13 @@ def same(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> str:
 COLUMNS = ("as it is", "eps_root=1e-8", "wrapped", "asks for", "wrapped against as it is")
 
 
-def cells(row: Row) -> list[str]:
-    """Return the cells of an optimizer's row."""
+def cells(row: Row, rounding: float = 0.0) -> list[str]:
+    """Return the cells of an optimizer's row.
+
+    Args:
+      row: the optimizer.
+      rounding: by how much values with and without the wrapper may differ; 0: bit-equal.
+    """
     forward = not has_reverse_mode(row)
 
     def tried(optimizer: optax.GradientTransformation, dtype: Any) -> dict[str, Outcome]:
@@ -275,7 +280,8 @@ def cells(row: Row) -> list[str]:
     takes = "eps_root" in inspect.signature(row.make).parameters
     wrapped = differentiable_at_zero(row.make())
     with jax.enable_x64(True):
-        compared = same(tried(wrapped, jnp.float64), tried(row.make(), jnp.float64))
+        values = tried(wrapped, jnp.float64), tried(row.make(), jnp.float64)
+        compared = same(*values, rounding)
     return [
         finite(tried(row.make(), jnp.float32)),
         finite(tried(row.make(eps_root=EPS_ROOT), jnp.float32)) if takes else "",

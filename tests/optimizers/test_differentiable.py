@@ -395,8 +395,10 @@ UNDEFINED = ("contrib.dadapt_adamw", "contrib.normalize", "contrib.prodigy", "co
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of optax, on its own arguments
 @pytest.mark.parametrize("name", table.optimizers())
 def test_an_optimizer_is_as_the_documentation_says(name):
-    with jax.enable_x64(False):
-        measured = table.cells(table.optimizers()[name])
+    # Some of optax promote ranks. The flags of tests round two programs differently.
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        measured = table.cells(table.optimizers()[name], rounding=1e-13)
     assert measured == dict(documented())[name]
