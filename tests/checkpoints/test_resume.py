@@ -175,7 +175,7 @@ def test_runs_killed_at_twenty_random_moments_resume_to_the_same_bits(options, t
 SOAK = """
 import json, os, pathlib, sys
 import jax
-from metalearn.experiments import run
+from metalearn.experiments.commands import run
 from metalearn.experiments.configs import maml_digits
 from metalearn.loggers import Logger
 
