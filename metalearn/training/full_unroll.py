@@ -30,10 +30,11 @@ Result: TypeAlias = tuple[tuple[jax.Array, Aux], Eta]  # ((loss (), aux), meta-g
 class FullUnroll:
     """Full unrolls of a batch of tasks, and the mean of their meta-gradients.
 
-    algorithm: what is learned, and what one inner step is.
-    engine: how the unroll is differentiated.
-    batch: the tasks of an outer step, over devices and in chunks.
-    isolate: leave non-finite tasks out of the mean.
+    Args:
+      algorithm: the meta-learning method: meta-parameters and inner loop.
+      engine: differentiates the unroll.
+      batch: the tasks of an outer step, over devices and in chunks.
+      isolate: leave non-finite tasks out of the mean.
     """
 
     algorithm: Algorithm
