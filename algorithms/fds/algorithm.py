@@ -137,9 +137,11 @@ class FDS(Algorithm):
 
         def init(eta: Eta) -> ModelTraining:
             params, statistics = self.model.init(model_key)
-            optimizer = self._optimizer(self.values(eta, 0))
-            self._check_interpolations(self.values(eta, 0)["optimizer"], params)
-            return ModelTraining(params, start(optimizer, params), statistics)
+            values = self.values(eta, 0)
+            slots = start(self._optimizer(values), params)
+            if interpolations(slots):
+                self._check_interpolations(values["optimizer"], params)
+            return ModelTraining(params, slots, statistics)
 
         def step(eta: Eta, state: ModelTraining, batch: Batch, grad: GradFn) -> ModelTraining:
             number, rows = batch
