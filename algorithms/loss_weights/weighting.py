@@ -131,7 +131,7 @@ class ExampleWeights(_FeatureWeights):
 
     features: tuple[str, ...] = ("example_loss", "spread")
 
-    def __call__(self, eta: Eta, inputs: WeightInputs) -> Float[Array, "batch S"]:
+    def __call__(self, eta: Eta, inputs: WeightInputs) -> Float[Array, "batch 1"]:
         """Return the score of every example: [batch, 1]."""
         return mlp(eta, features(self.features, inputs, self.sources).mean(1))
 

@@ -49,7 +49,7 @@ def draw(
     """
     check([kind], trainer.algorithm)
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('pictures need matplotlib: pip install "metalearn[plots]".')
+        raise ValueError('pictures need matplotlib: pip install "metalearn-jax[plots]".')
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
     drawn = trainer.algorithm.pictures()[kind](trainer, state, tasks, workdir)

@@ -45,7 +45,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "Bayesian optimization and BOHB take their suggestions from Optuna, which is not "
-        'installed. It comes with the extra: pip install "metalearn[tuners]"'
+        'installed. It comes with the extra: pip install "metalearn-jax[tuners]"'
     ) from error
 
 ENOUGH = 10  # runs of one length before they are modelled: Optuna's default

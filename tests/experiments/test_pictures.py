@@ -173,7 +173,9 @@ def test_the_command_draws_tangents_of_outer_steps_in_segments(workdir, found, m
 def test_without_matplotlib_a_run_ends_as_ever(workdir, found, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     run._show(["schedules"], workdir, found.trainer, found.state, found.splits, [])
-    needs = 'The schedules are not drawn: pictures need matplotlib: pip install "metalearn[plots]"'
+    needs = (
+        'The schedules are not drawn: pictures need matplotlib: pip install "metalearn-jax[plots]"'
+    )
     assert needs in capsys.readouterr().out
 
 

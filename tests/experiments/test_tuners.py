@@ -228,5 +228,5 @@ def test_without_optuna_the_import_names_the_extra(monkeypatch):
     name = "metalearn.experiments.tuners.black_box"
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=re.escape('pip install "metalearn[tuners]"')):
+    with pytest.raises(ImportError, match=re.escape('pip install "metalearn-jax[tuners]"')):
         importlib.import_module(name)
