@@ -1,6 +1,7 @@
 """What holds for every test: shapes are strict, caches the session's own, W&B is left ended."""
 
 import os
+import pathlib
 import sys
 
 import jax
@@ -38,6 +39,17 @@ FLAGS = [
 if jaxlib.version.__version_info__ < (0, 11):  # later ones have these emitters alone
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # a third of the time
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+
+# Compiled programs are kept from one run of the tests to the next, and for their child processes.
+PROGRAMS = {
+    "jax_compilation_cache_dir": str(pathlib.Path(__file__).resolve().parents[1] / ".jax_cache"),
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # of the user's own choice
+    for name, value in PROGRAMS.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session", autouse=True)
