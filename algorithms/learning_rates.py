@@ -114,7 +114,7 @@ class LearningRates(Algorithm):
     def _undo(self, eta: Eta, state: ModelTraining, batch: Batch, grad: GradFn) -> ModelTraining:
         """Return the state before a step of a reversible optimizer, from the state after it."""
         assert isinstance(self.optimizer, Reversible)
-        updates = _scaled(eta, self.optimizer.taken(state.optimizer))
+        updates = _scaled(eta, self.optimizer.last_update(state.optimizer))
         params = jax.tree.map(jnp.subtract, state.params, updates)
         data, key = batch
         evaluated, statistics = self._evaluate(state._replace(params=params), data, key, grad)

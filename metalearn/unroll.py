@@ -86,10 +86,10 @@ def horizon(batches: Batch) -> int:
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
     lengths = {shape[0] if shape else None for shape in shapes}
     if len(lengths) != 1 or None in lengths or 0 in lengths:
-        found = sorted(str(shape) for shape in shapes) or "no leaves at all"
+        listed = sorted(str(shape) for shape in shapes) or "no leaves at all"
         raise ValueError(
             "The leaves of `batches` must share a leading axis of T >= 1 inner steps, but their "
-            f"shapes are {found}. An inner loop that reads no data takes `jnp.arange(T)`."
+            f"shapes are {listed}. An inner loop that reads no data takes `jnp.arange(T)`."
         )
     return int(lengths.pop())  # type: ignore[arg-type]
 

@@ -1,12 +1,19 @@
 """A reader who knows the field finds the file of a feature by the names of folders and modules."""
 
 import ast
+import dataclasses
+import itertools
 import pathlib
 import textwrap
+import traceback
 
+import jax
 import pytest
 
 import metalearn
+from metalearn import MixedFlow, Reverse, Trainer
+from metalearn.algorithms import MAML, squared_error
+from tests.cases import MODELS, TASKS
 
 ROOT = pathlib.Path(metalearn.__file__).parent.parent
 TESTS = pathlib.Path(__file__).parent
@@ -113,6 +120,47 @@ def test_imports_inside_metalearn_run_one_way():
         floor
     )
     assert not upwards, upwards
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced(MAML):
+    """MAML that notes which files call its inner step."""
+
+    callers: list = dataclasses.field(default_factory=list)
+
+    def unroll(self, episode, key):
+        unroll = super().unroll(episode, key)
+
+        def step(*args):
+            self.callers.append([frame.filename for frame in traceback.extract_stack()])
+            return unroll.step(*args)
+
+        return unroll._replace(step=step)
+
+
+# The mean over tasks: it maps a function as `jax.vmap` does, over devices and in chunks.
+MAP = ("metalearn/training/task_batch.py", "metalearn/sharding/batched_means.py")
+
+
+@pytest.mark.parametrize(
+    ("engine", "file"), [(MixedFlow(), "mixed_flow/engine.py"), (Reverse(), "reverse.py")]
+)
+def test_an_outer_step_reads_from_the_trainer_to_the_inner_step_in_files_passed_once(engine, file):
+    algorithm = Traced(MODELS["linen-MLP"], squared_error, inner_steps=2)
+    trainer, tasks = Trainer(algorithm, engine, tasks_per_step=2), TASKS["Sinusoid"]
+    trainer.step.lower(trainer.init(jax.random.key(0)), tasks)
+    assert algorithm.callers
+    for callers in algorithm.callers:
+        paths = [pathlib.Path(name) for name in callers if str(ROOT / "metalearn") in name]
+        files = [str(path.relative_to(ROOT)) for path in paths]
+        files = [name for name in files if name not in MAP]
+        passed = [name for name, _ in itertools.groupby(files)]
+        assert passed == [
+            "metalearn/trainer.py",
+            "metalearn/training/full_unroll.py",
+            f"metalearn/engines/{file}",
+            "metalearn/engines/inner_loop.py",
+        ]
 
 
 def imported_test_files(source):

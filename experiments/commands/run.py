@@ -49,7 +49,7 @@ def train(
     plain = auto.settled(build.to_json(config), _checkpoints(workdir))
     if plain["checkpoint_best"] and not plain["eval_every"]:
         raise ValueError(
-            f"checkpoint_best={plain['checkpoint_best']!r} is judged by evaluations on the way, "
+            f"checkpoint_best={plain['checkpoint_best']!r} is judged by evaluations in training, "
             "and eval_every is 0. Set it, to outer steps from one to the next."
         )
     with held(workdir) if is_first() else contextlib.nullcontext():

@@ -24,7 +24,7 @@ def write(directory: pathlib.Path) -> None:
         disk.write(directory / NAME, strict_json.dumps(digests, indent=1, sort_keys=True) + "\n")
 
 
-def trouble(directory: pathlib.Path) -> str | None:
+def problem(directory: pathlib.Path) -> str | None:
     """Return what is wrong with the first damaged file below a directory; None: none is."""
     listed = directory / NAME
     if not listed.exists():

@@ -26,7 +26,7 @@ from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import at_least, is_integer
 from metalearn.checkpoints import record as run_record
 from metalearn.checkpoints.record import ChangedConfigError, OtherArraysError, Record
-from metalearn.checkpoints.store import DiskError, Inside, Store, UnreadableError
+from metalearn.checkpoints.store import DiskError, SegmentCheckpoints, Store, UnreadableError
 from metalearn.sharding.distributed import say
 from metalearn.train_state import TrainState
 
@@ -71,8 +71,8 @@ class Checkpoints:
         self.every, self.best, self.allow_change = every, best or None, allow_change
         self.within = within
         judged = _best(best) if best else None
-        self._store = Store(self.directory, keep, judged, run_record.trouble)
-        self._inside = Inside(self.directory / "within")
+        self._store = Store(self.directory, keep, judged, run_record.problem)
+        self._segments = SegmentCheckpoints(self.directory / "within")
         self._reported: set[int] = set()  # damaged steps
         self._writes = False  # whether this process has saved
 
@@ -99,7 +99,7 @@ class Checkpoints:
     ) -> None:
         """Start to save a state inside the outer step after `step`."""
         record = run_record.record(step, self.config, loggers, state) | {"inner_step": inner_step}
-        self._save(lambda: self._inside.save(state, record))
+        self._save(lambda: self._segments.save(state, record))
 
     def _save(self, begin: Callable[[], None]) -> None:
         self._writes = True
@@ -118,13 +118,13 @@ class Checkpoints:
     def drop_within(self) -> None:
         """Delete all checkpoints inside outer steps."""
         self.wait()
-        self._inside.clear()
+        self._segments.clear()
 
     def _drop_outdated(self) -> None:
         """Delete checkpoints inside outer steps that are complete and saved."""
-        record = self._inside.record()
+        record = self._segments.record()
         if record is not None and record["step"] < (self._store.newest() or 0):
-            self._inside.clear()
+            self._segments.clear()
 
     def latest(self) -> int | None:
         """Return the outer step of the newest intact checkpoint; None if there is no checkpoint.
@@ -172,7 +172,7 @@ class Checkpoints:
             except UnreadableError as error:
                 if step is not None:
                     raise
-                self._store.set_aside(at, error)
+                self._store.mark_damaged(at, error)
                 continue
             run_record.check_schema(record, self.directory)
             return record
@@ -220,7 +220,7 @@ class Checkpoints:
                 assert record is not None
                 return self._state(record, state), record
             except UnreadableError as error:
-                self._store.set_aside(step, error)
+                self._store.mark_damaged(step, error)
         restored = self._newest(state)
         if restored is None:
             raise ValueError(f"There is no checkpoint in {self.directory}.")
@@ -238,18 +238,18 @@ class Checkpoints:
             try:
                 return self._state(record, state), record
             except UnreadableError as error:
-                self._store.set_aside(record["step"], error)
+                self._store.mark_damaged(record["step"], error)
             except OtherArraysError:
                 if not self._fits_before(record["step"], state):
                     raise
-                self._store.set_aside(record["step"], "it holds other arrays than those before it")
+                self._store.mark_damaged(record["step"], "its arrays differ from those before it")
         return None
 
     def _fits_before(self, step: int, state: TrainState) -> bool:
         """Return whether a checkpoint before `step` has the arrays of `state`."""
         shapes = jax.tree.map(_wanted, state)
         for before in self._store.steps():
-            if before < step and self._store.is_whole(before):
+            if before < step and self._store.is_intact(before):
                 with contextlib.suppress(UnreadableError, OtherArraysError):
                     record = self._store.read_record(before)
                     run_record.check_arrays(record, _fields(record, shapes), self.directory)
@@ -265,7 +265,7 @@ class Checkpoints:
             run_record.check_schema(record, self.directory)
             try:
                 if run_record.same_config(record, self.config):
-                    state = self._state(record, shapes, *self._inside.newest())
+                    state = self._state(record, shapes, *self._segments.newest())
                     if int(state.step) != record["step"]:
                         raise UnreadableError(
                             f"its record is of outer step {record['step']}, its arrays of "
@@ -274,21 +274,21 @@ class Checkpoints:
                     return state, record["loggers"]
                 why = "is of another config"
             except UnreadableError as error:
-                self._inside.set_aside(error)
+                self._segments.mark_damaged(error)
                 return self._restore_within(shapes)
             except OtherArraysError as error:
                 why = f"is of other arrays ({error})"
             say(f"What was saved inside outer step {record['step'] + 1} {why}: it begins anew.")
-        elif self._inside.damage:
+        elif self._segments.damage:
             say(
                 f"A checkpoint inside an outer step, in {self.directory}, is damaged "
-                f"({self._inside.damage}): going on from another one."
+                f"({self._segments.damage}): going on from another one."
             )
         return None
 
     def _record_within(self) -> Record | None:
         """Return the record of the newest checkpoint inside a step, if no complete one is newer."""
-        record = self._inside.record()
+        record = self._segments.record()
         newer = record is not None and record["step"] >= (self._store.newest() or 0)
         return record if newer else None
 
@@ -342,7 +342,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until the last save is complete; print a message if the disk refused it."""
-        for store in (self._store, self._inside):
+        for store in (self._store, self._segments):
             try:
                 store.wait()
             except DiskError as error:
@@ -355,7 +355,7 @@ class Checkpoints:
             with disk.forgiven(f"What is outdated in {self.directory}"):
                 self._drop_outdated()
         self._store.close()
-        self._inside.close()
+        self._segments.close()
 
     def _refused(self, error: DiskError) -> None:
         kept, inside = self._store.newest(), self._record_within()

@@ -75,9 +75,9 @@ class _Names:
         return self._names.find_step(base_path, step)
 
     def find_all(self, base_path: Any) -> Iterator[Any]:
-        for found in self._names.find_all(base_path):
-            if found.path.name == str(found.step):  # no digits but 0 to 9
-                yield _Undated(found.step, found.path)
+        for checkpoint in self._names.find_all(base_path):
+            if checkpoint.path.name == str(checkpoint.step):  # no digits but 0 to 9
+                yield _Undated(checkpoint.step, checkpoint.path)
 
 
 class _Undated(ocp.path.step.Metadata):

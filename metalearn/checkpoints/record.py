@@ -50,27 +50,27 @@ def record(
     }
 
 
-def trouble(saved: Any, step: int) -> str | None:
+def problem(saved: Any, step: int) -> str | None:
     """Return what is wrong with the record of outer step `step`; None if it is valid.
 
     Of a newer schema only those keys are checked that `check_schema` reads.
     """
-    wrong = _trouble(saved)
+    wrong = _problem(saved)
     if wrong is None and _is_known(saved) and saved["step"] != step:
         return f"its record is of outer step {saved['step']}"
     return wrong
 
 
-def trouble_within(saved: Any, number: int) -> str | None:
+def problem_within(saved: Any, number: int) -> str | None:
     """Return what is wrong with the record of a checkpoint inside an outer step; None: nothing."""
     del number  # in the order of saving
-    wrong = _trouble(saved)
+    wrong = _problem(saved)
     if wrong is None and _is_known(saved):
         return _wrong_type(saved, "inner_step", int, 1)
     return wrong
 
 
-def _trouble(saved: Any) -> str | None:
+def _problem(saved: Any) -> str | None:
     if not isinstance(saved, dict):
         return f"its record is no object but {type(saved).__name__}"
     wrong = _wrong_type(saved, "schema", int, 1) or _wrong_type(saved, "versions", dict)

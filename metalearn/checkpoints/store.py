@@ -32,12 +32,12 @@ from jax.experimental import multihost_utils
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import first_line
 from metalearn.checkpoints import digests
-from metalearn.checkpoints.record import Record, trouble_within
+from metalearn.checkpoints.record import Record, problem_within
 
 LISTINGS = 20  # how often a directory is listed again before a missing step counts as damaged
 
 # (record, step) -> what is wrong with the record of a step; None: it is valid.
-Trouble = Callable[[Any, int], str | None]
+Problem = Callable[[Any, int], str | None]
 
 
 class DiskError(OSError):
@@ -61,7 +61,7 @@ class Store:
         directory: pathlib.Path,
         keep: int,
         best: tuple[str, str] | None,
-        trouble: Trouble,
+        problem: Problem,
     ):
         """Open or make a directory; `best`: ("max" or "min", the metric's name)."""
         # Imported with the first store: `import metalearn` does without Orbax.
@@ -69,11 +69,11 @@ class Store:
 
         self._orbax = orbax_manager
         self.directory = directory
-        self._trouble = trouble
+        self._problem = problem
         self.damaged: dict[int, str] = {}
         self._keep, self._best = keep, best
         self._manager = self._orbax.Manager(directory, keep, best)
-        self._whole: set[int] = set()  # intact steps that were checked
+        self._intact: set[int] = set()  # intact steps that were checked
         self._writing: threading.Thread | None = None
         self._failed = False  # whether a save of this process has failed
         self._listings = 0  # since a step was read
@@ -82,7 +82,7 @@ class Store:
         """Return the newest intact step; None if there is none."""
         while True:
             for step in self.steps():
-                if self.is_whole(step):
+                if self.is_intact(step):
                     return step
                 if self._lists_others():
                     break
@@ -108,13 +108,13 @@ class Store:
         self._listings += 1
         for step in before - now:
             self.damaged.pop(step, None)
-            self._whole.discard(step)
+            self._intact.discard(step)
         return True
 
-    def set_aside(self, step: int, why: object) -> None:
+    def mark_damaged(self, step: int, why: object) -> None:
         """Note that a step is damaged, unless another process has deleted it."""
         self._note(step, why)
-        self._whole.discard(step)
+        self._intact.discard(step)
         self._lists_others()
 
     def last(self) -> int | None:
@@ -123,12 +123,12 @@ class Store:
 
     def best(self) -> int | None:
         """Return the intact step with the best metric, the newest of equals; None: no metrics."""
-        while not all([self.is_whole(step) for step in self.steps()]):
+        while not all([self.is_intact(step) for step in self.steps()]):
             if not self._lists_others():
                 break
         mode, name = self._best or ("max", "")
-        whole = [step for step in self.steps() if self.is_whole(step)]
-        judged = {step: (self._manager.metrics(step) or {}).get(name) for step in whole}
+        intact = [step for step in self.steps() if self.is_intact(step)]
+        judged = {step: (self._manager.metrics(step) or {}).get(name) for step in intact}
         sign = 1 if mode == "max" else -1
         scores = [(sign * value, step) for step, value in judged.items() if value is not None]
         return max(scores)[1] if scores else None
@@ -145,7 +145,7 @@ class Store:
                 f"A checkpoint of outer step {step} cannot be written to {self.directory}, which "
                 f"has one of step {self._manager.latest_step()}: another run's, by the number."
             )
-        self._whole.add(step)
+        self._intact.add(step)
         if jax.process_index() == 0:
             self._writing = threading.Thread(target=self._write_digests, args=(step,), daemon=True)
             self._writing.start()
@@ -161,7 +161,7 @@ class Store:
             record = strict_json.restored(_read(lambda: self._manager.read_record(step)))
         except RecursionError as error:
             raise UnreadableError("its record is nested too deeply") from error
-        if wrong := self._trouble(record, step):
+        if wrong := self._problem(record, step):
             raise UnreadableError(wrong)
         return record
 
@@ -183,7 +183,7 @@ class Store:
         """Delete every checkpoint."""
         for step in self._manager.all_steps():
             self._manager.delete(step)
-        self._whole.clear()
+        self._intact.clear()
 
     def wait(self) -> None:
         """Wait until the last save is complete; DiskError if the disk refused it."""
@@ -222,20 +222,20 @@ class Store:
         if (self.directory / str(step)).is_dir():
             digests.write(self.directory / str(step))
 
-    def is_whole(self, step: int) -> bool:
+    def is_intact(self, step: int) -> bool:
         """Return whether a step's files and record are as they were written."""
         if step in self.damaged:
             return False
-        if step not in self._whole:
+        if step not in self._intact:
             if (wrong := self._wrong(step)) is not None:
                 self._note(step, wrong)
                 return False
-            self._whole.add(step)
+            self._intact.add(step)
         return True
 
     def _wrong(self, step: int) -> str | None:
         place = self.directory / str(step)
-        if wrong := digests.trouble(place):
+        if wrong := digests.problem(place):
             return wrong
         if (place / "metrics").exists() and self._manager.metrics(step) is None:
             return "its metrics cannot be read"
@@ -308,7 +308,7 @@ def _copy_in_place(place: pathlib.Path) -> None:
     aside.rename(place)
 
 
-class Inside:
+class SegmentCheckpoints:
     """Checkpoints inside an outer step, in a directory that is made when it is needed."""
 
     def __init__(self, directory: pathlib.Path):
@@ -316,7 +316,7 @@ class Inside:
         self._store = self._open() if directory.is_dir() else None
 
     def _open(self) -> Store:
-        return Store(self._directory, keep=2, best=None, trouble=trouble_within)
+        return Store(self._directory, keep=2, best=None, problem=problem_within)
 
     def save(self, state: Any, record: Record) -> None:
         """Start to save, after the save before has ended (`wait`). DiskError: the disk refused."""
@@ -329,13 +329,13 @@ class Inside:
             try:
                 return self._store.read_record(newest)
             except UnreadableError as error:
-                self.set_aside(error)
+                self.mark_damaged(error)
         return None
 
-    def set_aside(self, error: Exception) -> None:
+    def mark_damaged(self, error: Exception) -> None:
         """Note that the newest checkpoint, whose record `record` returned, cannot be read."""
         store, newest = self.newest()
-        store.set_aside(newest, error)
+        store.mark_damaged(newest, error)
 
     @property
     def damage(self) -> str:

@@ -140,7 +140,7 @@ class Tape:
 class Playback:
     """Returns recorded results, call by call, differentiated as `value_and_grad` does.
 
-    `value_and_grad` takes the result as a further argument, `given`.
+    `value_and_grad` takes the result as a further argument, `result`.
     """
 
     def __init__(self, results: list[Any], value_and_grad: ValueAndGrad):
@@ -152,7 +152,7 @@ class Playback:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._check(bool(self._left))
-            known = self._value_and_grad(fun, argnums, has_aux, given=self._left.pop(0))
+            known = self._value_and_grad(fun, argnums, has_aux, result=self._left.pop(0))
             return known(*args, **kwargs)
 
         return call

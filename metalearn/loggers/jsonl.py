@@ -99,7 +99,7 @@ class JsonlLogger(Logger):
         whole = [line for line in lines if line.text.endswith(b"\n")]
         bad = [line for line in whole if line.row is None]
         if bad:
-            self._set_aside(bad)
+            self._move_bad_lines(bad)
         kept = b"".join(_strict(line) for line in whole if line.row and line.row["step"] <= step)
         before = b"".join(line.text for line in lines)
         try:
@@ -110,7 +110,7 @@ class JsonlLogger(Logger):
         except OSError as error:
             disk.tell(f"{self.path} cannot be written ({error}): lines after {step} stay in it.")
 
-    def _set_aside(self, bad: Sequence[Line]) -> None:
+    def _move_bad_lines(self, bad: Sequence[Line]) -> None:
         """Move unreadable lines to another file, and report them."""
         aside = self.path.with_name(f"{self.path.name}.bad")
         try:

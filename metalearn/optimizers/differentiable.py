@@ -80,8 +80,8 @@ def differentiable_at_zero(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        taken = functools.partial(optimizer.update, **extra)
-        return _with_finite_slopes(taken)(updates, state, params)
+        plain = functools.partial(optimizer.update, **extra)
+        return _with_finite_slopes(plain)(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
@@ -118,8 +118,8 @@ def _evaluate(
 
     for equation in closed.jaxpr.eqns:
         operands = [read(variable) for variable in equation.invars]
-        given = [doubted(variable) for variable in equation.invars]
-        outputs, doubts = _apply(equation, operands, given)
+        doubts_in = [doubted(variable) for variable in equation.invars]
+        outputs, doubts = _apply(equation, operands, doubts_in)
         values |= zip(equation.outvars, outputs, strict=True)
         suspect |= zip(equation.outvars, doubts, strict=True)
     outvars = closed.jaxpr.outvars

@@ -1,10 +1,10 @@
-"""Inner optimizers whose step can be undone, without the gradient it was taken with.
+"""Inner optimizers whose step can be undone, without the gradient it was last_update with.
 
 Adam's update is a function of its moments after the step, so the parameters before it are
 
     theta_t = theta_{t+1} - u(m_{t+1}, v_{t+1})
 
-and with the gradient g_t taken there again, m_t = (m_{t+1} - (1 - b1) g_t) / b1 and v_t
+and with the gradient g_t last_update there again, m_t = (m_{t+1} - (1 - b1) g_t) / b1 and v_t
 likewise. An inner loop then need not save its states for the backward pass
 (`MixedFlow(remat="inexact_reconstruct")`): memory is flat in T. But 1 / b1 > 1: what rounding
 adds grows geometrically, step by step back, so the states are kept again every so often.
@@ -28,7 +28,7 @@ class Reversible(NamedTuple):
 
     init: Callable[..., Any]
     update: Callable[..., Any]
-    taken: Callable[[Any], Any]  # state after a step -> the update of that step
+    last_update: Callable[[Any], Any]  # state after a step -> the update of that step
     before: Callable[[Any, Any], Any]  # state after a step, its gradients -> state before it
 
 
@@ -47,7 +47,7 @@ def adam(
         )
     plain = optax.scale_by_adam(b1, b2, eps, eps_root)
 
-    def taken(state: optax.ScaleByAdamState) -> Any:
+    def last_update(state: optax.ScaleByAdamState) -> Any:
         rate = learning_rate(state.count - 1) if callable(learning_rate) else learning_rate
 
         def of(m: jax.Array, v: jax.Array) -> jax.Array:
@@ -58,7 +58,7 @@ def adam(
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         _, state = plain.update(grads, state, params)
-        return taken(state), state
+        return last_update(state), state
 
     def before(state: optax.ScaleByAdamState, grads: Any) -> optax.ScaleByAdamState:
         mu = jax.tree.map(lambda m, g: (m - (1 - b1) * g) / b1, state.mu, grads)
@@ -67,7 +67,7 @@ def adam(
         )
         return optax.ScaleByAdamState(state.count - 1, mu, nu)
 
-    return Reversible(plain.init, update, taken, before)
+    return Reversible(plain.init, update, last_update, before)
 
 
 def _positive(v: jax.Array) -> jax.Array:

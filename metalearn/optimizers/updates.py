@@ -117,25 +117,25 @@ def start(optimizer: Any, params: Any) -> Any:
     return state
 
 
-def update(optimizer: Any, found: Evaluated, state: Any, params: Any) -> tuple[Any, Any]:
+def update(optimizer: Any, evaluated: Evaluated, state: Any, params: Any) -> tuple[Any, Any]:
     """Take one step of an inner optimizer: (updates, state).
 
     Args:
       optimizer: any of optax, or what has its `init` and `update`.
-      found: from `evaluate`, at these params.
+      evaluated: from `evaluate`, at these params.
       state: from `start`, or from the step before.
       params: theta_t, the model's own tree; what does not adapt is an `optax.MaskedNode`.
 
     Raises:
       TypeError: where the optimizer asks for something else, with the way out.
     """
-    extra = {"value": found.value, "grad": found.grads, "value_fn": found.value_fn}
+    extra = {"value": evaluated.value, "grad": evaluated.grads, "value_fn": evaluated.value_fn}
     if any(_nodes(state, OBJECTIVES)):
-        extra["obj_fn"] = found.value_fn
+        extra["obj_fn"] = evaluated.value_fn
     if any(_nodes(state, contrib.SAMState)):
-        extra["grad_fn"] = found.grad_fn
+        extra["grad_fn"] = evaluated.grad_fn
     passes = "An inner loop passes value, grad and value_fn"
-    return _call(optimizer, found.grads, state, params, extra, passes)
+    return _call(optimizer, evaluated.grads, state, params, extra, passes)
 
 
 def evaluation_params(state: Any, params: Any) -> Any:
@@ -152,19 +152,19 @@ def evaluation_params(state: Any, params: Any) -> Any:
     Raises:
       ValueError: where such a state is of another tree than `params`.
     """
-    for found in _nodes(state, (contrib.ScheduleFreeState, contrib.SAMState)):
-        if isinstance(found, contrib.ScheduleFreeState):
-            params = _merged(_averaged(found), found.z, params, "optax.contrib.schedule_free")
+    for inner in _nodes(state, (contrib.ScheduleFreeState, contrib.SAMState)):
+        if isinstance(inner, contrib.ScheduleFreeState):
+            params = _merged(_averaged(inner), inner.z, params, "optax.contrib.schedule_free")
             continue
-        if found.cache is not None:
-            params = _merged(_came_from(found), found.cache, params, "optax.contrib.sam")
-        params = evaluation_params(found.opt_state, params)
+        if inner.cache is not None:
+            params = _merged(_came_from(inner), inner.cache, params, "optax.contrib.sam")
+        params = evaluation_params(inner.opt_state, params)
     return params
 
 
 def interpolations(state: Any) -> list[jax.Array]:
     """Return the b1 () of each `optax.contrib.schedule_free` inside an optimizer's state."""
-    return [found.b1 for found in _nodes(state, contrib.ScheduleFreeState)]
+    return [inner.b1 for inner in _nodes(state, contrib.ScheduleFreeState)]
 
 
 def start_outer(optimizer: Any, eta: Any) -> Any:
@@ -177,8 +177,8 @@ def start_outer(optimizer: Any, eta: Any) -> Any:
     state = optimizer.init(eta)
     _refuse_lookahead(state, "The Trainer")
     for kinds, name, way_out in _FURTHER:
-        found = [s for s in _nodes(state, kinds) if not _is_transparent(s)]
-        if found:
+        refused = [s for s in _nodes(state, kinds) if not _is_transparent(s)]
+        if refused:
             raise ValueError(
                 f"The outer optimizer contains {name}, which takes the outer loss or its gradient "
                 f"at further points, and an outer step has those at eta alone. Take {way_out}."

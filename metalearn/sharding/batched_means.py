@@ -124,11 +124,11 @@ def divisors(number: int) -> str:
     ('1, 2, 3, 4, 6, 12', '1, 2, 4, 5, 8, 10, 16, 20, ..., ')
     """
     low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    found = [*low, *(number // n for n in reversed(low) if n * n != number)]
-    if len(found) <= SHOWN:
-        return ", ".join(map(str, found))
+    numbers = [*low, *(number // n for n in reversed(low) if n * n != number)]
+    if len(numbers) <= SHOWN:
+        return ", ".join(map(str, numbers))
     half = SHOWN // 2
-    return f"{', '.join(map(str, found[:half]))}, ..., {', '.join(map(str, found[-half:]))}"
+    return f"{', '.join(map(str, numbers[:half]))}, ..., {', '.join(map(str, numbers[-half:]))}"
 
 
 def check_shares(tasks_per_step: int, devices: int, chunk: int | None) -> None:

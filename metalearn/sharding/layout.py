@@ -55,12 +55,12 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_fields(self, "rules")
-        given: Any = self.rules
-        for rule in given if isinstance(given, tuple | list) else [given]:
+        rules: Any = self.rules
+        for rule in rules if isinstance(rules, tuple | list) else [rules]:
             kinds = isinstance(rule, tuple) and [*map(type, rule)]
             if kinds != [str, P]:
                 raise TypeError(
-                    f"`Layout(rules={given!r})`: they are pairs of a regular expression and a "
+                    f"`Layout(rules={rules!r})`: they are pairs of a regular expression and a "
                     'PartitionSpec, such as `(("kernel$", P(None, "model")),)`.'
                 )
         if TASKS not in self.mesh.axis_names:

@@ -313,7 +313,7 @@ class Rotates:
         self.times = saving
 
 
-MOMENTS = [(Store, "read_record"), (Store, "read_state"), (digests, "trouble"), (Store, "newest")]
+MOMENTS = [(Store, "read_record"), (Store, "read_state"), (digests, "problem"), (Store, "newest")]
 
 
 @pytest.mark.parametrize(("of", "name"), MOMENTS, ids=[name for _, name in MOMENTS])

@@ -136,7 +136,7 @@ def only_aux_is_used():
 
 
 def complex_aux_and_closure():
-    """A spectrum on the way: complex values whose cotangents are complex too."""
+    """A spectrum as an intermediate value: complex values whose cotangents are complex too."""
 
     def step(eta, theta, batch, grad):
         phases = jnp.exp(1j * eta["log_rate"] * jnp.arange(theta.size))  # complex, and of eta
@@ -588,7 +588,7 @@ def test_mixed_flow_refuses_an_inner_gradient_of_what_is_not_floating_point(thet
 
 
 def deep(eta, h):
-    """Apply 12 residual layers to h [n, 32], each recomputed on the way back."""
+    """Apply 12 residual layers to h [n, 32], each recomputed in the backward pass."""
 
     @jax.checkpoint
     def layer(h, w):

@@ -293,7 +293,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(number, tmp_path, m
 def test_a_best_that_nothing_judges_is_refused(refused, tmp_path):
     words = ("--config.checkpoint_best=max eval/accuracy", "--config.eval_every=0")
     assert refused(*DIGITS, f"--workdir={tmp_path / 'run'}", *words) == (
-        "checkpoint_best='max eval/accuracy' is judged by evaluations on the way, and eval_every "
+        "checkpoint_best='max eval/accuracy' is judged by evaluations in training, and eval_every "
         "is 0. Set it, to outer steps from one to the next."
     )
 

@@ -1,4 +1,4 @@
-"""What a run does when something goes wrong on the way."""
+"""What a run does on non-finite numbers, diverging inner loops and failing disks."""
 
 import dataclasses
 import functools

@@ -49,7 +49,7 @@ def value_and_grad(
     fun: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
-    given: Any = None,
+    result: Any = None,
     *,
     true_rules: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
@@ -59,7 +59,7 @@ def value_and_grad(
       fun: the inner loss.
       argnums: as of `jax.value_and_grad`.
       has_aux: as of `jax.value_and_grad`.
-      given: the result, if it is known: only its derivative is computed. None: compute it.
+      result: the result, if it is known: only its derivative is computed. None: compute it.
       true_rules: see `MixedFlow`.
     """
 
@@ -67,7 +67,7 @@ def value_and_grad(
         call = Call(fun, argnums, has_aux, args, kwargs)
         gradient, consts, _ = inner_gradient(call.loss, call.theta, call.inputs, true_rules)
         floats, rest, _ = split([*call.inputs, *consts])
-        known = None if given is None else primal(given, has_aux)
+        known = None if result is None else primal(result, has_aux)
         (value, aux), grads = _commuted(gradient)(call.theta, floats, rest, known)
         grads = jax.tree.unflatten(call.treedef, named(grads))
         grads = grads[0] if isinstance(argnums, int) else tuple(grads)
@@ -106,8 +106,8 @@ class Call:
             positional = list(positional)
             for i, value in zip(chosen, jax.tree.unflatten(treedef, theta), strict=True):
                 positional[i] = value
-            result = fun(*positional, **named)
-            return result if has_aux else (result, ())
+            output = fun(*positional, **named)
+            return output if has_aux else (output, ())
 
         self.loss: Loss = loss
         self.theta = [inexact(leaf) for leaf in theta]
@@ -237,9 +237,9 @@ def _planned(
     return custom_rules.plan(hoisted.jaxpr, range(len(theta)), others, true_rules)
 
 
-def primal(given: Any, has_aux: bool) -> Any:
+def primal(result: Any, has_aux: bool) -> Any:
     """Return a known result of `value_and_grad` as ((value, aux), leaves of grads)."""
-    value, grads = given
+    value, grads = result
     return value if has_aux else (value, ()), jax.tree.leaves(grads)
 
 

@@ -33,7 +33,7 @@ def value_and_grad(
     fun: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
-    given: Any = None,
+    result: Any = None,
     *,
     parts: int,
     true_rules: tuple[str, ...] = (),
@@ -57,8 +57,8 @@ def value_and_grad(
         def share(leaves: Leaves, inputs: Leaves) -> Any:
             theta = jax.tree.unflatten(treedef, leaves)
             part = jax.tree.unflatten(rows_treedef, inputs[: len(rows)])
-            result = fun(theta, part, *join(inputs[len(rows) :], static))
-            value, aux = result if has_aux else (result, ())
+            output = fun(theta, part, *join(inputs[len(rows) :], static))
+            value, aux = output if has_aux else (output, ())
             return value / parts, aux
 
         inputs = [*(row[0] for row in rows), *dynamic]
@@ -66,7 +66,7 @@ def value_and_grad(
         cut, cut_rest, _ = split(rows)
         common, common_rest, _ = split([*dynamic, *consts])
         rule = _in_parts(gradient, parts, shapes[0].dtype)
-        known = None if given is None else primal(given, has_aux)
+        known = None if result is None else primal(result, has_aux)
         (value, aux), grads = rule(leaves, (cut, common), (cut_rest, common_rest), known)
         grads = jax.tree.unflatten(treedef, named(grads))
         return ((value, aux) if has_aux else value), grads
