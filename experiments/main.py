@@ -28,6 +28,7 @@ not end a run: what could not be written is named, the score is printed, and the
 from __future__ import annotations
 
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,7 +72,8 @@ REPORTED = (ValueError, TypeError, FloatingPointError, OSError, flags.Error)
 
 def train() -> None:
     """Train the config in the workdir, resuming what is there; then evaluate on test tasks."""
-    run.train(_config("train"), _workdir(), _PROGRESS.value, _CHANGE.value)
+    command = shlex.join(["metalearn", *sys.argv[1:]])
+    run.train(_config("train"), _workdir(), _PROGRESS.value, _CHANGE.value, command)
 
 
 def evaluate() -> None:

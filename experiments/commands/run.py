@@ -26,7 +26,7 @@ from metalearn._utils.checks import first_line
 from metalearn._utils.intervals import Estimate
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import build
-from metalearn.experiments.commands import pictures
+from metalearn.experiments.commands import pictures, summary
 from metalearn.experiments.commands import plan as auto
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
 from metalearn.sharding.distributed import is_first, say
@@ -39,9 +39,20 @@ TEST = 2**31  # folded into the seed's key for test tasks; training never draws 
 
 
 def train(
-    config: Any, workdir: pathlib.Path, progress: bool = True, allow_change: bool = False
+    config: Any,
+    workdir: pathlib.Path,
+    progress: bool = True,
+    allow_change: bool = False,
+    command: str | None = None,
 ) -> dict[str, Estimate]:
     """Train, or go on training, in `workdir`; evaluate on test tasks; write both down.
+
+    Args:
+      config: of the run.
+      workdir: where it lives.
+      progress: show a progress bar.
+      allow_change: resume though the config is another.
+      command: the command line that begins and resumes it, to be printed.
 
     Raises:
       Interrupted: where a signal asked to stop, once the run is saved.
@@ -53,11 +64,15 @@ def train(
             "and eval_every is 0. Set it, to outer steps from one to the next."
         )
     with held(workdir) if is_first() else contextlib.nullcontext():
-        return _train(plain, workdir, progress, allow_change)
+        return _train(plain, workdir, progress, allow_change, command)
 
 
 def _train(
-    plain: dict[str, Any], workdir: pathlib.Path, progress: bool, allow_change: bool
+    plain: dict[str, Any],
+    workdir: pathlib.Path,
+    progress: bool,
+    allow_change: bool,
+    command: str | None,
 ) -> dict[str, Estimate]:
     layout = build.layout(plain)
     if left := build.idle_devices(plain, layout):
@@ -78,6 +93,7 @@ def _train(
         say(f"The run in {workdir} has taken its {plain['steps']} outer steps: evaluating it.")
         loggers: list[Logger] = [ConsoleLogger()] if is_first() else []  # nothing new to log
     else:
+        summary.opening(plain, trainer, splits, workdir, command)
         loggers = _loggers(plain, workdir)
     key = build.key_of(plain["seed"])
     try:
@@ -112,6 +128,7 @@ def _train(
     if is_first():
         with disk.forgiven(f"{workdir / 'test.json'}"):
             _write(workdir / "test.json", estimates)
+        summary.closing(trainer, workdir)
     return estimates
 
 

@@ -24,7 +24,7 @@ from metalearn.sharding.distributed import is_first, say
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 from metalearn.training.faults import DivergedError, Faults, NonFiniteError, Watch, broken
-from metalearn.training.progress import Bars
+from metalearn.training.progress import Bars, Clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +121,7 @@ class OuterLoop:
         self.loggers, self.checkpoints = loggers, checkpoints
         self._parts = outer.parts
         self._watch = Watch(fit.faults)
+        self._clock = Clock(outer.tasks_per_step)
         self._pending: _Pending | None = None
 
     def run(self, state: TrainState) -> TrainState:
@@ -220,11 +221,13 @@ class OuterLoop:
         (step, metrics, before), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.bars.step_done(values["loss"])
+        self._clock.step_done(step)
         names = broken(values)
         answer = self._watch.answer(bool(names), float(before.pace))
         if answer == "stop" or self._due(step, self.fit.log_every):
+            row = values | self._clock.row(step)
             for logger in self.loggers:
-                logger.log(step, values)
+                logger.log(step, row)
         if answer == "stop":
             if self.checkpoints is not None:
                 self.checkpoints.drop_within()  # they would resume the step that failed
@@ -272,7 +275,8 @@ class OuterLoop:
         return dataclasses.replace(state, pace=jnp.full_like(state.pace, smaller))
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        estimates = self.outer.evaluate(state)
+        with self._clock.paused():
+            estimates = self.outer.evaluate(state)
         means = {f"eval/{name}": value.mean for name, value in estimates.items()}
         errors = {f"eval/{name}_ci95": value.ci95 for name, value in estimates.items()}
         for logger in self.loggers:

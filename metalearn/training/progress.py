@@ -1,9 +1,10 @@
-"""Progress bars: outer steps, and inner steps of an outer step that is cut into segments."""
+"""Progress bars, of outer steps and of the inner steps of a segmented one; and their rate."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,44 @@ class Bars:
         if steps < self._inner.n:
             self._inner.reset()
         self._inner.update(steps - self._inner.n)
+
+
+class Clock:
+    """The wall time of a run in this process, and its rate from one row of metrics to the next.
+
+    The rate leaves out the first outer step, which is compiled, and evaluations (`paused`).
+    """
+
+    def __init__(self, tasks: int):
+        """Start; `tasks`: of an outer step."""
+        self._tasks = tasks
+        self._begun = time.perf_counter()
+        self._row: tuple[int, float] | None = None  # the outer step of the last row, and its time
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out of the rate."""
+        before = time.perf_counter()
+        yield
+        if self._row is not None:
+            step, moment = self._row
+            self._row = step, moment + time.perf_counter() - before
+
+    def step_done(self, step: int) -> None:
+        """Begin to measure the rate at the first outer step that is done, or after going back."""
+        if self._row is None or step <= self._row[0]:
+            self._row = step, time.perf_counter()
+
+    def row(self, step: int) -> dict[str, float]:
+        """Return the metrics of a row: seconds, and the rate since the last row where known."""
+        now = time.perf_counter()
+        metrics = {"time/seconds": now - self._begun}
+        if self._row is not None and self._row[0] < step:
+            rate = (step - self._row[0]) / max(now - self._row[1], 1e-9)
+            metrics["time/steps_per_second"] = rate
+            metrics["time/tasks_per_second"] = rate * self._tasks
+            self._row = step, now
+        return metrics
 
 
 @contextlib.contextmanager

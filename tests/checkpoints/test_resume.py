@@ -16,6 +16,7 @@ import pytest
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import build
 from tests.helpers.checkpoints import bits
+from tests.helpers.logs import logged
 
 STEPS, EVERY = 150, 10
 COMMAND = (
@@ -96,8 +97,8 @@ def same_in_the_end(one: pathlib.Path, other: pathlib.Path) -> None:
     """All that two finished runs have left is the same, bit for bit."""
     assert checkpoints_in(one)[-1] == checkpoints_in(other)[-1] == STEPS
     assert bits(final_state(one)) == bits(final_state(other))
-    for name in ("metrics.jsonl", "test.json"):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert logged(one) == logged(other)
+    assert (one / "test.json").read_bytes() == (other / "test.json").read_bytes()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
@@ -130,8 +131,8 @@ def test_a_run_that_is_killed_and_asked_to_stop_resumes_to_the_same_bits(stops, 
     assert first_step and int(first_step[1]) == resumed_from
     same_in_the_end(killed, whole)
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    logged = [row["step"] for row in rows if "loss" in row]
-    assert logged == list(range(3, STEPS + 1, 3))
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == list(range(3, STEPS + 1, 3))
     assert [row["step"] for row in rows if "eval/loss" in row] == [40, 80, 120, 150]
 
 

@@ -1,13 +1,12 @@
 """Compiled programs that the command line keeps from one start to the next."""
 
-import json
-
 import jax
 import pytest
 
 from metalearn.experiments.cli import compilation_cache
 from metalearn.experiments.cli.compilation_cache import kept_programs
 from tests.helpers.command_line import SINUSOID, call
+from tests.helpers.logs import logged
 
 # ml-collections loads config files in a way that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
@@ -26,9 +25,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def rows(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    numbers = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
-    return numbers, (workdir / "test.json").read_text()
+    return logged(workdir), (workdir / "test.json").read_text()
 
 
 def test_a_second_start_compiles_nothing_and_gives_the_same_numbers(cache, tmp_path):

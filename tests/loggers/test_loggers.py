@@ -148,19 +148,93 @@ def test_lines_that_wait_are_taken_back_kept_in_the_record_and_missed(tmp_path, 
     assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 20.0}]
 
 
-def test_console_logger_prints_now_and_then_every_evaluation_and_the_table(capsys):
-    logger = ConsoleLogger(every=10)
+STEP = {
+    "loss": 1.23456,
+    "inner_loss_first": 2.0,
+    "inner_loss_last": 0.5,
+    "inner_finite": 1.0,
+    "inner_steps_finite": 3.0,
+    "inner_update_norm": 0.1,
+    "accuracy": 0.75,
+    "tasks_left_out": 0.0,
+    "meta_grad_norm": 0.25,
+    "meta_update_norm": 0.001,
+    "time/seconds": 3.0,
+    "time/steps_per_second": 4.0,
+    "time/tasks_per_second": 64.123,
+}
+
+
+def rows(capsys):
+    return capsys.readouterr().out.splitlines()
+
+
+def test_console_rows_name_their_split_and_the_table_is_of_the_test_split(capsys):
+    logger = ConsoleLogger()
     logger.start(0, {}, {})
-    for step in (5, 10):
-        logger.log(step, {"loss": 1.23456})
-    logger.log(15, {"eval/loss": 2.0})
+    logger.log(5, {"loss": 1.23456})
+    logger.log(15, {"eval/loss": 2.0, "eval/loss_ci95": 0.123})
     logger.finish(TABLE)
-    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["step", "10", "loss", "1.235"],
-        ["step", "15", "eval/loss", "2"],
-        ["loss", "1.2500", "+-", "0.5000", "(95%", "interval,", "600", "tasks)"],
-        ["accuracy", "0.7500", "+-", "0.1250", "(95%", "interval,", "600", "tasks)"],
+    assert rows(capsys) == [
+        "train       step      5  loss 1.235",
+        "validation  step     15  loss 2 +- 0.12",
+        "test        loss  1.2500 +- 0.5000  (95% interval, 600 tasks)",
+        "test        accuracy  0.7500 +- 0.1250  (95% interval, 600 tasks)",
     ]
+
+
+def test_console_rows_can_be_thinned_but_evaluations_are_all_printed(capsys):
+    logger = ConsoleLogger(every=10)
+    for step in (5, 10):
+        logger.log(step, {"loss": 1.0})
+    logger.log(15, {"eval/loss": 2.0})
+    assert [row.split()[:3] for row in rows(capsys)] == [
+        ["train", "step", "10"],
+        ["validation", "step", "15"],
+    ]
+
+
+def test_a_console_row_shows_what_a_person_reads_in_the_order_of_importance(capsys):
+    ConsoleLogger().log(1, STEP)
+    ConsoleLogger().log(2, {"loss": 0.5, "meta_grad_norm": 0.25})
+    assert rows(capsys) == [
+        "train       step      1  loss 1.235  accuracy 0.75  inner_loss 2 -> 0.5  64.1 tasks/s",
+        "train       step      2  loss 0.5  meta_grad_norm 0.25",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "silent", "speaks"),
+    [("inner_finite", 1.0, 0.5), ("tasks_left_out", 0.0, 2.0), ("step_skipped", 0.0, 1.0)],
+)
+def test_a_console_row_names_what_went_wrong_before_all_but_the_loss(name, silent, speaks, capsys):
+    ConsoleLogger().log(1, {**STEP, name: silent})
+    ConsoleLogger().log(1, {**STEP, name: speaks})
+    well, badly = rows(capsys)
+    assert name not in well
+    assert f"loss 1.235  {name} {speaks:.4g}  accuracy" in badly
+
+
+def test_the_inner_loss_after_the_only_inner_step_is_not_repeated(capsys):
+    ConsoleLogger().log(1, {**STEP, "inner_loss_last": STEP["inner_loss_first"]})
+    (row,) = rows(capsys)
+    assert "  inner_loss 2  " in row
+
+
+def test_a_console_row_fits_100_columns_whatever_is_logged(capsys):
+    many = {f"a_metric_with_a_long_name_{i}": 1 / 3 for i in range(20)}
+    ConsoleLogger().log(1, {**STEP, **many})
+    ConsoleLogger().log(1, {f"eval/{name}": value for name, value in many.items()})
+    assert all(60 < len(row) <= 100 for row in rows(capsys))
+
+
+def test_a_split_is_in_colour_in_a_terminal_alone(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    ConsoleLogger().log(1, {"loss": 1.0})
+    (row,) = rows(capsys)
+    assert row == "\x1b[36mtrain     \x1b[0m  step      1  loss 1"
 
 
 def test_console_logger_prints_nothing_where_there_is_no_table(capsys):
