@@ -11,6 +11,7 @@ from metalearn.engines import (
     MixedFlow,
     Reverse,
 )
+from metalearn.planning.plan import choose_engine
 from metalearn.sharding.layout import Layout
 from metalearn.sharding.mesh import make_mesh
 from metalearn.tasks import DrawnTask, Tasks, draw_task
@@ -38,6 +39,7 @@ __all__ = [
     "Truncation",
     "Unroll",
     "__version__",
+    "choose_engine",
     "draw_task",
     "make_mesh",
 ]

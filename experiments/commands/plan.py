@@ -23,7 +23,7 @@ from metalearn.cost import Cost
 from metalearn.experiments import build
 from metalearn.planning.plan import Plan, plan, tasks_at_once
 from metalearn.planning.step_cost import Candidate, Row, StepCosts, changed_fields
-from metalearn.sharding.distributed import broadcast, say
+from metalearn.sharding.distributed import broadcast, is_first, say
 
 
 class Largest(NamedTuple):
@@ -39,7 +39,7 @@ def show(config: Any, budget: int | None, as_json: bool, key: str | None = None)
     plain = build.to_json(config)
     value = None if key is None else _value(plain, key)
     trainer, tasks = abstract(plain)
-    planned = plan(trainer, tasks, budget=budget, all_chunks=True)
+    planned = plan(trainer, tasks, budget=budget, all_chunks=True, progress=not as_json)
     most = None if key is None or value is None else largest(plain, key, value, planned)
     if as_json:
         values = to_json(planned, trainer)
@@ -251,7 +251,7 @@ def settled(config: dict[str, Any], checkpoints: pathlib.Path) -> dict[str, Any]
 
 def _choice(config: Mapping[str, Any]) -> dict[str, Any]:
     trainer, tasks = abstract(config)
-    planned = plan(trainer, tasks)
+    planned = plan(trainer, tasks, progress=is_first())
     return {**settings(planned.choose()), "why": planned.reason()}
 
 

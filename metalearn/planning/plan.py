@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+from tqdm import tqdm
 
-from metalearn._utils.device_memory import device_memory, show_bytes
+from metalearn._utils.device_memory import device_memory, parse_bytes, show_bytes
 from metalearn.cost import Cost
 from metalearn.engines import Forward, MixedFlow, Reverse
-from metalearn.planning.step_cost import Candidate, Row, StepCosts, sets_horizon
+from metalearn.planning.step_cost import Candidate, Row, StepCosts, sets_horizon, short_repr
 from metalearn.tasks import Tasks, check_tasks
 from metalearn.trainer import Trainer
 
@@ -131,6 +133,7 @@ def plan(
     candidates: Sequence[Candidate] | None = None,
     budget: int | None = None,
     all_chunks: bool = False,
+    progress: bool = False,
 ) -> Plan:
     """Compile the outer step with each engine and return the costs. Nothing is allocated.
 
@@ -141,6 +144,7 @@ def plan(
       budget: bytes; None: the memory of the device.
       all_chunks: also compile with one task at a time if a row fits with all tasks at once.
         By default smaller chunks are tried only if none fits.
+      progress: show which candidate is being compiled.
     """
     check_tasks("plan(tasks=)", tasks)
     candidates = CANDIDATES if candidates is None else candidates
@@ -148,13 +152,61 @@ def plan(
     trainer = dataclasses.replace(trainer, segment=None)
     costs = StepCosts(trainer, jax.eval_shape(lambda tree: tree, tasks))
     chunk = trainer.batch.at_once
-    rows = [costs.row(candidate, chunk) for candidate in candidates]
+    rows = [costs.row(candidate, chunk) for candidate in _compiling(candidates, progress)]
     budget = device_memory() if budget is None else budget
     result = Plan(rows, costs.plain(), budget, costs.inner_steps())
     if chunk > 1 and (all_chunks or result.chosen is None):
-        rows = rows + [costs.row(candidate, 1) for candidate in candidates]
+        rows = rows + [costs.row(candidate, 1) for candidate in _compiling(candidates, progress)]
         result = dataclasses.replace(result, rows=rows)
     return _with_largest(result, costs, chunk)
+
+
+def choose_engine(
+    trainer: Trainer, tasks: Tasks, *, budget: int | str | None = None, progress: bool = True
+) -> Trainer:
+    """Return the trainer with the cheapest exact engine that fits a memory budget; print why.
+
+    Every candidate (`CANDIDATES`) is compiled for shapes alone: nothing is allocated or run. This
+    is `engine="auto"` of a config, and the choice of `metalearn plan`.
+
+    Args:
+      trainer: its own engine is not read.
+      tasks: as for `Trainer.step`, or their shapes.
+      budget: bytes, or a text such as "8GiB"; None: the memory of the device.
+      progress: show which candidate is being compiled, and print the choice with its reason.
+
+    Raises:
+      BudgetError: if no exact engine fits, with the least memory that would.
+      ValueError: if the trainer has a `segment`, which engines that save residuals cannot have.
+    """
+    if trainer.segment is not None:
+        raise ValueError(
+            "`choose_engine` may choose an engine that saves residuals of earlier inner steps, but "
+            f"`segment={trainer.segment}` cuts an outer step into programs. Leave `segment` unset, "
+            "or choose `Forward()`."
+        )
+    allowed = parse_bytes(budget) if isinstance(budget, str) else budget
+    chosen = plan(trainer, tasks, budget=allowed, progress=progress)
+    row = chosen.choose()
+    if progress:
+        print(f"engine: {chosen.reason()}.")
+    chunk = None if row.chunk == trainer.batch.share else row.chunk
+    return dataclasses.replace(trainer, engine=row.engine, chunk=chunk)
+
+
+def _compiling(candidates: Sequence[Candidate], progress: bool) -> Iterator[Candidate]:
+    """Yield the candidates, and show which one is being compiled."""
+    with tqdm(
+        candidates,
+        desc="compiling engines",
+        unit="engine",
+        leave=False,
+        disable=not progress,
+        mininterval=0.1 if sys.stderr.isatty() else 5.0,
+    ) as bar:
+        for candidate in bar:
+            bar.set_postfix_str(short_repr(candidate.engine))
+            yield candidate
 
 
 def _with_largest(result: Plan, costs: StepCosts, chunk: int) -> Plan:

@@ -8,7 +8,7 @@ import jax
 import optax
 import pytest
 
-from metalearn import Algorithm, Forward, MixedFlow, Reverse, Trainer
+from metalearn import Algorithm, Forward, MixedFlow, Reverse, Trainer, choose_engine
 from metalearn._utils.device_memory import device_memory, host_memory, parse_bytes, show_bytes
 from metalearn.algorithms import (
     FDS,
@@ -186,6 +186,36 @@ def test_where_nothing_fits_the_least_that_would_do_and_the_largest_horizon_are_
         "is the largest horizon that fits. Give it that memory, or take a smaller model or fewer "
         "examples in a batch."
     )
+
+
+@pytest.fixture
+def two_candidates(monkeypatch):
+    monkeypatch.setattr(planning, "CANDIDATES", TWO)
+
+
+def test_one_call_returns_the_trainer_with_the_engine_of_the_plan_and_says_why(
+    two_candidates, capsys
+):
+    expected = plan(TRAINER, WAVES, candidates=TWO, budget=2**30)
+    trainer = choose_engine(dataclasses.replace(TRAINER, engine=MixedFlow()), WAVES, budget="1GiB")
+    assert trainer.engine == expected.choose().engine and trainer.chunk is None
+    assert capsys.readouterr().out == f"engine: {expected.reason()}.\n"
+    assert choose_engine(TRAINER, WAVES, progress=False).engine == trainer.engine
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_small_budget_has_fewer_tasks_at_once_or_is_refused(monkeypatch):
+    monkeypatch.setattr(planning, "CANDIDATES", TWO[:1])
+    budget = peak(TRAINER, 1)
+    trainer = choose_engine(TRAINER, WAVES, budget=budget, progress=False)
+    assert trainer.chunk == 1 and peak(trainer, trainer.chunk) <= budget
+    with pytest.raises(BudgetError, match=r"^No exact engine fits 1\.0 KiB\. The leanest, "):
+        choose_engine(TRAINER, WAVES, budget="1KiB", progress=False)
+
+
+def test_an_engine_is_not_chosen_for_segments_that_only_some_engines_have():
+    with pytest.raises(ValueError, match=r"`segment=2` cuts an outer step into programs\. Leave"):
+        choose_engine(dataclasses.replace(TRAINER, engine=Forward(), segment=2), WAVES)
 
 
 def test_where_not_one_inner_step_fits_that_is_said():
