@@ -55,6 +55,7 @@ FEATURES = {
         "save_optimizer",
     ),
     "which names a config may use": ("experiments/build/registry.py", "check_call"),
+    "a class of one's own, named in a config": ("experiments/cli/import_paths.py", "load"),
     "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),
     "from a config to the trainer": ("experiments/build/trainers.py", "trainer"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),

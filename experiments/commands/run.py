@@ -26,6 +26,7 @@ from metalearn._utils.checks import first_line
 from metalearn._utils.intervals import Estimate
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import build
+from metalearn.experiments.cli import import_paths
 from metalearn.experiments.commands import pictures
 from metalearn.experiments.commands import plan as auto
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
@@ -46,7 +47,9 @@ def train(
     Raises:
       Interrupted: where a signal asked to stop, once the run is saved.
     """
-    plain = auto.settled(build.to_json(config), _checkpoints(workdir))
+    plain = build.to_json(config)
+    import_paths.remember(plain)
+    plain = auto.settled(plain, _checkpoints(workdir))
     if plain["checkpoint_best"] and not plain["eval_every"]:
         raise ValueError(
             f"checkpoint_best={plain['checkpoint_best']!r} is judged by evaluations on the way, "
@@ -131,8 +134,15 @@ class Restored(NamedTuple):
     loggers: dict[str, Any]  # the record of each, by class name
 
 
-def restore(workdir: pathlib.Path, best: bool = False) -> Restored:
-    """Read the newest checkpoint of a run, or the best; ValueError where there is none."""
+def restore(workdir: pathlib.Path, best: bool = False, allow_imports: bool = False) -> Restored:
+    """Read the newest checkpoint of a run, or the best; ValueError where there is none.
+
+    Args:
+      workdir: of the run.
+      best: the best checkpoint, of a config with `checkpoint_best`; not the newest.
+      allow_imports: import what the run's config names by import path, though no run on this
+        machine has been trained with it.
+    """
     if not _checkpoints(workdir).is_dir():
         raise ValueError(
             f"There is no run in {workdir}: no {_checkpoints(workdir)}. Train one with "
@@ -150,6 +160,7 @@ def restore(workdir: pathlib.Path, best: bool = False) -> Restored:
             f"The run in {workdir} was not trained by `metalearn train`: its checkpoints have no "
             "config of one. Read its state in Python, with `Checkpoints(...).read(shapes)`."
         )
+    import_paths.check_run(workdir, record["config"], allow_imports)
     splits = build.splits(record["config"]["dataset"])
     layout = build.evaluation_layout(record["config"])
     trainer = build.trainer(record["config"], splits, layout)
@@ -159,9 +170,11 @@ def restore(workdir: pathlib.Path, best: bool = False) -> Restored:
     return Restored(record["config"], trainer, splits, state, now["loggers"])
 
 
-def evaluate(workdir: pathlib.Path, tasks: int, best: bool = False) -> dict[str, Estimate]:
+def evaluate(
+    workdir: pathlib.Path, tasks: int, best: bool = False, allow_imports: bool = False
+) -> dict[str, Estimate]:
     """Evaluate the newest checkpoint of a run, or the best, with the config it was trained by."""
-    config, trainer, splits, state, _ = restore(workdir, best)
+    config, trainer, splits, state, _ = restore(workdir, best, allow_imports)
     estimates = test(trainer, state, splits, config["seed"], tasks)
     say(f"{workdir}, outer step {int(state.step)}, on test tasks:")
     if is_first():
@@ -169,13 +182,18 @@ def evaluate(workdir: pathlib.Path, tasks: int, best: bool = False) -> dict[str,
     return estimates
 
 
-def export(workdir: pathlib.Path, out: pathlib.Path | None = None, best: bool = False) -> None:
+def export(
+    workdir: pathlib.Path,
+    out: pathlib.Path | None = None,
+    best: bool = False,
+    allow_imports: bool = False,
+) -> None:
     """Write what a run has learned, where that is of use on its own: see `Algorithm.export`.
 
     An optimizer, as a file that `load_optimizer` reads (optimizer.safetensors), or schedules, as
     one for `load_schedules` (schedules.json).
     """
-    restored = restore(workdir, best)
+    restored = restore(workdir, best, allow_imports)
     learner, step = restored.trainer.algorithm, int(restored.state.step)
     if learner.export_name is None:
         raise ValueError(
@@ -188,9 +206,9 @@ def export(workdir: pathlib.Path, out: pathlib.Path | None = None, best: bool = 
     print(f"{out}: {what} of outer step {step}.")
 
 
-def draw(workdir: pathlib.Path) -> None:
+def draw(workdir: pathlib.Path, allow_imports: bool = False) -> None:
     """Draw all pictures of a run at its newest checkpoint; print where each kind of them is."""
-    _, trainer, splits, state, _ = restore(workdir)
+    _, trainer, splits, state, _ = restore(workdir, allow_imports=allow_imports)
     uncut = dataclasses.replace(trainer, segment=None)
     kinds = list(trainer.algorithm.pictures())
     pictures.check(kinds or ["pictures"], trainer.algorithm)
