@@ -3,7 +3,7 @@
     metalearn plan  --config=maml_omniglot --budget=4GiB
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
     metalearn eval  --workdir=runs/omniglot --tasks=1000 --best
-    metalearn export --workdir=runs/learned_optimizer --out=mine.safetensors
+    metalearn export --workdir=runs/omniglot --out=eta.safetensors
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
 
@@ -90,7 +90,7 @@ def show_plan() -> None:
 
 
 def export() -> None:
-    """Write the optimizer, or the schedules, that a run has learned into a file."""
+    """Write what a run has learned into a file: an optimizer, schedules, or any other eta."""
     out = pathlib.Path(_OUT.value) if _OUT.value else None
     run.export(_workdir(), out, _BEST.value, _IMPORTS.value)
 

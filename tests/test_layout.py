@@ -54,6 +54,8 @@ FEATURES = {
         "algorithms/learned_optimizer/export.py",
         "save_optimizer",
     ),
+    "what was learned, in a file": ("metalearn/eta_file.py", "load_eta"),
+    "reading back a run": ("experiments/runs.py", "load_run"),
     "which names a config may use": ("experiments/build/registry.py", "check_call"),
     "a class of one's own, named in a config": ("experiments/cli/import_paths.py", "load"),
     "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),
@@ -64,7 +66,7 @@ FEATURES = {
 # Folders inside metalearn, from those that import to those that are imported.
 FLOORS = (
     ("planning",),
-    ("trainer",),
+    ("trainer", "eta_file"),
     ("training",),
     ("diagnostics", "checkpoints", "loggers"),
     ("engines", "sharding", "optimizers"),

@@ -14,7 +14,8 @@ import pytest
 from metalearn import Reverse
 from metalearn.experiments import build
 from metalearn.experiments.cli import import_paths
-from metalearn.experiments.commands import plan, run
+from metalearn.experiments.commands import plan
+from metalearn.experiments.runs import load_run
 from metalearn.models import NNX, Functions, Haiku, Linen
 from tests.helpers.command_line import SINUSOID, call
 from tests.helpers.small_configs import small
@@ -63,7 +64,7 @@ def test_the_file_of_the_page_trains_resumes_and_evaluates(write, tmp_path, caps
     write("mine", page())
     words = ("train", "--config=mine.py", f"--workdir={tmp_path / 'run'}", *QUICK)
     assert call(*words) == 0
-    restored = run.restore(tmp_path / "run")
+    restored = load_run(tmp_path / "run")
     learner, data = restored.trainer.algorithm, restored.splits.train
     assert type(learner).__name__ == "Adaptation" and learner.rate == 0.2
     assert type(data).__name__ == "Lines" and data.points == 5
@@ -115,7 +116,7 @@ def test_the_example_of_an_own_algorithm_is_launched_from_a_config(tmp_path, mon
     )
     words = ("train", f"--config={tmp_path / 'tuned.py'}", f"--workdir={tmp_path / 'run'}", *QUICK)
     assert call(*words) == 0
-    restored = run.restore(tmp_path / "run")
+    restored = load_run(tmp_path / "run")
     assert type(restored.trainer.algorithm).__name__ == "TunedAdaptation"
     assert float(restored.state.eta["log_rate"]) != pytest.approx(np.log(0.01), abs=1e-6)
 
