@@ -3,7 +3,7 @@
     metalearn plan  --config=maml_omniglot --budget=4GiB
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
     metalearn eval  --workdir=runs/omniglot --tasks=1000 --best
-    metalearn export --workdir=runs/learned_optimizer --out=mine.safetensors
+    metalearn export --workdir=runs/omniglot --out=eta.safetensors
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
 
@@ -12,7 +12,8 @@ Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback,
 --allow-config-change (resume though the config is another). eval: --tasks. eval and export:
 --best (the best checkpoint, of a config with checkpoint_best). export: --out. plan: --budget
 (such as 40GiB; else the memory of the device), --json, --largest=KEY (how large an integer of
-the config may become, such as --largest=algorithm.inner_steps).
+the config may become, such as --largest=algorithm.inner_steps). All: --allow-imports
+(import the code that a JSON config, or somebody else's run, names by an import path).
 
 Several processes, on one machine or many: the same command in each, with --coordinator=HOST:PORT
 --processes=N --process=I, or with --distributed where SLURM or a cloud starts them.
@@ -58,6 +59,9 @@ _JSON = flags.DEFINE_bool("json", False, "plan: print JSON and nothing else.")
 _LARGEST = flags.DEFINE_string("largest", None, "plan: find the largest value of this key.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 _CHANGE = flags.DEFINE_bool("allow_config_change", False, "train: resume whatever the config.")
+_IMPORTS = flags.DEFINE_bool(
+    "allow_imports", False, "Import the code that a JSON config, or a run of others, names."
+)
 _BEST = flags.DEFINE_bool("best", False, "eval, export: the best checkpoint, not the newest.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 of several.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes share the run.")
@@ -78,7 +82,7 @@ def train() -> None:
 
 def evaluate() -> None:
     """Evaluate the newest checkpoint of a workdir on test tasks, by its own config."""
-    run.evaluate(_workdir(), _TASKS.value, _BEST.value)
+    run.evaluate(_workdir(), _TASKS.value, _BEST.value, _IMPORTS.value)
 
 
 def show_plan() -> None:
@@ -88,14 +92,14 @@ def show_plan() -> None:
 
 
 def export() -> None:
-    """Write the optimizer, or the schedules, that a run has learned into a file."""
+    """Write what a run has learned into a file: an optimizer, schedules, or any other eta."""
     out = pathlib.Path(_OUT.value) if _OUT.value else None
-    run.export(_workdir(), out, _BEST.value)
+    run.export(_workdir(), out, _BEST.value, _IMPORTS.value)
 
 
 def draw() -> None:
     """Draw the schedules that a run has learned, and the tangents along its trajectory."""
-    run.draw(_workdir())
+    run.draw(_workdir(), _IMPORTS.value)
 
 
 COMMANDS: dict[str, Callable[[], None]] = {

@@ -1,5 +1,8 @@
 """metalearn: algorithms, engines and one trainer for meta-learning in JAX."""
 
+import importlib
+from typing import Any
+
 from metalearn._utils.version import __version__
 from metalearn.algorithm import Algorithm
 from metalearn.engines import (
@@ -11,6 +14,7 @@ from metalearn.engines import (
     MixedFlow,
     Reverse,
 )
+from metalearn.eta_file import load_eta, save_eta
 from metalearn.planning.plan import choose_engine
 from metalearn.sharding.layout import Layout
 from metalearn.sharding.mesh import make_mesh
@@ -41,5 +45,15 @@ __all__ = [
     "__version__",
     "choose_engine",
     "draw_task",
+    "load_eta",
+    "load_run",
     "make_mesh",
+    "save_eta",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Find `load_run` in `metalearn.experiments`, which is imported where it is asked for."""
+    if name == "load_run":
+        return importlib.import_module("metalearn.experiments.runs").load_run
+    raise AttributeError(f"module 'metalearn' has no attribute {name!r}")

@@ -61,7 +61,10 @@ FEATURES = {
         "algorithms/learned_optimizer/export.py",
         "save_optimizer",
     ),
+    "what was learned, in a file": ("metalearn/eta_file.py", "load_eta"),
+    "reading back a run": ("experiments/runs.py", "load_run"),
     "which names a config may use": ("experiments/build/registry.py", "check_call"),
+    "a class of one's own, named in a config": ("experiments/cli/import_paths.py", "load"),
     "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),
     "from a config to the trainer": ("experiments/build/trainers.py", "trainer"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
@@ -70,7 +73,7 @@ FEATURES = {
 # Folders inside metalearn, from those that import to those that are imported.
 FLOORS = (
     ("planning",),
-    ("trainer",),
+    ("trainer", "eta_file"),
     ("training",),
     ("diagnostics", "checkpoints", "loggers"),
     ("engines", "sharding", "optimizers"),

@@ -38,6 +38,7 @@ from metalearn.experiments import build
 from metalearn.experiments.benchmarks.reporting import interval
 from metalearn.experiments.build import key_of
 from metalearn.experiments.commands import run
+from metalearn.experiments.runs import load_run
 from metalearn.loggers import WandbLogger
 
 RATES = tuple(np.geomspace(1e-4, 10, 21).tolist())  # four to an order of magnitude
@@ -212,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[Curve]]:
 
 
 def _report(workdir: pathlib.Path, options: argparse.Namespace) -> list[Curve]:
-    restored = run.restore(workdir)
+    restored = load_run(workdir)
     settled = settings(restored.config, options.width, options.length)
     curves = []
     for name in options.setting:

@@ -4,6 +4,9 @@ An algorithm that `metalearn.algorithms` exports is built by its constructor: th
 are its arguments. `model` is the network; an argument `optimizer`, or one whose annotation is an
 optax transformation, is a config of an optimizer; an argument `objective` is the name of one.
 Those that a config describes in other words have a builder of their own in `SPECIAL`.
+
+An algorithm of the user's own, `name = "my_package.my_file:MyAlgorithm"`, is built by its
+constructor in the same way; or by a function that returns one.
 """
 
 from __future__ import annotations
@@ -42,11 +45,13 @@ from metalearn.algorithms import (
 )
 from metalearn.experiments.build.registry import (
     OBJECTIVES,
-    OPTIMIZERS,
     Exports,
     as_tuple,
     check_call,
+    check_kind,
+    find,
     optimizer,
+    optimizer_function,
     parameters,
     without_unset,
 )
@@ -58,18 +63,20 @@ SQUASHES = {"bounded": bounded, "unbounded": unbounded}
 NORMALIZATIONS = {"none": None, "mean_one": mean_one}
 
 
-def algorithm(config: Mapping[str, Any], network: Model) -> Algorithm:
-    """Build an algorithm around a model."""
+def algorithm(config: Mapping[str, Any], network: Model | None) -> Algorithm:
+    """Build an algorithm around a model; None is for one that takes no model."""
     options = dict(config)
     name = options.pop("name")
-    build = pick(ALGORITHMS, name, "algorithm")
+    build = find(ALGORITHMS, name, "algorithm", (Algorithm,))
     check_call(f"algorithm {name!r}", options, build, filled=("model",))
     if name in SPECIAL:
         return SPECIAL[name](network, **options)
-    return construct(build, network, options)
+    return check_kind(construct(build, network, options), name, "algorithm", (Algorithm,))
 
 
-def construct(build: type[Algorithm], network: Model, options: Mapping[str, Any]) -> Algorithm:
+def construct(
+    build: Callable[..., Algorithm], network: Model | None, options: Mapping[str, Any]
+) -> Algorithm:
     """Build an algorithm by its constructor, each value made what its argument takes."""
     takes = parameters(build)
     values = {key: _converted(takes[key], value) for key, value in options.items()}
@@ -78,12 +85,25 @@ def construct(build: type[Algorithm], network: Model, options: Mapping[str, Any]
 
 def _converted(parameter: inspect.Parameter, value: Any) -> Any:
     hint = str(parameter.annotation)
-    transforms = "GradientTransformation" in hint and "Callable" not in hint
-    if isinstance(value, Mapping) and (parameter.name == "optimizer" or transforms):
-        return optimizer(value)
+    transforms = "GradientTransformation" in hint or parameter.name in INNER_OPTIMIZERS
+    if isinstance(value, Mapping) and transforms:
+        return partial_optimizer(value) if "Callable" in hint else optimizer(value)
     if parameter.name == "objective" or hint.rpartition(".")[2] == "Objective":
-        return pick(OBJECTIVES, value, "objective")
+        return objective_function(value)
     return as_tuple(value)
+
+
+def takes_model(name: str) -> bool:
+    """Return whether an algorithm is built around a model."""
+    return "model" in parameters(find(ALGORITHMS, name, "algorithm", (Algorithm,)))
+
+
+INNER_OPTIMIZERS = ("optimizer", "inner_optimizer")  # arguments, with or without an annotation
+
+
+def objective_function(name: str) -> Callable[..., Any]:
+    """Return an objective by its name in `OBJECTIVES`, or by the import path of a function."""
+    return find(OBJECTIVES, name, "objective", ())
 
 
 def _learning_rates(
@@ -114,7 +134,7 @@ def _fds(
 ) -> FDS:
     """Build FDS around a model; options of the optimizer that are not learned are fixed."""
     make = partial_optimizer(optimizer)
-    loss = pick(OBJECTIVES, objective, "objective")
+    loss = objective_function(objective)
     augmentation = pick(AUGMENTATIONS, augment, "augmentation")
     learned = {name: hyperparameter(h) for name, h in hyperparameters.items()}
     return FDS(model, learned, inner_steps, batch, make, loss, augmentation, eval_steps)
@@ -123,7 +143,7 @@ def _fds(
 def partial_optimizer(config: Mapping[str, Any]) -> Callable[..., Any]:
     """Return an optimizer as a function of what a config of it leaves open."""
     fixed = without_unset(config)
-    make = pick(OPTIMIZERS, fixed.pop("name"), "optimizer")
+    make = optimizer_function(fixed.pop("name"))
     return functools.partial(make, **fixed) if fixed else make
 
 

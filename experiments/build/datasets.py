@@ -3,6 +3,10 @@
 A dataset that `metalearn.datasets` exports is a function of a split ("train", "validation" or
 "test") and keywords, which are the keys of a config. It returns a `ClassIndex`, from which
 few-shot tasks are drawn, or `Tasks`. Others have a builder of their own in `SPECIAL`.
+
+A dataset of the user's own, `name = "my_package.my_file:my_dataset"`, is such a function; or one
+that returns `Splits`; or a class of `Tasks`. Where it has no argument `split`, the same
+distribution is trained and tested on: with other keys, so on other tasks.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn import Tasks, datasets
-from metalearn._utils.checks import at_least, pick
+from metalearn._utils.checks import at_least
 from metalearn.datasets import (
     ClassIndex,
     Corruption,
@@ -30,7 +34,15 @@ from metalearn.datasets import (
     read_text,
     with_label_noise,
 )
-from metalearn.experiments.build.registry import Exports, check_call, without_unset
+from metalearn.experiments.build.registry import (
+    Exports,
+    check_call,
+    check_kind,
+    find,
+    parameters,
+    without_unset,
+)
+from metalearn.tasks import check_tasks
 
 SPLITS = ("train", "validation", "test")
 
@@ -49,7 +61,7 @@ def splits(config: Mapping[str, Any]) -> Splits:
     """Read a dataset and make its three distributions over tasks."""
     options = dict(config)
     name = options.pop("name")
-    read = pick(DATASETS, name, "dataset")
+    read = find(DATASETS, name, "dataset", (Tasks,))
     what = f"dataset {name!r}"
     if name in SPECIAL:
         check_call(what, options, read)
@@ -58,7 +70,26 @@ def splits(config: Mapping[str, Any]) -> Splits:
         check_call(what, options, few_shot, read, filled=("read", "split"))
         return few_shot(read, **options)
     check_call(what, options, read, filled=("split",))
-    return of_tasks(*(read(split, **options) for split in SPLITS))
+    if name in DATASETS:
+        return of_tasks(*(read(split, **options) for split in SPLITS))
+    return _own(read, name, without_unset(options))
+
+
+def _own(read: Callable[..., Any], name: str, options: Mapping[str, Any]) -> Splits:
+    """Return the tasks of a class or function of the user's own."""
+    if "split" in parameters(read):
+        made = [read(split=split, **options) for split in SPLITS]
+    else:
+        made = [read(**options)] * len(SPLITS)
+    if isinstance(made[0], ClassIndex):
+        raise ValueError(
+            f"The dataset {name!r} returned a ClassIndex. Say so in its annotation, `def "
+            f"{read.__name__}(split, ...) -> ClassIndex:`; its keys are then those of few-shot "
+            "tasks too: ways, shots, queries and eval_queries."
+        )
+    for each in made:
+        check_kind(each, name, "dataset", (Tasks, Splits))
+    return made[0] if isinstance(made[0], Splits) else of_tasks(made[0], made[1], made[2], name)
 
 
 def few_shot(
@@ -85,14 +116,38 @@ def _few_shot_tasks(split: str, index: ClassIndex, shape: dict[str, int], querie
         raise ValueError(f"In the {split} split: {error}") from error
 
 
-def of_tasks(train: Tasks, validation: Tasks, test: Tasks) -> Splits:
-    """Find what a model sees of tasks whose queries are (inputs [n, ...], targets [n, ...])."""
-    inputs, targets = jax.eval_shape(train.sample, jax.random.key(0)).query[:2]
+def of_tasks(train: Tasks, validation: Tasks, test: Tasks, name: str = "") -> Splits:
+    """Find what a model sees of tasks whose queries are (inputs [n, ...], targets [n, ...]).
+
+    Args:
+      train: to train on.
+      validation: to choose by.
+      test: to report.
+      name: of the dataset, for messages.
+    """
+    check_tasks(f"dataset {name!r}", train)
+    query = jax.eval_shape(train.sample, jax.random.key(0)).query
+    if not isinstance(query, tuple | list) or not all(map(_is_array, query[:2])) or len(query) < 2:
+        raise ValueError(
+            f"The dataset {name!r} has tasks whose query is {jax.tree.map(_shown, query)!s:.200}. "
+            "A network is sized by a query (inputs [n, ...], targets [n, ...]); for any other, let "
+            "the dataset be a function that returns `metalearn.experiments.build.Splits(train, "
+            "validation, test, inputs, outputs)`, with the sizes stated."
+        )
+    inputs, targets = query[:2]
     with jax.ensure_compile_time_eval():  # `metalearn plan` reads data under a trace
         labels = train.label_range()
     outputs = math.prod(targets.shape[1:]) if labels is None else labels[1] + 1
     example = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
     return Splits(train, validation, test, example, outputs)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.ShapeDtypeStruct)
+
+
+def _shown(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
 
 
 def _sinusoid(shots: int, queries: int, eval_queries: int) -> Splits:

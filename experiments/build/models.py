@@ -4,10 +4,16 @@ The networks are the exports of `metalearn.models.linen_networks`, `nnx_networks
 `haiku_networks`. What a dataset decides is found by the names of their arguments: `outputs`,
 `inputs` (how many numbers an input has), `image` (its shape) and `architecture`, of a transformer,
 whose own arguments are then the keys of a config.
+
+A network of the user's own, `name = "my_package.my_file:MyNet"`, is a class of one of the libraries
+or of `Model`; or a function that builds one. Its arguments with the names above are filled in too,
+and one more, `example`: the shape and type of one batch of inputs, [1, ...]. The library is that of
+the class; the key `library` is of functions, which do not show theirs until they are called.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +28,8 @@ from metalearn.experiments.build.registry import (
     parameters,
     snake_case,
 )
+from metalearn.experiments.cli.import_paths import is_import_path, load
+from metalearn.model import library_of
 from metalearn.models import (
     NNX,
     Architecture,
@@ -33,18 +41,21 @@ from metalearn.models import (
     nnx_networks,
     train_flag,
 )
+from metalearn.models.adapters import Mode, usual_flags
 
 
 class Library(NamedTuple):
     """The networks of a model library, and how one of them becomes a `Model`."""
 
     networks: Exports
-    adapt: Callable[[Callable[..., Any], Splits], Model]  # of arguments of the call -> network
+    adapt: Callable[..., Model]  # what builds a network, splits, its mode -> model
 
 
 def model(config: Mapping[str, Any], splits: Splits) -> Model:
     """Build a network of a library, sized for the inputs and outputs of a dataset."""
     options = {key: as_tuple(value) for key, value in dict(config).items()}
+    if is_import_path(options["name"]):
+        return _own(options.pop("name"), options.pop("library", None), options, splits)
     library = pick(LIBRARIES, options.pop("library"), "model library")
     network = pick(library.networks, options.pop("name"), "network")
     takes = parameters(network)
@@ -64,20 +75,60 @@ def _sizes(splits: Splits) -> dict[str, Any]:
     return {"outputs": splits.outputs, "inputs": splits.inputs.size, "image": shape}
 
 
-def _linen(build: Callable[..., Any], splits: Splits) -> Model:
-    return Linen(build(), splits.inputs, train_flag)
+def _linen(build: Callable[..., Any], splits: Splits, mode: Mode | None = train_flag) -> Model:
+    return Linen(build(), splits.inputs, mode)
 
 
-def _nnx(build: Callable[..., Any], splits: Splits) -> Model:
+def _nnx(build: Callable[..., Any], splits: Splits, mode: Mode | None = train_flag) -> Model:
     del splits
-    return NNX(lambda rngs: build(rngs=rngs), train_flag)
+    return NNX(lambda rngs: build(rngs=rngs), mode)
 
 
-def _haiku(build: Callable[..., Any], splits: Splits) -> Model:
+def _haiku(build: Callable[..., Any], splits: Splits, mode: Mode | None = train_flag) -> Model:
     def forward(x: jax.Array, train: bool) -> jax.Array:
-        return build()(x, train)
+        module = build()
+        flags = usual_flags(type(module).__call__, train) if mode is None else mode(train)
+        return module(x, **flags)
 
     return Haiku(forward, splits.inputs, train_flag)
+
+
+def _own(name: str, library: str | None, options: Mapping[str, Any], splits: Splits) -> Model:
+    """Build a network of the user's own; the flag of training mode has any of the usual names."""
+    network = load(name, "network")
+    what = f"network {name!r}"
+    if not callable(network) or (isinstance(network, type) and not _is_network(network)):
+        raise ValueError(
+            f"{name!r} is no network: {network!r:.80} is neither a class of Flax linen, Flax NNX, "
+            "Haiku or `metalearn.models.Model`, nor a function that builds one."
+        )
+    known = {**_sizes(splits), "example": splits.inputs}
+    sizes = {key: size for key, size in known.items() if key in parameters(network)}
+    check_call(what, options, network, filled=sizes)
+
+    def build(**streams: Any) -> Any:
+        return network(**sizes, **options, **streams)
+
+    if isinstance(network, type):
+        library = library_of(network)
+    elif "rngs" in inspect.signature(network).parameters:
+        library = "nnx"
+    if library in ("nnx", "haiku"):
+        return LIBRARIES[library].adapt(build, splits, None)
+    made = build()
+    if isinstance(made, Model):
+        return made
+    if library_of(made) == "linen":
+        return LIBRARIES["linen"].adapt(lambda: made, splits, None)
+    raise ValueError(
+        f"{name!r} is no network: it returned {made!r:.80}. A function returns a `Model` or a "
+        "linen module; one that builds an NNX module takes `rngs`; for one that builds a Haiku "
+        "module, set model.library='haiku'."
+    )
+
+
+def _is_network(cls: type) -> bool:
+    return issubclass(cls, Model) or library_of(cls) in LIBRARIES
 
 
 def _is_class(export: Any) -> bool:

@@ -4,22 +4,28 @@ A table maps a name to what builds it: engines, optimizers, objectives and sched
 here. Algorithms, datasets and networks are found among the exports of their packages
 (`Exports`), by the name of the class in snake case, so that a new one is named nowhere else. The
 keys that a name takes are the arguments of what builds it (`check_call`).
+
+Every name may also be an import path of the user's own class or function, "my_package.my_file:Name"
+(`find`), and an optimizer any of optax by its own name, "optax.contrib.muon".
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import optax
 
 from metalearn import ES, PES, Forward, InverseVariance, MixedFlow, Reverse
-from metalearn._utils.checks import pick
+from metalearn._utils.checks import nearest, pick
+from metalearn._utils.fields import is_optimizer
 from metalearn.algorithms import cross_entropy, sgd, squared_error, weighted_cross_entropy
 from metalearn.experiments.cli.arguments import renamed
+from metalearn.experiments.cli.import_paths import is_import_path, load
 from metalearn.optimizers import reversible
 
 ENGINES = {
@@ -98,13 +104,101 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
+def find(
+    table: Mapping[str, Callable[..., Any]], name: str, what: str, kinds: Sequence[type]
+) -> Callable[..., Any]:
+    """Return what builds a name: the entry of a table, or what an import path names.
+
+    Args:
+      table: of the names of this package.
+      name: in it, or an import path.
+      what: for messages, such as "algorithm".
+      kinds: base classes; a class that an import path names is a subclass of one of them. Empty:
+        of any class.
+
+    Raises:
+      ValueError: for a name that is not in the table; for an import path that cannot be imported,
+        or names neither a function nor a class of the kind with all its methods.
+    """
+    if not is_import_path(name):
+        return pick(table, name, what)
+    value: Any = load(name, what)
+    article = "an" if what[0] in "aeiou" else "a"
+    if isinstance(value, type) and kinds:
+        if not issubclass(value, tuple(kinds)):
+            raise ValueError(
+                f"{name!r} is no {what}: the class {value.__name__} is not a subclass of "
+                f"{_either(kinds)}. Derive it from that, or name a function that builds {article} "
+                f"{what}."
+            )
+        if lacking := ", ".join(sorted(getattr(value, "__abstractmethods__", ()))):
+            raise ValueError(
+                f"{name!r} is no complete {what}: the class {value.__name__} does not define "
+                f"{lacking}, which every {_either(kinds)} has."
+            )
+    elif not callable(value):
+        raise ValueError(
+            f"{name!r} is no {what}, but the value {value!r:.80}. Name a class, or a function "
+            "that builds one: the other keys of the config are its arguments."
+        )
+    return value
+
+
+def check_kind(value: Any, name: str, what: str, kinds: Sequence[type]) -> Any:
+    """Return what a function of the user's own has built; ValueError if it is no `what`."""
+    if not isinstance(value, tuple(kinds)):
+        raise ValueError(
+            f"{name!r} is no {what}: it returned {value!r:.80}, which is no {_either(kinds)}."
+        )
+    return value
+
+
+def _either(kinds: Sequence[type]) -> str:
+    return " or ".join(kind.__name__ for kind in kinds)
+
+
+OPTAX = {"optax": optax, "optax.contrib": optax.contrib}
+
+
 def optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Build an optimizer from its name and its other arguments."""
+    """Build an optimizer from its name and its other arguments.
+
+    An argument that is an optimizer itself, such as `base_optimizer` of
+    `optax.contrib.schedule_free`, is a config of one.
+    """
     options = without_unset(config)
     name = options.pop("name")
-    make = pick(OPTIMIZERS, name, "optimizer")
+    make = optimizer_function(name)
     check_call(f"optimizer {name!r}", options, make)
-    return make(**options)
+    made = make(**{key: _nested(value) for key, value in options.items()})
+    return made if is_optimizer(made) else check_kind(made, name, "optimizer", OPTIMIZER)
+
+
+def _nested(value: Any) -> Any:
+    return optimizer(value) if isinstance(value, Mapping) and "name" in value else value
+
+
+OPTIMIZER = (optax.GradientTransformation,)
+
+
+def optimizer_function(name: str) -> Callable[..., Any]:
+    """Return what builds an optimizer: by a name in `OPTIMIZERS`, of optax, or an import path."""
+    module, _, attribute = name.rpartition(".") if isinstance(name, str) else ("", "", "")
+    if module not in OPTAX or is_import_path(name):
+        return find(OPTIMIZERS, name, "optimizer", OPTIMIZER)
+    functions = {key for key, value in vars(OPTAX[module]).items() if _is_function(key, value)}
+    if attribute not in functions:
+        hint = nearest(attribute, functions).replace("'", f"'{module}.", 1)
+        raise ValueError(
+            f"optax has no optimizer {name!r}.{hint} Those of metalearn's own names are: "
+            f"{', '.join(sorted(OPTIMIZERS))}."
+        )
+    return vars(OPTAX[module])[attribute]
+
+
+def _is_function(name: str, value: Any) -> bool:
+    called = inspect.isfunction(value) or isinstance(value, functools.partial)
+    return called and not name.startswith("_")
 
 
 def without_unset(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,9 +245,11 @@ def check_call(
     needed = [name for name, p in takes.items() if p.default is inspect.Parameter.empty]
     missing = [name for name in needed if name not in options]
     if missing:
+        way_out = "Begin with a packaged config that is made for it."
+        if any(map(is_import_path, re.findall(r"'([^']*)'", what))):
+            way_out = "They are arguments without a default: set them beside `name`."
         raise ValueError(
-            f"The {what} needs {', '.join(missing)}, which this config does not set. Begin with a "
-            "packaged config that is made for it."
+            f"The {what} needs {', '.join(missing)}, which this config does not set. {way_out}"
         )
 
 

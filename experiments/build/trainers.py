@@ -30,7 +30,7 @@ from metalearn import (
     make_mesh,
 )
 from metalearn._utils.checks import above, at_least, counts, is_integer, pick
-from metalearn.experiments.build.algorithms import algorithm
+from metalearn.experiments.build.algorithms import algorithm, takes_model
 from metalearn.experiments.build.datasets import Splits
 from metalearn.experiments.build.models import model
 from metalearn.experiments.build.registry import (
@@ -38,9 +38,14 @@ from metalearn.experiments.build.registry import (
     SCHEDULES,
     as_tuple,
     check_call,
+    check_kind,
+    find,
     optimizer,
+    optimizer_function,
+    parameters,
     without_unset,
 )
+from metalearn.model import Model
 from metalearn.sharding.batched_means import check_tasks, most_devices
 from metalearn.sharding.mesh import AXES, MODEL, TANGENTS, TASKS, format_devices, remaining
 from metalearn.sharding.partition import check_rules
@@ -54,7 +59,7 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
         "segment": None,
     }  # that configs did not always have
     config = {**added, **config, **config.get("auto", {})}
-    learner = algorithm(config["algorithm"], model(config["model"], splits))
+    learner = algorithm(config["algorithm"], _network(config, splits))
     options = {**config.get("engine_options", {}), **_tangent_options(layout)}
     return Trainer(
         learner,
@@ -67,6 +72,19 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
         layout=layout,
         segment=config["segment"],
     )
+
+
+def _network(config: Mapping[str, Any], splits: Splits) -> Model | None:
+    """Build the model of a config; None where there is none and the algorithm takes none."""
+    name = config["algorithm"]["name"]
+    if config.get("model"):
+        return model(config["model"], splits)
+    if takes_model(name):
+        raise ValueError(
+            f"The algorithm {name!r} takes a model, and this config has none. Set config.model, "
+            'such as {"name": "mlp", "library": "linen", "hidden": (32, 32)}.'
+        )
+    return None
 
 
 def truncation(config: Mapping[str, Any]) -> Truncation | None:
@@ -82,9 +100,9 @@ def truncation(config: Mapping[str, Any]) -> Truncation | None:
 
 
 def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
-    """Build an engine by its name in `ENGINES`, with the options that are set."""
+    """Build an engine by its name in `ENGINES`, or its import path, with the options set."""
     values = {key: as_tuple(value) for key, value in set_options(options or {}).items()}
-    build: Callable[..., MetaGradient] = pick(ENGINES, name, "engine")
+    build = find(ENGINES, name, "engine", (MetaGradient,))
     build = _inverse_variance if build is InverseVariance else build
     try:
         check_call(f"engine {name!r}", values, build)
@@ -93,7 +111,7 @@ def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
             f"{error} What a config has set for another engine is cleared by "
             "--config.engine_options.KEY= with nothing behind it."
         ) from None
-    return build(**values)
+    return check_kind(build(**values), name, "engine", (MetaGradient,))
 
 
 def _inverse_variance(pairs: int = 4, sigma: float = 0.01) -> InverseVariance:
@@ -124,12 +142,27 @@ def outer_optimizer(
         check_call(f"outer optimizer {name!r}", options, rules[name], filled=("schedule", "steps"))
         return rules[name](schedule=scale if callable(scale) else None, steps=steps, **options)
     options.pop("clip", None)
-    if "learning_rate" not in options:
-        raise ValueError(f"The outer optimizer {options['name']!r} needs a learning_rate.")
-    made = optimizer({**options, "learning_rate": schedule(options["learning_rate"], steps)})
+    made = optimizer(_scheduled(options, schedule, steps))
     if clip is not None:
         made = optax.chain(optax.clip_by_global_norm(clip), made)
     return made if learner is None else learner.outer_optimizer(made)
+
+
+def _scheduled(
+    options: Mapping[str, Any], schedule: Callable[..., Any], steps: int
+) -> dict[str, Any]:
+    """Return the options of an optimizer, its learning rate as a schedule over the outer steps."""
+    name = options["name"]
+    if "learning_rate" in options:
+        return {**options, "learning_rate": schedule(options["learning_rate"], steps)}
+    if "learning_rate" in parameters(optimizer_function(name)):
+        raise ValueError(f"The outer optimizer {name!r} needs a learning_rate.")
+    if callable(schedule(1.0, steps)):
+        raise ValueError(
+            f"The outer optimizer {name!r} has no learning_rate, which the schedule of "
+            "config.optimizer changes. Set schedule='constant', and any other in its own arguments."
+        )
+    return dict(options)
 
 
 LARGEST_SEED = 2**63 - 1

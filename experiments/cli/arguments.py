@@ -17,6 +17,7 @@ import ml_collections
 
 from metalearn._utils.checks import nearest, pick
 from metalearn.experiments.cli import values
+from metalearn.experiments.cli.import_paths import make_current_directory_importable
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 JSON = pathlib.Path(__file__).parent / "json_config.py"  # reads the path that is its option
@@ -68,7 +69,7 @@ def expanded(argv: Sequence[str]) -> list[str]:
         match = re.fullmatch(r"--?config=(.+)", argument)
         if match:
             path, options = _config_file(match[1])
-            config = LOADED[match[1]] = _load(path, options)
+            config = LOADED[match[1]] = _load(path, options, _allows_imports(rest))
             rest[i] = f"--config={HANDED_OVER}:{match[1]}"
             _check_keys(rest, config)
             _check_values(rest, config)
@@ -98,7 +99,14 @@ def _config_file(name: str) -> tuple[str, str]:
     return pick(known, path, "config"), options
 
 
-def _load(path: str, options: str) -> ml_collections.ConfigDict:
+def _allows_imports(arguments: Iterable[str]) -> bool:
+    """Return whether `--allow_imports` is among the arguments, which absl has not read yet."""
+    flags = [a for a in arguments if re.match(r"--?(no)?allow_imports(=|$)", a)]
+    return bool(flags) and re.fullmatch(r"--?allow_imports(=(true|t|1))?", flags[-1]) is not None
+
+
+def _load(path: str, options: str, allow_imports: bool = False) -> ml_collections.ConfigDict:
+    make_current_directory_importable()
     spec = importlib.util.spec_from_file_location("metalearn_config", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -108,7 +116,10 @@ def _load(path: str, options: str) -> ml_collections.ConfigDict:
             f"The config file {path} has no function `get_config`. Write one that returns a "
             "ConfigDict, such as that of a packaged config with a few keys changed."
         )
-    config = module.get_config(options) if options else module.get_config()
+    if path == str(JSON):
+        config = module.get_config(options, allow_imports)
+    else:
+        config = module.get_config(options) if options else module.get_config()
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(
             f"`get_config` of {path} returned {type(config).__name__}, but a config is an "

@@ -6,7 +6,9 @@ A config file is Python and is executed, so one from a stranger can do whatever 
 This form names one of the packaged configs and sets keys of it, each held against the type
 that the key has there; a list stands for a tuple, and null leaves unset what the packaged
 config leaves unset. It cannot name a file, add a key or call anything. `--config=mine.json`
-reads it, and `--config.seed=2` on the command line is set on top.
+reads it, and `--config.seed=2` on the command line is set on top. A name in it that is an import
+path ("my_package.my_file:MyAlgorithm") would execute code, and is refused without
+`--allow-imports`.
 
 This module is a config file of ml-collections itself, with the path of the JSON as its option.
 """
@@ -23,9 +25,10 @@ from metalearn._utils import strict_json
 from metalearn._utils.checks import nearest, pick
 from metalearn.experiments.cli import values
 from metalearn.experiments.cli.arguments import packaged, renamed
+from metalearn.experiments.cli.import_paths import check_json
 
 
-def get_config(path: str) -> ml_collections.ConfigDict:
+def get_config(path: str, allow_imports: bool = False) -> ml_collections.ConfigDict:
     """Return the packaged config that a JSON file names, with the keys that it sets."""
     given = read(pathlib.Path(path))
     if not isinstance(given.get("config"), str):
@@ -36,6 +39,7 @@ def get_config(path: str) -> ml_collections.ConfigDict:
     name = given.pop("config")
     name = pick({known: known for known in packaged()}, name, "packaged config")
     config = importlib.import_module(f"metalearn.experiments.configs.{name}").get_config()
+    check_json(path, given, allow_imports)
     update(config, given)
     return config
 

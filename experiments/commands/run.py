@@ -1,6 +1,8 @@
 """One run: from a config and a workdir to a trained eta and its score on test tasks.
 
 workdir/checkpoints/   the whole train state, by Orbax, and what it was made of
+workdir/config.json    the config, every key of it
+workdir/versions.json  of Python and the libraries, when the run last went on
 workdir/metrics.jsonl  what was logged, one line each
 workdir/test.json      the score on test tasks: mean, 95% interval, tasks
 workdir/pictures/      those that the config names; see metalearn.experiments.commands.pictures
@@ -16,7 +18,7 @@ import dataclasses
 import fcntl
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -24,10 +26,13 @@ from metalearn import Tasks, Trainer
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import first_line
 from metalearn._utils.intervals import Estimate
-from metalearn.checkpoints.manager import Checkpoints
+from metalearn.checkpoints.record import versions
+from metalearn.eta_file import save_eta
 from metalearn.experiments import build
+from metalearn.experiments.cli import import_paths
 from metalearn.experiments.commands import pictures, summary
 from metalearn.experiments.commands import plan as auto
+from metalearn.experiments.runs import checkpoints_of, load_run, open_checkpoints
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
 from metalearn.sharding.distributed import is_first, say
 from metalearn.train_state import TrainState
@@ -57,7 +62,9 @@ def train(
     Raises:
       Interrupted: where a signal asked to stop, once the run is saved.
     """
-    plain = auto.settled(build.to_json(config), _checkpoints(workdir))
+    plain = build.to_json(config)
+    import_paths.remember(plain)
+    plain = auto.settled(plain, checkpoints_of(workdir))
     if plain["checkpoint_best"] and not plain["eval_every"]:
         raise ValueError(
             f"checkpoint_best={plain['checkpoint_best']!r} is judged by evaluations in training, "
@@ -86,7 +93,7 @@ def _train(
     trainer = build.trainer(plain, splits, layout)
     trainer.check_memory(splits.train, _evaluated(plain, splits))
     pictures.check(plain.get("pictures") or (), trainer.algorithm)
-    checkpoints = _open(workdir, plain, allow_change)
+    checkpoints = open_checkpoints(workdir, plain, allow_change)
     checkpoints.check_config()
     ended = checkpoints.latest() == plain["steps"] and (workdir / "test.json").exists()
     if ended:
@@ -95,6 +102,7 @@ def _train(
     else:
         summary.opening(plain, trainer, splits, workdir, command)
         loggers = _loggers(plain, workdir)
+        _write_config(workdir, plain)
     key = build.key_of(plain["seed"])
     try:
         state = trainer.init(key, splits.train)
@@ -132,88 +140,65 @@ def _train(
     return estimates
 
 
+def _write_config(workdir: pathlib.Path, plain: dict[str, Any]) -> None:
+    """Write the config and the versions where people look for them."""
+    if is_first():
+        for name, values in {"config.json": plain, "versions.json": versions()}.items():
+            with disk.forgiven(f"{workdir / name}"):
+                disk.write(workdir / name, strict_json.dumps(values, indent=2) + "\n")
+
+
 def _evaluated(plain: dict[str, Any], splits: build.Splits) -> list[Tasks]:
     """Return the tasks that a run evaluates on."""
     on_the_way = [splits.validation] if plain["eval_every"] and splits.validation else []
     return [*on_the_way, splits.test]
 
 
-class Restored(NamedTuple):
-    """The newest checkpoint of a run, and what it was trained with."""
-
-    config: dict[str, Any]
-    trainer: Trainer
-    splits: build.Splits
-    state: TrainState
-    loggers: dict[str, Any]  # the record of each, by class name
-
-
-def restore(workdir: pathlib.Path, best: bool = False) -> Restored:
-    """Read the newest checkpoint of a run, or the best; ValueError where there is none."""
-    if not _checkpoints(workdir).is_dir():
-        raise ValueError(
-            f"There is no run in {workdir}: no {_checkpoints(workdir)}. Train one with "
-            f"`metalearn train --config=NAME --workdir={workdir}`."
-        )
-    opened = Checkpoints(_checkpoints(workdir))
-    record = opened.record()
-    inside = opened.within_at() if record is None else None
-    opened.close()
-    if record is None:
-        where = f": it is {inside[1]} inner steps into its first outer step" if inside else ""
-        raise ValueError(f"The run in {workdir} has no checkpoint yet{where}. Train it further.")
-    if not {"dataset", "algorithm"} <= record["config"].keys():
-        raise ValueError(
-            f"The run in {workdir} was not trained by `metalearn train`: its checkpoints have no "
-            "config of one. Read its state in Python, with `Checkpoints(...).read(shapes)`."
-        )
-    splits = build.splits(record["config"]["dataset"])
-    layout = build.evaluation_layout(record["config"])
-    trainer = build.trainer(record["config"], splits, layout)
-    checkpoints = _open(workdir, record["config"])  # now: a run may be training beside us
-    state, now = checkpoints.read(trainer.shapes(splits.train), best)
-    checkpoints.close()
-    return Restored(record["config"], trainer, splits, state, now["loggers"])
-
-
-def evaluate(workdir: pathlib.Path, tasks: int, best: bool = False) -> dict[str, Estimate]:
+def evaluate(
+    workdir: pathlib.Path, tasks: int, best: bool = False, allow_imports: bool = False
+) -> dict[str, Estimate]:
     """Evaluate the newest checkpoint of a run, or the best, with the config it was trained by."""
-    config, trainer, splits, state, _ = restore(workdir, best)
-    estimates = test(trainer, state, splits, config["seed"], tasks)
-    say(f"{workdir}, outer step {int(state.step)}, on test tasks:")
+    run = load_run(workdir, best, allow_imports)
+    estimates = test(run.trainer, run.state, run.splits, run.config["seed"], tasks)
+    say(f"{workdir}, outer step {int(run.state.step)}, on test tasks:")
     if is_first():
         ConsoleLogger().finish(estimates)
     return estimates
 
 
-def export(workdir: pathlib.Path, out: pathlib.Path | None = None, best: bool = False) -> None:
-    """Write what a run has learned, where that is of use on its own: see `Algorithm.export`.
+def export(
+    workdir: pathlib.Path,
+    out: pathlib.Path | None = None,
+    best: bool = False,
+    allow_imports: bool = False,
+) -> None:
+    """Write what a run has learned to a file.
 
-    An optimizer, as a file that `load_optimizer` reads (optimizer.safetensors), or schedules, as
-    one for `load_schedules` (schedules.json).
+    An optimizer, as a file that `load_optimizer` reads (optimizer.safetensors); schedules, as one
+    for `load_schedules` (schedules.json); what an algorithm of the user's own writes
+    (`Algorithm.export`); and any other eta as one for `metalearn.load_eta` (eta.safetensors).
     """
-    restored = restore(workdir, best)
-    learner, step = restored.trainer.algorithm, int(restored.state.step)
-    if learner.export_name is None:
-        raise ValueError(
-            f"The run in {workdir} learned no optimizer and no schedules: its algorithm is "
-            f"{type(learner).__name__}. Its eta is in the train state of its checkpoints."
-        )
-    out = out or workdir / learner.export_name
+    run = load_run(workdir, best, allow_imports)
+    learner, step = run.algorithm, int(run.state.step)
+    out = out or workdir / (learner.export_name or "eta.safetensors")
     with _named(out):
-        what = learner.export(restored.trainer.learned(restored.state), out)
+        if learner.export_name is not None:
+            what = learner.export(run.eta, out)
+        else:
+            save_eta(out, run.eta, config=run.config, algorithm=type(learner).__name__, step=step)
+            what = "the eta"
     print(f"{out}: {what} of outer step {step}.")
 
 
-def draw(workdir: pathlib.Path) -> None:
+def draw(workdir: pathlib.Path, allow_imports: bool = False) -> None:
     """Draw all pictures of a run at its newest checkpoint; print where each kind of them is."""
-    _, trainer, splits, state, _ = restore(workdir)
-    uncut = dataclasses.replace(trainer, segment=None)
-    kinds = list(trainer.algorithm.pictures())
-    pictures.check(kinds or ["pictures"], trainer.algorithm)
+    run = load_run(workdir, allow_imports=allow_imports)
+    uncut = dataclasses.replace(run.trainer, segment=None)
+    kinds = list(run.algorithm.pictures())
+    pictures.check(kinds or ["pictures"], run.algorithm)
     for kind in kinds:
         with _named(workdir / pictures.FOLDER):
-            paths = pictures.draw(kind, workdir, uncut, state, splits.train)
+            paths = pictures.draw(kind, workdir, uncut, run.state, run.splits.train)
         print("\n".join(map(str, paths)), flush=True)
 
 
@@ -259,22 +244,6 @@ def _loggers(config: dict[str, Any], workdir: pathlib.Path) -> list[Logger]:
         return []
     wandb = WandbLogger(**config["wandb"], directory=workdir)
     return [ConsoleLogger(), JsonlLogger(workdir / "metrics.jsonl"), wandb]
-
-
-def _open(workdir: pathlib.Path, config: dict[str, Any], allow_change: bool = False) -> Checkpoints:
-    return Checkpoints(
-        _checkpoints(workdir),
-        config,
-        config["checkpoint_every"],
-        config.get("checkpoint_keep", 2),
-        config.get("checkpoint_best"),
-        allow_change,
-        config.get("checkpoint_within", 0),
-    )
-
-
-def _checkpoints(workdir: pathlib.Path) -> pathlib.Path:
-    return workdir / "checkpoints"
 
 
 @contextlib.contextmanager

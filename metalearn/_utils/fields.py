@@ -112,11 +112,12 @@ def _fits(hint: Any, value: Any) -> bool:
     if hint is bool:
         return isinstance(value, bool | np.bool_)
     if hint is optax.GradientTransformation:  # as a tuple of two, or an object like `MultiSteps`
-        return isinstance(value, hint) or _transforms(value)
+        return isinstance(value, hint) or is_optimizer(value)
     return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
-def _transforms(value: Any) -> bool:
+def is_optimizer(value: Any) -> bool:
+    """Return whether a value has the functions of an optax transformation, init and update."""
     both = (getattr(value, name, None) for name in ("init", "update"))
     return not isinstance(value, type) and all(map(callable, both))
 

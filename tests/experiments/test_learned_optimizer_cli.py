@@ -14,6 +14,7 @@ from metalearn.experiments import build, main
 from metalearn.experiments.benchmarks import learned_optimizer as benchmark
 from metalearn.experiments.commands import run
 from metalearn.experiments.configs import learned_optimizer_digits, learned_optimizer_shakespeare
+from metalearn.experiments.runs import load_run
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def workdir(tmp_path_factory):
 
 
 def test_a_run_of_the_config_carries_inner_runs_and_reports_on_images_it_never_saw(workdir):
-    restored = run.restore(workdir)
+    restored = load_run(workdir)
     assert restored.trainer.truncation == Truncation(2)
     assert restored.state.inner.step.tolist() == [2, 4]  # the first began with half a horizon
     seen, unseen = (
@@ -47,7 +48,7 @@ def test_the_optimizer_of_a_run_is_exported_and_is_the_one_it_learned(workdir, c
     assert main.main(["metalearn", "export", f"--workdir={workdir}"]) == 0
     path = workdir / "optimizer.safetensors"
     assert capsys.readouterr().out == f"{path}: the optimizer of outer step 2.\n"
-    restored = run.restore(workdir)
+    restored = load_run(workdir)
     ours = restored.trainer.algorithm.rule.optimizer(restored.state.eta)
     params, grads = {"w": jnp.ones((3, 2))}, {"w": jnp.linspace(-1, 1, 6).reshape(3, 2)}
     expected, _ = ours.update(grads, ours.init(params), params)
@@ -95,17 +96,3 @@ def test_the_text_config_builds_a_streamed_problem_and_a_gru_if_asked():
     assert isinstance(learner.problem, Streamed) and isinstance(learner.rule, PerParameter)
     assert learner.rule.network == PointwiseGRU(4) and len(learner.rule.factors) == 1
     assert learner.inner_steps == config["dataset"]["inner_steps"]
-
-
-def test_an_export_of_a_run_that_learned_no_optimizer_is_refused(tmp_path, capsys):
-    from metalearn.experiments.configs import maml_sinusoid
-
-    config = maml_sinusoid.get_config()
-    config.steps, config.tasks_per_step, config.test_tasks = 1, 1, 2
-    config.model.hidden, config.engine, config.eval_every = (3,), "reverse", 0
-    config.wandb.mode, config.health = "disabled", False
-    run.train(config, tmp_path / "run", progress=False)
-    assert main.main(["metalearn", "export", f"--workdir={tmp_path / 'run'}"]) == 2
-    assert (
-        "learned no optimizer and no schedules: its algorithm is MAML." in capsys.readouterr().err
-    )

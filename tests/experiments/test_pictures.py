@@ -14,6 +14,7 @@ from metalearn.algorithms import FDS, Hyperparameter, load_schedules, sgd
 from metalearn.algorithms.fds import pictures as drawing
 from metalearn.experiments.commands import pictures, run
 from metalearn.experiments.configs import fds_digits
+from metalearn.experiments.runs import load_run
 from metalearn.loggers import Logger
 from tests.helpers.command_line import call
 from tests.helpers.wandb_runs import records_of
@@ -47,7 +48,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(workdir):
-    return run.restore(workdir)
+    return load_run(workdir)
 
 
 def test_a_run_draws_what_its_config_names_and_logs_it(workdir):

@@ -20,6 +20,7 @@ from metalearn.experiments import build
 from metalearn.experiments.build import registry
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.commands import run
+from metalearn.experiments.runs import load_run
 from metalearn.models import linen_networks
 from tests.helpers.command_line import call
 from tests.helpers.small_configs import small
@@ -109,7 +110,7 @@ def test_an_exported_algorithm_trains_evaluates_and_exports_from_a_config(
 ):
     workdir = tmp_path / "run"
     run.train(one_step_config(), workdir, progress=False)
-    restored = run.restore(workdir)
+    restored = load_run(workdir)
     learner = restored.trainer.algorithm
     assert isinstance(learner, one_step) and learner.scale == 1.0
     assert int(restored.state.step) == 2

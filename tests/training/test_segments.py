@@ -14,7 +14,7 @@ from metalearn import Algorithm, Episode, Faults, Forward, MixedFlow, Tasks, Tra
 from metalearn.algorithms.fds import schedule as windows
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
 from metalearn.cost import cost
-from metalearn.experiments.commands import run
+from metalearn.experiments.runs import load_run
 from metalearn.training.faults import NonFiniteError
 from metalearn.training.outer_loop import Interrupted
 from metalearn.training.progress import Bars, bars
@@ -201,7 +201,7 @@ def test_a_run_that_is_stopped_inside_outer_steps_ends_with_the_same_bits(tmp_pa
 def test_a_run_stopped_inside_its_first_outer_step_has_no_eta_to_evaluate_yet(tmp_path):
     stopped(trainer(), tmp_path / "checkpoints", 2)
     with pytest.raises(ValueError, match="no checkpoint yet: it is 16 inner steps into its first"):
-        run.restore(tmp_path)
+        load_run(tmp_path)
 
 
 def count_taken(made, directory, **options):
