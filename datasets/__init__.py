@@ -22,6 +22,7 @@ from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, sele
 from metalearn.datasets.corruption import Corruption
 from metalearn.datasets.digits import digits
 from metalearn.datasets.few_shot import FewShot
+from metalearn.datasets.folders import Folder, image_folder, read_folder
 from metalearn.datasets.images import Images, read_images, with_label_noise
 from metalearn.datasets.omniglot import omniglot
 from metalearn.datasets.reading import DatasetNotPreparedError, open_source
@@ -35,6 +36,7 @@ __all__ = [
     "Corruption",
     "DatasetNotPreparedError",
     "FewShot",
+    "Folder",
     "HeldOut",
     "Images",
     "Quadratics",
@@ -45,8 +47,10 @@ __all__ = [
     "TrainingRuns",
     "digits",
     "from_labels",
+    "image_folder",
     "omniglot",
     "open_source",
+    "read_folder",
     "read_images",
     "read_text",
     "rotate",

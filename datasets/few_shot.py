@@ -37,7 +37,8 @@ of times faster than `jax.random.choice(replace=False)`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +51,7 @@ from metalearn._utils.fields import check_fields
 from metalearn._utils.pixels import are_pixels
 from metalearn.datasets.arrays import arrays, one_array, rows_of
 from metalearn.datasets.class_index import ClassIndex, from_labels, labelled
+from metalearn.datasets.folders import read_folder
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
 
@@ -154,6 +156,46 @@ class FewShot(Tasks):
         inputs, names, classes = labelled("FewShot.from_arrays", inputs, labels)
         check_classes("FewShot.from_arrays", names, np.bincount(classes), shots, queries)
         index = from_labels(inputs, classes)
+        return cls.create(index, ways=ways, shots=shots, queries=queries, scale=scale)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | pathlib.Path,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        size: Sequence[int] | None = None,
+        channels: int | None = None,
+        scale: Any = None,
+        progress: bool = True,
+    ) -> FewShot:
+        """Make tasks of a folder of PNG and JPEG images, with a subfolder for each class.
+
+        The decoded images are cached; see `metalearn.datasets.folders`.
+
+        Args:
+          folder: such as "data/train", which holds data/train/CLASS/IMAGE.png.
+          ways: classes in a task.
+          shots: support examples per class.
+          queries: query examples per class.
+          size: (height, width) to resize all images to; None: they are of one size.
+          channels: 1 (grey), 3 (RGB) or 4 (RGBA); None: 1 if every image is grey, else 3.
+          scale: see `create`; None: pixels are float32 in 0..1.
+          progress: show a progress bar while images are decoded.
+
+        Raises:
+          FileNotFoundError: if there is no such folder.
+          ValueError: if it has fewer than two classes, one has too few images, an image cannot be
+            read, or the images have several sizes and none is asked for.
+        """
+        check_task(ways, shots, queries)
+        images, labels, names = read_folder(folder, size=size, channels=channels, progress=progress)
+        what, counts = f"FewShot.from_folder({str(folder)!r})", np.bincount(labels)
+        larger = "the {few} smaller ones: move their folders elsewhere"
+        check_classes(what, np.asarray(names), counts, shots, queries, larger)
+        index = from_labels(images, labels)
         return cls.create(index, ways=ways, shots=shots, queries=queries, scale=scale)
 
     def label_range(self) -> tuple[int, int]:
@@ -363,8 +405,19 @@ def check_task(ways: int, shots: int, queries: int) -> None:
         )
 
 
+KEEP_LARGER = (
+    "the {few} smaller ones: `names, counts = np.unique(labels, return_counts=True); "
+    "keep = np.isin(labels, names[counts >= {needed}])`"
+)
+
+
 def check_classes(
-    what: str, names: np.ndarray, counts: np.ndarray, shots: int, queries: int
+    what: str,
+    names: np.ndarray,
+    counts: np.ndarray,
+    shots: int,
+    queries: int,
+    leave_out: str = KEEP_LARGER,
 ) -> None:
     """Raise ValueError if there is one class, or one is too small, which is named.
 
@@ -374,6 +427,7 @@ def check_classes(
       counts: [classes], the number of examples of each.
       shots: support examples per class.
       queries: query examples per class.
+      leave_out: how to leave out the classes that are too small, for the message.
     """
     integers("FewShot", shots=shots, queries=queries)
     if len(names) < 2:
@@ -387,9 +441,8 @@ def check_classes(
         raise ValueError(
             f"`{what}` got shots + queries = {shots} + {queries} = {needed}, but the class "
             f"{names[smallest].item()!r} has {counts[smallest]} examples and those of a task are "
-            f"distinct. Ask for at most {counts[smallest]} together, or leave out the "
-            f"{(counts < needed).sum()} smaller classes: `names, counts = np.unique(labels, "
-            f"return_counts=True); keep = np.isin(labels, names[counts >= {needed}])`."
+            f"distinct. Ask for at most {counts[smallest]} together, or leave out "
+            f"{leave_out.format(few=(counts < needed).sum(), needed=needed)}."
         )
 
 
