@@ -5,11 +5,11 @@ class); `FewShot` puts it on the device and draws episodes from it inside jit. `
 the same with windows of a text, part of which may be corrupted. `TrainingRuns` splits a whole
 dataset, such as one of `read_images`, to learn hyperparameters of training on it. A
 `Sinusoid` needs no data. `digits()` works offline, `omniglot()` after it has been prepared;
-your own images become an index with `from_labels`:
+your own examples become tasks with `FewShot.from_arrays`:
 
 >>> import jax, numpy as np
->>> index = from_labels(np.zeros([60, 28, 28, 1], np.uint8), np.arange(60) % 6)
->>> tasks = FewShot.create(index, ways=5, shots=1, queries=9)
+>>> images, labels = np.zeros([60, 28, 28, 1], np.uint8), np.arange(60) % 6
+>>> tasks = FewShot.from_arrays(images, labels, ways=5, shots=1, queries=9)
 >>> inputs, labels = tasks.sample(jax.random.key(0)).query
 >>> inputs.shape, labels.shape
 ((45, 28, 28, 1), (45,))
@@ -22,6 +22,7 @@ from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, sele
 from metalearn.datasets.corruption import Corruption
 from metalearn.datasets.digits import digits
 from metalearn.datasets.few_shot import FewShot
+from metalearn.datasets.folders import Folder, image_folder, read_folder
 from metalearn.datasets.images import Images, read_images, with_label_noise
 from metalearn.datasets.omniglot import omniglot
 from metalearn.datasets.reading import DatasetNotPreparedError, open_source
@@ -35,6 +36,7 @@ __all__ = [
     "Corruption",
     "DatasetNotPreparedError",
     "FewShot",
+    "Folder",
     "HeldOut",
     "Images",
     "Quadratics",
@@ -45,8 +47,10 @@ __all__ = [
     "TrainingRuns",
     "digits",
     "from_labels",
+    "image_folder",
     "omniglot",
     "open_source",
+    "read_folder",
     "read_images",
     "read_text",
     "rotate",

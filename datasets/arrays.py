@@ -1,8 +1,12 @@
-"""Checks of arguments that are arrays: arrays and lists of numbers, but no dictionaries of them."""
+"""Checks of arguments that are arrays: one array or list of numbers, or several in a structure.
+
+The inputs of an example may be one array or several: a dictionary, a tuple or any other pytree of
+arrays with a common first axis. A list is data, and becomes one array.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -48,6 +52,52 @@ def _no_array(what: str, name: str, kind: str, shape: str) -> TypeError:
         "list of them. Stack examples with `np.stack(examples)`, which takes those of one shape; "
         "number classes that have names with `np.unique(labels, return_inverse=True)[1]`."
     )
+
+
+def arrays(what: str, name: str, value: Any, shape: str) -> Any:
+    """Return a pytree of arrays; lists in it become arrays, arrays are unchanged.
+
+    Args:
+      what: the class or function, as the user writes it.
+      name: of the argument.
+      value: of the argument: an array, a list, or a dictionary, tuple or other pytree of them.
+      shape: for the message: "[n, ...]".
+
+    Raises:
+      TypeError: if there is no array in it, or a leaf holds anything but numbers.
+    """
+    leaves, treedef = jax.tree.flatten(value, is_leaf=_is_data)
+    if not leaves:
+        raise _no_array(what, name, f"an empty {type(value).__name__}", shape)
+    return jax.tree.unflatten(treedef, [one_array(what, name, leaf, shape) for leaf in leaves])
+
+
+def _is_data(value: Any) -> bool:
+    return value is None or isinstance(value, list)
+
+
+def rows_of(what: str, name: str, tree: Any) -> int:
+    """Return the length of the first axis that all arrays of a pytree share.
+
+    Raises:
+      ValueError: if an array has no axis, or the lengths differ.
+    """
+    counts = {
+        jax.tree_util.keystr(path) or name: jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{key}: {count}" for key, count in counts.items())
+        raise ValueError(
+            f"`{what}` got {name} of unequal length ({listed}), but row i of each array belongs to "
+            "example i. Pass arrays with one row for each example."
+        )
+    return next(iter(counts.values()))
+
+
+def map_arrays(function: Callable[[np.ndarray], np.ndarray], tree: Any) -> Any:
+    """Apply a function to each array of a pytree, as arrays of NumPy."""
+    return jax.tree.map(lambda leaf: function(np.asarray(leaf)), tree, is_leaf=_is_data)
 
 
 def least_and_largest(*labels: Any) -> tuple[int, int] | None:

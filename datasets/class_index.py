@@ -6,8 +6,8 @@ with zeros to the largest; `counts` are the numbers of real examples, which boun
 uint8, all of Omniglot with its rotations (6,492 classes x 20 x 28 x 28) is 102 MB: it fits on any
 device.
 
-A `ClassIndex` of your own may hold features of any type, which episodes contain unchanged. Only
-uint8 images are rescaled, to 0..1.
+Examples may be of any type, and of one array or several (a dictionary or another pytree). Episodes
+contain them unchanged; only uint8 images are rescaled, to 0..1 (`metalearn._utils.pixels`).
 """
 
 from __future__ import annotations
@@ -17,60 +17,82 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metalearn.datasets.arrays import one_array
+from metalearn.datasets.arrays import arrays, map_arrays, rows_of
 
 
 class ClassIndex(NamedTuple):
     """Examples by class.
 
-    examples: [classes, examples, ...], padding beyond the count of a class. uint8 are pixels of
-      images, scaled to 0..1 in episodes; other types are unchanged.
+    examples: [classes, examples, ...], or a pytree of such arrays; padding beyond the count of a
+      class. uint8 are pixels of images, scaled to 0..1 in episodes; other types are unchanged.
     counts: [classes] int32, the number of real examples of each class.
     """
 
-    examples: np.ndarray
+    examples: Any
     counts: np.ndarray
 
 
-def from_labels(images: Any, labels: Any) -> ClassIndex:
-    """Return labelled images ordered by class, in their original order within a class.
+def from_labels(inputs: Any, labels: Any) -> ClassIndex:
+    """Return labelled examples ordered by class, in their original order within a class.
 
     Args:
-      images: [n, ...] uint8; pictures keep their channel axis, [n, height, width, channels].
+      inputs: [n, ...] of any numbers: an array, a list, or a dictionary or another pytree of them.
+        Types are unchanged. Pictures keep their channel axis, [n, height, width, channels].
       labels: [n] integers or names, an array or a list; class c of the result is the c-th
         smallest label.
 
     Raises:
-      ValueError: if the images are not uint8, or not as many as the labels.
-      TypeError: if the labels are no integers and no names, or the images no array.
+      ValueError: if there are not as many inputs as labels.
+      TypeError: if the labels are no integers and no names, or the inputs no arrays.
     """
-    images = np.asarray(one_array("from_labels", "images", images, "[n, ...]"))
-    labels = _labels(labels)
-    if images.dtype != np.uint8 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"`from_labels` got images {images.dtype}{list(images.shape)} and labels of shape "
-            f"{list(labels.shape)}, but an index holds uint8 images with one label each. Pass "
-            f"images as uint8 [n, ...] (pixel values 0..255) and labels as [n]. Features of "
-            f"another type: `ClassIndex(examples [classes, examples, ...], counts [classes])`."
-        )
-    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    inputs, _, classes = labelled("from_labels", inputs, labels)
+    counts = np.bincount(classes)
     order = np.argsort(classes, kind="stable")
     starts = np.cumsum(counts) - counts
-    position = np.arange(len(labels)) - np.repeat(starts, counts)
-    shape = (len(counts), int(counts.max(initial=0)), *images.shape[1:])
-    examples = np.zeros(shape, np.uint8)
-    examples[classes[order], position] = images[order]
-    return ClassIndex(examples, counts.astype(np.int32))
+    position = np.arange(len(classes)) - np.repeat(starts, counts)
+
+    def by_class(leaf: np.ndarray) -> np.ndarray:
+        shape = (len(counts), int(counts.max(initial=0)), *leaf.shape[1:])
+        examples = np.zeros(shape, leaf.dtype)
+        examples[classes[order], position] = leaf[order]
+        return examples
+
+    return ClassIndex(map_arrays(by_class, inputs), counts.astype(np.int32))
 
 
-def _labels(values: Any) -> np.ndarray:
+def labelled(what: str, inputs: Any, labels: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+    """Return (inputs [n, ...], names [classes], classes [n]), a label for each example.
+
+    Args:
+      what: the function, as its user writes it, for messages.
+      inputs: of the examples; see `from_labels`.
+      labels: of the examples.
+
+    Raises:
+      ValueError: if lengths differ.
+      TypeError: if the labels are no integers and no names, or the inputs no arrays.
+    """
+    inputs = arrays(what, "inputs", inputs, "[n, ...]")
+    labels = label_array(what, labels)
+    n = rows_of(what, "inputs", inputs)
+    if labels.shape != (n,):
+        one_hot = " Labels that are one-hot: `labels.argmax(-1)`." if labels.ndim == 2 else ""
+        raise ValueError(
+            f"`{what}` got {n} inputs and labels of shape {list(labels.shape)}, but every example "
+            f"has one label: pass inputs [n, ...] and labels [n].{one_hot}"
+        )
+    names, classes = np.unique(labels, return_inverse=True)
+    return inputs, names, classes
+
+
+def label_array(what: str, values: Any) -> np.ndarray:
     """Return labels as an array; TypeError unless they are integers or names."""
     labels = np.asarray(values) if not isinstance(values, Mapping) else np.empty(0, object)
     if labels.dtype.kind in "biuUS":
         return labels
     raise TypeError(
-        f"`from_labels` got labels of {labels.dtype} ({type(values).__name__}), but a label says "
-        "which class an image is of: an integer, or a name. Pass labels [n] of int; "
+        f"`{what}` got labels of {labels.dtype} ({type(values).__name__}), but a label says "
+        "which class an example is of: an integer, or a name. Pass labels [n] of int; "
         "`labels.astype(int)` where they are whole numbers, `labels.argmax(-1)` of one-hot ones."
     )
 
@@ -78,7 +100,8 @@ def _labels(values: Any) -> np.ndarray:
 def select(index: ClassIndex, classes: Sequence[int] | np.ndarray) -> ClassIndex:
     """Return an index of some of the classes, in the order of `classes`."""
     chosen = np.asarray(classes, dtype=np.intp)
-    return ClassIndex(np.asarray(index.examples)[chosen], np.asarray(index.counts)[chosen])
+    examples = map_arrays(lambda leaf: leaf[chosen], index.examples)
+    return ClassIndex(examples, np.asarray(index.counts)[chosen])
 
 
 def rotate(index: ClassIndex) -> ClassIndex:
@@ -89,7 +112,8 @@ def rotate(index: ClassIndex) -> ClassIndex:
     Raises:
       ValueError: if the examples are not square images [height, width, channels].
     """
-    shape = index.examples.shape
+    several = isinstance(index.examples, Mapping | tuple)
+    shape: tuple[int, ...] = () if several else np.shape(index.examples)
     if len(shape) != 5 or shape[2] != shape[3]:
         raise ValueError(
             f"`rotate` got examples of shape {list(shape[2:])}, but a quarter turn keeps the shape "

@@ -7,10 +7,19 @@ outside its episode and has to be learned in the inner loop (Vinyals et al. 2016
 arXiv:1606.04080).
 
 The examples are on the device in their stored type and are gathered, then converted, inside the
-jit that trains on them: no host work, no transfer per step. uint8 images are scaled to 0..1;
-examples of any other type are unchanged. An episode is a function of the key. A batch of tasks is a
-`vmap` over keys, and costs about as much as writing its pixels in float32
-(`python -m metalearn.experiments.benchmarks.sampler`).
+jit that trains on them: no host work, no transfer per step. An episode is a function of the key. A
+batch of tasks is a `vmap` over keys, and costs about as much as writing its pixels in float32
+(`python -m metalearn.experiments.benchmarks.sampler`). Data that do not fit the device stay on the
+host: `metalearn.datasets.HostFewShot` draws the same episodes for the same keys.
+
+What an episode holds of stored examples is decided by their type, or by `scale`:
+
+| stored as | without `scale` | with a number as `scale` |
+|---|---|---|
+| uint8 of two axes or more, images | float32, divided by 255: 0..1 | float32, times `scale` |
+| uint8 of fewer axes | refused: pixels or tokens? | float32, times `scale` |
+| other integers, booleans | unchanged: tokens, masks | float32, times `scale` |
+| floats | unchanged | unchanged type, times `scale` |
 
 `distinct` draws k distinct integers below n inside jit, by shifted integers. The i-th draw is
 uniform over the n - i integers that are not drawn yet. Instead of listing these (a permutation of
@@ -28,6 +37,8 @@ of times faster than `jax.random.choice(replace=False)`.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,39 +49,51 @@ from jaxtyping import Array, Int
 from metalearn._utils.checks import integers
 from metalearn._utils.fields import check_fields
 from metalearn._utils.pixels import are_pixels
-from metalearn.datasets.arrays import one_array
-from metalearn.datasets.class_index import ClassIndex
+from metalearn.datasets.arrays import arrays, one_array, rows_of
+from metalearn.datasets.class_index import ClassIndex, from_labels, labelled
+from metalearn.datasets.folders import read_folder
 from metalearn.tasks import Tasks
 from metalearn.unroll import Episode
+
+MOST_OF_A_CLASS = 2**23  # examples: the resolution of a float32 uniform
+Scales = tuple[float | None, ...]  # for each array of an example; None: by its type
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FewShot(Tasks):
-    """N-way K-shot tasks over an index of classes. Create one with `FewShot.create`.
+    """N-way K-shot tasks over an index of classes, on the device.
+
+    Create one with `FewShot.from_arrays(inputs, labels, ...)`, or of an index with
+    `FewShot.create(index, ...)`.
 
     A pytree: `examples` and `counts` are its leaves, so pass it to jit as an argument
     (a jit that closes over it would store the whole dataset as a constant of the program).
 
     Args:
-      examples: [classes, examples, ...].
+      examples: [classes, examples, ...], or a pytree of such arrays.
       counts: [classes] int32, the number of real examples of each class.
       ways: classes in a task.
       shots: support examples per class.
       queries: query examples per class.
+      scale: for each array of an example, the factor of its values; None: uint8 images are
+        divided by 255, others unchanged.
     """
 
-    examples: jax.Array = dataclasses.field(repr=False)
+    examples: Any = dataclasses.field(repr=False)
     counts: jax.Array = dataclasses.field(repr=False)
     ways: int = dataclasses.field(metadata={"static": True})
     shots: int = dataclasses.field(metadata={"static": True})
     queries: int = dataclasses.field(metadata={"static": True})
+    scale: Scales = dataclasses.field(metadata={"static": True}, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @classmethod
-    def create(cls, index: ClassIndex, *, ways: int, shots: int, queries: int) -> FewShot:
+    def create(
+        cls, index: ClassIndex, *, ways: int, shots: int, queries: int, scale: Any = None
+    ) -> FewShot:
         """Put an index on the device, after checking that such tasks can be drawn from it.
 
         Args:
@@ -79,18 +102,101 @@ class FewShot(Tasks):
           ways: classes in a task.
           shots: support examples per class.
           queries: query examples per class.
+          scale: a factor for the values of all inputs, such as 1 / 255; or a pytree like the
+            inputs of an example, of factors and None. None: only uint8 images are scaled.
 
         Raises:
           ValueError: if the index has fewer than `ways` classes, or a class has fewer
-            than `shots + queries` examples; if a size is not an integer; or for uint8 examples
-            that are not images, which may be pixels or tokens.
+            than `shots + queries` examples; if a size is not an integer; for uint8 examples
+            that are not images, which may be pixels or tokens; or for a scale that is no number.
           TypeError: if `index` is not a `ClassIndex` of arrays.
         """
         index = _arrays(index)
-        _check(index, ways, shots, queries)
-        are_pixels("`FewShot`", index.examples.dtype, index.examples.shape[2:])
-        examples, counts = jnp.asarray(index.examples), jnp.asarray(index.counts)
-        return cls(examples, counts, int(ways), int(shots), int(queries))
+        check_sizes(index.counts, ways, shots, queries)
+        scales = check_scale(index.examples, scale, 2)
+        examples, counts = jax.tree.map(jnp.asarray, (index.examples, index.counts))
+        return cls(examples, counts, int(ways), int(shots), int(queries), scales)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        inputs: Any,
+        labels: Any,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        scale: Any = None,
+    ) -> FewShot:
+        """Make tasks of examples with their labels, put on the device.
+
+        Features and float images are used as they are. Images of uint8 become float32 in 0..1,
+        unless `scale` says otherwise. Integers of other types (tokens) stay integers. 64-bit
+        numbers become 32-bit ones, unless `jax_enable_x64` is set.
+
+        Args:
+          inputs: [n, ...] of any numbers: an array, a list, or a dictionary, tuple or another
+            pytree of arrays, each with a row for every example.
+          labels: [n] integers or names, an array or a list: the classes.
+          ways: classes in a task.
+          shots: support examples per class.
+          queries: query examples per class.
+          scale: see `create`; 1 leaves the values of uint8 pixels at 0..255.
+
+        Raises:
+          ValueError: if there are not as many inputs as labels, or one class only; and as
+            `create`.
+          TypeError: if inputs or labels are no arrays of numbers (or names).
+
+        >>> features = np.random.default_rng(0).normal(size=(40, 3))
+        >>> tasks = FewShot.from_arrays(features, ["a", "b"] * 20, ways=2, shots=1, queries=4)
+        >>> tasks.sample(jax.random.key(0)).support[0].shape
+        (2, 3)
+        """
+        inputs, names, classes = labelled("FewShot.from_arrays", inputs, labels)
+        check_classes("FewShot.from_arrays", names, np.bincount(classes), shots, queries)
+        index = from_labels(inputs, classes)
+        return cls.create(index, ways=ways, shots=shots, queries=queries, scale=scale)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | pathlib.Path,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        size: Sequence[int] | None = None,
+        channels: int | None = None,
+        scale: Any = None,
+        progress: bool = True,
+    ) -> FewShot:
+        """Make tasks of a folder of PNG and JPEG images, with a subfolder for each class.
+
+        The decoded images are cached; see `metalearn.datasets.folders`.
+
+        Args:
+          folder: such as "data/train", which holds data/train/CLASS/IMAGE.png.
+          ways: classes in a task.
+          shots: support examples per class.
+          queries: query examples per class.
+          size: (height, width) to resize all images to; None: they are of one size.
+          channels: 1 (grey), 3 (RGB) or 4 (RGBA); None: 1 if every image is grey, else 3.
+          scale: see `create`; None: pixels are float32 in 0..1.
+          progress: show a progress bar while images are decoded.
+
+        Raises:
+          FileNotFoundError: if there is no such folder.
+          ValueError: if it has fewer than two classes, one has too few images, an image cannot be
+            read, or the images have several sizes and none is asked for.
+        """
+        check_task(ways, shots, queries)
+        images, labels, names = read_folder(folder, size=size, channels=channels, progress=progress)
+        what, counts = f"FewShot.from_folder({str(folder)!r})", np.bincount(labels)
+        larger = "the {few} smaller ones: move their folders elsewhere"
+        check_classes(what, np.asarray(names), counts, shots, queries, larger)
+        index = from_labels(images, labels)
+        return cls.create(index, ways=ways, shots=shots, queries=queries, scale=scale)
 
     def label_range(self) -> tuple[int, int]:
         """Return (0, ways - 1)."""
@@ -98,11 +204,7 @@ class FewShot(Tasks):
 
     def indices(self, key: jax.Array) -> tuple[Int[Array, " ways"], Int[Array, "ways examples"]]:
         """Draw one task as indices: classes [ways], examples [ways, shots + queries], int32."""
-        class_key, example_key = jax.random.split(key)
-        classes = distinct(class_key, self.counts.shape[0], self.ways)
-        keys = jax.random.split(example_key, self.ways)
-        draw = jax.vmap(lambda key, n: distinct(key, n, self.shots + self.queries))
-        return classes, draw(keys, self.counts[classes])
+        return draw_indices(key, self.counts, self.ways, self.shots + self.queries)
 
     def sample(self, key: jax.Array) -> Episode:
         """Draw one task, grouped by class: label 0 first, label ways-1 last.
@@ -113,27 +215,117 @@ class FewShot(Tasks):
           are float32 in 0..1, others as in the index. Classes are distinct, and so are all
           examples of a class in the episode.
         """
-        classes, picks = self.indices(key)
-        rows = classes[:, None] * self.examples.shape[1] + picks
-        support, query = rows[:, : self.shots].reshape(-1), rows[:, self.shots :].reshape(-1)
-        # One gather of rows, then two contiguous slices: on a CPU twice as fast as two gathers,
-        # or as a slice per class.
-        inputs = self._gather(jnp.concatenate([support, query]))
-        n = support.size
-        return Episode(
-            (inputs[:n], self._labels(self.shots)), (inputs[n:], self._labels(self.queries))
+        classes, picks = support_first(*self.indices(key), self.shots)
+        inputs = jax.tree.map(lambda leaf: _gather(leaf, classes, picks), self.examples)
+        return episode_of(inputs, self.ways, self.shots, self.queries, self.scale)
+
+
+def draw_indices(
+    key: jax.Array, counts: Int[Array, " classes"], ways: int, needed: int
+) -> tuple[Int[Array, " {ways}"], Int[Array, "{ways} {needed}"]]:
+    """Draw `ways` distinct classes and `needed` distinct examples of each, int32.
+
+    Args:
+      key: of the task.
+      counts: the number of examples of each class.
+      ways: classes of the task.
+      needed: its examples of a class.
+    """
+    class_key, example_key = jax.random.split(key)
+    classes = distinct(class_key, counts.shape[0], ways)
+    keys = jax.random.split(example_key, ways)
+    return classes, jax.vmap(lambda key, n: distinct(key, n, needed))(keys, counts[classes])
+
+
+def support_first(
+    classes: Int[Array, " ways"], picks: Int[Array, "ways examples"], shots: int
+) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
+    """Return (class, number in the class) of each example: the support set, then the query set.
+
+    One gather of rows, then two contiguous slices: on a CPU twice as fast as two gathers, or as a
+    slice per class.
+    """
+    classes = jnp.broadcast_to(classes[:, None], picks.shape)
+
+    def flat(table: jax.Array) -> jax.Array:
+        return jnp.concatenate([table[:, :shots].reshape(-1), table[:, shots:].reshape(-1)])
+
+    return flat(classes), flat(picks)
+
+
+def _gather(examples: jax.Array, classes: jax.Array, picks: jax.Array) -> jax.Array:
+    """Return some examples [n, ...] of [classes, per_class, ...]."""
+    count, per_class, *shape = examples.shape
+    table = examples.reshape(count * per_class, -1)
+    return table[classes * per_class + picks].reshape(-1, *shape)
+
+
+def episode_of(inputs: Any, ways: int, shots: int, queries: int, scale: Scales) -> Episode:
+    """Return the episode of gathered examples in the order of `support_first`.
+
+    Args:
+      inputs: leaves [ways * (shots + queries), ...], in their stored type.
+      ways: classes of the task.
+      shots: support examples per class.
+      queries: query examples per class.
+      scale: for each leaf; see `FewShot`.
+    """
+    leaves, treedef = jax.tree.flatten(inputs)
+    scaled = [_scaled(leaf, factor) for leaf, factor in zip(leaves, scale, strict=True)]
+    inputs, n = jax.tree.unflatten(treedef, scaled), ways * shots
+    labels = jnp.arange(ways, dtype=jnp.int32)
+    return Episode(
+        (jax.tree.map(lambda leaf: leaf[:n], inputs), jnp.repeat(labels, shots)),
+        (jax.tree.map(lambda leaf: leaf[n:], inputs), jnp.repeat(labels, queries)),
+    )
+
+
+def _scaled(leaf: jax.Array, factor: float | None) -> jax.Array:
+    """Return examples [n, ...] as an episode holds them; see the table of the module."""
+    if factor is not None:
+        kind = leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.float32
+        return leaf.astype(kind) * jnp.asarray(factor, kind)
+    if are_pixels("`FewShot`", leaf.dtype, leaf.shape[1:]):
+        return leaf.astype(jnp.float32) / 255
+    return leaf
+
+
+def check_scale(examples: Any, scale: Any, axes: int) -> Scales:
+    """Return a factor or None for each array of an example.
+
+    Args:
+      examples: arrays of examples, with `axes` axes before those of one example.
+      scale: a number for all, or a pytree of numbers and None like the examples; None: none.
+      axes: 1 for [n, ...], 2 for [classes, examples, ...].
+
+    Raises:
+      ValueError: for a scale that is no number, or of another structure; and where no scale is
+        given, for uint8 examples that are no images.
+    """
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(examples)
+
+    def is_none(value: Any) -> bool:
+        return value is None
+
+    factors, like = jax.tree.flatten(scale, is_leaf=is_none)
+    if len(factors) == 1 and not isinstance(scale, Mapping):
+        factors, like = factors * len(leaves), treedef
+    if like != treedef or not all(f is None or _is_factor(f) for f in factors):
+        raise ValueError(
+            f"`FewShot(scale={scale!r})`: it is a number that multiplies all inputs, such as "
+            "1 / 255, or a structure like the inputs of an example, with a number or None for each "
+            "array. None, the default, divides uint8 images by 255 and leaves all else as it is."
         )
+    for leaf, factor in zip(leaves, factors, strict=True):
+        if factor is None:
+            are_pixels("`FewShot`", leaf.dtype, leaf.shape[axes:])
+    return tuple(None if f is None else float(f) for f in factors)
 
-    def _gather(self, rows: jax.Array) -> jax.Array:
-        """Return the inputs [n, ...] of some rows [n] of the table of all examples."""
-        classes, per_class, *shape = self.examples.shape
-        table = self.examples.reshape(classes * per_class, -1)
-        if not are_pixels("`FewShot`", table.dtype, tuple(shape)):
-            return table[rows].reshape(-1, *shape)
-        return table[rows].astype(jnp.float32).reshape(-1, *shape) / 255
 
-    def _labels(self, per_class: int) -> jax.Array:
-        return jnp.repeat(jnp.arange(self.ways, dtype=jnp.int32), per_class)
+def _is_factor(value: Any) -> bool:
+    number = isinstance(value, int | float | np.integer | np.floating)
+    return number and not isinstance(value, bool) and bool(np.isfinite(value)) and value != 0
 
 
 def _arrays(index: Any) -> ClassIndex:
@@ -141,50 +333,116 @@ def _arrays(index: Any) -> ClassIndex:
     if not isinstance(index, ClassIndex):
         raise TypeError(
             f"`FewShot.create` takes a `ClassIndex`, examples by class, not a "
-            f"{type(index).__name__}. Of images with their labels: `from_labels(images, labels)`."
+            f"{type(index).__name__}. Of examples with their labels: "
+            "`FewShot.from_arrays(inputs, labels, ...)`, or an index by "
+            "`from_labels(inputs, labels)`."
         )
-    examples = one_array("ClassIndex", "examples", index.examples, "[classes, examples, ...]")
+    examples = arrays("ClassIndex", "examples", index.examples, "[classes, examples, ...]")
     counts = np.asarray(one_array("ClassIndex", "counts", index.counts, "[classes]"))
-    shapes_fit = examples.ndim >= 2 and counts.shape == examples.shape[:1] and counts.size
-    if not (shapes_fit and counts.dtype.kind in "iu" and 0 <= counts.min()):
+    classes = rows_of("ClassIndex", "examples", examples)
+    leaves = jax.tree.leaves(examples)
+    held = {leaf.shape[1] for leaf in leaves if leaf.ndim >= 2}
+    shapes_fit = all(leaf.ndim >= 2 for leaf in leaves) and len(held) == 1
+    fit = shapes_fit and counts.shape == (classes,) and counts.size
+    if not (fit and counts.dtype.kind in "iu" and 0 <= counts.min()):
+        shapes = ", ".join(str([*leaf.shape]) for leaf in leaves)
         raise ValueError(
-            f"`ClassIndex` got examples {list(examples.shape)} and counts {counts.dtype}"
+            f"`ClassIndex` got examples {shapes} and counts {counts.dtype}"
             f"{list(counts.shape)}, but counts say how many examples each class has: integers "
             "[classes] beside examples [classes, examples, ...]. Of examples with their labels "
             "`from_labels` makes an index."
         )
-    if counts.max() > examples.shape[1]:
+    most = held.pop()
+    if counts.max() > most:
         raise ValueError(
             f"`ClassIndex` says that class {int(counts.argmax())} has {counts.max()} examples, but "
-            f"its examples {list(examples.shape)} hold {examples.shape[1]} of a class. Count those "
+            f"its examples {list(leaves[0].shape)} hold {most} of a class. Count those "
             "that are there."
         )
-    return ClassIndex(examples, counts)  # type: ignore[arg-type]
+    return ClassIndex(examples, counts)
 
 
-def _check(index: ClassIndex, ways: int, shots: int, queries: int) -> None:
-    """Raise ValueError unless every task of these sizes can be drawn from the index."""
-    integers("FewShot", ways=ways, shots=shots, queries=queries)
-    if min(ways, shots, queries) < 1:
-        raise ValueError(
-            f"`FewShot` got ways={ways}, shots={shots}, queries={queries}, but a task has at least "
-            f"one of each. Pass positive integers, such as ways=5, shots=1, queries=15."
-        )
-    classes, needed = len(index.counts), shots + queries
+def check_sizes(counts: np.ndarray, ways: int, shots: int, queries: int) -> None:
+    """Raise ValueError unless every task of these sizes can be drawn from classes.
+
+    Args:
+      counts: [classes], the number of examples of each.
+      ways: classes in a task.
+      shots: support examples per class.
+      queries: query examples per class.
+    """
+    check_task(ways, shots, queries)
+    classes, needed = len(counts), shots + queries
     if ways > classes:
         raise ValueError(
             f"`FewShot` got ways={ways}, but the index has {classes} classes and those of a task "
             f"are distinct. Ask for at most ways={classes}, or give it an index of more classes "
             f"(`rotate(index)` makes four of each)."
         )
-    smallest = int(index.counts.argmin())
-    fewest = int(index.counts[smallest])
+    smallest = int(counts.argmin())
+    fewest = int(counts[smallest])
     if needed > fewest:
         raise ValueError(
             f"`FewShot` got shots + queries = {shots} + {queries} = {needed}, but class {smallest} "
             f"has {fewest} examples and those of a task are distinct. Ask for at most {fewest} "
             f"together, or keep only the larger classes with "
             f"`select(index, np.flatnonzero(index.counts >= {needed}))`."
+        )
+    if max(classes, counts.max()) > MOST_OF_A_CLASS:
+        raise ValueError(
+            f"`FewShot` got {classes:,} classes, the largest of {counts.max():,} examples, but it "
+            f"draws from at most {MOST_OF_A_CLASS:,} of either. Leave some examples out."
+        )
+
+
+def check_task(ways: int, shots: int, queries: int) -> None:
+    """Raise ValueError unless the sizes of a task are integers of at least one."""
+    integers("FewShot", ways=ways, shots=shots, queries=queries)
+    if min(ways, shots, queries) < 1:
+        raise ValueError(
+            f"`FewShot` got ways={ways}, shots={shots}, queries={queries}, but a task has at least "
+            f"one of each. Pass positive integers, such as ways=5, shots=1, queries=15."
+        )
+
+
+KEEP_LARGER = (
+    "the {few} smaller ones: `names, counts = np.unique(labels, return_counts=True); "
+    "keep = np.isin(labels, names[counts >= {needed}])`"
+)
+
+
+def check_classes(
+    what: str,
+    names: np.ndarray,
+    counts: np.ndarray,
+    shots: int,
+    queries: int,
+    leave_out: str = KEEP_LARGER,
+) -> None:
+    """Raise ValueError if there is one class, or one is too small, which is named.
+
+    Args:
+      what: the function, as its user writes it.
+      names: [classes], their labels.
+      counts: [classes], the number of examples of each.
+      shots: support examples per class.
+      queries: query examples per class.
+      leave_out: how to leave out the classes that are too small, for the message.
+    """
+    integers("FewShot", shots=shots, queries=queries)
+    if len(names) < 2:
+        classes = f"one class: every label is {names[0].item()!r}" if len(names) else "no class"
+        raise ValueError(
+            f"`{what}` got examples of {classes}. A task tells classes apart, so it takes at least "
+            "two. Pass examples of more classes, with the label of each."
+        )
+    smallest, needed = int(counts.argmin()), shots + queries
+    if counts[smallest] < needed:
+        raise ValueError(
+            f"`{what}` got shots + queries = {shots} + {queries} = {needed}, but the class "
+            f"{names[smallest].item()!r} has {counts[smallest]} examples and those of a task are "
+            f"distinct. Ask for at most {counts[smallest]} together, or leave out "
+            f"{leave_out.format(few=(counts < needed).sum(), needed=needed)}."
         )
 
 

@@ -104,8 +104,9 @@ def test_readme_has_no_number_left_to_fill_in():
     assert not re.findall(r"[A-Z]+_RESULT", (ROOT / "README.md").read_text())
 
 
-@pytest.mark.parametrize("page", ["inner_optimizers", "optimizers"])
-def test_the_code_of_a_page_runs_from_top_to_bottom(page):
+@pytest.mark.parametrize("page", ["data", "inner_optimizers", "optimizers"])
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / f"{page}.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 2

@@ -68,6 +68,7 @@ FEATURES = {
     "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),
     "from a config to the trainer": ("experiments/build/trainers.py", "trainer"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
+    "folders of images": ("datasets/folders.py", "read_folder"),
 }
 
 # Folders inside metalearn, from those that import to those that are imported.

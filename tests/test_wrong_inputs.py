@@ -352,8 +352,8 @@ def test_an_index_may_be_made_of_lists():
         (lambda: from_labels(PIXELS, {"a": 1}), TypeError, r"labels of object \(dict\)"),
         (
             lambda: from_labels({"image": PIXELS}, [1]),
-            TypeError,
-            "images that are a dict with the",
+            ValueError,
+            r"6 inputs and labels of shape \[1\]",
         ),
         (
             lambda: from_labels(PIXELS, np.eye(6, dtype=int)),
@@ -390,7 +390,7 @@ def test_an_index_may_be_made_of_lists():
             ValueError,
             r"counts int64\[6\], but counts",
         ),
-        (lambda: few(ClassIndex({}, [1])), TypeError, "`ClassIndex` got examples that are a dict"),
+        (lambda: few(ClassIndex({}, [1])), TypeError, "`ClassIndex` got an empty dict for its ex"),
         (
             lambda: few(ClassIndex(["a"], [1])),
             TypeError,

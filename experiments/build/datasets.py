@@ -53,7 +53,7 @@ class Splits(NamedTuple):
     train: Tasks
     validation: Tasks | None  # disjoint from those to train on; None: there are none
     test: Tasks
-    inputs: jax.ShapeDtypeStruct  # one batch of inputs, [1, ...]
+    inputs: Any  # the shapes of one batch of inputs, leaves [1, ...]
     outputs: int  # of the network: ways, or the dimension of a regression
 
 
@@ -105,8 +105,7 @@ def few_shot(
     each = {"train": queries, "validation": eval_queries, "test": eval_queries}
     indices = {split: read(split, **options) for split in SPLITS}
     train, validation, test = (_few_shot_tasks(s, indices[s], shape, each[s]) for s in SPLITS)
-    image = jax.ShapeDtypeStruct((1, *indices["train"].examples.shape[2:]), jnp.float32)
-    return Splits(train, validation, test, image, ways)
+    return of_tasks(train, validation, test)
 
 
 def _few_shot_tasks(split: str, index: ClassIndex, shape: dict[str, int], queries: int) -> FewShot:
@@ -138,7 +137,7 @@ def of_tasks(train: Tasks, validation: Tasks, test: Tasks, name: str = "") -> Sp
     with jax.ensure_compile_time_eval():  # `metalearn plan` reads data under a trace
         labels = train.label_range()
     outputs = math.prod(targets.shape[1:]) if labels is None else labels[1] + 1
-    example = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), inputs)
     return Splits(train, validation, test, example, outputs)
 
 

@@ -14,10 +14,31 @@ def test_from_labels_orders_by_class_keeps_the_order_within_and_pads_with_zeros(
     assert index.counts.tolist() == [2, 3, 1]
 
 
-@pytest.mark.parametrize("images", [np.zeros((3, 2, 2, 1)), np.zeros((4, 2, 2, 1), np.uint8)])
-def test_from_labels_refuses_other_types_and_unequal_lengths(images):
-    with pytest.raises(ValueError, match=r"labels of shape \[3\], but an index holds uint8 images"):
-        from_labels(images, np.zeros(3, int))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.bool_])
+def test_from_labels_keeps_the_type_of_the_inputs(dtype):
+    inputs = np.array([[0], [1], [0]], dtype)
+    index = from_labels(inputs, [1, 0, 0])
+    assert index.examples.dtype == dtype and index.examples[..., 0].tolist() == [[1, 0], [0, 0]]
+
+
+def test_from_labels_orders_every_array_of_an_example():
+    inputs = {"image": np.arange(3.0)[:, None], "size": np.arange(3)}
+    index = from_labels(inputs, ["b", "a", "b"])
+    assert index.examples["image"][..., 0].tolist() == [[1, 0], [0, 2]]
+    assert index.examples["size"].tolist() == [[1, 0], [0, 2]]
+    assert select(index, [1]).examples["size"].tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (np.zeros((4, 2)), r"got 4 inputs and labels of shape \[3\], but every example has one"),
+        ({"a": np.zeros((3, 1)), "b": np.zeros(2)}, r"unequal length \(\['a'\]: 3, \['b'\]: 2\)"),
+    ],
+)
+def test_from_labels_refuses_unequal_lengths(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        from_labels(inputs, np.zeros(3, int))
 
 
 def test_select_keeps_the_given_classes_in_the_given_order():

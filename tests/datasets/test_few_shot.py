@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metalearn.datasets import ClassIndex, FewShot
-from metalearn.datasets.few_shot import distinct
+from metalearn.datasets.few_shot import check_sizes, distinct
 from tests.helpers.selection import quick
 
 COUNTS = np.array([6, 9, 20, 6, 11, 7, 8], np.int32)
@@ -144,3 +144,93 @@ def test_every_ordered_choice_of_distinct_integers_is_equally_likely(n, k):
     assert len(choices) == expected
     assert all(len(set(choice)) == k for choice in choices.tolist())
     assert within_five_sigma(times, 20_000, 1 / expected)
+
+
+# Arrays and their labels.
+
+LABELS = np.arange(12) % 3
+SIZES = {"ways": 2, "shots": 1, "queries": 2}
+
+
+def drawn(inputs, labels=LABELS, key=0, **options):
+    """The inputs of the support set and of the query set, joined."""
+    tasks = FewShot.from_arrays(inputs, labels, **{**SIZES, **options})
+    episode = tasks.sample(jax.random.key(key))
+    return jax.tree.map(lambda a, b: np.concatenate([a, b]), episode.support[0], episode.query[0])
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (4, 4), (4, 4, 1)])
+def test_floats_are_taken_as_they_are(shape):
+    inputs = (-300 + 100 * np.arange(12, dtype=np.float32)).reshape(12, *[1] * len(shape))
+    values = drawn(np.broadcast_to(inputs, (12, *shape)))
+    assert values.shape == (6, *shape) and values.dtype == np.float32
+    assert set(values.ravel().tolist()) <= set(inputs.ravel().tolist())
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint16])
+def test_integers_stay_integers(dtype):
+    tokens = np.arange(24, dtype=dtype).reshape(12, 2)
+    values = drawn(tokens)
+    assert values.dtype == dtype and {tuple(v) for v in values} <= {tuple(t) for t in tokens}
+
+
+def test_uint8_images_become_zero_to_one_unless_a_scale_is_given():
+    images = np.full((12, 2, 2, 1), 255, np.uint8)
+    assert (drawn(images) == 1).all() and (drawn(images, scale=1) == 255).all()
+    assert drawn(images, scale=1).dtype == np.float32
+    pixels_in_a_row = images.reshape(12, 4)
+    np.testing.assert_allclose(drawn(pixels_in_a_row, scale=1 / 255), 1, rtol=1e-6)
+
+
+def test_a_scale_multiplies_floats_too_and_may_differ_between_arrays():
+    inputs = {"image": np.full((12, 2, 2), 255, np.uint8), "x": np.full(12, 3.0, np.float32)}
+    assert (drawn(inputs, scale=2)["x"] == 6).all()
+    values = drawn(inputs, scale={"image": None, "x": 0.5})
+    assert (values["image"] == 1).all() and (values["x"] == 1.5).all()
+
+
+def test_the_arrays_of_an_example_stay_together_and_lists_are_arrays():
+    inputs = {"a": list(range(12)), "b": (np.arange(12) * 10, [[float(i)] for i in range(12)])}
+    values = drawn(inputs, labels=list("abc" * 4))
+    assert (
+        values["a"].tolist() == [b // 10 for b in values["b"][0]] == values["b"][1][:, 0].tolist()
+    )
+    classes = values["a"] % 3
+    assert classes[0] == classes[2] == classes[3] != classes[1] == classes[4] == classes[5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            dict(labels=[0, 1, 2]),
+            r"got 12 inputs and labels of shape \[3\], but every example has one label",
+        ),
+        (dict(labels=np.eye(12, dtype=int)), r"shape \[12, 12\].*one-hot: `labels.argmax\(-1\)`"),
+        (dict(shots=1.0), r"`FewShot\(shots=1.0\)`: it is an integer, such as 1"),
+        (dict(queries="1"), r"`FewShot\(queries='1'\)`: it is an integer, such as 1"),
+        (
+            dict(labels=["cat"] * 10 + ["dog"] * 2),
+            r"= 1 \+ 2 = 3, but the class 'dog' has 2 examples .*keep = np.isin\(labels, names",
+        ),
+        (
+            dict(labels=["cat"] * 12),
+            "got examples of one class: every label is 'cat'. A task tells classes apart, so it "
+            "takes at least two.",
+        ),
+        (dict(inputs=np.zeros((0, 2)), labels=np.zeros(0, int)), "got examples of no class. A"),
+        (dict(scale="255"), r"`FewShot\(scale='255'\)`: it is a number that multiplies all"),
+        (dict(scale=True), r"`FewShot\(scale=True\)`: it is a number"),
+        (dict(scale={"x": 1}), r"scale=\{'x': 1\}.*a structure like the inputs of an example"),
+        (dict(inputs=np.zeros((12, 3), np.uint8)), r"uint8 inputs, .* shape \[3\]"),
+    ],
+)
+def test_arrays_that_make_no_tasks_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        drawn(**{"inputs": np.zeros((12, 2), np.float32), **arguments})
+
+
+def test_more_examples_of_a_class_than_can_be_drawn_are_refused():
+    counts = np.array([2**23 + 1, 5])
+    with pytest.raises(ValueError, match="the largest of 8,388,609 examples, but it draws from at"):
+        check_sizes(counts, 2, 1, 1)
