@@ -53,6 +53,7 @@ from metalearn._utils.readable import described, readable
 from metalearn._utils.trees import split_by_path
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
+from metalearn.algorithms.support import check_pair
 from metalearn.model import Model
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
 from metalearn.unroll import Batch, Episode, GradFn, Metrics, ModelTraining, Unroll
@@ -170,8 +171,16 @@ class MAML(Algorithm):
             theta = self._masked(eta, state.params)
 
             def support_loss(theta: Any) -> Any:
-                moved = state._replace(params=jax.tree.leaves(theta))
-                return self._loss(eta, moved, episode.support, policy.train_on_support, key)
+                inputs, targets = episode.support
+                outputs, statistics = self.model.apply(
+                    self._whole(eta, jax.tree.leaves(theta)),
+                    state.statistics,
+                    inputs,
+                    train=policy.train_on_support,
+                    key=key,
+                )
+                loss, metrics = self.objective(outputs, targets)
+                return loss, (statistics, metrics)
 
             evaluated = evaluate(grad, support_loss, theta)
             statistics, _ = evaluated.aux
@@ -187,10 +196,9 @@ class MAML(Algorithm):
             return ModelTraining(params, optimizer, carried)
 
         def loss(eta: Initialisation, state: ModelTraining) -> tuple[jax.Array, Metrics]:
-            theta = evaluation_params(state.optimizer, self._masked(eta, state.params))
-            state = state._replace(params=jax.tree.leaves(theta))
-            value, (_, metrics) = self._loss(eta, state, episode.query, policy.train_on_query, key)
-            return value, metrics
+            inputs, targets = episode.query
+            outputs = self.predict(*self.trained(eta, state), inputs, key)
+            return self.objective(outputs, targets)
 
         return Unroll(init, step, loss)
 
@@ -199,18 +207,26 @@ class MAML(Algorithm):
         _, fixed, join = split_by_path(eta.params, self.adapted)
         return join(adapted, [optax.MaskedNode()] * len(fixed))
 
-    def _loss(
-        self, eta: Initialisation, state: ModelTraining, data: Any, train: bool, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """Return (loss (), (new statistics, metrics)) of the adapted model on some data."""
+    def _whole(self, eta: Initialisation, adapted: list[jax.Array]) -> Any:
+        """Return all parameters of the model: the adapted leaves, the others as in theta_0."""
         _, fixed, join = split_by_path(eta.params, self.adapted)
-        inputs, targets = data
-        params = join(state.params, fixed)
-        outputs, statistics = self.model.apply(
-            params, state.statistics, inputs, train=train, key=key
-        )
-        loss, metrics = self.objective(outputs, targets)
-        return loss, (statistics, metrics)
+        return join(adapted, fixed)
+
+    def trained(self, eta: Initialisation, state: ModelTraining) -> tuple[Any, Any]:
+        """Return (all parameters of the model after adaptation, its running statistics)."""
+        theta = evaluation_params(state.optimizer, self._masked(eta, state.params))
+        return self._whole(eta, jax.tree.leaves(theta)), state.statistics
+
+    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
+        """Return the outputs for queries [n, ...], under the policy of batch normalisation."""
+        train = batch_norm_policy(self.batch_norm).train_on_query
+        outputs, _ = self.model.apply(params, statistics, inputs, train=train, key=key)
+        return outputs
+
+    def support_set(self, support: Any) -> Any:
+        """Return a support set; ValueError unless it is (inputs [n, ...], targets [n, ...])."""
+        check_pair("MAML", support)
+        return tuple(support)
 
     def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
         """Return one key per inner step, [T]: every step reads the whole support set."""
@@ -220,3 +236,7 @@ class MAML(Algorithm):
     def evaluation(self) -> MAML:
         """Return the same algorithm with `eval_steps` inner steps."""
         return dataclasses.replace(self, inner_steps=self.evaluation_steps)
+
+    def with_steps(self, steps: int) -> MAML:
+        """Return the same algorithm with another number of inner steps."""
+        return dataclasses.replace(self, inner_steps=steps)

@@ -11,6 +11,7 @@ from metalearn.engines import (
     MixedFlow,
     Reverse,
 )
+from metalearn.learner import Learner
 from metalearn.sharding.layout import Layout
 from metalearn.sharding.mesh import make_mesh
 from metalearn.tasks import DrawnTask, Tasks, draw_task
@@ -30,6 +31,7 @@ __all__ = [
     "Forward",
     "InverseVariance",
     "Layout",
+    "Learner",
     "MetaGradient",
     "MixedFlow",
     "Reverse",

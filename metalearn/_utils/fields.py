@@ -30,7 +30,6 @@ import optax
 from metalearn._utils.checks import AtLeast, counts
 from metalearn.model import Model, no_model
 
-
 T = TypeVar("T")
 
 
@@ -84,7 +83,7 @@ def renamed_fields(**names: str) -> Callable[[type[T]], type[T]]:
                 )
             init(self, *args, **fields)
 
-        cls.__init__ = checked  # type: ignore[misc]
+        cls.__init__ = checked  # type: ignore[method-assign]
         return cls
 
     return decorate
