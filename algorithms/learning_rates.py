@@ -165,6 +165,10 @@ class LearningRates(Algorithm):
         """Return the outputs of the trained model in evaluation mode, for inputs [n, ...]."""
         return self.model.apply(params, statistics, inputs, train=False, key=key)[0]
 
+    def mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries."""
+        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+
     def support_set(self, support: Any) -> Any:
         """Return a support set; ValueError unless its leaves are [T, batch, ...]."""
         check_pair("LearningRates", support, "[T, batch, ...]")

@@ -25,8 +25,7 @@ the usual reason why two implementations of MAML disagree. `batch_norm` names on
 - "transductive" (the default): always normalise by the statistics of the current batch, support
   and query alike, without running statistics. This is what MAML's own code does, and most
   published few-shot numbers: the queries of a task are evaluated in one batch, and help each
-  other. Dropout, if any, stays on in evaluation too: a network that has dropout wants "running"
-  or "frozen".
+  other.
 - "running": a task starts from the model's initial statistics, updates them on its own support set
   at every inner step, and its queries are normalised by them one by one. No information passes
   between queries. After few steps the running averages are still close to the initial statistics:
@@ -35,7 +34,10 @@ the usual reason why two implementations of MAML disagree. `batch_norm` names on
   its own, the layers of `metalearn.models` do not.
 - "frozen": the model's initial statistics are used throughout and never change. They have to come
   from a pre-trained network, whose `init` returns them. (Those of an untrained network are mean 0
-  and variance 1; in `hk.BatchNorm` variance 0, and the result is NaN.)
+  and variance 1; in `hk.BatchNorm` variance 0, and the result is NaN.) No dropout.
+
+Dropout is on in inner steps, in evaluation too, where they train on the support set, unless the
+policy is "frozen". It is off for queries under every policy.
 """
 
 from __future__ import annotations
@@ -63,19 +65,37 @@ class BatchNorm(NamedTuple):
     """A policy of batch normalisation: how a network is called on the support and query set.
 
     train_on_support: the `train` flag of inner steps; dropout follows it too.
-    train_on_query: the `train` flag of the outer loss.
+    train_on_query: the `train` flag of the outer loss, without dropout.
     carry_statistics: carry running statistics from inner step to inner step, and to the query set.
+    mode: the same in words.
     """
 
     train_on_support: bool
     train_on_query: bool
     carry_statistics: bool
+    mode: str
 
 
 POLICIES = {
-    "transductive": BatchNorm(train_on_support=True, train_on_query=True, carry_statistics=False),
-    "running": BatchNorm(train_on_support=True, train_on_query=False, carry_statistics=True),
-    "frozen": BatchNorm(train_on_support=False, train_on_query=False, carry_statistics=False),
+    "transductive": BatchNorm(
+        train_on_support=True,
+        train_on_query=True,
+        carry_statistics=False,
+        mode="inner steps: batch statistics, dropout on; queries: batch statistics, dropout off",
+    ),
+    "running": BatchNorm(
+        train_on_support=True,
+        train_on_query=False,
+        carry_statistics=True,
+        mode="inner steps: batch statistics, dropout on; "
+        "queries: running statistics of the support set, dropout off",
+    ),
+    "frozen": BatchNorm(
+        train_on_support=False,
+        train_on_query=False,
+        carry_statistics=False,
+        mode="inner steps and queries: initial statistics, dropout off",
+    ),
 }
 
 
@@ -220,8 +240,14 @@ class MAML(Algorithm):
     def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
         """Return the outputs for queries [n, ...], under the policy of batch normalisation."""
         train = batch_norm_policy(self.batch_norm).train_on_query
-        outputs, _ = self.model.apply(params, statistics, inputs, train=train, key=key)
+        outputs, _ = self.model.apply(
+            params, statistics, inputs, train=train, dropout=False, key=key
+        )
         return outputs
+
+    def mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries."""
+        return batch_norm_policy(self.batch_norm).mode
 
     def support_set(self, support: Any) -> Any:
         """Return a support set; ValueError unless it is (inputs [n, ...], targets [n, ...])."""

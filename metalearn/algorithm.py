@@ -165,6 +165,10 @@ class Algorithm(abc.ABC):
         """
         raise TypeError(self._cannot_adapt())
 
+    def mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries; "": unknown."""
+        return ""
+
     def _cannot_adapt(self) -> str:
         name = type(self).__name__
         return (

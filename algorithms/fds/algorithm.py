@@ -194,6 +194,10 @@ class FDS(Algorithm):
         """Return the same algorithm with every schedule stretched to another number of steps."""
         return self.stretched(steps)
 
+    def mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries."""
+        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+
     def support_set(self, support: Any) -> Any:
         """Return (inputs, targets, rows to train on); of (inputs, targets), all rows."""
         return with_rows("FDS", support)

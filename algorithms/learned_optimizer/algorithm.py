@@ -159,6 +159,10 @@ class LearnedOptimizer(Algorithm):
         """Return the same algorithm with another number of inner steps."""
         return dataclasses.replace(self, inner_steps=steps)
 
+    def mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries."""
+        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+
     def support_set(self, support: Any) -> Any:
         """Return a support set as the problem reads it: see `Problem`."""
         return self.problem.support_set(support)

@@ -143,6 +143,10 @@ class LossWeights(Algorithm):
         del key
         return self.model.apply(params, statistics, inputs, train=False)[0]
 
+    def mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries."""
+        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+
     def support_set(self, support: Any) -> Any:
         """Return batches with the fields that the losses need; of a pair, all of one source."""
         check_pair("LossWeights", support, "[T, batch, ...]")

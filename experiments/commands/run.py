@@ -79,6 +79,8 @@ def _train(
         loggers: list[Logger] = [ConsoleLogger()] if is_first() else []  # nothing new to log
     else:
         loggers = _loggers(plain, workdir)
+    if (mode := trainer.algorithm.mode()) and not ended:
+        say(f"model: in {mode}.")
     key = build.key_of(plain["seed"])
     try:
         state = trainer.init(key, splits.train)
