@@ -60,6 +60,14 @@ def read_rows(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     Raises:
       ValueError: for uint8 inputs that are not images. See `metalearn._utils.pixels`.
     """
-    inputs, targets = data[0][rows], data[1][rows]
+    return scaled(data[0][rows]), data[1][rows]
+
+
+def scaled(inputs: jax.Array) -> jax.Array:
+    """Return inputs [n, ...], uint8 images among them scaled to 0..1.
+
+    Raises:
+      ValueError: for uint8 inputs that are not images. See `metalearn._utils.pixels`.
+    """
     pixels = are_pixels("An inner step", inputs.dtype, inputs.shape[1:])
-    return (inputs / 255.0 if pixels else inputs), targets
+    return inputs / 255.0 if pixels else inputs

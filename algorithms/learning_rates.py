@@ -26,6 +26,7 @@ from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import described, readable
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
+from metalearn.algorithms.support import check_pair
 from metalearn.model import Model
 from metalearn.optimizers.reversible import Reversible
 from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
@@ -98,10 +99,9 @@ class LearningRates(Algorithm):
             return ModelTraining(optax.apply_updates(state.params, updates), optimizer, statistics)
 
         def loss(eta: Eta, state: ModelTraining) -> tuple[jax.Array, Metrics]:
-            del eta
-            params = evaluation_params(state.optimizer, state.params)
-            value, (_, metrics) = self._loss(state, params, episode.query, False, key)
-            return value, metrics
+            inputs, targets, *_ = episode.query
+            outputs = self.predict(*self.trained(eta, state), inputs, key)
+            return self.objective(outputs, targets)
 
         reversible = isinstance(self.optimizer, Reversible) and not self._statistics(key)
         return Unroll(init, step, loss, self._undo if reversible else None)
@@ -132,8 +132,7 @@ class LearningRates(Algorithm):
         if not self.mean_over_examples:
 
             def batch_loss(params: Any) -> Any:
-                value, (statistics, _) = self._loss(state, params, batch, True, key)
-                return value, statistics
+                return self._loss(state, params, batch, key)
 
             evaluated = evaluate(grad, batch_loss, state.params)
             return evaluated, evaluated.aux
@@ -141,22 +140,39 @@ class LearningRates(Algorithm):
         def example_loss(params: Any, example: Any) -> jax.Array:
             example, key = example
             batch_of_one = jax.tree.map(lambda x: x[None], example)
-            return self._loss(state, params, batch_of_one, True, key)[0]
+            return self._loss(state, params, batch_of_one, key)[0]
 
         examples = batch, jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
         mean = ExampleMean(example_loss)
         return evaluate(grad, mean, state.params, examples), state.statistics
 
     def _loss(
-        self, state: ModelTraining, params: Any, data: Any, train: bool, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """Return (loss (), (new statistics, metrics))."""
+        self, state: ModelTraining, params: Any, data: Any, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Return (the inner loss (), the model's next statistics)."""
         inputs, targets, *_ = data
         outputs, statistics = self.model.apply(
-            params, state.statistics, inputs, train=train, key=key
+            params, state.statistics, inputs, train=True, key=key
         )
-        loss, metrics = self.objective(outputs, targets)
-        return loss, (statistics, metrics)
+        return self.objective(outputs, targets)[0], statistics
+
+    def trained(self, eta: Eta, state: ModelTraining) -> tuple[Any, Any]:
+        """Return (the parameters of the trained model, its running statistics)."""
+        del eta
+        return evaluation_params(state.optimizer, state.params), state.statistics
+
+    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
+        """Return the outputs of the trained model in evaluation mode, for inputs [n, ...]."""
+        return self.model.apply(params, statistics, inputs, train=False, key=key)[0]
+
+    def mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries."""
+        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+
+    def support_set(self, support: Any) -> Any:
+        """Return a support set; ValueError unless its leaves are [T, batch, ...]."""
+        check_pair("LearningRates", support, "[T, batch, ...]")
+        return support
 
 
 def _scaled(log_rates: Eta, updates: Any) -> Any:

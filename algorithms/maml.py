@@ -12,7 +12,7 @@ Finn, Abbeel and Levine 2017 (arXiv:1703.03400). Three relatives are options, an
 - First-order MAML, same paper as MAML: the inner gradient is treated as a
   constant (`first_order`); about a third of the work, and no Hessian products.
 - ANIL, Raghu et al. 2020 (arXiv:1909.09157): only the head adapts, the body is reused
-  (`adapt="head"`); the inner loop carries and differentiates only the head.
+  (`adapted="head"`); the inner loop carries and differentiates only the head.
 
 The inner optimizer receives a tree of the model's own structure, so its labels and masks go by
 path (`optax.multi_transform`, `optax.masked`, `optax.adamw(mask=)`); leaves that do not adapt are
@@ -25,8 +25,7 @@ the usual reason why two implementations of MAML disagree. `batch_norm` names on
 - "transductive" (the default): always normalise by the statistics of the current batch, support
   and query alike, without running statistics. This is what MAML's own code does, and most
   published few-shot numbers: the queries of a task are evaluated in one batch, and help each
-  other. Dropout, if any, stays on in evaluation too: a network that has dropout wants "running"
-  or "frozen".
+  other.
 - "running": a task starts from the model's initial statistics, updates them on its own support set
   at every inner step, and its queries are normalised by them one by one. No information passes
   between queries. After few steps the running averages are still close to the initial statistics:
@@ -35,7 +34,10 @@ the usual reason why two implementations of MAML disagree. `batch_norm` names on
   its own, the layers of `metalearn.models` do not.
 - "frozen": the model's initial statistics are used throughout and never change. They have to come
   from a pre-trained network, whose `init` returns them. (Those of an untrained network are mean 0
-  and variance 1; in `hk.BatchNorm` variance 0, and the result is NaN.)
+  and variance 1; in `hk.BatchNorm` variance 0, and the result is NaN.) No dropout.
+
+Dropout is on in inner steps, in evaluation too, where they train on the support set, unless the
+policy is "frozen". It is off for queries under every policy.
 """
 
 from __future__ import annotations
@@ -48,11 +50,12 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils.checks import is_integer, pattern, pick
-from metalearn._utils.fields import check_fields
+from metalearn._utils.fields import check_fields, renamed_fields
 from metalearn._utils.readable import described, readable
 from metalearn._utils.trees import split_by_path
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
+from metalearn.algorithms.support import check_pair
 from metalearn.model import Model
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
 from metalearn.unroll import Batch, Episode, GradFn, Metrics, ModelTraining, Unroll
@@ -62,19 +65,37 @@ class BatchNorm(NamedTuple):
     """A policy of batch normalisation: how a network is called on the support and query set.
 
     train_on_support: the `train` flag of inner steps; dropout follows it too.
-    train_on_query: the `train` flag of the outer loss.
+    train_on_query: the `train` flag of the outer loss, without dropout.
     carry_statistics: carry running statistics from inner step to inner step, and to the query set.
+    mode: the same in words.
     """
 
     train_on_support: bool
     train_on_query: bool
     carry_statistics: bool
+    mode: str
 
 
 POLICIES = {
-    "transductive": BatchNorm(train_on_support=True, train_on_query=True, carry_statistics=False),
-    "running": BatchNorm(train_on_support=True, train_on_query=False, carry_statistics=True),
-    "frozen": BatchNorm(train_on_support=False, train_on_query=False, carry_statistics=False),
+    "transductive": BatchNorm(
+        train_on_support=True,
+        train_on_query=True,
+        carry_statistics=False,
+        mode="inner steps: batch statistics, dropout on; queries: batch statistics, dropout off",
+    ),
+    "running": BatchNorm(
+        train_on_support=True,
+        train_on_query=False,
+        carry_statistics=True,
+        mode="inner steps: batch statistics, dropout on; "
+        "queries: running statistics of the support set, dropout off",
+    ),
+    "frozen": BatchNorm(
+        train_on_support=False,
+        train_on_query=False,
+        carry_statistics=False,
+        mode="inner steps and queries: initial statistics, dropout off",
+    ),
 }
 
 
@@ -98,6 +119,7 @@ class Initialisation(NamedTuple):
     rates: Any
 
 
+@renamed_fields(adapt="adapted")
 @readable
 @dataclasses.dataclass(frozen=True)
 class MAML(Algorithm):
@@ -114,7 +136,7 @@ class MAML(Algorithm):
       learned_rates: Meta-SGD: the initial value of the learned rates. They multiply the updates of
         the inner optimizer, so its own rate is one: `optax.sgd(1.0)`. None: no learned rates.
       first_order: treat the inner gradient as a constant in the backward pass.
-      adapt: a regular expression that the paths of the adapted parameters match, such as "head";
+      adapted: a regular expression that the paths of the adapted parameters match, such as "head";
         the other parameters stay at theta_0. "": all adapt.
       batch_norm: "transductive", "running" or "frozen": see `metalearn.algorithms.maml`.
     """
@@ -126,11 +148,11 @@ class MAML(Algorithm):
     eval_steps: int | None = None
     learned_rates: float | None = None
     first_order: bool = False
-    adapt: str = ""
+    adapted: str = ""
     batch_norm: str = "transductive"
 
     def __post_init__(self) -> None:
-        pattern("MAML", adapt=self.adapt)
+        pattern("MAML", adapted=self.adapted)
         check_fields(self, "inner_steps", "eval_steps")
         batch_norm_policy(self.batch_norm)
         if not all(is_integer(n) and n >= 1 for n in (self.inner_steps, self.evaluation_steps)):
@@ -149,7 +171,7 @@ class MAML(Algorithm):
         params, _ = self.model.init(key)
         if self.learned_rates is None:
             return Initialisation(params, None)
-        adapted, _, _ = split_by_path(params, self.adapt)
+        adapted, _, _ = split_by_path(params, self.adapted)
         rates = [jnp.full_like(leaf, self.learned_rates) for leaf in adapted]
         return Initialisation(params, rates)
 
@@ -158,7 +180,7 @@ class MAML(Algorithm):
         policy = batch_norm_policy(self.batch_norm)
 
         def init(eta: Initialisation) -> ModelTraining:
-            adapted, _, _ = split_by_path(eta.params, self.adapt)
+            adapted, _, _ = split_by_path(eta.params, self.adapted)
             _, statistics = self.model.init(key)
             optimizer = start(self.optimizer, self._masked(eta, adapted))
             return ModelTraining(adapted, optimizer, statistics)
@@ -169,8 +191,16 @@ class MAML(Algorithm):
             theta = self._masked(eta, state.params)
 
             def support_loss(theta: Any) -> Any:
-                moved = state._replace(params=jax.tree.leaves(theta))
-                return self._loss(eta, moved, episode.support, policy.train_on_support, key)
+                inputs, targets = episode.support
+                outputs, statistics = self.model.apply(
+                    self._whole(eta, jax.tree.leaves(theta)),
+                    state.statistics,
+                    inputs,
+                    train=policy.train_on_support,
+                    key=key,
+                )
+                loss, metrics = self.objective(outputs, targets)
+                return loss, (statistics, metrics)
 
             evaluated = evaluate(grad, support_loss, theta)
             statistics, _ = evaluated.aux
@@ -186,30 +216,43 @@ class MAML(Algorithm):
             return ModelTraining(params, optimizer, carried)
 
         def loss(eta: Initialisation, state: ModelTraining) -> tuple[jax.Array, Metrics]:
-            theta = evaluation_params(state.optimizer, self._masked(eta, state.params))
-            state = state._replace(params=jax.tree.leaves(theta))
-            value, (_, metrics) = self._loss(eta, state, episode.query, policy.train_on_query, key)
-            return value, metrics
+            inputs, targets = episode.query
+            outputs = self.predict(*self.trained(eta, state), inputs, key)
+            return self.objective(outputs, targets)
 
         return Unroll(init, step, loss)
 
     def _masked(self, eta: Initialisation, adapted: list[jax.Array]) -> Any:
         """Return the adapted leaves in the model's tree, an `optax.MaskedNode` for all others."""
-        _, fixed, join = split_by_path(eta.params, self.adapt)
+        _, fixed, join = split_by_path(eta.params, self.adapted)
         return join(adapted, [optax.MaskedNode()] * len(fixed))
 
-    def _loss(
-        self, eta: Initialisation, state: ModelTraining, data: Any, train: bool, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """Return (loss (), (new statistics, metrics)) of the adapted model on some data."""
-        _, fixed, join = split_by_path(eta.params, self.adapt)
-        inputs, targets = data
-        params = join(state.params, fixed)
-        outputs, statistics = self.model.apply(
-            params, state.statistics, inputs, train=train, key=key
+    def _whole(self, eta: Initialisation, adapted: list[jax.Array]) -> Any:
+        """Return all parameters of the model: the adapted leaves, the others as in theta_0."""
+        _, fixed, join = split_by_path(eta.params, self.adapted)
+        return join(adapted, fixed)
+
+    def trained(self, eta: Initialisation, state: ModelTraining) -> tuple[Any, Any]:
+        """Return (all parameters of the model after adaptation, its running statistics)."""
+        theta = evaluation_params(state.optimizer, self._masked(eta, state.params))
+        return self._whole(eta, jax.tree.leaves(theta)), state.statistics
+
+    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
+        """Return the outputs for queries [n, ...], under the policy of batch normalisation."""
+        train = batch_norm_policy(self.batch_norm).train_on_query
+        outputs, _ = self.model.apply(
+            params, statistics, inputs, train=train, dropout=False, key=key
         )
-        loss, metrics = self.objective(outputs, targets)
-        return loss, (statistics, metrics)
+        return outputs
+
+    def mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries."""
+        return batch_norm_policy(self.batch_norm).mode
+
+    def support_set(self, support: Any) -> Any:
+        """Return a support set; ValueError unless it is (inputs [n, ...], targets [n, ...])."""
+        check_pair("MAML", support)
+        return tuple(support)
 
     def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
         """Return one key per inner step, [T]: every step reads the whole support set."""
@@ -219,3 +262,7 @@ class MAML(Algorithm):
     def evaluation(self) -> MAML:
         """Return the same algorithm with `eval_steps` inner steps."""
         return dataclasses.replace(self, inner_steps=self.evaluation_steps)
+
+    def with_steps(self, steps: int) -> MAML:
+        """Return the same algorithm with another number of inner steps."""
+        return dataclasses.replace(self, inner_steps=steps)

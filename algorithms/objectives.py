@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Num, Shaped
 
-from metalearn.diagnostics.labels import compare
+from metalearn._utils.labels import compare
 from metalearn.unroll import Metrics
 
 Objective = Callable[[Any, Any], tuple[jax.Array, Metrics]]
@@ -67,7 +67,7 @@ def check_labels(
     """Return the labels, negative ones replaced by a label that is out of range.
 
     The loss of a label beyond the outputs is NaN; that of -1 would be the loss of the last class.
-    A known range of the labels is compared with the outputs (`metalearn.diagnostics.labels`).
+    A known range of the labels is compared with the outputs (`metalearn._utils.labels`).
 
     Raises:
       ValueError: unless labels are integers, one per row of logits, and none is known to be

@@ -15,6 +15,7 @@ from metalearn.engines import (
     Reverse,
 )
 from metalearn.eta_file import load_eta, save_eta
+from metalearn.learner import Learner
 from metalearn.planning.plan import choose_engine
 from metalearn.sharding.layout import Layout
 from metalearn.sharding.mesh import make_mesh
@@ -35,6 +36,7 @@ __all__ = [
     "Forward",
     "InverseVariance",
     "Layout",
+    "Learner",
     "MetaGradient",
     "MixedFlow",
     "Reverse",

@@ -6,11 +6,16 @@ engine does), and never calls `jax.grad` in its inner step (it calls the `grad` 
 `init` and `unroll` are abstract. The other methods have defaults: `batches` and `batches_at` (the
 inputs of the inner steps), `evaluation`, and what the command line asks an algorithm for beyond
 training: `outer_optimizer`, `outer_rules`, `export` and `pictures`.
+
+`adapt` applies what was learned to a support set: it runs the inner loop of an evaluation, and
+returns the model that came out, a `Learner`. An algorithm supplies two pieces for it, which its
+outer loss uses as well: `trained`, the model's parameters in an inner state, and `predict`.
 """
 
 from __future__ import annotations
 
 import abc
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -19,7 +24,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn.unroll import Batch, Episode, Eta, Unroll
+from metalearn._utils import labels
+from metalearn._utils.checks import counts
+from metalearn.engines.inner_loop import inner_loop
+from metalearn.learner import Learner, check_eta_of, check_support
+from metalearn.unroll import Batch, Episode, Eta, InnerState, Unroll, horizon, task_keys
 
 
 class Algorithm(abc.ABC):
@@ -61,6 +70,112 @@ class Algorithm(abc.ABC):
     def evaluation(self) -> Algorithm:
         """Return the algorithm to evaluate; by default itself."""
         return self
+
+    def with_steps(self, steps: int) -> Algorithm:
+        """Return the algorithm with another number of inner steps, for `adapt(steps=)`.
+
+        By default refused: where `batches` are the support set, its length is their number.
+        """
+        name = type(self).__name__
+        raise ValueError(
+            f"`{name}.adapt(steps={steps})`: {name} takes an inner step for each of its batches. "
+            f"Pass a support set of {steps} batches and leave `steps`; or, in an algorithm of "
+            "your own, override `with_steps`."
+        )
+
+    def adapt(self, eta: Eta, support: Any, key: jax.Array, *, steps: int | None = None) -> Learner:
+        """Adapt to a support set, as an evaluation does: run the inner loop, return the model.
+
+        Compiled, once for each shape of `support` and number of `steps`, and `vmap` goes over it.
+        With the support set and the key of a task that `Trainer.evaluate` draws (its keys are
+        `jax.random.split(key, count)`), the learner's predictions for the queries are those whose
+        metrics it averages.
+
+        Args:
+          eta: the meta-parameters: `Trainer.learned(state)`.
+          support: what an episode of the algorithm's tasks has as its support set; see the
+            algorithm's class.
+          key: (), of whatever is random in the inner loop: a fresh theta_0, batches, dropout.
+          steps: inner steps; None: as many as in an evaluation (`evaluation()`).
+
+        Raises:
+          ValueError: for an eta of another model, a support set that does not suit the algorithm
+            or is empty, or labels beyond the model's outputs.
+          TypeError: for an algorithm without `trained` and `predict`.
+        """
+        name = type(self).__name__
+        counts(f"{name}.adapt", 1, **({} if steps is None else {"steps": steps}))
+        check_eta_of(name, eta, self._shapes)
+        support = self.support_set(support)
+        check_support(f"{name}.adapt(support=)", support)
+        with labels.known(labels.range_of(support), self._labels_seen):
+            return self._adapting(steps)(eta, support, key)
+
+    def _adapting(self, steps: int | None) -> Callable[[Eta, Any, jax.Array], Learner]:
+        """Return the compiled inner loop of an evaluation, or of so many steps."""
+        if steps not in self._programs:
+            with jax.ensure_compile_time_eval():  # `adapt` may be called inside a jit or a vmap
+                evaluation = self.evaluation()
+                algorithm = evaluation if steps is None else evaluation.with_steps(steps)
+            self._programs[steps] = jax.jit(algorithm._adapted)
+        return self._programs[steps]
+
+    def _adapted(self, eta: Eta, support: Any, key: jax.Array) -> Learner:
+        keys, episode = task_keys(key), Episode(support, None)
+        batches = self.batches(episode, keys.batches)
+        state, _ = inner_loop(self.unroll(episode, keys.unroll), eta, batches)
+        return Learner(*self.trained(eta, state), keys.unroll, horizon(batches), self.predict)
+
+    @functools.cached_property
+    def _programs(self) -> dict[int | None, Callable[[Eta, Any, jax.Array], Learner]]:
+        return {}
+
+    @functools.cached_property
+    def _shapes(self) -> Eta:
+        return jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+
+    @functools.cached_property
+    def _labels_seen(self) -> labels.Seen:
+        return set()
+
+    def support_set(self, support: Any) -> Any:
+        """Return a support set as `unroll` reads it; ValueError for one that it cannot read.
+
+        `adapt` calls it. By default the support set itself.
+        """
+        return support
+
+    def trained(self, eta: Eta, state: InnerState) -> tuple[Any, Any]:
+        """Return (params, statistics): the model in an inner state, in its own trees.
+
+        Args:
+          eta: the meta-parameters.
+          state: after the inner loop.
+        """
+        raise TypeError(self._cannot_adapt())
+
+    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
+        """Return the outputs of the model for inputs [n, ...], as the outer loss takes them.
+
+        Args:
+          params: of the model, from `trained`.
+          statistics: its mutable state, from `trained`.
+          inputs: [n, ...].
+          key: (), of the unroll, for random layers other than dropout.
+        """
+        raise TypeError(self._cannot_adapt())
+
+    def mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries; "": unknown."""
+        return ""
+
+    def _cannot_adapt(self) -> str:
+        name = type(self).__name__
+        return (
+            f"`{name}.adapt` returns a trained model, and {name} does not say what that is. Give "
+            "it the methods `trained(eta, state) -> (params, statistics)` and `predict(params, "
+            "statistics, inputs, key) -> outputs`; see `metalearn.Algorithm`."
+        )
 
     def outer_optimizer(
         self, optimizer: optax.GradientTransformation

@@ -22,7 +22,14 @@ class Model(abc.ABC):
 
     @abc.abstractmethod
     def apply(
-        self, params: Any, state: Any, inputs: Any, *, train: bool, key: jax.Array | None = None
+        self,
+        params: Any,
+        state: Any,
+        inputs: Any,
+        *,
+        train: bool,
+        dropout: bool = True,
+        key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
         """Return (outputs, new state).
 
@@ -31,6 +38,8 @@ class Model(abc.ABC):
           state: from `init`, or from the previous call. `()` for a model without one.
           inputs: [batch, ...], as the model expects them.
           train: use batch statistics and dropout, and update running statistics.
+          dropout: False: no dropout in training mode either, as for queries that are normalised by
+            their own statistics. In evaluation mode there is none anyway.
           key: for dropout and other random operations; None if there are none.
         """
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from metalearn._utils.checks import first_line
 from metalearn.algorithm import Algorithm
-from metalearn.unroll import Batch, Episode, Unroll, horizon
+from metalearn.unroll import Batch, Episode, Unroll, horizon, task_keys
 
 
 class Tasks(abc.ABC):
@@ -91,6 +91,11 @@ def check_tasks(where: str, tasks: Any) -> None:
         integers += [field] if isinstance(leaf, int) else []
     if integers:
         _check_numbers(where, tasks, integers)
+
+
+def label_range(tasks: Any) -> tuple[int, int] | None:
+    """Return the smallest and the largest label of tasks; None: unknown, or there are none."""
+    return tasks.label_range() if isinstance(tasks, Tasks) else None
 
 
 def draw(tasks: Tasks, key: jax.Array) -> Episode:
@@ -214,7 +219,7 @@ class DrawnTask(NamedTuple):
 
 def draw_episode(tasks: Tasks, key: jax.Array) -> Episode:
     """Return the episode of the task that `draw_task` draws with the same key."""
-    return draw(tasks, jax.random.split(key, 4)[0])
+    return draw(tasks, task_keys(key).episode)
 
 
 def draw_task(
@@ -231,12 +236,11 @@ def draw_task(
       key: (); the same key draws the same episode, batches and engine key.
       transform: applied to the unroll, for instance to constrain the sharding of inner states.
     """
-    _, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
-    episode = draw_episode(tasks, key)
-    unroll = algorithm.unroll(episode, unroll_key)
+    keys, episode = task_keys(key), draw_episode(tasks, key)
+    unroll = algorithm.unroll(episode, keys.unroll)
     return DrawnTask(
         unroll if transform is None else transform(unroll),
-        functools.partial(algorithm.batches, episode, batch_key),
-        functools.partial(algorithm.batches_at, episode, batch_key),
-        engine_key,
+        functools.partial(algorithm.batches, episode, keys.batches),
+        functools.partial(algorithm.batches_at, episode, keys.batches),
+        keys.engine,
     )

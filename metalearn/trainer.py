@@ -19,12 +19,12 @@ import optax
 from metalearn._utils.checks import Count, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.intervals import Estimate
+from metalearn._utils.labels import Seen, known
 from metalearn._utils.readable import described, readable
 from metalearn._utils.trees import select, strong
 from metalearn.algorithm import Algorithm
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.diagnostics import health, memory
-from metalearn.diagnostics.labels import Seen, known
 from metalearn.diagnostics.probe import Look, look_at
 from metalearn.diagnostics.symmetry import Measure
 from metalearn.engines import MetaGradient, MixedFlow
@@ -32,7 +32,7 @@ from metalearn.engines.base import Streaming, check_eta
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
 from metalearn.sharding.layout import Layout, abstract
-from metalearn.tasks import Tasks, check_tasks
+from metalearn.tasks import Tasks, check_tasks, label_range
 from metalearn.train_state import TrainState
 from metalearn.training.evaluation import estimate, task_metrics
 from metalearn.training.faults import WATCHED, Faults
@@ -267,13 +267,13 @@ class Trainer:
     ) -> tuple[Any, dict[str, jax.Array]]:
         """Return (meta-gradient like eta, metrics) of the one task that `key` draws."""
         check_tasks("Trainer.task_gradient(tasks=)", tasks)
-        with known(tasks, self.labels_seen):
+        with known(label_range(tasks), self.labels_seen):
             (loss, aux), grads = self.unrolls.solve(eta, tasks, key)
         return grads, step_metrics(loss, aux)
 
     @functools.cached_property
     def labels_seen(self) -> Seen:
-        """Losses and their numbers of outputs when traced; see `metalearn.diagnostics.labels`."""
+        """Losses and their numbers of outputs when traced; see `metalearn._utils.labels`."""
         return set()
 
     @functools.cached_property
@@ -375,7 +375,7 @@ class Trainer:
         tasks, held_out = self.place((tasks, held_out))
         skips = faults.nonfinite == "skip"
         trainer = dataclasses.replace(self, skip_nonfinite=True) if skips else self
-        with known(tasks, trainer.labels_seen):
+        with known(label_range(tasks), trainer.labels_seen):
             if state is None:
                 assert key is not None
                 state = self.init(key, tasks)
@@ -440,7 +440,7 @@ class Trainer:
         check_tasks("Trainer.evaluate(tasks=)", tasks)
         tasks, devices = self.place(tasks), self.batch.devices
         chunk = devices * min(-(-count // devices), self.batch.at_once)
-        with known(tasks, self.labels_seen):
+        with known(label_range(tasks), self.labels_seen):
             return estimate(lambda keys: self._evaluate(eta, tasks, keys), key, count, chunk)
 
     @functools.cached_property

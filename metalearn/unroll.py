@@ -115,6 +115,20 @@ class Episode(NamedTuple):
     query: Any  # pytree of arrays; classification: (inputs [m, ...], labels [m])
 
 
+class TaskKeys(NamedTuple):
+    """The keys () of a task: of its episode, its unroll, its inner batches and its engine."""
+
+    episode: jax.Array
+    unroll: jax.Array
+    batches: jax.Array
+    engine: jax.Array
+
+
+def task_keys(key: jax.Array) -> TaskKeys:
+    """Return the keys of the task that `key` () draws."""
+    return TaskKeys(*jax.random.split(key, 4))
+
+
 @dataclasses.dataclass(frozen=True)
 class ExampleMean:
     """The mean over a batch of a loss per example: theta, examples, *shared -> loss ().

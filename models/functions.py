@@ -34,8 +34,15 @@ class Functions(Model):
         return self.init_fn(key), ()
 
     def apply(
-        self, params: Any, state: Any, inputs: Any, *, train: bool, key: jax.Array | None = None
+        self,
+        params: Any,
+        state: Any,
+        inputs: Any,
+        *,
+        train: bool,
+        dropout: bool = True,
+        key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
         """Return (outputs, state), the state unchanged."""
-        del train, key
+        del train, dropout, key
         return self.apply_fn(params, inputs), state

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.fields import check_fields
+from metalearn.engines.inner_loop import depends
 from metalearn.model import Model, library_of
 from metalearn.models.adapters import Mode, check_inputs, not_wrapped, usual_flags
+from metalearn.models.haiku_networks import Norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,10 @@ class Haiku(Model):
     A function without a flag of training mode computes the same in training and evaluation. With
     `mode=None`, `apply(train=False)` refuses an `hk.BatchNorm` that is still in training mode; it
     cannot detect an `hk.dropout`. With a `mode` there is no such check.
+
+    `hk.dropout` is a function, which cannot be switched off from outside. So `apply(train=True,
+    dropout=False)` calls a function that draws random numbers in evaluation mode, and gives batch
+    statistics to its `hk.BatchNorm` (and those of `haiku_networks`), not to other layers.
 
     Args:
       forward: the function, inputs -> outputs.
@@ -49,9 +55,16 @@ class Haiku(Model):
     @functools.cached_property
     def _evaluating(self) -> hk.TransformedWithState:
         """The transformed function, which refuses a batch normalisation in training mode."""
+        return self._intercepted(_refuse_training)
 
+    @functools.cached_property
+    def _normalising(self) -> hk.TransformedWithState:
+        """The transformed function, its batch normalisation in training mode."""
+        return self._intercepted(_in_training)
+
+    def _intercepted(self, interceptor: Callable[..., Any]) -> hk.TransformedWithState:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with hk.intercept_methods(_refuse_training):
+            with hk.intercept_methods(interceptor):
                 return self.forward(*args, **kwargs)
 
         return hk.transform_with_state(forward)
@@ -62,16 +75,58 @@ class Haiku(Model):
         return self._transformed.init(key, inputs, **self._flags(True))
 
     def apply(
-        self, params: Any, state: Any, inputs: Any, *, train: bool, key: jax.Array | None = None
+        self,
+        params: Any,
+        state: Any,
+        inputs: Any,
+        *,
+        train: bool,
+        dropout: bool = True,
+        key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
         """Return (outputs, new state)."""
         flags = self._flags(train)
+        if train and not dropout and self._draws(params, state, inputs):
+            return self._undropped(params, state, inputs, key)
         if train or self.mode is not None:
             return self._transformed.apply(params, state, key, inputs, **flags)
         return self._evaluating.apply(params, state, key, inputs, **flags)
 
+    def _draws(self, params: Any, state: Any, inputs: Any) -> bool:
+        """Return whether the function draws random numbers in training mode, as a dropout does."""
+        flags = self._flags(True)
+
+        def outputs(key: jax.Array) -> Any:
+            return self._transformed.apply(params, state, key, inputs, **flags)
+
+        return depends(outputs, jax.random.key(0))
+
+    def _undropped(
+        self, params: Any, state: Any, inputs: Any, key: jax.Array | None
+    ) -> tuple[Any, Any]:
+        """Apply the function in evaluation mode, its batch normalisation in training mode."""
+        flags = self._flags(False)
+        if flags == self._flags(True):
+            raise ValueError(
+                "The model is applied in training mode without dropout, for batch statistics, but "
+                "its forward function draws random numbers and has no argument that says whether "
+                "it trains. Give it one, such as `is_training`, and call `hk.dropout` where it is "
+                "true."
+            )
+        return self._normalising.apply(params, state, key, inputs, **flags)
+
     def _flags(self, train: bool) -> Mapping[str, Any]:
         return usual_flags(self.forward, train) if self.mode is None else self.mode(train)
+
+
+def _in_training(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    """Call a method of a module, a batch normalisation with batch statistics."""
+    if isinstance(context.module, hk.BatchNorm | Norm) and context.method_name == "__call__":
+        if len(args) > 1:
+            args = (args[0], True, *args[2:])
+        else:
+            kwargs = {**kwargs, "is_training": True}
+    return next_fun(*args, **kwargs)
 
 
 def _refuse_training(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from metalearn._utils.checks import first_line
 from metalearn._utils.fields import check_fields
 from metalearn.engines.inner_loop import depends
 from metalearn.model import Model
 from metalearn.models.adapters import WORDS, Mode, check_inputs, not_wrapped, usual_flags
 
+RATES: dict[Any, str] = {nn.Dropout: "rate", nn.MultiHeadDotProductAttention: "dropout_rate"}
 PER_CALL = ("intermediates", "perturbations")  # collections that `sow` and `perturb` write
 
 
@@ -29,6 +32,10 @@ class Linen(Model):
     With `mode=None`, `apply(train=False)` refuses an `nn.Dropout` or `nn.BatchNorm` that is still
     in training mode, as the module may not pass its flag to them; it does not check other layers.
     With a `mode` there is no such check.
+
+    `apply(train=True, dropout=False)` sets the rates of `nn.Dropout` and of flax's attention to 0,
+    however the module passes its flags on, and leaves the stream "dropout" out, so that a dropout
+    written by hand is refused.
 
     Args:
       module: an instance, with its sizes.
@@ -58,13 +65,24 @@ class Linen(Model):
         return params, {name: state[name] for name in state if name not in sown}
 
     def apply(
-        self, params: Any, state: Any, inputs: Any, *, train: bool, key: jax.Array | None = None
+        self,
+        params: Any,
+        state: Any,
+        inputs: Any,
+        *,
+        train: bool,
+        dropout: bool = True,
+        key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
         """Return (outputs, new state)."""
         streams = {} if key is None else dict.fromkeys(self.rngs, key)
         module, flags = self._in_mode(train)
-        checked = self.mode is None and not train
-        with nn.intercept_methods(_refuse_training) if checked else contextlib.nullcontext():
+        with contextlib.ExitStack() as within:
+            if train and not dropout:
+                streams.pop("dropout", None)
+                within.enter_context(_dropout_off())
+            elif not train and self.mode is None:
+                within.enter_context(nn.intercept_methods(_refuse_training))
             outputs, new = module.apply(
                 {"params": params, **state},
                 inputs,
@@ -134,6 +152,32 @@ def _check_same(name: str, before: Any, after: Any) -> None:
         "variables of its own too: `sow` adds to it at every call, say. Sow into a collection of "
         "another name, which is then no part of the model's state."
     )
+
+
+@contextlib.contextmanager
+def _dropout_off() -> Iterator[None]:
+    """Switch off the dropout of all layers; ValueError for a layer that has one of its own."""
+    try:
+        with nn.intercept_methods(_without_dropout):
+            yield
+    except flax.errors.InvalidRngError as error:
+        if '"dropout"' not in str(error):
+            raise
+        raise ValueError(
+            "The model is applied in training mode without dropout, for batch statistics, and a "
+            'layer other than `nn.Dropout` draws from the stream "dropout" '
+            f"({first_line(error)}). Let it draw from a stream of another name, which stays on: "
+            '`Linen(..., rngs=("dropout", "noise"))`; or multiply by the mask of an `nn.Dropout`.'
+        ) from error
+
+
+def _without_dropout(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    """Call a method of a module, with a dropout rate of 0."""
+    for kind, rate in RATES.items():
+        if isinstance(context.module, kind):
+            # Flax makes a copy of the module for each call, and forbids to change it.
+            object.__setattr__(context.module, rate, 0.0)
+    return next_fun(*args, **kwargs)
 
 
 def _refuse_training(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:

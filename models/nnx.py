@@ -17,6 +17,7 @@ from metalearn.models.adapters import WORDS, Mode, not_wrapped, usual_flags
 
 # Kinds of variables that are state in Flax, which no call may add; `sow` may use any other kind.
 STATE = (nnx.Param, nnx.BatchStat, nnx.Cache, nnx.RngState)
+RATES: dict[Any, str] = {nnx.Dropout: "rate", nnx.MultiHeadAttention: "dropout_rate"}
 PER_CALL = (nnx.Intermediate, nnx.Perturbation)  # kinds of variables that last for one call
 
 
@@ -31,7 +32,8 @@ class NNX(Model):
     `train` sets the mode of the module by its own `train()` or `eval()`, which set `deterministic`
     and `use_running_average` in all submodules, also where `build` has set them. Boolean attributes
     with another of the usual names (`metalearn.models.adapters`) are set too, and the arguments of
-    `set_view` methods.
+    `set_view` methods. `apply(train=True, dropout=False)` sets the rates of `nnx.Dropout` and of
+    flax's attention to 0; it cannot detect a dropout written by hand.
 
     Args:
       build: random streams -> module; or the class of the module.
@@ -67,11 +69,20 @@ class NNX(Model):
         return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
     def apply(
-        self, params: Any, state: Any, inputs: Any, *, train: bool, key: jax.Array | None = None
+        self,
+        params: Any,
+        state: Any,
+        inputs: Any,
+        *,
+        train: bool,
+        dropout: bool = True,
+        key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
         """Return (outputs, new state)."""
         module, built = self._merge(params, state)
         module = _in_mode(module, train)
+        if not dropout:
+            _switch_dropout_off(module)
         if key is not None:
             streams: dict[str, Any] = _streams(module, key)
             nnx.reseed(module, **streams)
@@ -109,6 +120,14 @@ def _in_mode(module: Any, train: bool) -> Any:
             if isinstance(vars(part).get(word), bool):
                 setattr(part, word, value)
     return nnx.view(module, raise_if_not_found=False, **words)
+
+
+def _switch_dropout_off(module: Any) -> None:
+    """Set the dropout rates of all layers of Flax to 0, whatever the arguments of their calls."""
+    for _, part in nnx.iter_modules(module):
+        for kind, rate in RATES.items():
+            if isinstance(part, kind):
+                setattr(part, rate, 0.0)
 
 
 def _streams(module: Any, key: jax.Array) -> dict[str, jax.Array]:

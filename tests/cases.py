@@ -90,8 +90,8 @@ class Float64(Model):
         params, state = to_float64(self.model.init(key))
         return jax.tree.map(lambda x: jnp.round(1024 * x) / 1024, params), state
 
-    def apply(self, params, state, inputs, *, train, key=None):
-        return self.model.apply(params, state, to_float64(inputs), train=train, key=key)
+    def apply(self, params, state, inputs, **mode):
+        return self.model.apply(params, state, to_float64(inputs), **mode)
 
 
 def to_float64(tree):
@@ -139,9 +139,9 @@ class Tokenwise(Model):
     def init(self, key):
         return self.model.init(key)
 
-    def apply(self, params, state, inputs, *, train, key=None):
+    def apply(self, params, state, inputs, **mode):
         rows = jax.nn.one_hot(inputs, 4).reshape(-1, 4)
-        outputs, state = self.model.apply(params, state, to_float64(rows), train=train, key=key)
+        outputs, state = self.model.apply(params, state, to_float64(rows), **mode)
         return outputs.reshape(*inputs.shape, -1), state
 
 
@@ -276,7 +276,7 @@ ALGORITHMS = {
     # Adam divides by sqrt(v), whose derivative is infinite at zero: hence eps_root.
     "MAML-adam": AlgorithmCase(_maml(optax.adam(0.05, eps_root=1e-4), inner_steps=3)),
     "Meta-SGD": AlgorithmCase(_maml(optax.sgd(1.0), learned_rates=0.1)),
-    "ANIL": AlgorithmCase(_maml(adapt="head")),
+    "ANIL": AlgorithmCase(_maml(adapted="head")),
     "first-order": AlgorithmCase(_maml(first_order=True), exact=False),
     "example-weights": AlgorithmCase(
         _loss_weights(ExampleWeights(hidden=(3,)), normalize=mean_one), "language", exact=False

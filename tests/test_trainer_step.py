@@ -225,6 +225,6 @@ class Scaled(Model):
         assert gain.weak_type
         return {"params": params, "gain": gain}, state
 
-    def apply(self, params, state, inputs, *, train, key=None):
-        outputs, state = self.model.apply(params["params"], state, inputs, train=train, key=key)
+    def apply(self, params, state, inputs, **mode):
+        outputs, state = self.model.apply(params["params"], state, inputs, **mode)
         return params["gain"] * outputs, state

@@ -37,7 +37,7 @@ from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import readable
 from metalearn._utils.trees import in_dtypes_of
 from metalearn.algorithm import Algorithm
-from metalearn.algorithms.epochs import check_reads, epochs, read_rows
+from metalearn.algorithms.epochs import check_reads, epochs, read_rows, scaled
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter, check_required, place
 from metalearn.algorithms.fds.outer_rules import fds_rule, in_ranges
 from metalearn.algorithms.fds.pictures import draw_schedules, draw_tangents
@@ -50,6 +50,7 @@ from metalearn.algorithms.fds.schedule import (
     window_of,
 )
 from metalearn.algorithms.objectives import cross_entropy
+from metalearn.algorithms.support import with_rows
 from metalearn.engines.inner_loop import depends
 from metalearn.model import Model, no_model
 from metalearn.optimizers.differentiable import differentiable_at_zero
@@ -153,7 +154,9 @@ class FDS(Algorithm):
 
             def loss(params: Any, values: Any) -> tuple[jax.Array, Any]:
                 dropout_key = jax.random.fold_in(noise_key, number)
-                outputs, statistics = self._apply(params, state, inputs, True, dropout_key)
+                outputs, statistics = self.model.apply(
+                    params, state.statistics, inputs, train=True, key=dropout_key
+                )
                 return self.objective(outputs, targets, **values)[0], statistics
 
             evaluated = evaluate(grad, loss, state.params, values["objective"])
@@ -166,8 +169,7 @@ class FDS(Algorithm):
 
         def loss(eta: Eta, state: ModelTraining) -> tuple[jax.Array, Metrics]:
             inputs, targets = read_rows(episode.query, episode.query[2])
-            params = evaluation_params(state.optimizer, state.params)
-            outputs, _ = self._apply(params, state, inputs, False, None)
+            outputs = self.predict(*self.trained(eta, state), inputs, None)
             value, metrics = self.objective(outputs, targets)
             return value, {**metrics, **self._value_metrics(eta)}
 
@@ -187,6 +189,28 @@ class FDS(Algorithm):
     def evaluation(self) -> FDS:
         """Return the same algorithm with every schedule stretched to `eval_steps` steps."""
         return self.stretched(self.eval_steps or self.inner_steps)
+
+    def with_steps(self, steps: int) -> FDS:
+        """Return the same algorithm with every schedule stretched to another number of steps."""
+        return self.stretched(steps)
+
+    def mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries."""
+        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+
+    def support_set(self, support: Any) -> Any:
+        """Return (inputs, targets, rows to train on); of (inputs, targets), all rows."""
+        return with_rows("FDS", support)
+
+    def trained(self, eta: Eta, state: ModelTraining) -> tuple[Any, Any]:
+        """Return (the parameters of the trained model, its running statistics)."""
+        del eta
+        return evaluation_params(state.optimizer, state.params), state.statistics
+
+    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
+        """Return the outputs of the trained model in evaluation mode, for inputs [n, ...]."""
+        del key
+        return self.model.apply(params, statistics, scaled(inputs), train=False)[0]
 
     def outer_optimizer(
         self, optimizer: optax.GradientTransformation
@@ -352,11 +376,6 @@ class FDS(Algorithm):
 
     def _optimizer(self, values: Any) -> optax.GradientTransformation:
         return self.optimizer(**values["optimizer"])
-
-    def _apply(
-        self, params: Any, state: ModelTraining, inputs: Any, train: bool, key: jax.Array | None
-    ) -> tuple[Any, Any]:
-        return self.model.apply(params, state.statistics, inputs, train=train, key=key)
 
     def _value_metrics(self, eta: Eta) -> Metrics:
         """Return the value in each window as metrics, "learning_rate/0"; of many, their mean."""

@@ -132,9 +132,8 @@ class LearnedOptimizer(Algorithm):
             return Optimization(params, optimizer, statistics, total, steps, last)
 
         def loss(eta: Eta, state: Optimization) -> tuple[jax.Array, Metrics]:
-            del eta
-            params = evaluation_params(state.optimizer, state.params)
-            validation, metrics = self.problem.validate(params, state.statistics, episode.query)
+            trained = self.trained(eta, state)
+            validation, metrics = self.problem.validate(*trained, episode.query)
             mean = state.total / state.steps
             metrics = {"training_loss_last": state.last, "validation_loss": validation, **metrics}
             return (mean if self.judge == "training" else validation), metrics
@@ -155,6 +154,28 @@ class LearnedOptimizer(Algorithm):
         self.problem.check(episode.support, self.inner_steps)
         step_keys = jax.vmap(lambda step: jax.random.fold_in(noise_key, step))(steps)
         return self.problem.batches(episode.support, steps, batch_key), step_keys
+
+    def with_steps(self, steps: int) -> LearnedOptimizer:
+        """Return the same algorithm with another number of inner steps."""
+        return dataclasses.replace(self, inner_steps=steps)
+
+    def mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries."""
+        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+
+    def support_set(self, support: Any) -> Any:
+        """Return a support set as the problem reads it: see `Problem`."""
+        return self.problem.support_set(support)
+
+    def trained(self, eta: Eta, state: Optimization) -> tuple[Any, Any]:
+        """Return (theta for evaluation, the model's mutable state)."""
+        del eta
+        return evaluation_params(state.optimizer, state.params), state.statistics
+
+    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
+        """Return the outputs of the trained model: see `Problem.predict`."""
+        del key
+        return self.problem.predict(params, statistics, inputs)
 
     def export(self, eta: Any, path: pathlib.Path) -> str:
         """Write the optimizer, as `load_optimizer` reads it."""

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from metalearn._utils.checks import at_least
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import readable
-from metalearn.algorithms.epochs import check_reads, epochs, read_rows
+from metalearn.algorithms.epochs import check_reads, epochs, read_rows, scaled
 from metalearn.algorithms.objectives import Objective, cross_entropy
+from metalearn.algorithms.support import check_pair, with_rows
 from metalearn.model import Model
 from metalearn.unroll import Batch, Metrics
 from metalearn.unroll import horizon as length
@@ -72,6 +73,17 @@ class Problem(abc.ABC):
         self, params: Any, statistics: Any, support: Any, batch: Batch, key: jax.Array
     ) -> StepLoss:
         """Return the loss of one step. `key` is for random layers such as dropout."""
+
+    def predict(self, params: Any, statistics: Any, inputs: Any) -> Any:
+        """Return the outputs of the trained model in evaluation mode, for inputs [n, ...]."""
+        raise TypeError(
+            f"`{type(self).__name__}` has no inputs to predict from: its result is theta, the "
+            "`params` of the learner."
+        )
+
+    def support_set(self, support: Any) -> Any:
+        """Return a support set as `batches` and `loss` read it, completed where it may be."""
+        return support
 
     @abc.abstractmethod
     def validate(self, params: Any, statistics: Any, query: Any) -> tuple[jax.Array, Metrics]:
@@ -130,8 +142,15 @@ class Supervised(Problem):
     def validate(self, params: Any, statistics: Any, query: Any) -> tuple[jax.Array, Metrics]:
         """Return the objective on all rows of the query."""
         inputs, targets = read_rows(query, query[2])
-        outputs, _ = self.model.apply(params, statistics, inputs, train=False)
-        return self.objective(outputs, targets)
+        return self.objective(self.predict(params, statistics, inputs), targets)
+
+    def predict(self, params: Any, statistics: Any, inputs: Any) -> Any:
+        """Return the outputs of the trained model; uint8 images are scaled to 0..1."""
+        return self.model.apply(params, statistics, scaled(inputs), train=False)[0]
+
+    def support_set(self, support: Any) -> Any:
+        """Return (inputs, targets, rows to train on); of (inputs, targets), all rows."""
+        return with_rows("LearnedOptimizer", support)
 
 
 @readable
@@ -178,8 +197,16 @@ class Streamed(Problem):
 
     def validate(self, params: Any, statistics: Any, query: Any) -> tuple[jax.Array, Metrics]:
         """Return the objective on the query."""
-        outputs, _ = self.model.apply(params, statistics, query[0], train=False)
-        return self.objective(outputs, query[1])
+        return self.objective(self.predict(params, statistics, query[0]), query[1])
+
+    def predict(self, params: Any, statistics: Any, inputs: Any) -> Any:
+        """Return the outputs of the trained model, for inputs [n, ...]."""
+        return self.model.apply(params, statistics, inputs, train=False)[0]
+
+    def support_set(self, support: Any) -> Any:
+        """Return a support set; ValueError unless its leaves are [T, batch, ...]."""
+        check_pair("LearnedOptimizer", support, "[T, batch, ...]")
+        return support
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +322,15 @@ class Together(Problem):
         """Return the weighted mean of the measures [parts]."""
         return self._weighted(dict(zip(self.parts, measure, strict=True)))
 
+    def predict(self, params: Any, statistics: Any, inputs: Any) -> Any:
+        """Return {name: outputs} of the parts that `inputs`, {name: inputs}, names."""
+        return {n: self.parts[n].predict(params[n], statistics[n], x) for n, x in inputs.items()}
+
+    def support_set(self, support: Any) -> Any:
+        """Return {name: support set of the part}."""
+        self._check_names(support)
+        return {name: part.support_set(support[name]) for name, part in self.parts.items()}
+
     def validate(self, params: Any, statistics: Any, query: Any) -> tuple[jax.Array, Metrics]:
         """Return the weighted validation loss, and each part's as "name/validation_loss"."""
         results = {n: p.validate(params[n], statistics[n], query[n]) for n, p in self.parts.items()}
@@ -314,11 +350,14 @@ class Together(Problem):
 
     def check(self, support: Any, inner_steps: int) -> None:
         """Raise ValueError unless the support has these parts, and each suits its problem."""
+        self._check_names(support)
+        for name, part in self.parts.items():
+            part.check(support[name], inner_steps)
+
+    def _check_names(self, support: Any) -> None:
         names = sorted(support) if isinstance(support, dict) else "no dictionary"
         if names != sorted(self.parts):
             raise ValueError(
                 f"The problems are {sorted(self.parts)}, and the tasks bring {names}. Use "
                 "`metalearn.datasets.SideBySide` with the same names."
             )
-        for name, part in self.parts.items():
-            part.check(support[name], inner_steps)

@@ -33,7 +33,7 @@ import optax
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import described, readable
 from metalearn.algorithm import Algorithm
-from metalearn.algorithms.loss_weights.features import WeightInputs, auc
+from metalearn.algorithms.loss_weights.features import Examples, WeightInputs, auc
 from metalearn.algorithms.loss_weights.weighting import (
     Function,
     Weighting,
@@ -43,6 +43,7 @@ from metalearn.algorithms.loss_weights.weighting import (
     check_weighting,
 )
 from metalearn.algorithms.objectives import check_labels
+from metalearn.algorithms.support import check_pair
 from metalearn.model import Model
 from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
 from metalearn.unroll import (
@@ -129,8 +130,37 @@ class LossWeights(Algorithm):
 
     def losses(self, state: ModelTraining, batch: Batch) -> jax.Array:
         """Return the unweighted losses of a batch, with the evaluation parameters: [batch, S]."""
-        params = evaluation_params(state.optimizer, state.params)
-        return self._losses(state._replace(params=params), batch, False, None)[0]
+        outputs = self.predict(*self.trained(None, state), batch.inputs, None)
+        return self._losses_of(outputs, batch)
+
+    def trained(self, eta: Eta, state: ModelTraining) -> tuple[Any, Any]:
+        """Return (the parameters of the trained model, its running statistics)."""
+        del eta
+        return evaluation_params(state.optimizer, state.params), state.statistics
+
+    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
+        """Return the outputs of the trained model in evaluation mode, for inputs [n, ...]."""
+        del key
+        return self.model.apply(params, statistics, inputs, train=False)[0]
+
+    def mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries."""
+        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+
+    def support_set(self, support: Any) -> Any:
+        """Return batches with the fields that the losses need; of a pair, all of one source."""
+        check_pair("LossWeights", support, "[T, batch, ...]")
+        if len(support) == 2:
+            return Examples(*support)
+        try:
+            _ = support.inputs, support.targets, support.source
+        except AttributeError:
+            raise ValueError(
+                f"`LossWeights.adapt(support=)` got a {type(support).__name__} of {len(support)}, "
+                "but takes (inputs, targets), leaves [T, batch, ...], or batches with the fields "
+                "`inputs`, `targets` and `source`, as `metalearn.datasets.Text` draws them."
+            ) from None
+        return support
 
     def _evaluate(
         self, eta: Eta, state: ModelTraining, batch: Batch, key: jax.Array, grad: GradFn
@@ -144,11 +174,11 @@ class LossWeights(Algorithm):
         def weighted(
             params: Any, feature_params: Any, batch: Batch, eta: Eta, key: jax.Array
         ) -> tuple[jax.Array, Any]:
-            losses, statistics = self._losses(state._replace(params=params), batch, True, key)
+            losses, statistics = self._losses(state._replace(params=params), batch, key)
             inputs = jax.lax.stop_gradient(losses)
             if self.through_features:
                 moved = state._replace(params=feature_params)
-                inputs, _ = self._losses(moved, batch, True, key)
+                inputs, _ = self._losses(moved, batch, key)
             return (losses * self.weights(eta, inputs, batch)).mean(), statistics
 
         def example_loss(params: Any, example: Any, feature_params: Any, eta: Eta) -> jax.Array:
@@ -164,18 +194,20 @@ class LossWeights(Algorithm):
         mean = ExampleMean(example_loss)
         return evaluate(grad, mean, state.params, examples, state.params, eta), state.statistics
 
-    def _losses(
-        self, state: ModelTraining, batch: Batch, train: bool, key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
-        """Return (losses [batch, S], the model's next statistics)."""
+    def _losses(self, state: ModelTraining, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        """Return (the losses [batch, S] of an inner step, the model's next statistics)."""
         outputs, statistics = self.model.apply(
-            state.params, state.statistics, batch.inputs, train=train, key=key
+            state.params, state.statistics, batch.inputs, train=True, key=key
         )
+        return self._losses_of(outputs, batch), statistics
+
+    def _losses_of(self, outputs: Any, batch: Batch) -> jax.Array:
+        """Return the losses [batch, S] of a model's outputs."""
         targets = batch.targets
         if self.loss_fn is optax.softmax_cross_entropy_with_integer_labels:
             targets = check_labels("LossWeights", outputs, targets)
         losses = self.loss_fn(outputs, targets)
-        return losses.reshape(losses.shape[0], -1), statistics
+        return losses.reshape(losses.shape[0], -1)
 
     def _held_out_loss(
         self, eta: Eta, state: ModelTraining, query: Batch

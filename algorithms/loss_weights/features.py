@@ -28,6 +28,15 @@ from jaxtyping import Array, Bool, Float, Int
 from metalearn._utils.checks import is_integer, pick
 
 
+class Examples(NamedTuple):
+    """Examples without a source, leaves [T, batch, ...], with the fields of those of `Text`."""
+
+    inputs: Any
+    targets: Any
+    source: None = None
+    corrupted: None = None
+
+
 class WeightInputs(NamedTuple):
     """What the weights of a batch are computed from.
 

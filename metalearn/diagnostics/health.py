@@ -33,12 +33,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn._utils.labels import Seen, beyond, known
 from metalearn.diagnostics import probe
-from metalearn.diagnostics.labels import Seen, beyond, known
 from metalearn.diagnostics.probe import Look
 from metalearn.diagnostics.symmetry import Symmetry
 from metalearn.engines.custom_rules import listed
-from metalearn.tasks import Tasks, check_tasks, draw_episode
+from metalearn.tasks import Tasks, check_tasks, draw_episode, label_range
 from metalearn.train_state import TrainState
 
 STEPS = 5  # inner steps of a check: enough to detect every optimizer of optax concerned
@@ -155,7 +155,7 @@ def check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
       ValueError: if their labels are known and exceed the outputs of the network.
     """
     check_tasks("Trainer.check_health(tasks=)", tasks)
-    with known(tasks, probes.labels_seen):
+    with known(label_range(tasks), probes.labels_seen):
         return _check(probes, state, tasks)
 
 

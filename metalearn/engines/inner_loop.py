@@ -108,12 +108,23 @@ def rollout(
     remat: Remat = Remat(),
 ) -> tuple[jax.Array, Aux]:
     """Run the inner loop and the outer loss: (loss (), aux). Differentiable in eta."""
+    state, inner = inner_loop(unroll, eta, batches, value_and_grad, remat)
+    loss, metrics = outer_loss(unroll, eta, state)
+    return loss, Aux(metrics, state, inner)
+
+
+def inner_loop(
+    unroll: Unroll,
+    eta: Eta,
+    batches: Batch,
+    value_and_grad: Callable[..., Any] = jax.value_and_grad,
+    remat: Remat = Remat(),
+) -> tuple[InnerState, Inner]:
+    """Run the inner loop: (state after T steps, what was recorded). Differentiable in eta."""
     body = step_body(unroll, eta, value_and_grad)
     if remat.peel and depends(unroll.init, eta):
         remat = dataclasses.replace(remat, peel=False)
-    state, inner = scan(body, unroll.init(eta), batches, remat)
-    loss, metrics = outer_loss(unroll, eta, state)
-    return loss, Aux(metrics, state, inner)
+    return scan(body, unroll.init(eta), batches, remat)
 
 
 def scan(body: Body, state: InnerState, batches: Batch, remat: Remat) -> tuple[InnerState, Inner]:

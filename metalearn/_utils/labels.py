@@ -5,8 +5,8 @@ both look like a diverged run. The range of the labels is known on the host (`Ta
 the number of outputs only when a loss is traced. So a trainer announces the labels (`known`), and a
 loss compares its outputs with them when it is traced (`compare`):
 
-    with known(tasks, seen):            # Trainer.fit, Trainer.evaluate, health checks
-        step(state, tasks)              # traces `cross_entropy`, which calls `compare`
+    with known(label_range(tasks), seen):  # Trainer.fit, Trainer.evaluate, Algorithm.adapt
+        step(state, tasks)                 # traces `cross_entropy`, which calls `compare`
 
 A compiled program is not traced again, so the numbers of outputs are recorded in `seen`.
 """
@@ -22,8 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn.tasks import Tasks
-
 Range = tuple[int, int]  # the smallest and the largest label
 Seen = set[tuple[str, int]]  # names of losses, and the numbers of outputs they were traced with
 
@@ -31,17 +29,16 @@ _NOW: contextvars.ContextVar[tuple[Range | None, Seen]] = contextvars.ContextVar
 
 
 @contextlib.contextmanager
-def known(tasks: Any, seen: Seen) -> Iterator[None]:
-    """Announce the labels of `tasks` to all losses that are traced in this context.
+def known(labels: Range | None, seen: Seen) -> Iterator[None]:
+    """Announce a range of labels to all losses that are traced in this context.
 
     Args:
-      tasks: their `label_range` is read.
+      labels: the smallest and the largest; None: unknown, or there are none.
       seen: numbers of outputs from earlier calls on the same network; extended.
 
     Raises:
       ValueError: if a label exceeds the outputs in `seen`; or in the context, those traced there.
     """
-    labels = tasks.label_range() if isinstance(tasks, Tasks) else None
     for what, outputs in seen:
         _check(what, labels, outputs)
     token = _NOW.set((labels, seen))
@@ -60,7 +57,7 @@ def compare(what: str, outputs: int) -> None:
 
 def beyond(episode: Any, seen: Seen) -> str:
     """Return a message if labels of an episode, (inputs, labels, ...) twice, exceed the outputs."""
-    ranges = [_range(part) for part in (episode.support, episode.query)]
+    ranges = [range_of(part) for part in (episode.support, episode.query)]
     for labels in ranges:
         for what, outputs in seen:
             if labels is not None and not 0 <= labels[0] <= labels[1] < outputs:
@@ -68,9 +65,12 @@ def beyond(episode: Any, seen: Seen) -> str:
     return ""
 
 
-def _range(part: Any) -> Range | None:
+def range_of(part: Any) -> Range | None:
+    """Return the range of the labels of a support or query set, (inputs, labels, ...)."""
     labels = part[1] if isinstance(part, tuple) and len(part) > 1 else None
     if not isinstance(labels, np.ndarray | jax.Array) or not labels.size:
+        return None
+    if isinstance(labels, jax.core.Tracer):
         return None
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         return None
