@@ -124,6 +124,8 @@ EXPECTED = {
     "nnx": "a function that builds the module from random streams, or its class: every task has "
     "parameters of its own",
     "haiku": "the forward function itself, which the adapter transforms",
+    "equinox": "a function that builds the module from a key, or its class: every task has "
+    "parameters of its own",
     "functions": "a plain function",
 }
 
@@ -134,7 +136,7 @@ def not_wrapped(what: str, value: Any, expected: str) -> str:
     Args:
       what: the argument, as the user writes it: "Linen(module=)".
       value: the argument's value.
-      expected: the library of the adapter: "linen", "nnx", "haiku" or "functions".
+      expected: the library of the adapter: a key of `EXPECTED`.
     """
     library = library_of(value)
     name = value.__name__ if isinstance(value, type) else type(value).__name__

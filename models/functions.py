@@ -29,8 +29,8 @@ class Functions(Model):
 
     def __post_init__(self) -> None:
         for name in ("init_fn", "apply_fn"):
-            if library_of(getattr(self, name)):
-                value = getattr(self, name)
+            value = getattr(self, name)
+            if library_of(value) not in (None, "equinox"):  # whose transformed functions are fine
                 raise TypeError(not_wrapped(f"Functions({name}=)", value, "functions"))
         check_fields(self)
 

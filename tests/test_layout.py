@@ -57,6 +57,7 @@ FEATURES = {
     "which names a config may use": ("experiments/build/registry.py", "check_call"),
     "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),
     "from a config to the trainer": ("experiments/build/trainers.py", "trainer"),
+    "a module of Equinox as a model": ("models/equinox.py", "Equinox"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
 }
 
