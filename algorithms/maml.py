@@ -12,7 +12,7 @@ Finn, Abbeel and Levine 2017 (arXiv:1703.03400). Three relatives are options, an
 - First-order MAML, same paper as MAML: the inner gradient is treated as a
   constant (`first_order`); about a third of the work, and no Hessian products.
 - ANIL, Raghu et al. 2020 (arXiv:1909.09157): only the head adapts, the body is reused
-  (`adapt="head"`); the inner loop carries and differentiates only the head.
+  (`adapted="head"`); the inner loop carries and differentiates only the head.
 
 The inner optimizer receives a tree of the model's own structure, so its labels and masks go by
 path (`optax.multi_transform`, `optax.masked`, `optax.adamw(mask=)`); leaves that do not adapt are
@@ -48,7 +48,7 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils.checks import is_integer, pattern, pick
-from metalearn._utils.fields import check_fields
+from metalearn._utils.fields import check_fields, renamed_fields
 from metalearn._utils.readable import described, readable
 from metalearn._utils.trees import split_by_path
 from metalearn.algorithm import Algorithm
@@ -98,6 +98,7 @@ class Initialisation(NamedTuple):
     rates: Any
 
 
+@renamed_fields(adapt="adapted")
 @readable
 @dataclasses.dataclass(frozen=True)
 class MAML(Algorithm):
@@ -114,7 +115,7 @@ class MAML(Algorithm):
       learned_rates: Meta-SGD: the initial value of the learned rates. They multiply the updates of
         the inner optimizer, so its own rate is one: `optax.sgd(1.0)`. None: no learned rates.
       first_order: treat the inner gradient as a constant in the backward pass.
-      adapt: a regular expression that the paths of the adapted parameters match, such as "head";
+      adapted: a regular expression that the paths of the adapted parameters match, such as "head";
         the other parameters stay at theta_0. "": all adapt.
       batch_norm: "transductive", "running" or "frozen": see `metalearn.algorithms.maml`.
     """
@@ -126,11 +127,11 @@ class MAML(Algorithm):
     eval_steps: int | None = None
     learned_rates: float | None = None
     first_order: bool = False
-    adapt: str = ""
+    adapted: str = ""
     batch_norm: str = "transductive"
 
     def __post_init__(self) -> None:
-        pattern("MAML", adapt=self.adapt)
+        pattern("MAML", adapted=self.adapted)
         check_fields(self, "inner_steps", "eval_steps")
         batch_norm_policy(self.batch_norm)
         if not all(is_integer(n) and n >= 1 for n in (self.inner_steps, self.evaluation_steps)):
@@ -149,7 +150,7 @@ class MAML(Algorithm):
         params, _ = self.model.init(key)
         if self.learned_rates is None:
             return Initialisation(params, None)
-        adapted, _, _ = split_by_path(params, self.adapt)
+        adapted, _, _ = split_by_path(params, self.adapted)
         rates = [jnp.full_like(leaf, self.learned_rates) for leaf in adapted]
         return Initialisation(params, rates)
 
@@ -158,7 +159,7 @@ class MAML(Algorithm):
         policy = batch_norm_policy(self.batch_norm)
 
         def init(eta: Initialisation) -> ModelTraining:
-            adapted, _, _ = split_by_path(eta.params, self.adapt)
+            adapted, _, _ = split_by_path(eta.params, self.adapted)
             _, statistics = self.model.init(key)
             optimizer = start(self.optimizer, self._masked(eta, adapted))
             return ModelTraining(adapted, optimizer, statistics)
@@ -195,14 +196,14 @@ class MAML(Algorithm):
 
     def _masked(self, eta: Initialisation, adapted: list[jax.Array]) -> Any:
         """Return the adapted leaves in the model's tree, an `optax.MaskedNode` for all others."""
-        _, fixed, join = split_by_path(eta.params, self.adapt)
+        _, fixed, join = split_by_path(eta.params, self.adapted)
         return join(adapted, [optax.MaskedNode()] * len(fixed))
 
     def _loss(
         self, eta: Initialisation, state: ModelTraining, data: Any, train: bool, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
         """Return (loss (), (new statistics, metrics)) of the adapted model on some data."""
-        _, fixed, join = split_by_path(eta.params, self.adapt)
+        _, fixed, join = split_by_path(eta.params, self.adapted)
         inputs, targets = data
         params = join(state.params, fixed)
         outputs, statistics = self.model.apply(

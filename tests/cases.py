@@ -284,7 +284,7 @@ ALGORITHMS = {
     # Adam divides by sqrt(v), whose derivative is infinite at zero: hence eps_root.
     "MAML-adam": AlgorithmCase(_maml(optax.adam(0.05, eps_root=1e-4), inner_steps=3)),
     "Meta-SGD": AlgorithmCase(_maml(optax.sgd(1.0), learned_rates=0.1)),
-    "ANIL": AlgorithmCase(_maml(adapt="head")),
+    "ANIL": AlgorithmCase(_maml(adapted="head")),
     "first-order": AlgorithmCase(_maml(first_order=True), exact=False),
     "example-weights": AlgorithmCase(
         _loss_weights(ExampleWeights(hidden=(3,)), normalize=mean_one), "language", exact=False

@@ -25,7 +25,12 @@ LOADED: dict[str, ml_collections.ConfigDict] = {}  # by what `--config` was; eac
 
 
 # Keys of a config that were called otherwise in versions before.
-RENAMED = {"horizon": "inner_steps", "eval_horizon": "eval_steps", "steps": "inner_steps"}
+RENAMED = {
+    "horizon": "inner_steps",
+    "eval_horizon": "eval_steps",
+    "steps": "inner_steps",
+    "adapt": "adapted",
+}
 
 
 def renamed(key: str, known: Iterable[str]) -> str:

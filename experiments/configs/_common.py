@@ -40,7 +40,7 @@ def maml() -> ml_collections.ConfigDict:
     # update; its own learning_rate should then be 1.
     config.algorithm.learned_rates = placeholder(float)
     config.algorithm.first_order = False
-    config.algorithm.adapt = ""  # ANIL: "head"
+    config.algorithm.adapted = ""  # ANIL: "head"
     config.algorithm.batch_norm = "transductive"
 
     config.optimizer = {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine"}

@@ -21,7 +21,7 @@ import numbers
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +29,9 @@ import optax
 
 from metalearn._utils.checks import AtLeast, counts
 from metalearn.model import Model, no_model
+
+
+T = TypeVar("T")
 
 
 class FieldError(TypeError, ValueError):
@@ -54,6 +57,37 @@ def check_fields(part: Any, *others: str, absent: Sequence[str] = ()) -> None:
         if hint is Model:
             raise FieldError(no_model(what, value))
         raise FieldError(f"`{what}`: it is {_said(hint)}, not {_kind(value)}.")
+
+
+def renamed_fields(**names: str) -> Callable[[type[T]], type[T]]:
+    """Decorate a dataclass: its constructor refuses old names of its fields, old="new".
+
+    >>> @renamed_fields(rate="learning_rate")
+    ... @dataclasses.dataclass
+    ... class Descent:
+    ...     learning_rate: float
+    >>> Descent(rate=0.1)
+    Traceback (most recent call last):
+    TypeError: `Descent(rate=)` is called `learning_rate` now: `Descent(learning_rate=0.1)`.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        init: Any = cls.__init__  # type: ignore[misc]
+
+        @functools.wraps(init)
+        def checked(self: Any, *args: Any, **fields: Any) -> None:
+            for old in names.keys() & fields.keys():
+                what, new = cls.__name__, names[old]
+                raise TypeError(
+                    f"`{what}({old}=)` is called `{new}` now: "
+                    f"`{what}({new}={_shown(fields[old])})`."
+                )
+            init(self, *args, **fields)
+
+        cls.__init__ = checked  # type: ignore[misc]
+        return cls
+
+    return decorate
 
 
 @functools.cache

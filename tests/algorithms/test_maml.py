@@ -124,12 +124,12 @@ def test_meta_sgd_learns_a_rate_for_every_parameter():
 
 
 def test_meta_sgd_learns_rates_of_the_adapted_parameters_alone():
-    eta = maml(optax.sgd(1.0), learned_rates=0.1, adapt="body").init(KEY)
+    eta = maml(optax.sgd(1.0), learned_rates=0.1, adapted="body").init(KEY)
     assert [r.shape for r in eta.rates] == [(1, 4)]
 
 
 def test_anil_adapts_the_head_alone_and_learns_all():
-    algorithm = maml(adapt="head")
+    algorithm = maml(adapted="head")
     eta = algorithm.init(KEY)
 
     def by_hand(params):
@@ -148,11 +148,17 @@ def test_anil_adapts_the_head_alone_and_learns_all():
 
 def test_a_pattern_that_matches_no_parameter_is_refused_with_the_paths_there_are():
     message = "No parameter path matches 'classifier'. There are: body, head."
-    algorithm = maml(adapt="classifier")
+    algorithm = maml(adapted="classifier")
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         algorithm.unroll(episode(), KEY).init(maml().init(KEY))
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        maml(adapt="classifier", learned_rates=0.1).init(KEY)
+        maml(adapted="classifier", learned_rates=0.1).init(KEY)
+
+
+def test_the_old_name_of_the_adapted_parameters_is_refused_with_the_new_one():
+    message = "`MAML(adapt=)` is called `adapted` now: `MAML(adapted='head')`."
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        maml(adapt="head")
 
 
 @pytest.mark.parametrize(("steps", "of"), [(0, None), (-1, None), (1, -1)])

@@ -281,8 +281,8 @@ CATASTROPHES = (
 def test_a_pattern_that_could_take_for_ever_is_refused_wherever_it_comes_from(pattern):
     began = time.monotonic()
     reason = "repeats a group|more than 3 repeats|300 at most|no regular expression"
-    with pytest.raises(ValueError, match=rf"`MAML\(adapt=.*\)`: .*({reason})"):
-        MAML(MODEL, adapt=pattern)
+    with pytest.raises(ValueError, match=rf"`MAML\(adapted=.*\)`: .*({reason})"):
+        MAML(MODEL, adapted=pattern)
     with pytest.raises(ValueError, match=rf"The rule .* is no regular .*({reason})"):
         Layout(make_mesh(1), ((pattern, P()),))
     assert time.monotonic() - began < 1
@@ -291,7 +291,7 @@ def test_a_pattern_that_could_take_for_ever_is_refused_wherever_it_comes_from(pa
 @pytest.mark.parametrize("pattern", [3, None, b"head", ["head"]])
 def test_a_pattern_is_a_text(pattern):
     with pytest.raises(ValueError, match="it is a text, a regular expression, not "):
-        MAML(MODEL, adapt=pattern)
+        MAML(MODEL, adapted=pattern)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(refused, tmp_path):
     message = refused(*DIGITS, f"--workdir={tmp_path}", wrong)
     assert message.startswith(
         "The config has no key 'optimizer.learning_rat'. "
-        "Did you mean 'optimizer.learning_rate'? There are: algorithm.adapt, "
+        "Did you mean 'optimizer.learning_rate'? There are: algorithm.adapted, "
     )
     assert "dataset.ways" in message and message.endswith(".")
 
@@ -93,6 +93,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(refused, tmp_path):
         ("fds_digits", "algorithm.horizon", "algorithm.inner_steps"),
         ("fds_digits", "algorithm.eval_horizon", "algorithm.eval_steps"),
         ("loss_weights_shakespeare", "dataset.steps", "dataset.inner_steps"),
+        ("maml_digits", "algorithm.adapt", "algorithm.adapted"),
     ],
 )
 def test_a_key_that_was_renamed_is_refused_with_its_new_name(refused, tmp_path, config, old, new):

@@ -95,7 +95,10 @@ def test_a_list_stands_for_a_tuple(write):
         ({"config": "maml_digits", "mesh": {"rules": [["kernel", 5]]}}, "an axis of the mesh of"),
         ({"config": "maml_digits", "mesh": {"rules": [["a", "model", "model"]]}}, "of its own, or"),
         ({"config": "maml_digits", "mesh": {"rules": {"a": 1}}}, "config.mesh.rules takes a tuple"),
-        ({"config": "maml_digits", "algorithm": {"adapt": "(a+)+$"}}, "repeats a group, which can"),
+        (
+            {"config": "maml_digits", "algorithm": {"adapted": "(a+)+$"}},
+            "repeats a group, which can",
+        ),
     ],
     ids=lambda part: str(part)[:60],  # one of them is 16 MiB long
 )
@@ -195,7 +198,10 @@ def test_a_config_file_without_a_config_is_refused(refused, tmp_path, source, ex
         ("--config.mesh.tasks=1000000000", "A mesh of tasks=1000000000 x model=1 x tangents=1 ta"),
         ("--config.eval_tasks=1000000000", "config.eval_tasks is 1000000000, but integers go up "),
         ("--config.test_tasks=1000000000", "config.test_tasks is 1000000000, but integers go up "),
-        ("--config.algorithm.adapt=(a+)+$", "`MAML(adapt='(a+)+$')`: it repeats a group, which"),
+        (
+            "--config.algorithm.adapted=(a+)+$",
+            "`MAML(adapted='(a+)+$')`: it repeats a group, which",
+        ),
         ("--config.test_tasks=0", "config.test_tasks is 0, but it is 1 or more."),
         ("--config.tasks_per_step=1000000000000", "config.tasks_per_step is 1000000000000, but i"),
         (

@@ -53,7 +53,7 @@ NAMES = {  # by the last part of a field
     "remat": ("none", "step", "segments", "nested", "inexact_reconstruct", "block", "dots"),
     "store": ("device", "host", "inexact_bfloat16"),
     "batch_norm": ("transductive", "running", "frozen"),
-    "adapt": ("head", ".*", "(a+)+$", "a*" * 30 + "b"),
+    "adapted": ("head", ".*", "(a+)+$", "a*" * 30 + "b"),
     "mode": ("auto", "online", "offline", "disabled"),
     "project": ("a/b", "p" * 200),
     "nonfinite": NONFINITE,

@@ -87,7 +87,11 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
         "'domain' needs domains, whic",
     ),
     # Values that only a library refused, or nobody.
-    ("maml_digits", {"algorithm.adapt": "("}, r"`MAML\(adapt='\('\)`: it is no regular expression"),
+    (
+        "maml_digits",
+        {"algorithm.adapted": "("},
+        r"`MAML\(adapted='\('\)`: it is no regular expression",
+    ),
     ("maml_digits", {"optimizer.clip": -1.0}, r"`optimizer\(clip=-1.0\)`: it is a number above 0"),
     ("maml_digits", {"truncation.shortest": 3}, "truncation.shortest=3 is of truncated unrolls,"),
     ("maml_digits", {"model.filters": 0}, r"`ConvNet\(filters=0\)`: it is an integer, 1 or more"),
@@ -198,7 +202,7 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
         {"model.filters": 10**9, "model.blocks": 2},
         "eta has [0-9,]* numbers and takes .* TiB",
     ),
-    ("maml_digits", {"algorithm.adapt": "(a+)+$"}, "it repeats a group, which can take longer"),
+    ("maml_digits", {"algorithm.adapted": "(a+)+$"}, "it repeats a group, which can take longer"),
     ("maml_digits", {"mesh.rules": (("(a+)+$", None),)}, "it repeats a group, which can take"),
     ("maml_digits", {"test_tasks": 10**9}, "config.test_tasks is 1000000000, but integers go up"),
     ("maml_digits", {"engine": "es", "engine_options.pairs": 10**9}, r"`ES\(pairs=1000000000\)`"),

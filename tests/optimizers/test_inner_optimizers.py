@@ -165,7 +165,7 @@ def test_labels_and_masks_by_path_choose_the_parameters_they_name(network, kind,
         rates = jax.tree.map(lambda m: 0.1 if m else 0.0, mask(params))
         return jax.tree.map(lambda p, r, g: p - r * g, params, rates, grads), None
 
-    algorithm = maml(optimizer, model, adapt=adapt)
+    algorithm = maml(optimizer, model, adapted=adapt)
     aux = agrees(algorithm, by_hand(model, move), MixedFlow())
     assert (aux.inner.update_norm > 1e-3).all()
     heads = len(jax.tree.leaves(model.init(KEY)[0])) if not adapt else None
@@ -198,7 +198,7 @@ def test_a_mask_of_weight_decay_by_path_decays_what_it_names(adapt, engine):
     by_function = optax.chain(optax.add_decayed_weights(decay, kernels), rates)
     by_tree = optax.chain(optax.add_decayed_weights(decay, kernels(model.init(KEY)[0])), rates)
     for optimizer in (by_function, by_tree):
-        agrees(maml(optimizer, model, adapt=adapt), by_hand(model, move), engine)
+        agrees(maml(optimizer, model, adapted=adapt), by_hand(model, move), engine)
 
 
 def test_adamw_with_a_mask_is_the_same_inside_and_outside_of_maml():
@@ -228,7 +228,7 @@ def test_learned_rates_and_masks_go_together():
 
 
 def test_what_does_not_adapt_takes_no_room_in_the_optimizer():
-    algorithm = maml(optax.adam(0.1), NETWORKS["linen"], adapt="head")
+    algorithm = maml(optax.adam(0.1), NETWORKS["linen"], adapted="head")
     eta = algorithm.init(KEY)
     state = algorithm.unroll(episode(), KEY).init(eta)
     assert len(state.params) == 2 and len(jax.tree.leaves(state.optimizer)) == 1 + 2 * 2
