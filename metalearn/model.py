@@ -1,8 +1,8 @@
 """Interface between algorithms and models of any library.
 
 A model is a pair of pure functions of explicit parameters and an explicit mutable state (running
-statistics, random streams). `metalearn.models` has an adapter each for Flax linen, Flax NNX, Haiku
-and plain functions.
+statistics, random streams). `metalearn.models` has an adapter each for Flax linen, Flax NNX, Haiku,
+Equinox and plain functions.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ ADAPTERS = {
     "`jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)`",
     "nnx": "`NNX(lambda rngs: Net(..., rngs=rngs))`, from what builds it",
     "haiku": "`Haiku(forward, inputs)`, from the function that one gives to `hk.transform`",
+    "equinox": "`Equinox(lambda key: Net(..., key=key))`, from what builds it",
     "functions": "`Functions(init, apply)`, init(key) -> params, apply(params, inputs) -> outputs",
 }
 
@@ -76,17 +77,23 @@ def no_model(what: str, value: Any) -> str:
     )
 
 
-KINDS = {"linen": "a linen module", "nnx": "an NNX module", "haiku": "a Haiku network"}
+KINDS = {
+    "linen": "a linen module",
+    "nnx": "an NNX module",
+    "haiku": "a Haiku network",
+    "equinox": "an Equinox module",
+}
+LIBRARIES = {"flax.linen": "linen", "flax.nnx": "nnx", "haiku": "haiku", "equinox": "equinox"}
 
 
 def library_of(value: Any) -> str | None:
-    """Return "linen", "nnx" or "haiku" for a network of that library, or its class; else None.
+    """Return the key in `KINDS` of the library of a network, or of its class; else None.
 
     It is detected by the modules of its classes, without importing a library.
     """
     classes = value.__mro__ if isinstance(value, type) else type(value).__mro__
     for module in (cls.__module__ for cls in classes):
-        for start, library in (("flax.linen", "linen"), ("flax.nnx", "nnx"), ("haiku", "haiku")):
+        for start, library in LIBRARIES.items():
             if module == start or module.startswith(f"{start}."):
                 return library
     return None

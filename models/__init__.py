@@ -9,6 +9,7 @@ sizes and initial values of the image networks.
 from metalearn.model import Model
 from metalearn.models.adapters import deterministic_flag, no_flag, train_flag
 from metalearn.models.attention import BlockedAttention, causal_attention
+from metalearn.models.equinox import Equinox
 from metalearn.models.functions import Functions
 from metalearn.models.haiku import Haiku
 from metalearn.models.linen import Linen
@@ -19,6 +20,7 @@ __all__ = [
     "NNX",
     "Architecture",
     "BlockedAttention",
+    "Equinox",
     "Functions",
     "Haiku",
     "Linen",

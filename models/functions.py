@@ -10,7 +10,8 @@ import jax
 
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import readable
-from metalearn.model import Model
+from metalearn.model import Model, library_of
+from metalearn.models.adapters import not_wrapped
 
 
 @readable
@@ -27,6 +28,10 @@ class Functions(Model):
     apply_fn: Callable[[Any, Any], Any]
 
     def __post_init__(self) -> None:
+        for name in ("init_fn", "apply_fn"):
+            value = getattr(self, name)
+            if library_of(value) not in (None, "equinox"):  # whose transformed functions are fine
+                raise TypeError(not_wrapped(f"Functions({name}=)", value, "functions"))
         check_fields(self)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from metalearn._utils.fields import check_fields
 from metalearn.engines.inner_loop import depends
 from metalearn.model import Model, library_of
-from metalearn.models.adapters import Mode, check_inputs, not_wrapped, usual_flags
+from metalearn.models.adapters import Mode, check_inputs, flag_name, flags, not_wrapped, shown
 from metalearn.models.haiku_networks import Norm
 
 
@@ -22,9 +22,9 @@ from metalearn.models.haiku_networks import Norm
 class Haiku(Model):
     """A Haiku forward function, as one would pass it to `hk.transform_with_state`.
 
-    A function without a flag of training mode computes the same in training and evaluation. With
-    `mode=None`, `apply(train=False)` refuses an `hk.BatchNorm` that is still in training mode; it
-    cannot detect an `hk.dropout`. With a `mode` there is no such check.
+    A function without a flag of training mode computes the same in training and evaluation.
+    `apply(train=False)` refuses an `hk.BatchNorm` that is still in training mode; it cannot detect
+    an `hk.dropout`. With a function as `mode` there is no such check.
 
     `hk.dropout` is a function, which cannot be switched off from outside. So `apply(train=True,
     dropout=False)` calls a function that draws random numbers in evaluation mode, and gives batch
@@ -33,13 +33,14 @@ class Haiku(Model):
     Args:
       forward: the function, inputs -> outputs.
       inputs: one batch to initialise with: a `jax.ShapeDtypeStruct`, or a pytree of them.
-      mode: train -> keyword arguments of `forward`; None: those of its arguments that have one of
-        the usual names, see `metalearn.models.adapters`.
+      mode: the name of the argument of `forward` that sets the mode: "train", "training",
+        "is_training", "deterministic", "use_running_average" or "inference"; None: the one that it
+        has, which the repr shows. Or a function, train -> keyword arguments of `forward`.
     """
 
     forward: Callable[..., Any]
     inputs: Any
-    mode: Mode | None = None
+    mode: Mode | str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "forward")
@@ -47,6 +48,10 @@ class Haiku(Model):
         if transformed or not callable(self.forward) or library_of(self.forward):
             raise TypeError(not_wrapped("Haiku(forward=)", self.forward, "haiku"))
         check_inputs("Haiku", self.inputs)
+        _ = self._flag
+
+    def __repr__(self) -> str:
+        return shown(self, self._flag)
 
     @functools.cached_property
     def _transformed(self) -> hk.TransformedWithState:
@@ -88,7 +93,7 @@ class Haiku(Model):
         flags = self._flags(train)
         if train and not dropout and self._draws(params, state, inputs):
             return self._undropped(params, state, inputs, key)
-        if train or self.mode is not None:
+        if train or callable(self.mode):
             return self._transformed.apply(params, state, key, inputs, **flags)
         return self._evaluating.apply(params, state, key, inputs, **flags)
 
@@ -116,7 +121,13 @@ class Haiku(Model):
         return self._normalising.apply(params, state, key, inputs, **flags)
 
     def _flags(self, train: bool) -> Mapping[str, Any]:
-        return usual_flags(self.forward, train) if self.mode is None else self.mode(train)
+        return flags(self.mode, self._flag, train)
+
+    @functools.cached_property
+    def _flag(self) -> str | None:
+        """The argument that sets the mode."""
+        name = getattr(self.forward, "__name__", type(self.forward).__name__)
+        return flag_name(f"Haiku(forward={name})", self.mode, self.forward)
 
 
 def _in_training(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:

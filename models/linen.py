@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +18,15 @@ from metalearn._utils.checks import first_line
 from metalearn._utils.fields import check_fields
 from metalearn.engines.inner_loop import depends
 from metalearn.model import Model
-from metalearn.models.adapters import WORDS, Mode, check_inputs, not_wrapped, usual_flags
+from metalearn.models.adapters import (
+    WORDS,
+    Mode,
+    check_inputs,
+    flag_name,
+    flags,
+    not_wrapped,
+    shown,
+)
 
 RATES: dict[Any, str] = {nn.Dropout: "rate", nn.MultiHeadDotProductAttention: "dropout_rate"}
 PER_CALL = ("intermediates", "perturbations")  # collections that `sow` and `perturb` write
@@ -29,9 +39,9 @@ class Linen(Model):
     A collection that only `sow` or `perturb` write is not part of the state: such values last for
     one call, and are not computed here.
 
-    With `mode=None`, `apply(train=False)` refuses an `nn.Dropout` or `nn.BatchNorm` that is still
-    in training mode, as the module may not pass its flag to them; it does not check other layers.
-    With a `mode` there is no such check.
+    `apply(train=False)` refuses an `nn.Dropout` or `nn.BatchNorm` that is still in training mode,
+    as the module may not pass its flag to them; it does not check other layers. With a function as
+    `mode` there is no such check.
 
     `apply(train=True, dropout=False)` sets the rates of `nn.Dropout` and of flax's attention to 0,
     however the module passes its flags on, and leaves the stream "dropout" out, so that a dropout
@@ -40,15 +50,16 @@ class Linen(Model):
     Args:
       module: an instance, with its sizes.
       inputs: one batch to initialise with: a `jax.ShapeDtypeStruct`, or a pytree of them.
-      mode: train -> keyword arguments of the module's call, such as `no_flag`; None: those of its
-        arguments that have one of the usual names (`metalearn.models.adapters`), or else the fields
-        of the module with such a name.
+      mode: the name of the argument of the module's call, or of its field, that sets the mode:
+        "train", "training", "is_training", "deterministic", "use_running_average" or "inference";
+        None: the one that it has, which the repr shows. Or a function, train -> keyword arguments
+        of the call, such as `no_flag`.
       rngs: the random streams for which `apply` uses its key.
     """
 
     module: nn.Module
     inputs: Any
-    mode: Mode | None = None
+    mode: Mode | str | None = None
     rngs: tuple[str, ...] = ("dropout",)
 
     def __post_init__(self) -> None:
@@ -56,6 +67,10 @@ class Linen(Model):
         if not isinstance(self.module, nn.Module):
             raise TypeError(not_wrapped("Linen(module=)", self.module, "linen"))
         check_inputs("Linen", self.inputs)
+        _ = self._flag
+
+    def __repr__(self) -> str:
+        return shown(self, self._flag)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return (params, state)."""
@@ -81,7 +96,7 @@ class Linen(Model):
             if train and not dropout:
                 streams.pop("dropout", None)
                 within.enter_context(_dropout_off())
-            elif not train and self.mode is None:
+            elif not train and not callable(self.mode):
                 within.enter_context(nn.intercept_methods(_refuse_training))
             outputs, new = module.apply(
                 {"params": params, **state},
@@ -104,14 +119,22 @@ class Linen(Model):
 
     def _in_mode(self, train: bool) -> tuple[nn.Module, Mapping[str, Any]]:
         """Return the module in the mode of `train`, and the keyword arguments of its call."""
-        if self.mode is not None:
-            return self.module, self.mode(train)
-        flags = usual_flags(type(self.module).__call__, train)
-        fields = {field.name for field in dataclasses.fields(self.module) if field.init}
-        if flags or not fields & WORDS.keys():
-            return self.module, flags
-        words: dict[str, Any] = {word: WORDS[word] == train for word in fields & WORDS.keys()}
-        return self.module.clone(**words), {}
+        name = self._flag
+        is_argument = name in inspect.signature(type(self.module).__call__).parameters
+        if name in self._fields and not is_argument:
+            flag: dict[str, Any] = {str(name): WORDS[str(name)] == train}
+            return self.module.clone(**flag), {}
+        return self.module, flags(self.mode, name, train)
+
+    @functools.cached_property
+    def _fields(self) -> list[str]:
+        return [field.name for field in dataclasses.fields(self.module) if field.init]
+
+    @functools.cached_property
+    def _flag(self) -> str | None:
+        """The argument of the call, or else the field, that sets the mode."""
+        what = f"Linen(module={type(self.module).__name__})"
+        return flag_name(what, self.mode, type(self.module).__call__, self._fields)
 
     def _sown(self, params: Any, state: dict[str, Any]) -> frozenset[str]:
         """Return the collections that are not state: a call needs none of them to run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from flax import nnx
 
 from metalearn._utils.fields import check_fields
 from metalearn.model import Model, library_of
-from metalearn.models.adapters import WORDS, Mode, not_wrapped, usual_flags
+from metalearn.models.adapters import WORDS, Mode, flag_name, flags, not_wrapped, shown
 
 # Kinds of variables that are state in Flax, which no call may add; `sow` may use any other kind.
 STATE = (nnx.Param, nnx.BatchStat, nnx.Cache, nnx.RngState)
@@ -37,12 +38,14 @@ class NNX(Model):
 
     Args:
       build: random streams -> module; or the class of the module.
-      mode: train -> keyword arguments of the module's call, such as `no_flag`; None: those of its
-        arguments that have one of the usual names.
+      mode: the name of the argument of the module's call that sets the mode, too: "train",
+        "training", "is_training", "deterministic", "use_running_average" or "inference"; None: the
+        one that it has, which the repr shows. Or a function, train -> keyword arguments of the
+        call, such as `no_flag`.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
-    mode: Mode | None = None
+    mode: Mode | str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "build")
@@ -62,6 +65,11 @@ class NNX(Model):
             ) from error
         except ValueError:
             pass  # a function without a signature
+        if is_module:
+            _ = self._flag
+
+    def __repr__(self) -> str:
+        return shown(self, self._flag)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return (params, state)."""
@@ -86,13 +94,23 @@ class NNX(Model):
         if key is not None:
             streams: dict[str, Any] = _streams(module, key)
             nnx.reseed(module, **streams)
-        flags = usual_flags(type(module).__call__, train) if self.mode is None else self.mode(train)
+        arguments = flags(self.mode, self._flag, train)
         with warnings.catch_warnings():
             # Flax warns that sown values stay in the module. Here the module is dropped.
             warnings.filterwarnings("ignore", r"(?s)\s*Using 'Module\.(sow|perturb)\(\)' outside")
-            outputs = module(inputs, **flags)
+            outputs = module(inputs, **arguments)
         _, _, new = _split(module)
         return outputs, nnx.to_pure_dict(_built_variables(new, built))
+
+    @functools.cached_property
+    def _flag(self) -> str | None:
+        """The argument of the call that sets the mode."""
+        if callable(self.mode):
+            return None
+        cls = self.build
+        if not isinstance(cls, type):
+            cls = type(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))
+        return flag_name(f"NNX(build={cls.__name__})", self.mode, cls.__call__)
 
     def _merge(self, params: Any, state: Any) -> tuple[Any, nnx.State]:
         """Return (the module with these arrays, the shapes of the state that `build` creates)."""

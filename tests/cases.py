@@ -62,6 +62,7 @@ from metalearn.datasets import (
 from metalearn.model import Model
 from metalearn.models import (
     NNX,
+    Equinox,
     Functions,
     Haiku,
     Linen,
@@ -70,10 +71,12 @@ from metalearn.models import (
     nnx_networks,
     train_flag,
 )
+from tests.helpers import equinox_networks
 
 IMAGE = (4, 4, 1)
 WAYS = 2
-LIBRARIES = ("linen", "nnx", "haiku")
+LIBRARIES = ("linen", "nnx", "haiku")  # the package has networks of each
+ADAPTED = (*LIBRARIES, "equinox")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,8 @@ def _functions() -> Model:
 
 def mlp(library: str, width: int = 1) -> Model:
     """A tanh network from [n, width] to [n, width], by default of 10 parameters."""
+    if library == "equinox":
+        return Equinox(lambda key: equinox_networks.MLP(width, key=key))
     inputs, size = jax.ShapeDtypeStruct((1, width), jnp.float32), {"outputs": width, "hidden": (3,)}
     smooth = {"activation": jnp.tanh}
     if library == "linen":
@@ -121,6 +126,9 @@ def mlp(library: str, width: int = 1) -> Model:
 
 def conv_net(library: str, image=IMAGE, outputs=WAYS, filters=2, blocks=1, **options) -> Model:
     """A ConvNet, by default of 30 parameters, 4 of them of batch normalisation."""
+    if library == "equinox":
+        size = {"image": image, "outputs": outputs, "filters": filters, **options}
+        return Equinox(lambda key: equinox_networks.ConvNet(**size, key=key))
     inputs = jax.ShapeDtypeStruct((1, *image), jnp.float32)
     size = {"outputs": outputs, "filters": filters, "blocks": blocks, **options}
     if library == "linen":
@@ -147,8 +155,8 @@ class Tokenwise(Model):
 
 MODELS: dict[str, Model] = {
     "Functions": _functions(),
-    **{f"{library}-MLP": mlp(library) for library in LIBRARIES},
-    **{f"{library}-ConvNet": conv_net(library, momentum=0.5) for library in LIBRARIES},
+    **{f"{library}-MLP": mlp(library) for library in ADAPTED},
+    **{f"{library}-ConvNet": conv_net(library, momentum=0.5) for library in ADAPTED},
 }
 
 _INDEX = ClassIndex(

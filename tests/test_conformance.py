@@ -22,11 +22,11 @@ from metalearn import Algorithm, MetaGradient, Reverse, Tasks
 from metalearn.engines.inner_loop import rollout
 from metalearn.model import Model
 from tests import cases
-from tests.cases import ALGORITHMS, ENGINES, ESTIMATORS, LIBRARIES, MODELS, TASKS
+from tests.cases import ADAPTED, ALGORITHMS, ENGINES, ESTIMATORS, LIBRARIES, MODELS, TASKS
 from tests.helpers.selection import quick
 
 pytestmark = pytest.mark.usefixtures("x64")
-PAIRS = [(name, library) for name in ALGORITHMS for library in LIBRARIES]
+PAIRS = [(name, library) for name in ALGORITHMS for library in ADAPTED]
 REVERSE = Reverse()
 # What compiles longest and has a quick sibling: tests of its own, or the same algorithm above.
 LARGE = ("LearnedOptimizer", "example-weights", "token-weights", "LearningRates-ConvNet")

@@ -68,6 +68,7 @@ FEATURES = {
     "a class of one's own, named in a config": ("experiments/cli/import_paths.py", "load"),
     "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),
     "from a config to the trainer": ("experiments/build/trainers.py", "trainer"),
+    "a module of Equinox as a model": ("models/equinox.py", "Equinox"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
     "folders of images": ("datasets/folders.py", "read_folder"),
 }

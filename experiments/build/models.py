@@ -33,6 +33,7 @@ from metalearn.model import library_of
 from metalearn.models import (
     NNX,
     Architecture,
+    Equinox,
     Haiku,
     Linen,
     Model,
@@ -41,7 +42,7 @@ from metalearn.models import (
     nnx_networks,
     train_flag,
 )
-from metalearn.models.adapters import Mode, usual_flags
+from metalearn.models.adapters import Mode, flag_name, flags
 
 
 class Library(NamedTuple):
@@ -87,8 +88,8 @@ def _nnx(build: Callable[..., Any], splits: Splits, mode: Mode | None = train_fl
 def _haiku(build: Callable[..., Any], splits: Splits, mode: Mode | None = train_flag) -> Model:
     def forward(x: jax.Array, train: bool) -> jax.Array:
         module = build()
-        flags = usual_flags(type(module).__call__, train) if mode is None else mode(train)
-        return module(x, **flags)
+        name = flag_name(f"Haiku(forward={type(module).__name__})", mode, type(module).__call__)
+        return module(x, **flags(mode, name, train))
 
     return Haiku(forward, splits.inputs, train_flag)
 
@@ -100,7 +101,7 @@ def _own(name: str, library: str | None, options: Mapping[str, Any], splits: Spl
     if not callable(network) or (isinstance(network, type) and not _is_network(network)):
         raise ValueError(
             f"{name!r} is no network: {network!r:.80} is neither a class of Flax linen, Flax NNX, "
-            "Haiku or `metalearn.models.Model`, nor a function that builds one."
+            "Haiku, Equinox or `metalearn.models.Model`, nor a function that builds one."
         )
     known = {**_sizes(splits), "example": splits.inputs}
     sizes = {key: size for key, size in known.items() if key in parameters(network)}
@@ -113,6 +114,8 @@ def _own(name: str, library: str | None, options: Mapping[str, Any], splits: Spl
         library = library_of(network)
     elif "rngs" in inspect.signature(network).parameters:
         library = "nnx"
+    if library == "equinox":
+        return Equinox(lambda key: build(key=key))
     if library in ("nnx", "haiku"):
         return LIBRARIES[library].adapt(build, splits, None)
     made = build()
@@ -128,7 +131,7 @@ def _own(name: str, library: str | None, options: Mapping[str, Any], splits: Spl
 
 
 def _is_network(cls: type) -> bool:
-    return issubclass(cls, Model) or library_of(cls) in LIBRARIES
+    return issubclass(cls, Model) or library_of(cls) in (*LIBRARIES, "equinox")
 
 
 def _is_class(export: Any) -> bool:
