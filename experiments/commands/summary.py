@@ -85,9 +85,11 @@ def opening(
 
 def closing(trainer: Trainer, workdir: pathlib.Path) -> None:
     """Print what one may do with a finished run."""
-    rows = {"evaluate": f"metalearn eval --workdir={workdir} --tasks=2000"}
-    if trainer.algorithm.export_name is not None:
-        rows["export"] = f"metalearn export --workdir={workdir}"
+    rows = {
+        "evaluate": f"metalearn eval --workdir={workdir} --tasks=2000",
+        "export": f"metalearn export --workdir={workdir}",
+        "in Python": f"run = metalearn.load_run({str(workdir)!r})",
+    }
     if trainer.algorithm.pictures():
         rows["draw"] = f"metalearn draw --workdir={workdir}"
     show("Next", rows)
@@ -104,7 +106,8 @@ def _model(config: Mapping[str, Any], splits: build.Splits) -> str:
     if not model:
         return ""
     size = _size(lambda key: build.model(model, splits).init(key)[0])
-    return f"{model['name']} of {model['library']}, {size:,} parameters"
+    library = f" of {model['library']}" if model.get("library") else ""
+    return f"{model['name']}{library}, {size:,} parameters"
 
 
 def _size(init: Any) -> int:

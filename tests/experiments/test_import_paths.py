@@ -490,7 +490,7 @@ def test_an_optimizer_within_an_optimizer_is_a_config():
         (
             lambda: build.model({"name": "own_parts:Bare"}, splits()),
             r"'own_parts:Bare' is no network: <class 'own_parts.Bare'> is neither a class of Flax "
-            r"linen, Flax NNX, Haiku or .*Model`, nor a function that builds one\.",
+            r"linen, Flax NNX, Haiku, Equinox or .*Model`, nor a function that builds one\.",
         ),
         (
             lambda: build.model({"name": "own_parts:nothing"}, splits()),
