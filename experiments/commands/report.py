@@ -1,0 +1,110 @@
+"""`metalearn report WORKDIR...`: one page of HTML of one run or several, and its pictures.
+
+The page holds the learning curves with intervals, what was learned (the first kind of
+`Algorithm.pictures`), the memory and FLOPs of the engine, the config, the versions and the command
+that reproduces it. Several runs are drawn side by side, named by the keys in which their configs
+differ. The pictures are files too, in a folder beside the page.
+"""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from metalearn._utils import disk
+from metalearn._utils.checks import first_line
+from metalearn.experiments import build
+from metalearn.experiments.commands.plan import abstract
+from metalearn.experiments.report.figures import curve_figure, metrics_of
+from metalearn.experiments.report.page import Cost, Picture, page
+from metalearn.experiments.report.run_logs import RunLog, labels, read_run
+from metalearn.planning.step_cost import Candidate, StepCosts, short_repr
+
+NAME = "report.html"
+
+
+def report(
+    workdirs: Sequence[pathlib.Path], out: pathlib.Path | None = None, costs: bool = True
+) -> pathlib.Path:
+    """Write the report of runs; return the page's path.
+
+    Args:
+      workdirs: of the runs, ended or not.
+      out: the page; None: report.html, in the workdir of a single run, else in this folder.
+      costs: compile an outer step of each config, for shapes, to count its memory and FLOPs.
+
+    Raises:
+      ValueError: where a workdir has no run, or there is no workdir.
+    """
+    if not workdirs:
+        raise ValueError(
+            "A report is of runs: name their workdirs, `metalearn report runs/one runs/two`."
+        )
+    runs = [read_run(workdir) for workdir in workdirs]
+    names = labels(runs)
+    out = out or (workdirs[0] / NAME if len(runs) == 1 else pathlib.Path(NAME))
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = [
+        Picture(f"{name} by outer step", _png(curve_figure(name, runs, names), folder, name))
+        for name in metrics_of(runs)
+    ]
+    learned = [
+        Picture(f"{label}: {path.stem}" if len(runs) > 1 else path.stem, path.read_bytes())
+        for run, label in zip(runs, names, strict=True)
+        for path in run.pictures
+    ]
+    counted = [cost_of(run.config) if costs else _uncounted(run.config) for run in runs]
+    text = page(runs, names, curves, learned, counted, [command_of(run) for run in runs])
+    disk.write(out, text)
+    return out
+
+
+def draw_curves(workdir: pathlib.Path) -> dict[str, Any]:
+    """Return the learning curves of the run in a workdir: {name of a file: figure}."""
+    run = read_run(workdir)
+    return {f"{_file(name)}.png": curve_figure(name, [run], [""]) for name in metrics_of([run])}
+
+
+def _png(figure: Any, folder: pathlib.Path, name: str) -> bytes:
+    """Save a figure in a folder; return its bytes."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    disk.write(folder / f"{_file(name)}.png", content.getvalue())
+    return content.getvalue()
+
+
+def _file(name: str) -> str:
+    return name.replace("/", "_")
+
+
+def command_of(run: RunLog) -> str:
+    """Return the command that trains the config of a run again."""
+    config = run.workdir / "config.json"
+    return shlex.join(["metalearn", "train", f"--config={config}", "--workdir=runs/again"])
+
+
+def cost_of(config: Mapping[str, Any]) -> Cost:
+    """Compile an outer step of a config, for shapes, and count its memory and FLOPs."""
+    config = {**config, **config.get("auto", {})}
+    engine = build.engine(config["engine"], config.get("engine_options", {}))
+    name = short_repr(engine)
+    try:
+        trainer, tasks = abstract(config)
+        costs = StepCosts(trainer, tasks)
+        row, plain = costs.row(Candidate(engine), trainer.batch.at_once), costs.plain()
+    except (ValueError, OSError) as error:  # such as data that is not on this machine
+        return Cost(name, problem=first_line(error))
+    if row.cost is None:
+        return Cost(name, problem=row.refusal)
+    flops = row.cost.flops / plain.flops if plain.flops else float("nan")
+    return Cost(name, row.cost.peak, row.cost.peak / plain.peak, flops)
+
+
+def _uncounted(config: Mapping[str, Any]) -> Cost:
+    config = {**config, **config.get("auto", {})}
+    engine = build.engine(config["engine"], config.get("engine_options", {}))
+    return Cost(short_repr(engine), problem="not asked for")

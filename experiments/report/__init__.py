@@ -1,0 +1,1 @@
+"""Reports of runs: their learning curves, what they learned and cost, on one page of HTML."""
