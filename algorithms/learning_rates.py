@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ import optax
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import described, readable
 from metalearn.algorithm import Algorithm
+from metalearn.algorithms import pictures
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.algorithms.support import check_pair
 from metalearn.model import Model
@@ -110,6 +112,10 @@ class LearningRates(Algorithm):
         """Return the support batches, leaves [T, batch, ...], and a key for each, [T]."""
         steps = jax.tree.leaves(episode.support)[0].shape[0]
         return episode.support, jax.random.split(key, steps)
+
+    def pictures(self) -> Mapping[str, Callable[..., Mapping[str, Any]]]:
+        """Return "rates": see `metalearn.algorithms.pictures`."""
+        return {"rates": pictures.rates}
 
     def _undo(self, eta: Eta, state: ModelTraining, batch: Batch, grad: GradFn) -> ModelTraining:
         """Return the state before a step of a reversible optimizer, from the state after it."""

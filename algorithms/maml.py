@@ -43,6 +43,7 @@ policy is "frozen". It is off for queries under every policy.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +55,7 @@ from metalearn._utils.fields import check_fields, renamed_fields
 from metalearn._utils.readable import described, readable
 from metalearn._utils.trees import split_by_path
 from metalearn.algorithm import Algorithm
+from metalearn.algorithms import pictures
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.algorithms.support import check_pair
 from metalearn.model import Model
@@ -258,6 +260,10 @@ class MAML(Algorithm):
         """Return one key per inner step, [T]: every step reads the whole support set."""
         del episode
         return jax.random.split(key, self.inner_steps)
+
+    def pictures(self) -> Mapping[str, Callable[..., Mapping[str, Any]]]:
+        """Return "adaptation": see `metalearn.algorithms.pictures`."""
+        return {"adaptation": pictures.adaptation}
 
     def evaluation(self) -> MAML:
         """Return the same algorithm with `eval_steps` inner steps."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ import optax
 from metalearn._utils.checks import is_integer, pick
 from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
+from metalearn.algorithms import pictures
 from metalearn.algorithms.learned_optimizer.export import save_optimizer
 from metalearn.algorithms.learned_optimizer.problems import Problem
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
@@ -176,6 +178,10 @@ class LearnedOptimizer(Algorithm):
         """Return the outputs of the trained model: see `Problem.predict`."""
         del key
         return self.problem.predict(params, statistics, inputs)
+
+    def pictures(self) -> Mapping[str, Callable[..., Mapping[str, Any]]]:
+        """Return "updates": see `metalearn.algorithms.pictures`."""
+        return {"updates": pictures.updates}
 
     def export(self, eta: Any, path: pathlib.Path) -> str:
         """Write the optimizer, as `load_optimizer` reads it."""

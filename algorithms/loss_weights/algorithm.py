@@ -23,7 +23,7 @@ of the outer loss; they serve to measure how well the weights separate them from
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ import optax
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import described, readable
 from metalearn.algorithm import Algorithm
+from metalearn.algorithms import pictures
 from metalearn.algorithms.loss_weights.features import Examples, WeightInputs, auc
 from metalearn.algorithms.loss_weights.weighting import (
     Function,
@@ -131,7 +132,7 @@ class LossWeights(Algorithm):
     def losses(self, state: ModelTraining, batch: Batch) -> jax.Array:
         """Return the unweighted losses of a batch, with the evaluation parameters: [batch, S]."""
         outputs = self.predict(*self.trained(None, state), batch.inputs, None)
-        return self._losses_of(outputs, batch)
+        return self.losses_of(outputs, batch)
 
     def trained(self, eta: Eta, state: ModelTraining) -> tuple[Any, Any]:
         """Return (the parameters of the trained model, its running statistics)."""
@@ -161,6 +162,10 @@ class LossWeights(Algorithm):
                 "`inputs`, `targets` and `source`, as `metalearn.datasets.Text` draws them."
             ) from None
         return support
+
+    def pictures(self) -> Mapping[str, Callable[..., Mapping[str, Any]]]:
+        """Return "weights": see `metalearn.algorithms.pictures`."""
+        return {"weights": pictures.weights}
 
     def _evaluate(
         self, eta: Eta, state: ModelTraining, batch: Batch, key: jax.Array, grad: GradFn
@@ -199,9 +204,9 @@ class LossWeights(Algorithm):
         outputs, statistics = self.model.apply(
             state.params, state.statistics, batch.inputs, train=True, key=key
         )
-        return self._losses_of(outputs, batch), statistics
+        return self.losses_of(outputs, batch), statistics
 
-    def _losses_of(self, outputs: Any, batch: Batch) -> jax.Array:
+    def losses_of(self, outputs: Any, batch: Batch) -> jax.Array:
         """Return the losses [batch, S] of a model's outputs."""
         targets = batch.targets
         if self.loss_fn is optax.softmax_cross_entropy_with_integer_labels:

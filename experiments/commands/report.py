@@ -17,17 +17,23 @@ from typing import Any
 from metalearn._utils import disk
 from metalearn._utils.checks import first_line
 from metalearn.experiments import build
+from metalearn.experiments.commands.pictures import draw
 from metalearn.experiments.commands.plan import abstract
 from metalearn.experiments.report.figures import curve_figure, metrics_of
 from metalearn.experiments.report.page import Cost, Picture, page
 from metalearn.experiments.report.run_logs import RunLog, labels, read_run
+from metalearn.experiments.runs import load_run
 from metalearn.planning.step_cost import Candidate, StepCosts, short_repr
+from metalearn.sharding.distributed import say
 
 NAME = "report.html"
 
 
 def report(
-    workdirs: Sequence[pathlib.Path], out: pathlib.Path | None = None, costs: bool = True
+    workdirs: Sequence[pathlib.Path],
+    out: pathlib.Path | None = None,
+    costs: bool = True,
+    allow_imports: bool = False,
 ) -> pathlib.Path:
     """Write the report of runs; return the page's path.
 
@@ -35,6 +41,7 @@ def report(
       workdirs: of the runs, ended or not.
       out: the page; None: report.html, in the workdir of a single run, else in this folder.
       costs: compile an outer step of each config, for shapes, to count its memory and FLOPs.
+      allow_imports: see `load_run`.
 
     Raises:
       ValueError: where a workdir has no run, or there is no workdir.
@@ -55,7 +62,7 @@ def report(
     learned = [
         Picture(f"{label}: {path.stem}" if len(runs) > 1 else path.stem, path.read_bytes())
         for run, label in zip(runs, names, strict=True)
-        for path in run.pictures
+        for path in _learned(run, allow_imports)
     ]
     counted = [cost_of(run.config) if costs else _uncounted(run.config) for run in runs]
     text = page(runs, names, curves, learned, counted, [command_of(run) for run in runs])
@@ -63,10 +70,23 @@ def report(
     return out
 
 
-def draw_curves(workdir: pathlib.Path) -> dict[str, Any]:
-    """Return the learning curves of the run in a workdir: {name of a file: figure}."""
-    run = read_run(workdir)
-    return {f"{_file(name)}.png": curve_figure(name, [run], [""]) for name in metrics_of([run])}
+def _learned(run: RunLog, allow_imports: bool) -> list[pathlib.Path]:
+    """Return the pictures of what a run has learned; the first kind is drawn where there is none.
+
+    Where the run cannot be restored, for its data is not here for instance, there are none.
+    """
+    drawn = [path for path in run.pictures if path.stem != "curves"]
+    if drawn:
+        return drawn
+    try:
+        restored = load_run(run.workdir, allow_imports=allow_imports)
+        kinds = list(restored.algorithm.pictures())[:1]
+        fields = restored.trainer, restored.state, restored.splits.train
+        paths = [path for kind in kinds for path in draw(kind, run.workdir, *fields)]
+    except (ValueError, OSError) as error:
+        say(f"What {run.workdir} has learned is not drawn: {first_line(error)}")
+        return []
+    return [path for path in paths if path.suffix == ".png"]
 
 
 def _png(figure: Any, folder: pathlib.Path, name: str) -> bytes:

@@ -127,15 +127,17 @@ def _train(
     estimates: dict[str, Estimate] = {}
     try:
         estimates = test(trainer, state, splits, plain["seed"], plain["test_tasks"])
+        if is_first():
+            with disk.forgiven(f"{workdir / 'test.json'}"):
+                _write(workdir / "test.json", estimates)
         if is_first() and not ended:
-            _show(plain.get("pictures") or (), workdir, trainer, state, splits, loggers)
+            kinds = (*(["curves"] if plain["log_every"] else []), *(plain.get("pictures") or ()))
+            _show(kinds, workdir, trainer, state, splits, loggers)
     finally:
         for logger in loggers:
             with disk.forgiven(f"What {type(logger).__name__} had left"):
                 logger.finish(estimates)
     if is_first():
-        with disk.forgiven(f"{workdir / 'test.json'}"):
-            _write(workdir / "test.json", estimates)
         summary.closing(trainer, workdir)
     return estimates
 
@@ -194,9 +196,7 @@ def draw(workdir: pathlib.Path, allow_imports: bool = False) -> None:
     """Draw all pictures of a run at its newest checkpoint; print where each kind of them is."""
     run = load_run(workdir, allow_imports=allow_imports)
     uncut = dataclasses.replace(run.trainer, segment=None)
-    kinds = list(run.algorithm.pictures())
-    pictures.check(kinds or ["pictures"], run.algorithm)
-    for kind in kinds:
+    for kind in pictures.kinds_of(run.algorithm):
         with _named(workdir / pictures.FOLDER):
             paths = pictures.draw(kind, workdir, uncut, run.state, run.splits.train)
         print("\n".join(map(str, paths)), flush=True)

@@ -13,6 +13,7 @@ import numpy as np
 
 from metalearn.experiments.report.run_logs import Curve, RunLog
 
+PANELS = 4  # of the picture that every run ends with
 LOG_RATIO = 30.0  # positive values with a larger ratio are drawn on a log scale
 FILES = ("time/seconds", "time/steps_per_second")  # not drawn
 
@@ -49,13 +50,36 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
+def curves_figure(run: RunLog) -> Any:
+    """Draw the metrics of a run that are evaluated, side by side: those to look at first."""
+    from matplotlib.figure import Figure
+
+    evaluated = dict.fromkeys(["loss", *run.validation, *run.test])
+    names = [name for name in metrics_of([run]) if name in evaluated][:PANELS] or ["loss"]
+    figure = Figure(figsize=(5.5 * len(names), 4), layout="constrained")
+    for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        _panel(ax, name, [run], [""])
+        ax.legend(fontsize="small")
+    return figure
+
+
 def curve_figure(name: str, runs: Sequence[RunLog], labels: Sequence[str]) -> Any:
     """Draw a metric of runs by outer step."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
+    _panel(ax, name, runs, labels)
+    if len(runs) == 1:
+        ax.legend(fontsize="small")
+    else:  # below, where it covers no curve
+        figure.legend(fontsize="small", loc="outside lower center", ncols=len(runs))
+    return figure
+
+
+def _panel(ax: Any, name: str, runs: Sequence[RunLog], labels: Sequence[str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
         _draw(ax, name, run, label if len(runs) > 1 else "", f"C{number % 10}")
     values = np.concatenate([_finite(c.values) for run in runs for c in _curves(run, name)])
@@ -64,11 +88,6 @@ def curve_figure(name: str, runs: Sequence[RunLog], labels: Sequence[str]) -> An
     ax.set(xlabel="outer step", ylabel=name.removeprefix("time/"))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
-    if len(runs) == 1:
-        ax.legend(fontsize="small")
-    else:  # below, where it covers no curve
-        figure.legend(fontsize="small", loc="outside lower center", ncols=len(runs))
-    return figure
 
 
 def _draw(ax: Any, name: str, run: RunLog, label: str, colour: str) -> None:

@@ -72,6 +72,11 @@ def read_run(workdir: pathlib.Path) -> RunLog:
       ValueError: where there is no run, one of no `metalearn train`, or one that logged nothing.
     """
     record = _record(workdir)
+    return log_of(workdir, record["config"], record["versions"])
+
+
+def log_of(workdir: pathlib.Path, config: dict[str, Any], versions: dict[str, str]) -> RunLog:
+    """Read what the run of a config has logged in a workdir; ValueError if that is nothing."""
     rows = [line.row for line in read_lines(workdir / "metrics.jsonl") if line.row]
     train = curves([row for row in rows if "loss" in row])
     if not train:
@@ -82,8 +87,8 @@ def read_run(workdir: pathlib.Path) -> RunLog:
     evaluated = [row for row in rows if any(name.startswith(EVALUATION) for name in row)]
     return RunLog(
         workdir,
-        record["config"],
-        record["versions"],
+        config,
+        versions,
         train,
         curves(evaluated),
         _test(workdir / "test.json"),
