@@ -1,7 +1,6 @@
 """Pictures of a run of FDS: drawn at its end, logged, and drawn again by a command."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:Depreca
 
 PNG = b"\x89PNG"
 HORIZON = 21
-DRAWN = ["learning_rate", "loss", "momentum", "tangents", "weight_decay"]
+DRAWN = ["curves", "learning_rate", "loss", "momentum", "tangents", "weight_decay"]
 
 
 def config():
@@ -111,8 +110,8 @@ def test_schedules_are_exported_as_they_were_learned(workdir, found, capsys):
 @pytest.mark.parametrize(
     ("kinds", "message"),
     [
-        (["tangent"], r"No picture is called 'tangent'\. Did you mean 'tangents'\?"),
-        ([[1, 2]], r"No picture is called '\[1, 2\]'"),
+        (["tangent"], r"No picture of FDS is called 'tangent'\. Did you mean 'tangents'\?"),
+        ([[1, 2]], r"No picture of FDS is called '\[1, 2\]'"),
     ],
 )
 def test_a_picture_that_there_is_not_is_refused(found, kinds, message):
@@ -123,7 +122,8 @@ def test_a_picture_that_there_is_not_is_refused(found, kinds, message):
 def test_pictures_of_a_run_that_learns_no_schedules_are_refused_before_it_starts(tmp_path, capsys):
     words = "train", "--config=maml_sinusoid", "--config.wandb.mode=disabled"
     assert call(*words, "--config.pictures=('schedules',)", f"--workdir={tmp_path / 'run'}") == 2
-    assert "pictures of runs that learn schedules, by FDS, and this" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "No picture of MAML is called 'schedules'. There are: adaptation" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_drawn_fails_no_run_and_says_why(workdir, found, monkeypa
     said = capsys.readouterr().out
     assert "The tangents are not drawn: `Forward()` pushes one" in said
     assert f"Pictures in {workdir / 'pictures'}: loss.png, learning_rate.png, " in said
-    names = [f"pictures/{name}" for name in DRAWN if name != "tangents"]
+    names = [f"pictures/{name}" for name in DRAWN if name not in ("tangents", "curves")]
     assert sorted(logger.names) == names
 
     monkeypatch.setattr(FDS, "pictures", lambda self: {"schedules": lambda *_: 1 / 0})
@@ -169,15 +169,6 @@ def test_the_command_draws_tangents_of_outer_steps_in_segments(workdir, found, m
     monkeypatch.setattr(run, "restore", lambda workdir: found._replace(trainer=cut))
     run.draw(workdir)
     assert str(workdir / "pictures" / "tangents.png") in capsys.readouterr().out
-
-
-def test_without_matplotlib_a_run_ends_as_ever(workdir, found, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    run._show(["schedules"], workdir, found.trainer, found.state, found.splits, [])
-    needs = (
-        'The schedules are not drawn: pictures need matplotlib: pip install "metalearn-jax[plots]"'
-    )
-    assert needs in capsys.readouterr().out
 
 
 # Of what was logged.

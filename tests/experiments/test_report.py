@@ -113,7 +113,8 @@ def test_curves_have_intervals_where_those_were_logged():
 
 def test_the_time_of_a_run_is_that_of_all_its_processes(tmp_path):
     times = [1.0, 5.0, 2.0, 3.0]  # a process of 5 seconds, and one of 3 that resumed it
-    write_rows(tmp_path, [{**r, "time/seconds": t} for r, t in zip(rows(range(1, 5)), times)])
+    steps = zip(rows(range(1, 5)), times, strict=True)
+    write_rows(tmp_path, [{**row, "time/seconds": seconds} for row, seconds in steps])
     assert log_of(tmp_path, {}, {}).seconds == 8.0
 
 
@@ -201,4 +202,4 @@ def test_an_unfinished_run_is_reported_as_far_as_it_got(runs, tmp_path):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     (workdir / "metrics.jsonl").write_text(f"{lines[0]}\n")
     overview, *_ = cells(report([workdir], costs=False).read_text())
-    assert dict(zip(*overview))["outer steps"] == "1 of 2"
+    assert dict(zip(*overview, strict=True))["outer steps"] == "1 of 2"
