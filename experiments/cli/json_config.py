@@ -4,11 +4,11 @@
 
 A config file is Python and is executed, so one from a stranger can do whatever you can do.
 This form names one of the packaged configs and sets keys of it, each held against the type
-that the key has there; a list stands for a tuple, and null leaves unset what the packaged
-config leaves unset. It cannot name a file, add a key or call anything. `--config=mine.json`
-reads it, and `--config.seed=2` on the command line is set on top. A name in it that is an import
-path ("my_package.my_file:MyAlgorithm") would execute code, and is refused without
-`--allow-imports`.
+that the key has there; a list stands for a tuple, and null unsets what may be unset. A name that
+it sets brings its own keys. It cannot name a file, add a key or call anything.
+`--config=mine.json` reads it, and `--config.seed=2` on the command line is set on top. A name in it
+that is an import path ("my_package.my_file:MyAlgorithm") would execute code, and is refused
+without `--allow-imports`.
 
 This module is a config file of ml-collections itself, with the path of the JSON as its option.
 """
@@ -23,6 +23,7 @@ import ml_collections
 
 from metalearn._utils import strict_json
 from metalearn._utils.checks import nearest, pick
+from metalearn.experiments.build import sections
 from metalearn.experiments.cli import values
 from metalearn.experiments.cli.arguments import packaged, renamed
 from metalearn.experiments.cli.import_paths import check_json
@@ -40,7 +41,8 @@ def get_config(path: str, allow_imports: bool = False) -> ml_collections.ConfigD
     name = pick({known: known for known in packaged()}, name, "packaged config")
     config = importlib.import_module(f"metalearn.experiments.configs.{name}").get_config()
     check_json(path, given, allow_imports)
-    update(config, given)
+    sections.renew(config, flat(given))
+    update(config, given, config)
     return config
 
 
@@ -60,8 +62,33 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def update(config: ml_collections.ConfigDict, given: dict[str, Any], prefix: str = "") -> None:
-    """Set keys of a config, in place, each to a value of the type it has."""
+def flat(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested objects as one, by dotted keys.
+
+    >>> flat({"seed": 1, "model": {"name": "mlp"}})
+    {'seed': 1, 'model.name': 'mlp'}
+    """
+    pairs: dict[str, Any] = {}
+    for key, value in given.items():
+        here = f"{prefix}{key}"
+        pairs |= flat(value, f"{here}.") if isinstance(value, dict) else {here: value}
+    return pairs
+
+
+def update(
+    config: ml_collections.ConfigDict,
+    given: dict[str, Any],
+    whole: ml_collections.ConfigDict,
+    prefix: str = "",
+) -> None:
+    """Set keys of a config, in place, each to a value of the type it has.
+
+    Args:
+      config: a part of a config.
+      given: the keys to set in it.
+      whole: the config.
+      prefix: of the keys of the part, such as "model.".
+    """
     for key, value in given.items():
         here = f"{prefix}{key}"
         if key not in config:
@@ -72,9 +99,10 @@ def update(config: ml_collections.ConfigDict, given: dict[str, Any], prefix: str
             )
         old = config[key]
         if not isinstance(old, ml_collections.ConfigDict):
-            config[key] = values.from_json(here, value, config.get_type(key), old is None)
+            unset = value is None and sections.nullable(whole, here)
+            config[key] = values.from_json(here, value, config.get_type(key), unset)
         elif isinstance(value, dict):
-            update(old, value, f"{here}.")
+            update(old, value, whole, f"{here}.")
         else:
             raise ValueError(
                 f"config.{here} holds keys of its own, so it takes an object, not {value!r}. They "
