@@ -42,7 +42,7 @@ def get_config(path: str, allow_imports: bool = False) -> ml_collections.ConfigD
     config = importlib.import_module(f"metalearn.experiments.configs.{name}").get_config()
     check_json(path, given, allow_imports)
     sections.renew(config, flat(given))
-    update(config, given, config)
+    update(config, given)
     return config
 
 
@@ -78,17 +78,18 @@ def flat(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def update(
     config: ml_collections.ConfigDict,
     given: dict[str, Any],
-    whole: ml_collections.ConfigDict,
     prefix: str = "",
+    whole: ml_collections.ConfigDict | None = None,
 ) -> None:
     """Set keys of a config, in place, each to a value of the type it has.
 
     Args:
       config: a part of a config.
       given: the keys to set in it.
-      whole: the config.
       prefix: of the keys of the part, such as "model.".
+      whole: the config that it is a part of; None: itself.
     """
+    whole = config if whole is None else whole
     for key, value in given.items():
         here = f"{prefix}{key}"
         if key not in config:
@@ -102,7 +103,7 @@ def update(
             unset = value is None and sections.nullable(whole, here)
             config[key] = values.from_json(here, value, config.get_type(key), unset)
         elif isinstance(value, dict):
-            update(old, value, whole, f"{here}.")
+            update(old, value, f"{here}.", whole)
         else:
             raise ValueError(
                 f"config.{here} holds keys of its own, so it takes an object, not {value!r}. They "
