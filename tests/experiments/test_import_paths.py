@@ -78,11 +78,11 @@ def test_the_file_of_the_page_trains_resumes_and_evaluates(write, tmp_path, caps
 
 def test_an_algorithm_of_the_page_takes_the_place_of_a_packaged_one(write, tmp_path):
     write("mine", page())
-    words = ("--config.algorithm.name=mine:Adaptation", "--config.algorithm.rate=0.05")
+    words = ("--config.algorithm.name=mine:Adaptation", "--config.algorithm.rate=0.001")
     words = (*SINUSOID, *words, "--noprogress", "--config.eval_every=0")
     assert call(*words, f"--workdir={tmp_path / 'run'}") == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["algorithm"] == {"name": "mine:Adaptation", "rate": 0.05}
+    assert config["algorithm"] == {"name": "mine:Adaptation", "rate": 0.001}
 
 
 def test_the_file_of_the_page_is_planned_for_shapes_alone(write):
