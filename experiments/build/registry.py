@@ -121,6 +121,12 @@ def find(
         or names neither a function nor a class of the kind with all its methods.
     """
     if not is_import_path(name):
+        if isinstance(name, str) and name not in table and {*".:/"} & {*name}:
+            raise ValueError(
+                f"No {what} is called {name!r}, and it is no import path: that is "
+                "'package.module:Name', such as 'my_file:MyClass' for a class in my_file.py of the "
+                f"current directory. The names of metalearn are: {', '.join(sorted(table))}."
+            )
         return pick(table, name, what)
     value: Any = load(name, what)
     article = "an" if what[0] in "aeiou" else "a"

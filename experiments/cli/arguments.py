@@ -231,14 +231,15 @@ def _set_to_none(
     """Set keys to None whose text says so, and return the arguments without them."""
     dropped = set()
     for i, key, text in _settings(arguments):
-        if "=" in arguments[i] and text in NONE and nullable(config, key):
+        apart = "=" not in arguments[i]  # `--config.chunk None`
+        if text in (NONE[1:] if apart else NONE) and nullable(config, key):
             config.update_from_flattened_dict({key: None})
-            dropped.add(i)
+            dropped |= {i, i + 1} if apart else {i}
     return [argument for i, argument in enumerate(arguments) if i not in dropped]
 
 
 def _check_keys(arguments: Iterable[str], config: ml_collections.ConfigDict) -> None:
-    known = list(_keys(config))
+    known = list(keys(config))
     for argument in arguments:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if match and match[1] not in known:
@@ -267,10 +268,11 @@ def _kind(config: ml_collections.ConfigDict, key: str) -> type:
     return config.get_type(last)
 
 
-def _keys(config: Any, prefix: str = "") -> Iterable[str]:
+def keys(config: Any, prefix: str = "") -> Iterable[str]:
+    """Yield the dotted keys of a config."""
     for key in config:
         value = config.get_ref(key).get() if config.is_type_safe else config[key]
         if isinstance(value, ml_collections.ConfigDict):
-            yield from _keys(value, f"{prefix}{key}.")
+            yield from keys(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"

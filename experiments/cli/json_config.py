@@ -25,7 +25,7 @@ from metalearn._utils import strict_json
 from metalearn._utils.checks import nearest, pick
 from metalearn.experiments.build import sections
 from metalearn.experiments.cli import values
-from metalearn.experiments.cli.arguments import packaged, renamed
+from metalearn.experiments.cli.arguments import keys, meant, packaged, renamed
 from metalearn.experiments.cli.import_paths import check_json
 
 
@@ -93,7 +93,8 @@ def update(
     for key, value in given.items():
         here = f"{prefix}{key}"
         if key not in config:
-            hint = renamed(key, config) or nearest(key, config)
+            elsewhere = [known for known in keys(whole) if known.endswith(f".{key}")]
+            hint = renamed(key, config) or meant(here, elsewhere) or nearest(key, config)
             raise ValueError(
                 f"The config has no key {here!r}.{hint} "
                 f"There are: {', '.join(f'{prefix}{known}' for known in config)}."

@@ -45,7 +45,7 @@ def cases(draw, names=NAMES):
 
 @pytest.mark.parametrize("name", arguments.packaged())
 def test_every_field_of_a_config_is_set_to_something_else(name):
-    leaves = list(arguments._keys(BASES[name]))
+    leaves = list(arguments.keys(BASES[name]))
     assert leaves == FIELDS[name] and len(leaves) > 30
     for key, value in config_cases.fields(BASES[name]):
         others = config_cases.choices(BASES[name], key)

@@ -426,6 +426,12 @@ def test_an_optimizer_within_an_optimizer_is_a_config():
             r"on PYTHONPATH\.",
         ),
         (
+            lambda: build.algorithm({"name": "docs/own_algorithm.py:TunedAdaptation"}, None),
+            r"No algorithm is called 'docs/own_algorithm.py:TunedAdaptation', and it is no import "
+            r"path: that is 'package.module:Name', such as 'my_file:MyClass' for a class in "
+            r"my_file.py of the current directory\. The names of metalearn are: fds, .*, maml\.",
+        ),
+        (
             lambda: build.algorithm({"name": "broken:Mine"}, None),
             r"The algorithm 'broken:Mine' cannot be imported: the module 'broken' raises "
             r"ZeroDivisionError: division by zero",

@@ -182,3 +182,16 @@ def test_null_in_a_json_config_unsets_what_may_be_unset(tmp_path):
 def test_a_key_that_is_not_there_is_found_again_by_its_last_part(key, meant):
     with pytest.raises(ValueError, match=rf"has no key '{key}'\. Did you mean {meant}\?"):
         renewed("maml_digits", f"--config.{key}=1")
+
+
+def test_a_key_of_a_json_config_is_found_again_by_its_last_part(tmp_path):
+    (tmp_path / "mine.json").write_text('{"config": "maml_digits", "filters": 3}')
+    with pytest.raises(ValueError, match="has no key 'filters'. Did you mean 'model.filters'?"):
+        json_config.get_config(str(tmp_path / "mine.json"))
+
+
+def test_none_may_follow_its_key_after_a_space():
+    config, rest = renewed(
+        "maml_digits", "--config.algorithm.eval_steps", "None", "--config.seed=1"
+    )
+    assert config.algorithm.eval_steps is None and rest == ["--config.seed=1"]
