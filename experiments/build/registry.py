@@ -251,11 +251,9 @@ def check_call(
     needed = [name for name, p in takes.items() if p.default is inspect.Parameter.empty]
     missing = [name for name in needed if name not in options]
     if missing:
-        way_out = "Begin with a packaged config that is made for it."
-        if any(map(is_import_path, re.findall(r"'([^']*)'", what))):
-            way_out = "They are arguments without a default: set them beside `name`."
         raise ValueError(
-            f"The {what} needs {', '.join(missing)}, which this config does not set. {way_out}"
+            f"The {what} needs {', '.join(missing)}, which this config does not set. Set what has "
+            "no default beside the name, or begin with a packaged config that is made for it."
         )
 
 
