@@ -473,8 +473,8 @@ def test_an_optimizer_within_an_optimizer_is_a_config():
         (
             lambda: build.algorithm({"name": "own_parts:Bare", "objective": "squared_error"}, None),
             r"The algorithm 'own_parts:Bare' needs inner_optimizer, which this config does not "
-            r"set\. Set what has no default beside the name, or begin with a packaged config that is "
-            r"made for it\.",
+            r"set\. Set what has no default beside the name, or begin with a packaged config that "
+            r"is made for it\.",
         ),
         (
             lambda: build.algorithm({"name": "own_parts:Bare", "inner_optimiser": 1}, None),
