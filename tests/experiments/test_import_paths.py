@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import Reverse
+from metalearn import Reverse, load_eta
 from metalearn.experiments import build
 from metalearn.experiments.cli import import_paths
 from metalearn.experiments.commands import plan
@@ -60,7 +60,7 @@ def page():
     return source
 
 
-def test_the_file_of_the_page_trains_resumes_and_evaluates(write, tmp_path, capsys):
+def test_the_file_of_the_page_trains_resumes_evaluates_and_exports(write, tmp_path, capsys):
     write("mine", page())
     words = ("train", "--config=mine.py", f"--workdir={tmp_path / 'run'}", *QUICK)
     assert call(*words) == 0
@@ -74,6 +74,9 @@ def test_the_file_of_the_page_trains_resumes_and_evaluates(write, tmp_path, caps
     assert "has taken its 2 outer steps" in capsys.readouterr().out
     assert call("eval", f"--workdir={tmp_path / 'run'}", "--tasks=4") == 0
     assert "outer step 2, on test tasks" in capsys.readouterr().out
+    assert call("export", f"--workdir={tmp_path / 'run'}") == 0
+    eta = load_eta(tmp_path / "run" / "eta.safetensors")
+    assert (eta["layers_0"]["kernel"] == restored.eta["layers_0"]["kernel"]).all()
 
 
 def test_an_algorithm_of_the_page_takes_the_place_of_a_packaged_one(write, tmp_path):
