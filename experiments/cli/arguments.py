@@ -87,11 +87,10 @@ def usage(command: str, what: str, options: Sequence[flags.Flag]) -> str:
     names = [f"--{'no' if flag.default is True else ''}{_dashed(flag.name)}" for flag in options]
     width = max(map(len, names))
     lines = [f"  {n:{width}}  {flag.help}" for n, flag in zip(names, options, strict=True)]
-    keys = "  --config.KEY=VALUE sets a key of the config."
-    if not any(flag.name == "config" for flag in options):
-        keys = ""
-    parts = [f"metalearn {command}: {what.strip()}", "\n".join(lines), keys]
-    return "\n\n".join(part for part in parts if part)
+    parts = [f"metalearn {command}: {what.strip()}", "\n".join(lines)]
+    if any(flag.name == "config" for flag in options):
+        parts.append("  --config.KEY=VALUE sets a key of the config.")
+    return "\n\n".join(parts)
 
 
 def check_options(
