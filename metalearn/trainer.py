@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -420,6 +422,32 @@ class Trainer:
     def place(self, tasks: Any) -> Any:
         """Return tasks with their arrays replicated on all devices of the layout."""
         return tasks if self.layout is None else self.layout.replicate(tasks)
+
+    def restore(
+        self, directory: str | os.PathLike[str], tasks: Tasks | None = None, *, best: bool = False
+    ) -> TrainState:
+        """Return the newest state that `fit(checkpoints=Checkpoints(directory))` has saved.
+
+        A run of the command line is read with its algorithm and data by `metalearn.load_run`.
+
+        Args:
+          directory: of the checkpoints, or the workdir of a run, which has them in `checkpoints`.
+          tasks: that were trained on; truncated unrolls and segments need them.
+          best: the best checkpoint, of `Checkpoints(best=...)`; not the newest.
+
+        Raises:
+          ValueError: if there is no checkpoint.
+          OtherArraysError: if the checkpoint is of another algorithm, model or outer optimizer.
+        """
+        path = pathlib.Path(directory)
+        path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        if not path.is_dir():
+            raise ValueError(f"`Trainer.restore` found no checkpoints in {directory}.")
+        opened = Checkpoints(path)
+        try:
+            return opened.read(self.shapes(tasks), best)[0]
+        finally:
+            opened.close()
 
     def learned(self, state: TrainState) -> Any:
         """Return the eta of a state to evaluate and to export.

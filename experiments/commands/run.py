@@ -48,23 +48,25 @@ def train(
     workdir: pathlib.Path,
     progress: bool = True,
     allow_change: bool = False,
+    budget: int | None = None,
     command: str | None = None,
 ) -> dict[str, Estimate]:
     """Train, or go on training, in `workdir`; evaluate on test tasks; write both down.
 
     Args:
-      config: of the run.
-      workdir: where it lives.
+      config: of a packaged config, or of one's own.
+      workdir: of the run.
       progress: show a progress bar.
       allow_change: resume though the config is another.
-      command: the command line that begins and resumes it, to be printed.
+      budget: bytes that `engine="auto"` chooses an engine for; None: the memory of the device.
+      command: the command line that begins and resumes the run, to be printed.
 
     Raises:
       Interrupted: where a signal asked to stop, once the run is saved.
     """
     plain = build.to_json(config)
     import_paths.remember(plain)
-    plain = auto.settled(plain, checkpoints_of(workdir))
+    plain = auto.settled(plain, checkpoints_of(workdir), budget)
     if plain["checkpoint_best"] and not plain["eval_every"]:
         raise ValueError(
             f"checkpoint_best={plain['checkpoint_best']!r} is judged by evaluations in training, "
