@@ -17,6 +17,7 @@ are known (Zhang et al. 2017, arXiv:1611.03530).
 from __future__ import annotations
 
 import io
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from metalearn.datasets.digits import drawings
 from metalearn.datasets.reading import examples, open_source
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
+SUFFIXES = (".png", ".jpg", ".jpeg")
 DIGITS_TRAIN = 1300  # the other 497 are the test split
 
 
@@ -69,6 +71,76 @@ def read_images(name: str, split: str = "train", *, data_dir: str | None = None)
     for i, record in enumerate(examples(records)):
         inputs[i], labels[i] = decode(record["image"]), record["label"]
     return Images(inputs, labels)
+
+
+class Folder(NamedTuple):
+    """The images of a folder, on the host.
+
+    inputs: [n, h, w, c] uint8.
+    labels: [n] int32, the class of each; None: they are not by class.
+    classes: the names of the classes, in the order of their labels.
+    files: the path of each image in the folder.
+    """
+
+    inputs: np.ndarray
+    labels: np.ndarray | None
+    classes: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+def read_folder(folder: pathlib.Path, channels: int | None = None) -> Folder:
+    """Read a folder of PNG and JPEG images, in the order of their names.
+
+    If it has folders in it, each is a class, named like the folder; or else it holds the images.
+
+    Args:
+      folder: its path.
+      channels: 1 (grey), 3 (colour) or 4 (and alpha), to which images are converted; None: grey
+        images to 1, others to 3.
+
+    Raises:
+      ValueError: if there are no images, one cannot be read, or their sizes differ.
+    """
+    places = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = tuple(place.name for place in places)
+    paths: list[pathlib.Path] = []
+    for place in places or [folder]:
+        images_of = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
+        if not images_of:
+            raise ValueError(
+                f"The folder {place} holds no images ({', '.join(SUFFIXES)}). Put the images of a "
+                "class into a folder of its name, and leave no empty folder among them."
+            )
+        paths += images_of
+    images = [_image(path, channels) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            raise ValueError(
+                f"{path} is an image {list(image.shape)}, and {paths[0]} is {list(images[0].shape)}"
+                ": the images of a folder are of one size. Crop or resize them."
+            )
+    files = tuple(path.relative_to(folder).as_posix() for path in paths)
+    if not classes:
+        return Folder(np.stack(images), None, (), files)
+    labels = np.array([classes.index(path.parent.name) for path in paths], np.int32)
+    return Folder(np.stack(images), labels, classes, files)
+
+
+def _image(path: pathlib.Path, channels: int | None) -> np.ndarray:
+    """Return the pixels [h, w, c] uint8 of an image file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels are of mode {image.mode}, and not of 8 bits")
+            mode = MODES[channels or (1 if image.mode in ("1", "L") else 3)]
+            pixels = np.asarray(image.convert(mode))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read as an image ({error}). Mend it, or take it out of the folder."
+        ) from error
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def with_label_noise(

@@ -1,16 +1,19 @@
-"""The command line: `metalearn plan`, `train`, `eval`, `export` and `draw`.
+"""The command line: `metalearn plan`, `train`, `eval`, `adapt`, `export` and `draw`.
 
     metalearn plan  --config=maml_omniglot --budget=4GiB
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
     metalearn eval  --workdir=runs/omniglot --tasks=1000 --best
+    metalearn adapt --workdir=runs/omniglot --support=letters --query=scans --out=read.npz
     metalearn export --workdir=runs/learned_optimizer --out=mine.safetensors
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
 
 Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback,
 --nocompilation_cache (compile again what an earlier command has compiled). train:
---allow-config-change (resume though the config is another). eval: --tasks. eval and export:
---best (the best checkpoint, of a config with checkpoint_best). export: --out. plan: --budget
+--allow-config-change (resume though the config is another). eval: --tasks. eval, adapt and export:
+--best (the best checkpoint, of a config with checkpoint_best). adapt: --support and --query (an
+.npz file with `inputs` and `labels`, or a folder of images by class), --out, --inner-steps. export:
+--out. plan: --budget
 (such as 40GiB; else the memory of the device), --json, --largest=KEY (how large an integer of
 the config may become, such as --largest=algorithm.inner_steps).
 
@@ -38,6 +41,7 @@ from ml_collections import config_flags
 from metalearn._utils.device_memory import parse_bytes
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.cli.compilation_cache import kept_programs
+from metalearn.experiments.commands import adapt as adaptation
 from metalearn.experiments.commands import plan, run
 from metalearn.sharding import distributed as processes
 from metalearn.training.outer_loop import Interrupted
@@ -51,13 +55,16 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints and logs.")
 _TASKS = flags.DEFINE_integer("tasks", 1000, "eval: how many test tasks.", lower_bound=2)
-_OUT = flags.DEFINE_string("out", None, "export: the file to write; else in the workdir.")
+_OUT = flags.DEFINE_string("out", None, "export, adapt: the file to write; else in the workdir.")
+_SUPPORT = flags.DEFINE_string("support", None, "adapt: an .npz file, or images by class.")
+_QUERY = flags.DEFINE_string("query", None, "adapt: an .npz file, or a folder of images.")
+_INNER_STEPS = flags.DEFINE_integer("inner_steps", None, "adapt: else as in an evaluation.")
 _BUDGET = flags.DEFINE_string("budget", None, "plan: the memory there is, such as 40GiB.")
 _JSON = flags.DEFINE_bool("json", False, "plan: print JSON and nothing else.")
 _LARGEST = flags.DEFINE_string("largest", None, "plan: find the largest value of this key.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 _CHANGE = flags.DEFINE_bool("allow_config_change", False, "train: resume whatever the config.")
-_BEST = flags.DEFINE_bool("best", False, "eval, export: the best checkpoint, not the newest.")
+_BEST = flags.DEFINE_bool("best", False, "eval, adapt, export: the best checkpoint.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 of several.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes share the run.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
@@ -85,6 +92,13 @@ def show_plan() -> None:
     plan.show(_config("plan"), budget, _JSON.value, _LARGEST.value)
 
 
+def adapt() -> None:
+    """Adapt to a support set with what a run has learned, and predict a query set."""
+    support, query = _examples("support", _SUPPORT.value), _examples("query", _QUERY.value)
+    out = pathlib.Path(_OUT.value) if _OUT.value else None
+    adaptation.adapt(_workdir(), support, query, out, _INNER_STEPS.value, _BEST.value)
+
+
 def export() -> None:
     """Write the optimizer, or the schedules, that a run has learned into a file."""
     out = pathlib.Path(_OUT.value) if _OUT.value else None
@@ -100,6 +114,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "plan": show_plan,
     "train": train,
     "eval": evaluate,
+    "adapt": adapt,
     "export": export,
     "draw": draw,
 }
@@ -112,6 +127,15 @@ def _config(command: str) -> Any:
             f"--config=FILE.json. Packaged: {', '.join(arguments.packaged())}."
         )
     return _CONFIG.value
+
+
+def _examples(name: str, path: str | None) -> pathlib.Path:
+    if path is None:
+        raise ValueError(
+            f"`metalearn adapt` needs --{name}: an .npz file with the arrays `inputs` and "
+            "`labels`, or a folder with a folder of images for each class."
+        )
+    return pathlib.Path(path)
 
 
 def _workdir() -> pathlib.Path:

@@ -58,6 +58,8 @@ FEATURES = {
     "which names a config may use": ("experiments/build/registry.py", "check_call"),
     "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),
     "from a config to the trainer": ("experiments/build/trainers.py", "trainer"),
+    "reading a folder of images": ("datasets/images.py", "read_folder"),
+    "predicting with a finished run": ("experiments/commands/adapt.py", "adapt"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
 }
 

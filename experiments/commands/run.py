@@ -185,7 +185,7 @@ def export(workdir: pathlib.Path, out: pathlib.Path | None = None, best: bool = 
             f"{type(learner).__name__}. Its eta is in the train state of its checkpoints."
         )
     out = out or workdir / learner.export_name
-    with _named(out):
+    with named(out):
         what = learner.export(restored.trainer.learned(restored.state), out)
     print(f"{out}: {what} of outer step {step}.")
 
@@ -197,7 +197,7 @@ def draw(workdir: pathlib.Path) -> None:
     kinds = list(trainer.algorithm.pictures())
     pictures.check(kinds or ["pictures"], trainer.algorithm)
     for kind in kinds:
-        with _named(workdir / pictures.FOLDER):
+        with named(workdir / pictures.FOLDER):
             paths = pictures.draw(kind, workdir, uncut, state, splits.train)
         print("\n".join(map(str, paths)), flush=True)
 
@@ -263,7 +263,7 @@ def _checkpoints(workdir: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _named(path: pathlib.Path) -> Iterator[None]:
+def named(path: pathlib.Path) -> Iterator[None]:
     """Name what a failing disk has refused: Python's own error does not."""
     try:
         yield
