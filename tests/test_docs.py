@@ -104,7 +104,7 @@ def test_readme_has_no_number_left_to_fill_in():
     assert not re.findall(r"[A-Z]+_RESULT", (ROOT / "README.md").read_text())
 
 
-@pytest.mark.parametrize("page", ["inner_optimizers", "optimizers"])
+@pytest.mark.parametrize("page", ["adapt", "inner_optimizers", "optimizers"])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page):
     text = (ROOT / "docs" / f"{page}.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
