@@ -80,7 +80,7 @@ def _train(
     else:
         loggers = _loggers(plain, workdir)
     if (mode := trainer.algorithm.mode()) and not ended:
-        say(f"model: in {mode}.")
+        say(f"model: {mode}.")
     key = build.key_of(plain["seed"])
     try:
         state = trainer.init(key, splits.train)

@@ -117,52 +117,51 @@ def test_a_regression_is_scored_by_its_squared_error(tmp_path, capsys):
 
 
 @pytest.fixture
-def refused(workdir, capsys):
-    def refused(*words):
-        capsys.readouterr()
-        assert call("adapt", f"--workdir={workdir}", *words) == 2
-        return capsys.readouterr().err.removeprefix("\nmetalearn: ").partition("\n(--trace")[0]
+def adapting(workdir, refused, capsys):
+    def refuse(*words):
+        capsys.readouterr()  # of the run
+        return refused("adapt", f"--workdir={workdir}", *words)
 
-    return refused
+    return refuse
 
 
-def test_a_support_and_a_query_set_are_asked_for(refused, folders):
+def test_a_support_and_a_query_set_are_asked_for(adapting, folders):
     message = "`metalearn adapt` needs --{}: an .npz file with the arrays `inputs` and `labels`, or"
-    assert refused().startswith(message.format("support"))
-    assert refused(f"--support={folders / 'support'}").startswith(message.format("query"))
+    assert adapting().startswith(message.format("support"))
+    assert adapting(f"--support={folders / 'support'}").startswith(message.format("query"))
 
 
-def test_files_that_hold_no_support_set_are_refused(refused, folders, tmp_path):
+def test_files_that_hold_no_support_set_are_refused(adapting, folders, tmp_path):
     words = f"--query={folders / 'query'}"
     nowhere = tmp_path / "nowhere"
     message = f"There is no file and no folder --support={nowhere}."
-    assert refused(f"--support={nowhere}", words) == message
+    assert adapting(f"--support={nowhere}", words) == message
     text = tmp_path / "text.npz"
     text.write_text("inputs")
     message = f"--support={text} is no .npz file of arrays ("
-    assert refused(f"--support={text}", words).startswith(message)
+    assert adapting(f"--support={text}", words).startswith(message)
     np.savez(tmp_path / "few.npz", inputs=np.zeros((2, 8, 8, 1)), names=np.arange(2))
     message = f"--support={tmp_path / 'few.npz'} lacks labels; it has ['inputs', 'names']. Write"
-    assert refused(f"--support={tmp_path / 'few.npz'}", words).startswith(message)
+    assert adapting(f"--support={tmp_path / 'few.npz'}", words).startswith(message)
     np.savez(tmp_path / "large.npz", inputs=np.zeros((2, 9, 9, 1)), labels=np.arange(2))
-    assert refused(f"--support={tmp_path / 'large.npz'}", words) == (
+    assert adapting(f"--support={tmp_path / 'large.npz'}", words) == (
         f"--support={tmp_path / 'large.npz'} has inputs of the shape [2, 9, 9, 1], but the model "
         "of this run takes [n, 8, 8, 1]. Crop or resize the images, or reshape the arrays."
     )
     np.savez(tmp_path / "six.npz", inputs=np.zeros((6, 8, 8, 1)), labels=np.arange(6))
     message = "The labels go from 0 to 5, but the network has 5 outputs"
-    assert refused(f"--support={tmp_path / 'six.npz'}", words).startswith(message)
+    assert adapting(f"--support={tmp_path / 'six.npz'}", words).startswith(message)
 
 
 def test_a_support_folder_without_classes_and_a_query_of_another_class_are_refused(
-    refused, folders, tmp_path
+    adapting, folders, tmp_path
 ):
     flat = folders / "query-flat"
-    assert refused(f"--support={flat}", f"--query={flat}") == (
+    assert adapting(f"--support={flat}", f"--query={flat}") == (
         f"--support={flat} holds images, and no folder for each class, whose name would say what "
         f"they are. Move the images of a class into a folder: {flat}/CLASS."
     )
     (tmp_path / "fox").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "fox" / "0.png")
-    message = refused(f"--support={folders / 'support'}", f"--query={tmp_path}")
+    message = adapting(f"--support={folders / 'support'}", f"--query={tmp_path}")
     assert message.startswith("--query has images of fox, and --support has none to adapt to; it")
