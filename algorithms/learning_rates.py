@@ -24,7 +24,7 @@ import optax
 
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import described, readable
-from metalearn.algorithm import Algorithm
+from metalearn.algorithm import TRAINING_RUN, Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.algorithms.support import check_pair
 from metalearn.model import Model
@@ -167,7 +167,7 @@ class LearningRates(Algorithm):
 
     def mode(self) -> str:
         """Say in which mode the model is in inner steps and for queries."""
-        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+        return TRAINING_RUN
 
     def support_set(self, support: Any) -> Any:
         """Return a support set; ValueError unless its leaves are [T, batch, ...]."""

@@ -81,20 +81,21 @@ POLICIES = {
         train_on_support=True,
         train_on_query=True,
         carry_statistics=False,
-        mode="inner steps: batch statistics, dropout on; queries: batch statistics, dropout off",
+        mode="batch statistics and dropout in inner steps; batch statistics without dropout for "
+        "queries",
     ),
     "running": BatchNorm(
         train_on_support=True,
         train_on_query=False,
         carry_statistics=True,
-        mode="inner steps: batch statistics, dropout on; "
-        "queries: running statistics of the support set, dropout off",
+        mode="batch statistics and dropout in inner steps; running statistics of the support set "
+        "without dropout for queries",
     ),
     "frozen": BatchNorm(
         train_on_support=False,
         train_on_query=False,
         carry_statistics=False,
-        mode="inner steps and queries: initial statistics, dropout off",
+        mode="initial statistics without dropout in inner steps and for queries",
     ),
 }
 

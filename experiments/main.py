@@ -1,15 +1,17 @@
-"""The command line: `metalearn plan`, `train`, `eval`, `export` and `draw`.
+"""The command line: `metalearn plan`, `train`, `eval`, `adapt`, `export` and `draw`.
 
     metalearn plan  --config=maml_omniglot --budget=4GiB
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
     metalearn eval  --workdir=runs/omniglot --tasks=1000 --best
+    metalearn adapt --workdir=runs/omniglot --support=letters --query=scans --out=read.npz
     metalearn export --workdir=runs/omniglot --out=eta.safetensors
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
 
 `metalearn train --help` shows the options of train, and so for each command; all of them have
 --traceback. train and plan: --config, --config.KEY=VALUE and --budget (such as 40GiB, of
---config.engine=auto and of the plan; else the memory of the device).
+--config.engine=auto and of the plan; else the memory of the device). adapt: --support and --query,
+each an .npz file with `inputs` and `labels`, or a folder of images by class.
 
 A name that is set, --config.model.name=mlp, brings its own keys with their defaults; keys that
 both names have keep their values. `None`, `null` or nothing behind the equals sign unsets a key
@@ -41,6 +43,7 @@ from metalearn._utils.device_memory import parse_bytes
 from metalearn.experiments.build import sections
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.cli.compilation_cache import kept_programs
+from metalearn.experiments.commands import adapt as adaptation
 from metalearn.experiments.commands import plan, run
 from metalearn.sharding import distributed as processes
 from metalearn.training.outer_loop import Interrupted
@@ -55,6 +58,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints and logs.")
 _TASKS = flags.DEFINE_integer("tasks", 1000, "How many test tasks.", lower_bound=2)
 _OUT = flags.DEFINE_string("out", None, "The file to write; else one in the workdir.")
+_SUPPORT = flags.DEFINE_string("support", None, "An .npz file, or a folder of images by class.")
+_QUERY = flags.DEFINE_string("query", None, "An .npz file, or a folder of images.")
+_INNER_STEPS = flags.DEFINE_integer("inner_steps", None, "Inner steps; else as in an evaluation.")
 _BUDGET = flags.DEFINE_string("budget", None, "The memory to choose an engine for, such as 40GiB.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON and nothing else.")
 _LARGEST = flags.DEFINE_string("largest", None, "Find the largest value of this key that fits.")
@@ -74,15 +80,18 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it w
 # Options of some commands alone; all others are of every command.
 OPTIONS = {
     "config": ("plan", "train"),
-    "workdir": ("train", "eval", "export", "draw"),
+    "workdir": ("train", "eval", "adapt", "export", "draw"),
     "tasks": ("eval",),
-    "out": ("export",),
+    "out": ("adapt", "export"),
+    "support": ("adapt",),
+    "query": ("adapt",),
+    "inner_steps": ("adapt",),
     "budget": ("plan", "train"),
     "json": ("plan",),
     "largest": ("plan",),
     "progress": ("train",),
     "allow_config_change": ("train",),
-    "best": ("eval", "export"),
+    "best": ("eval", "adapt", "export"),
 }
 
 # What a user can mend. Anything else is a bug of ours and keeps its traceback.
@@ -105,6 +114,15 @@ def show_plan() -> None:
     plan.show(_config("plan"), _budget(), _JSON.value, _LARGEST.value)
 
 
+def adapt() -> None:
+    """Adapt to a support set with what a run has learned, and predict a query set."""
+    support, query = _examples("support", _SUPPORT.value), _examples("query", _QUERY.value)
+    out = pathlib.Path(_OUT.value) if _OUT.value else None
+    adaptation.adapt(
+        _workdir(), support, query, out, _INNER_STEPS.value, _BEST.value, _IMPORTS.value
+    )
+
+
 def export() -> None:
     """Write what a run has learned into a file: an optimizer, schedules, or any other eta."""
     out = pathlib.Path(_OUT.value) if _OUT.value else None
@@ -120,6 +138,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "plan": show_plan,
     "train": train,
     "eval": evaluate,
+    "adapt": adapt,
     "export": export,
     "draw": draw,
 }
@@ -136,6 +155,15 @@ def _config(command: str) -> Any:
 
 def _budget() -> int | None:
     return None if _BUDGET.value is None else parse_bytes(_BUDGET.value)
+
+
+def _examples(name: str, path: str | None) -> pathlib.Path:
+    if path is None:
+        raise ValueError(
+            f"`metalearn adapt` needs --{name}: an .npz file with the arrays `inputs` and "
+            "`labels`, or a folder with a folder of images for each class."
+        )
+    return pathlib.Path(path)
 
 
 def _workdir() -> pathlib.Path:

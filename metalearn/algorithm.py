@@ -25,10 +25,15 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils import labels
-from metalearn._utils.checks import counts
+from metalearn._utils.checks import at_least
 from metalearn.engines.inner_loop import inner_loop
-from metalearn.learner import Learner, check_eta_of, check_support
+from metalearn.learner import Learner, check_eta_of, check_key, check_support
 from metalearn.unroll import Batch, Episode, Eta, InnerState, Unroll, horizon, task_keys
+
+# What `Algorithm.mode` says of one that trains a fresh model.
+TRAINING_RUN = (
+    "batch statistics and dropout in inner steps; running statistics without dropout for queries"
+)
 
 
 class Algorithm(abc.ABC):
@@ -104,7 +109,8 @@ class Algorithm(abc.ABC):
           TypeError: for an algorithm without `trained` and `predict`.
         """
         name = type(self).__name__
-        counts(f"{name}.adapt", 1, **({} if steps is None else {"steps": steps}))
+        at_least(f"{name}.adapt", 1, steps=steps)
+        check_key(f"{name}.adapt(key=)", key)
         check_eta_of(name, eta, self._shapes)
         support = self.support_set(support)
         check_support(f"{name}.adapt(support=)", support)

@@ -69,6 +69,7 @@ FEATURES = {
     "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),
     "from a config to the trainer": ("experiments/build/trainers.py", "trainer"),
     "a module of Equinox as a model": ("models/equinox.py", "Equinox"),
+    "predicting with a finished run": ("experiments/commands/adapt.py", "adapt"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
     "folders of images": ("datasets/folders.py", "read_folder"),
 }

@@ -32,7 +32,7 @@ import optax
 
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import described, readable
-from metalearn.algorithm import Algorithm
+from metalearn.algorithm import TRAINING_RUN, Algorithm
 from metalearn.algorithms.loss_weights.features import Examples, WeightInputs, auc
 from metalearn.algorithms.loss_weights.weighting import (
     Function,
@@ -145,7 +145,7 @@ class LossWeights(Algorithm):
 
     def mode(self) -> str:
         """Say in which mode the model is in inner steps and for queries."""
-        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+        return TRAINING_RUN
 
     def support_set(self, support: Any) -> Any:
         """Return batches with the fields that the losses need; of a pair, all of one source."""

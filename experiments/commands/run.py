@@ -183,7 +183,7 @@ def export(
     run = load_run(workdir, best, allow_imports)
     learner, step = run.algorithm, int(run.state.step)
     out = out or workdir / (learner.export_name or "eta.safetensors")
-    with _named(out):
+    with named(out):
         if learner.export_name is not None:
             what = learner.export(run.eta, out)
         else:
@@ -199,7 +199,7 @@ def draw(workdir: pathlib.Path, allow_imports: bool = False) -> None:
     kinds = list(run.algorithm.pictures())
     pictures.check(kinds or ["pictures"], run.algorithm)
     for kind in kinds:
-        with _named(workdir / pictures.FOLDER):
+        with named(workdir / pictures.FOLDER):
             paths = pictures.draw(kind, workdir, uncut, run.state, run.splits.train)
         print("\n".join(map(str, paths)), flush=True)
 
@@ -249,7 +249,7 @@ def _loggers(config: dict[str, Any], workdir: pathlib.Path) -> list[Logger]:
 
 
 @contextlib.contextmanager
-def _named(path: pathlib.Path) -> Iterator[None]:
+def named(path: pathlib.Path) -> Iterator[None]:
     """Name what a failing disk has refused: Python's own error does not."""
     try:
         yield
