@@ -23,6 +23,7 @@ from metalearn.datasets.corruption import Corruption
 from metalearn.datasets.digits import digits
 from metalearn.datasets.few_shot import FewShot
 from metalearn.datasets.folders import Folder, image_folder, read_folder
+from metalearn.datasets.host_few_shot import HostFewShot
 from metalearn.datasets.images import Images, read_images, with_label_noise
 from metalearn.datasets.omniglot import omniglot
 from metalearn.datasets.reading import DatasetNotPreparedError, open_source
@@ -38,6 +39,7 @@ __all__ = [
     "FewShot",
     "Folder",
     "HeldOut",
+    "HostFewShot",
     "Images",
     "Quadratics",
     "SideBySide",

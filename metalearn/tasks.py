@@ -2,7 +2,9 @@
 
 A task distribution is a pytree (its arrays are on the device, its numbers are static), so it is an
 argument of `jit`, and the data of a run depends on (seed, step) alone: resuming needs no position
-in a stream.
+in a stream. Data that are on the host (`Tasks.on_host`) are fetched for the keys of an outer step,
+before its program runs: `fetched(tasks, keys)` is a small distribution on the device, which has the
+episodes of those keys.
 
 Other values (a list, a generator, a loader, a class that JAX does not know) are refused by
 `check_tasks` before anything is compiled.
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metalearn._utils.checks import first_line
@@ -42,6 +45,77 @@ class Tasks(abc.ABC):
         outputs of the network before training.
         """
         return None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether episodes are read on the host, by `fetch`. False, the default."""
+        return False
+
+    def fetch(self, keys: jax.Array) -> Tasks:
+        """Return tasks on the device that have the episodes of `keys` [n], read on the host.
+
+        Called outside jit, also from a thread. `sample(key)` of the result equals
+        `self.sample(key)` for each of these keys. The default, of data on the device: self.
+        """
+        del keys
+        return self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fetched(Tasks):
+    """The episodes of some keys, read from the host.
+
+    For any other key `sample` returns an episode whose floats are NaN and whose integers are the
+    largest of their type, so that it cannot pass for data.
+
+    Args:
+      keys: [n], of the episodes.
+      rows: what was read, leaves [n, ...].
+      episode: the rows of one task -> its episode. It compares by value (a function of a module,
+        an instance of a frozen dataclass), or every step would be compiled anew.
+    """
+
+    keys: jax.Array = dataclasses.field(repr=False)
+    rows: Any = dataclasses.field(repr=False)
+    episode: Callable[[Any], Episode] = dataclasses.field(metadata={"static": True})
+
+    def sample(self, key: jax.Array) -> Episode:
+        """Return the episode of `key`."""
+        mine, wanted = jax.random.key_data(self.keys), jax.random.key_data(key)[None]
+        same = (mine == wanted).all(axis=-1)
+        number, present = jnp.argmax(same), same.any()
+        episode = self.episode(jax.tree.map(lambda leaf: leaf[number], self.rows))
+        return jax.tree.map(lambda leaf: _only_if(present, leaf), episode)
+
+
+def _only_if(present: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Return a leaf of an episode, or where it is not present what cannot pass for data."""
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.where(present, leaf, jnp.asarray(jnp.nan, leaf.dtype))
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        return jnp.where(present, leaf, jnp.asarray(jnp.iinfo(leaf.dtype).max, leaf.dtype))
+    return leaf
+
+
+def fetched(tasks: Tasks, keys: jax.Array) -> Tasks:
+    """Return tasks on the device that have the episodes that `draw_task` draws with `keys` [n].
+
+    Tasks on the device are returned unchanged.
+    """
+    if not (isinstance(tasks, Tasks) and tasks.on_host):
+        return tasks
+    return tasks.fetch(_episode_keys(keys))
+
+
+@jax.jit
+def _episode_keys(keys: jax.Array) -> jax.Array:
+    """Return the keys that `draw_episode` gives to `sample` for `keys` [n]."""
+    return jax.vmap(_episode_key)(keys)
+
+
+def _episode_key(key: jax.Array) -> jax.Array:
+    return jax.random.split(key, 4)[0]
 
 
 OWN = (
@@ -214,7 +288,7 @@ class DrawnTask(NamedTuple):
 
 def draw_episode(tasks: Tasks, key: jax.Array) -> Episode:
     """Return the episode of the task that `draw_task` draws with the same key."""
-    return draw(tasks, jax.random.split(key, 4)[0])
+    return draw(tasks, _episode_key(key))
 
 
 def draw_task(

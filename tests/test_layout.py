@@ -58,6 +58,8 @@ FEATURES = {
     "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),
     "from a config to the trainer": ("experiments/build/trainers.py", "trainer"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
+    "data that stay on the host": ("datasets/host_few_shot.py", "HostFewShot"),
+    "reading the tasks of the next steps": ("metalearn/training/prefetch.py", "Prefetch"),
     "folders of images": ("datasets/folders.py", "read_folder"),
 }
 
