@@ -246,17 +246,22 @@ trainer().fit(tasks, 12, key=jax.random.key(0), progress=False, checkpoints=chec
 """
 
 
-def test_a_host_fed_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
+def program(source, *arguments):
+    """Run a program in a process of its own."""
     root = pathlib.Path(__file__).parents[2]
     path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH")) if p)
-    process = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path / "killed")],
+    return subprocess.run(
+        [sys.executable, "-c", source, *arguments],
         env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
+
+
+def test_a_host_fed_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
+    process = program(RUN, str(tmp_path / "killed"))
     assert process.returncode == -signal.SIGKILL, process.stderr
     _, tasks = both()
     states = []
@@ -266,3 +271,42 @@ def test_a_host_fed_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
             options = {"key": KEY, "progress": False, "checkpoints": checkpoints}
             states.append(trainer().fit(tasks, STEPS, **options))
     assert bits(states[0]) == bits(states[1])
+
+
+LARGE = """
+import pathlib, sys, threading
+import jax, numpy as np
+from metalearn.datasets import HostFewShot
+from tests.helpers.few_shot_data import SIZES, linear, trainer
+from metalearn.algorithms import MAML
+from metalearn import Trainer
+
+peak, done = [0], threading.Event()
+
+def watch():
+    while not done.wait(0.01):
+        status = pathlib.Path("/proc/self/status").read_text().split()
+        peak.append(int(status[status.index("RssAnon:") + 1]) * 1024)
+
+thread = threading.Thread(target=watch)
+thread.start()
+rows = 2 * 10**9 // 784
+file = np.memmap(sys.argv[1], np.uint8, "r", shape=(rows, 28, 28, 1))
+tasks = HostFewShot.create(file, np.arange(rows) % 10_000, **SIZES)
+learner = Trainer(MAML(linear(width=784)), tasks_per_step=32)
+state = learner.fit(tasks, 20, key=jax.random.key(0), progress=False)
+learner.evaluate(state.eta, tasks, jax.random.key(1), 100)
+done.set()
+thread.join()
+print(max(peak))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is in /proc")
+def test_a_file_of_2_gb_is_trained_on_in_less_than_1_gb_of_anonymous_memory(tmp_path):
+    (tmp_path / "data").touch()
+    os.truncate(tmp_path / "data", 2 * 10**9)  # sparse
+    process = program(LARGE, str(tmp_path / "data"))
+    assert process.returncode == 0, process.stderr
+    assert 10**8 < int(process.stdout) < 10**9
