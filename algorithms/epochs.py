@@ -54,12 +54,12 @@ def read_rows(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return (inputs, targets) of some rows; uint8 images are scaled to 0..1.
 
     Args:
-      data: (inputs [n, ...], targets [n, ...], ...).
+      data: (inputs [n, ...], targets [n, ...], ...); the targets may be `metalearn.Masked`.
       rows: numbers of examples, of any shape.
 
     Raises:
       ValueError: for uint8 inputs that are not images. See `metalearn._utils.pixels`.
     """
-    inputs, targets = data[0][rows], data[1][rows]
+    inputs, targets = jax.tree.map(lambda leaf: leaf[rows], (data[0], data[1]))
     pixels = are_pixels("An inner step", inputs.dtype, inputs.shape[1:])
     return (inputs / 255.0 if pixels else inputs), targets

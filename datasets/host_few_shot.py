@@ -164,7 +164,22 @@ class HostFewShot(Tasks):
         return cls(jnp.asarray(sizes, jnp.int32), table, shape)
 
     @property
-    def on_host(self) -> bool:
+    def ways(self) -> int:
+        """Classes in a task."""
+        return self.arrangement.ways
+
+    @property
+    def shots(self) -> int:
+        """Support examples per class."""
+        return self.arrangement.shots
+
+    @property
+    def queries(self) -> int:
+        """Query examples per class."""
+        return self.arrangement.queries
+
+    @property
+    def needs_fetch(self) -> bool:
         """True."""
         return True
 
@@ -193,8 +208,12 @@ class HostFewShot(Tasks):
         inputs = jax.pure_callback(read, shapes, *positions, vmap_method="broadcast_all")
         return self.arrangement(inputs)
 
-    def fetch(self, keys: jax.Array) -> Fetched:
-        """Read the rows of the tasks that `keys` [n] draw, and send them to the device."""
+    def fetch(self, keys: jax.Array, first: int = 0) -> Fetched:
+        """Read the rows of the tasks that `keys` [n] draw, and send them to the device.
+
+        Which rows they are depends on the keys alone, and not on `first`.
+        """
+        del first
         positions = _all_positions(keys, self.counts, self.arrangement)
         inputs = self.table.read(*jax.device_get(positions))
         return Fetched(keys, jax.tree.map(jnp.asarray, inputs), self.arrangement)

@@ -17,7 +17,7 @@ from metalearn.tasks import DrawnTask, Tasks, draw_task
 from metalearn.trainer import Trainer
 from metalearn.training.faults import Faults
 from metalearn.training.truncated_unroll import Truncation
-from metalearn.unroll import Episode, ExampleMean, Unroll
+from metalearn.unroll import Episode, ExampleMean, Masked, Unroll
 
 __all__ = [
     "ES",
@@ -30,6 +30,7 @@ __all__ = [
     "Forward",
     "InverseVariance",
     "Layout",
+    "Masked",
     "MetaGradient",
     "MixedFlow",
     "Reverse",

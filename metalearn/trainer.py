@@ -32,7 +32,7 @@ from metalearn.engines.base import Streaming, check_eta
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
 from metalearn.sharding.layout import Layout, abstract
-from metalearn.tasks import Tasks, check_tasks, fetched
+from metalearn.tasks import Tasks, check_tasks, fetched, needs_fetch
 from metalearn.train_state import TrainState
 from metalearn.training.evaluation import estimate, task_metrics
 from metalearn.training.faults import WATCHED, Faults
@@ -270,7 +270,8 @@ class Trainer:
 
         Tasks on the device are returned unchanged. `fit` does the same in a thread.
         """
-        return self.place(fetched(tasks, self.task_keys(state)))
+        first = int(state.step) * self.tasks_per_step if needs_fetch(tasks) else 0
+        return self.place(fetched(tasks, self.task_keys(state), first))
 
     def task_gradient(
         self, eta: Any, tasks: Tasks, key: jax.Array
@@ -381,6 +382,13 @@ class Trainer:
             asked_to_stop,
             progress,
         )
+        if checkpoints is not None and isinstance(tasks, Tasks) and not tasks.resumable:
+            raise ValueError(
+                "`Trainer.fit(checkpoints=)` resumes a run from its last checkpoint, but its "
+                f"tasks are a `{type(tasks).__name__}` that cannot go back to the tasks of a step. "
+                "Give the stream a `seek`, pass the episodes to `GivenTasks.create`, or train "
+                "without `checkpoints`."
+            )
         self.check_memory(tasks, () if held_out is None else (held_out,))
         tasks, held_out = self.place((tasks, held_out))
         skips = faults.nonfinite == "skip"
@@ -417,10 +425,10 @@ class Trainer:
 
         Truncated unrolls go on with the tasks of earlier steps, and read them inside the program.
         """
-        if self.truncation is not None or not (isinstance(tasks, Tasks) and tasks.on_host):
+        if self.truncation is not None or not needs_fetch(tasks):
             return None
-        keys = jax.jit(self._keys)
-        return lambda key, step: fetched(tasks, keys(key, step - 1))
+        keys, each = jax.jit(self._keys), self.tasks_per_step
+        return lambda key, step: fetched(tasks, keys(key, step - 1), (step - 1) * each)
 
     def check_memory(self, tasks: Tasks, evaluated: Sequence[Tasks] = ()) -> None:
         """Raise ValueError if an outer step on tasks, or an evaluation, cannot fit a device.
@@ -464,7 +472,9 @@ class Trainer:
         chunk = devices * min(-(-count // devices), self.batch.at_once)
         with known(tasks, self.labels_seen):
             return estimate(
-                lambda keys: self._evaluate(eta, self.place(fetched(tasks, keys)), keys),
+                lambda keys, first: self._evaluate(
+                    eta, self.place(fetched(tasks, keys, first)), keys
+                ),
                 *(key, count, chunk),
             )
 

@@ -115,6 +115,21 @@ class Episode(NamedTuple):
     query: Any  # pytree of arrays; classification: (inputs [m, ...], labels [m])
 
 
+class Masked(NamedTuple):
+    """Targets of a set of which some examples are padding, so that unequal tasks have one shape.
+
+    The objectives of `metalearn.algorithms` leave the padding out of their means:
+    `(inputs, Masked(targets, mask))` in place of `(inputs, targets)`.
+
+    Args:
+      values: [n, ...], the targets; those of padding are not read.
+      mask: [n] bool, true for the examples that count.
+    """
+
+    values: Any
+    mask: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class ExampleMean:
     """The mean over a batch of a loss per example: theta, examples, *shared -> loss ().

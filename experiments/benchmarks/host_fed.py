@@ -43,7 +43,7 @@ from metalearn.experiments.benchmarks.sampler import random_index
 from metalearn.models import Linen, train_flag
 from metalearn.models.linen_networks import ConvNet
 
-SIZES: dict[str, int] = {"ways": 5, "shots": 1, "queries": 5}
+SIZES: dict[str, Any] = {"ways": 5, "shots": 1, "queries": 5}
 WARM = 3  # outer steps before the clock starts
 BASE = "device"
 

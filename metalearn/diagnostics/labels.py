@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn.tasks import Tasks
+from metalearn.unroll import Masked
 
 Range = tuple[int, int]  # the smallest and the largest label
 Seen = set[tuple[str, int]]  # names of losses, and the numbers of outputs they were traced with
@@ -70,6 +71,8 @@ def beyond(episode: Any, seen: Seen) -> str:
 
 def _range(part: Any) -> Range | None:
     labels = part[1] if isinstance(part, tuple) and len(part) > 1 else None
+    if isinstance(labels, Masked):
+        labels = labels.values  # those of padding are labels of examples too
     if not isinstance(labels, np.ndarray | jax.Array) or not labels.size:
         return None
     if not jnp.issubdtype(labels.dtype, jnp.integer):
