@@ -36,6 +36,7 @@ from metalearn.unroll import (
     Eta,
     ExampleMean,
     GradFn,
+    Masked,
     Metrics,
     ModelTraining,
     Unroll,
@@ -142,6 +143,12 @@ class LearningRates(Algorithm):
             batch_of_one = jax.tree.map(lambda x: x[None], example)
             return self._loss(state, params, batch_of_one, key)[0]
 
+        if isinstance(batch[1], Masked):
+            raise ValueError(
+                "`LearningRates(mean_over_examples=True)` averages the losses of all examples, but "
+                "these tasks have `Masked` targets, of which some do not count. Use "
+                "mean_over_examples=False."
+            )
         examples = batch, jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
         mean = ExampleMean(example_loss)
         return evaluate(grad, mean, state.params, examples), state.statistics

@@ -34,7 +34,7 @@ from metalearn.engines.base import Streaming, check_eta
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
 from metalearn.sharding.layout import Layout, abstract
-from metalearn.tasks import Tasks, check_tasks, label_range
+from metalearn.tasks import Tasks, check_tasks, fetched, label_range, needs_fetch
 from metalearn.train_state import TrainState
 from metalearn.training.evaluation import estimate, task_metrics
 from metalearn.training.faults import WATCHED, Faults
@@ -262,7 +262,18 @@ class Trainer:
 
     def task_keys(self, state: TrainState) -> jax.Array:
         """Return the keys [tasks_per_step] of the tasks of the outer step after `state`."""
-        return jax.random.split(jax.random.fold_in(state.key, state.step), self.tasks_per_step)
+        return self._keys(state.key, state.step)
+
+    def _keys(self, key: jax.Array, step: Any) -> jax.Array:
+        return jax.random.split(jax.random.fold_in(key, step), self.tasks_per_step)
+
+    def fetch(self, tasks: Tasks, state: TrainState) -> Tasks:
+        """Return the tasks of the outer step after `state`, for `step`, read from the host.
+
+        Tasks on the device are returned unchanged. `fit` does the same in a thread.
+        """
+        first = int(state.step) * self.tasks_per_step if needs_fetch(tasks) else 0
+        return self.place(fetched(tasks, self.task_keys(state), first))
 
     def task_gradient(
         self, eta: Any, tasks: Tasks, key: jax.Array
@@ -373,6 +384,13 @@ class Trainer:
             asked_to_stop,
             progress,
         )
+        if checkpoints is not None and isinstance(tasks, Tasks) and not tasks.resumable:
+            raise ValueError(
+                "`Trainer.fit(checkpoints=)` resumes a run from its last checkpoint, but its "
+                f"tasks are a `{type(tasks).__name__}` that cannot go back to the tasks of a step. "
+                "Give the stream a `seek`, pass the episodes to `GivenTasks.create`, or train "
+                "without `checkpoints`."
+            )
         self.check_memory(tasks, () if held_out is None else (held_out,))
         tasks, held_out = self.place((tasks, held_out))
         skips = faults.nonfinite == "skip"
@@ -400,7 +418,19 @@ class Trainer:
             evaluate,
             lambda state: self.check_health(state, tasks),
             lambda state: health.diagnose(self._probes, state, tasks),
+            self._fetched_at(tasks),
+            self.place,
         )
+
+    def _fetched_at(self, tasks: Tasks) -> Callable[[jax.Array, int], Tasks] | None:
+        """Return a function: (key of the run, outer step) -> its tasks; None: they need no fetch.
+
+        Truncated unrolls go on with the tasks of earlier steps, and read them inside the program.
+        """
+        if self.truncation is not None or not needs_fetch(tasks):
+            return None
+        keys, each = jax.jit(self._keys), self.tasks_per_step
+        return lambda key, step: fetched(tasks, keys(key, step - 1), (step - 1) * each)
 
     def check_memory(self, tasks: Tasks, evaluated: Sequence[Tasks] = ()) -> None:
         """Raise ValueError if an outer step on tasks, or an evaluation, cannot fit a device.
@@ -469,7 +499,12 @@ class Trainer:
         tasks, devices = self.place(tasks), self.batch.devices
         chunk = devices * min(-(-count // devices), self.batch.at_once)
         with known(label_range(tasks), self.labels_seen):
-            return estimate(lambda keys: self._evaluate(eta, tasks, keys), key, count, chunk)
+            return estimate(
+                lambda keys, first: self._evaluate(
+                    eta, self.place(fetched(tasks, keys, first)), keys
+                ),
+                *(key, count, chunk),
+            )
 
     @functools.cached_property
     def _evaluate(self) -> Callable[..., dict[str, jax.Array]]:

@@ -51,13 +51,17 @@ from metalearn.datasets import (
     ClassIndex,
     Corruption,
     FewShot,
+    GivenTasks,
     HeldOut,
+    HostFewShot,
     Quadratics,
     SideBySide,
     Sinusoid,
+    TaskStream,
     Text,
     Tokenizer,
     TrainingRuns,
+    UnequalFewShot,
 )
 from metalearn.model import Model
 from metalearn.models import (
@@ -197,6 +201,17 @@ TASKS = {
     "HeldOut": HeldOut.create(
         np.eye(3, dtype=np.float32), np.arange(3), np.ones((2, 3), np.float32), [0, 1]
     ),
+}
+
+_EXAMPLES = np.asarray(_INDEX.examples).reshape(30, *IMAGE), np.repeat(np.arange(5), 6)
+_HOST = HostFewShot.create(*_EXAMPLES, ways=WAYS, shots=2, queries=3)
+_EPISODES = [TASKS["FewShot"].sample(jax.random.key(i)) for i in range(3)]
+TASKS |= {
+    "HostFewShot": _HOST,
+    "Fetched": _HOST.fetch(jax.random.split(jax.random.key(0), 2)),
+    "GivenTasks": GivenTasks.create(_EPISODES),
+    "TaskStream": TaskStream(_EPISODES),
+    "UnequalFewShot": UnequalFewShot.create(TASKS["FewShot"], fewest_ways=2, fewest_shots=1),
 }
 
 ENGINES = {

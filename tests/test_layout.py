@@ -71,6 +71,10 @@ FEATURES = {
     "a module of Equinox as a model": ("models/equinox.py", "Equinox"),
     "predicting with a finished run": ("experiments/commands/adapt.py", "adapt"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
+    "data that stay on the host": ("datasets/host_few_shot.py", "HostFewShot"),
+    "reading the tasks of the next steps": ("metalearn/training/prefetch.py", "Prefetch"),
+    "lists and streams of episodes": ("datasets/given.py", "GivenTasks"),
+    "tasks of unequal size": ("datasets/unequal.py", "UnequalFewShot"),
     "folders of images": ("datasets/folders.py", "read_folder"),
 }
 
