@@ -4,13 +4,15 @@ A subclass is a frozen dataclass of pure functions. It never differentiates with
 engine does), and never calls `jax.grad` in its inner step (it calls the `grad` that it receives).
 
 `init` and `unroll` are abstract. The other methods have defaults: `batches` and `batches_at` (the
-inputs of the inner steps), `evaluation`, and what the command line asks an algorithm for beyond
-training: `outer_optimizer`, `outer_rules`, `export` and `pictures`.
+inputs of the inner steps), `evaluation`, `constants` and `bind` (arrays that nobody learns), and
+what the command line asks an algorithm for beyond training: `outer_optimizer`, `outer_rules`,
+`export` and `pictures`.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metalearn.model import Model
 from metalearn.unroll import Batch, Episode, Eta, Unroll
 
 
@@ -61,6 +64,29 @@ class Algorithm(abc.ABC):
     def evaluation(self) -> Algorithm:
         """Return the algorithm to evaluate; by default itself."""
         return self
+
+    def constants(self) -> Any:
+        """Return the arrays that the algorithm holds and nobody learns: those of its models.
+
+        The Trainer passes them to its compiled programs as arguments, and calls the algorithm that
+        `bind` returns; arrays that a program closes over would be copied into it. An algorithm that
+        has its model inside of a field overrides both.
+        """
+        models = {name: value.constants() for name, value in self._models().items()}
+        return {name: arrays for name, arrays in models.items() if jax.tree.leaves(arrays)}
+
+    def bind(self, constants: Any) -> Algorithm:
+        """Return the same algorithm with these arrays for its `constants()`, a pytree like them."""
+        if not jax.tree.leaves(constants):
+            return self
+        models = {name: self._models()[name].bind(arrays) for name, arrays in constants.items()}
+        return dataclasses.replace(self, **models)  # type: ignore[type-var]
+
+    def _models(self) -> dict[str, Model]:
+        cls: Any = type(self)
+        names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if isinstance(value, Model)}
 
     def outer_optimizer(
         self, optimizer: optax.GradientTransformation

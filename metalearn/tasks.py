@@ -44,6 +44,28 @@ class Tasks(abc.ABC):
         return None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WithConstants(Tasks):
+    """Tasks, and the constants of the algorithm that they are for: arguments of one program.
+
+    Args:
+      tasks: the distribution.
+      constants: `Algorithm.constants()`, to which `draw_task` binds the algorithm.
+    """
+
+    tasks: Tasks
+    constants: Any
+
+    def sample(self, key: jax.Array) -> Episode:
+        """Draw one task."""
+        return self.tasks.sample(key)
+
+    def label_range(self) -> tuple[int, int] | None:
+        """Return the range of the labels of the tasks."""
+        return self.tasks.label_range()
+
+
 OWN = (
     "A distribution of your own is a class with a method `sample(key) -> Episode`: a "
     "`@dataclasses.dataclass(frozen=True)` under `@jax.tree_util.register_dataclass`, its data "
@@ -231,6 +253,8 @@ def draw_task(
       key: (); the same key draws the same episode, batches and engine key.
       transform: applied to the unroll, for instance to constrain the sharding of inner states.
     """
+    if isinstance(tasks, WithConstants):
+        algorithm, tasks = algorithm.bind(tasks.constants), tasks.tasks
     _, unroll_key, batch_key, engine_key = jax.random.split(key, 4)
     episode = draw_episode(tasks, key)
     unroll = algorithm.unroll(episode, unroll_key)

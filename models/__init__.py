@@ -14,6 +14,7 @@ from metalearn.models.functions import Functions
 from metalearn.models.haiku import Haiku
 from metalearn.models.linen import Linen
 from metalearn.models.nnx import NNX
+from metalearn.models.pretrained import Match, Pretrained, match, with_params
 from metalearn.models.transformer import Architecture
 
 __all__ = [
@@ -24,9 +25,13 @@ __all__ = [
     "Functions",
     "Haiku",
     "Linen",
+    "Match",
     "Model",
+    "Pretrained",
     "causal_attention",
     "deterministic_flag",
+    "match",
     "no_flag",
     "train_flag",
+    "with_params",
 ]

@@ -70,7 +70,9 @@ from metalearn.models import (
     linen_networks,
     nnx_networks,
     train_flag,
+    with_params,
 )
+from metalearn.tasks import WithConstants
 from tests.helpers import equinox_networks
 
 IMAGE = (4, 4, 1)
@@ -155,6 +157,7 @@ class Tokenwise(Model):
 
 MODELS: dict[str, Model] = {
     "Functions": _functions(),
+    "Pretrained": with_params(_functions(), _functions().init(jax.random.key(1))[0]),
     **{f"{library}-MLP": mlp(library) for library in ADAPTED},
     **{f"{library}-ConvNet": conv_net(library, momentum=0.5) for library in ADAPTED},
 }
@@ -193,6 +196,7 @@ TASKS = {
     ),
     "TrainingRuns": TrainingRuns.create(np.eye(5, dtype=np.float32), np.arange(5), validation=2),
     "Quadratics": Quadratics(3),
+    "WithConstants": WithConstants(Quadratics(3), ()),
     "SideBySide": SideBySide({"bowl": Quadratics(2), "wave": Sinusoid()}),
     "HeldOut": HeldOut.create(
         np.eye(3, dtype=np.float32), np.arange(3), np.ones((2, 3), np.float32), [0, 1]

@@ -58,6 +58,11 @@ FEATURES = {
     "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),
     "from a config to the trainer": ("experiments/build/trainers.py", "trainer"),
     "a module of Equinox as a model": ("models/equinox.py", "Equinox"),
+    "pretrained parameters by name": ("models/pretrained.py", "with_params"),
+    "arrays that nobody learns, as arguments of programs": (
+        "metalearn/training/program.py",
+        "Program",
+    ),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
 }
 

@@ -30,7 +30,6 @@ import optax
 from metalearn._utils.checks import AtLeast, counts
 from metalearn.model import Model, no_model
 
-
 T = TypeVar("T")
 
 
