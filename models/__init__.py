@@ -12,6 +12,7 @@ from metalearn.models.attention import BlockedAttention, causal_attention
 from metalearn.models.equinox import Equinox
 from metalearn.models.functions import Functions
 from metalearn.models.haiku import Haiku
+from metalearn.models.hugging_face import load_hugging_face
 from metalearn.models.linen import Linen
 from metalearn.models.nnx import NNX
 from metalearn.models.pretrained import Match, Pretrained, match, with_params
@@ -30,6 +31,7 @@ __all__ = [
     "Pretrained",
     "causal_attention",
     "deterministic_flag",
+    "load_hugging_face",
     "match",
     "no_flag",
     "train_flag",
