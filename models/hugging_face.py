@@ -49,8 +49,7 @@ def load_hugging_face(
     Args:
       folder: with config.json and model.safetensors, or its parts and model.safetensors.index.json.
       dtype: of the parameters.
-      **options: further fields of the `Architecture`: `remat`, `attention`, `dtype` is that of the
-        parameters.
+      **options: further fields of the `Architecture`, such as `remat` and `attention`.
 
     Raises:
       FileNotFoundError: without those files.
@@ -169,11 +168,11 @@ def _llama(config: Mapping[str, Any], options: Mapping[str, Any]) -> Architectur
             "which an `Architecture` does not have. For shorter sequences than that it makes no "
             "difference: set `sliding_window` to null in config.json."
         )
-    biases: tuple[str, ...] = (
-        ("query", "key", "value", "out") if config.get("attention_bias") else ()
-    )
+    biases: tuple[str, ...] = ()
     if config["model_type"] == "qwen2":
         biases = ("query", "key", "value")
+    elif config.get("attention_bias"):
+        biases = ("query", "key", "value", "out")
     biases += ("gate", "up", "down") if config.get("mlp_bias") else ()
     fields: dict[str, Any] = {
         "vocabulary": config["vocab_size"],

@@ -63,6 +63,7 @@ FEATURES = {
         "metalearn/training/program.py",
         "Program",
     ),
+    "decoders of Hugging Face": ("models/hugging_face.py", "load_hugging_face"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
 }
 
