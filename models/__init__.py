@@ -14,8 +14,9 @@ from metalearn.models.functions import Functions
 from metalearn.models.haiku import Haiku
 from metalearn.models.hugging_face import load_hugging_face
 from metalearn.models.linen import Linen
+from metalearn.models.lora import LoRA
 from metalearn.models.nnx import NNX
-from metalearn.models.pretrained import Match, Pretrained, match, with_params
+from metalearn.models.pretrained import Match, Pretrained, Trainable, match, with_params
 from metalearn.models.transformer import Architecture
 
 __all__ = [
@@ -26,9 +27,11 @@ __all__ = [
     "Functions",
     "Haiku",
     "Linen",
+    "LoRA",
     "Match",
     "Model",
     "Pretrained",
+    "Trainable",
     "causal_attention",
     "deterministic_flag",
     "load_hugging_face",

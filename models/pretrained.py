@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn._utils.fields import check_fields
-from metalearn._utils.trees import paths
+from metalearn._utils.trees import Where, filled, masked, matching, paths, split
+from metalearn.engines.inner_loop import depends
 from metalearn.model import Model
 
 LOGGER = logging.getLogger("metalearn.models")
@@ -111,6 +112,62 @@ class Pretrained(Model):
         params, state, inner = constants
         bound = self.model.bind(inner)
         return dataclasses.replace(self, model=bound, params=params, state=state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable(Model):
+    """A model of which some parameters are parameters, and all others constants.
+
+    Params are those of the model, with an `optax.MaskedNode` in place of each constant. For
+    algorithms whose inner loop trains every parameter of a model; `MAML` says by itself what
+    adapts and what is learned.
+
+    Args:
+      model: whose constants are the same for every key, as those of `with_params` are.
+      paths: the parameters that stay parameters, a regular expression or a function of a path.
+    """
+
+    model: Model
+    paths: Where
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self.model.constants())):
+            return  # checked before it was bound
+        params, _ = jax.eval_shape(self.model.init, jax.random.key(0))
+        where = [not m for m in matching(paths(params), self.paths)]
+
+        def others(key: jax.Array) -> list[Any]:
+            return split(self.model.init(key)[0], where)[0]
+
+        if depends(others, jax.random.key(0)):
+            raise ValueError(
+                f"`Trainable(paths={self.paths!r})` makes the other parameters constants, but the "
+                "model draws them at random. Give it their values: `with_params(model, params)`."
+            )
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Return (the parameters that stay parameters, the model's state)."""
+        params, state = self.model.init(key)
+        return masked(params, matching(paths(params), self.paths)), state
+
+    def apply(
+        self, params: Any, state: Any, inputs: Any, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[Any, Any]:
+        """Return (outputs, new state)."""
+        return self.model.apply(self.whole(params), state, inputs, train=train, key=key)
+
+    def whole(self, params: Any) -> Any:
+        """Return all parameters of the model, the constants too."""
+        return filled(params, self.model.init(jax.random.key(0))[0])
+
+    def constants(self) -> Any:
+        """Return the arrays that the model holds."""
+        return self.model.constants()
+
+    def bind(self, constants: Any) -> Model:
+        """Return the same model with these arrays."""
+        return dataclasses.replace(self, model=self.model.bind(constants))
 
 
 def with_params(target: Any, params: Any, *, state: Any = None, partial: bool = False) -> Any:

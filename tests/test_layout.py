@@ -64,6 +64,7 @@ FEATURES = {
         "Program",
     ),
     "decoders of Hugging Face": ("models/hugging_face.py", "load_hugging_face"),
+    "low-rank adaptation": ("models/lora.py", "LoRA"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
 }
 
