@@ -16,6 +16,7 @@ from metalearn.models.hugging_face import load_hugging_face
 from metalearn.models.linen import Linen
 from metalearn.models.lora import LoRA
 from metalearn.models.nnx import NNX
+from metalearn.models.precision import Precision
 from metalearn.models.pretrained import Match, Pretrained, Trainable, match, with_params
 from metalearn.models.transformer import Architecture
 
@@ -30,6 +31,7 @@ __all__ = [
     "LoRA",
     "Match",
     "Model",
+    "Precision",
     "Pretrained",
     "Trainable",
     "causal_attention",

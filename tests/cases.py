@@ -67,6 +67,7 @@ from metalearn.models import (
     Haiku,
     Linen,
     LoRA,
+    Precision,
     Trainable,
     haiku_networks,
     linen_networks,
@@ -163,6 +164,7 @@ def _pretrained(model: Model) -> Model:
 
 MODELS: dict[str, Model] = {
     "Functions": _functions(),
+    "Precision": Precision(_functions(), compute=jnp.bfloat16),
     "LoRA": LoRA(_functions(), 1),
     "Trainable": Trainable(_pretrained(_functions()), "head"),
     "Pretrained": _pretrained(_functions()),

@@ -65,6 +65,8 @@ FEATURES = {
     ),
     "decoders of Hugging Face": ("models/hugging_face.py", "load_hugging_face"),
     "low-rank adaptation": ("models/lora.py", "LoRA"),
+    "bfloat16": ("models/precision.py", "Precision"),
+    "master weights": ("metalearn/optimizers/master_weights.py", "master_weights"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
 }
 
