@@ -139,6 +139,28 @@ def _episode_keys(keys: jax.Array) -> jax.Array:
     return jax.vmap(lambda key: task_keys(key).episode)(keys)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WithConstants(Tasks):
+    """Tasks, and the constants of the algorithm that they are for: arguments of one program.
+
+    Args:
+      tasks: the distribution.
+      constants: `Algorithm.constants()`, to which `draw_task` binds the algorithm.
+    """
+
+    tasks: Tasks
+    constants: Any
+
+    def sample(self, key: jax.Array) -> Episode:
+        """Draw one task."""
+        return self.tasks.sample(key)
+
+    def label_range(self) -> tuple[int, int] | None:
+        """Return the range of the labels of the tasks."""
+        return self.tasks.label_range()
+
+
 OWN = (
     "A distribution of your own is a class with a method `sample(key) -> Episode`: a "
     "`@dataclasses.dataclass(frozen=True)` under `@jax.tree_util.register_dataclass`, its data "
@@ -337,6 +359,8 @@ def draw_task(
       key: (); the same key draws the same episode, batches and engine key.
       transform: applied to the unroll, for instance to constrain the sharding of inner states.
     """
+    if isinstance(tasks, WithConstants):
+        algorithm, tasks = algorithm.bind(tasks.constants), tasks.tasks
     keys, episode = task_keys(key), draw_episode(tasks, key)
     unroll = algorithm.unroll(episode, keys.unroll)
     return DrawnTask(

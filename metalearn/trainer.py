@@ -34,13 +34,14 @@ from metalearn.engines.base import Streaming, check_eta
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
 from metalearn.sharding.layout import Layout, abstract
-from metalearn.tasks import Tasks, check_tasks, fetched, label_range, needs_fetch
+from metalearn.tasks import Tasks, WithConstants, check_tasks, fetched, label_range, needs_fetch
 from metalearn.train_state import TrainState
 from metalearn.training.evaluation import estimate, task_metrics
 from metalearn.training.faults import WATCHED, Faults
 from metalearn.training.fit import run
 from metalearn.training.full_unroll import FullUnroll, step_metrics
 from metalearn.training.outer_loop import Fit, OuterStep, Part
+from metalearn.training.program import Program
 from metalearn.training.segmented_unroll import Segment, SegmentedUnroll, spread, steps_taken
 from metalearn.training.task_batch import TaskBatch
 from metalearn.training.truncated_unroll import TruncatedUnroll, Truncation
@@ -131,18 +132,39 @@ class Trainer:
             check_tasks("Trainer.init(tasks=)", tasks)
         self._check_learned()
         if self.layout is None:
-            return self._init(key, tasks)
+            return self._init(key, tasks, self.constants)
         where = self._shardings(jax.eval_shape(self._init, key, tasks))
-        return jax.jit(self._init, out_shardings=where)(key, self.place(tasks))
+        init = jax.jit(self._init, out_shardings=where)
+        return init(key, self.place(tasks), self.constants)
 
     def shapes(self, tasks: Tasks | None = None) -> TrainState:
         """Return the shapes and shardings of a state; nothing is allocated."""
         shapes = jax.eval_shape(self._init, jax.eval_shape(lambda: jax.random.key(0)), tasks)
         return shapes if self.layout is None else abstract(shapes, self._shardings(shapes))
 
-    def _init(self, key: jax.Array, tasks: Tasks | None = None) -> TrainState:
+    @functools.cached_property
+    def constants(self) -> Any:
+        """The constants of the algorithm, on the devices: see `Algorithm.constants`."""
+        with jax.ensure_compile_time_eval():
+            return self.place(jax.tree.map(jnp.asarray, self.algorithm.constants()))
+
+    def _compiled(self, function: Callable[..., Any], **options: Any) -> Any:
+        """Return the compiled function (state or eta, tasks, ...), the constants an argument."""
+        constants = self.constants
+        if not jax.tree.leaves(constants):
+            return jax.jit(function, **options)
+        return Program(jax.jit(function, **options), constants)
+
+    def _init(
+        self, key: jax.Array, tasks: Tasks | None = None, constants: Any = None
+    ) -> TrainState:
         init_key, run_key = jax.random.split(key)
-        eta = jax.jit(self.algorithm.init)(init_key)
+        if jax.tree.leaves(constants):
+            algorithm = self.algorithm
+            eta = jax.jit(lambda arrays, key: algorithm.bind(arrays).init(key))(constants, init_key)
+            tasks = None if tasks is None else WithConstants(tasks, constants)
+        else:
+            eta = jax.jit(self.algorithm.init)(init_key)
         check_eta(eta)
         eta = strong(eta)
         optimizer = strong(start_outer(self.optimizer, eta))
@@ -162,7 +184,7 @@ class Trainer:
         The number of masked non-finite tasks is `tasks_left_out`, or `tasks_reset` in truncated
         training. `step_skipped` is 1 if `skip_nonfinite` left eta unchanged.
         """
-        return jax.jit(self._step) if self.segment is None else self._in_parts
+        return self._compiled(self._step) if self.segment is None else self._in_parts
 
     def parts(self, tasks: Tasks) -> list[Part]:
         """Return the programs of an outer step, in their order: one, or one for each segment."""
@@ -230,7 +252,7 @@ class Trainer:
             grads, metrics = outputs
             return self._updated(state, grads, metrics, inner)
 
-        return jax.jit(take, static_argnames="segment")
+        return self._compiled(take, static_argnames="segment")
 
     def _updated(
         self, state: TrainState, grads: Any, metrics: dict[str, Any], inner: Any
@@ -299,7 +321,7 @@ class Trainer:
             return look_at(self.unrolls.solve, eta, tasks, key, zeros, taken)
 
         where = None if self.layout is None else self.layout.replicated
-        return jax.jit(look, static_argnames="steps", out_shardings=where)
+        return self._compiled(look, static_argnames="steps", out_shardings=where)
 
     @functools.cached_property
     def _probes(self) -> health.Probes:
@@ -521,4 +543,4 @@ class Trainer:
             shared = eta, tasks
             return on_tasks(shared, keys) if each is None else each(on_tasks, shared, keys)
 
-        return jax.jit(on_keys)
+        return self._compiled(on_keys)
