@@ -54,13 +54,14 @@ def read_rows(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return (inputs, targets) of some rows; uint8 images are scaled to 0..1.
 
     Args:
-      data: (inputs [n, ...], targets [n, ...], ...).
+      data: (inputs [n, ...], targets [n, ...], ...); the targets may be `metalearn.Masked`.
       rows: numbers of examples, of any shape.
 
     Raises:
       ValueError: for uint8 inputs that are not images. See `metalearn._utils.pixels`.
     """
-    return scaled(data[0][rows]), data[1][rows]
+    inputs, targets = jax.tree.map(lambda leaf: leaf[rows], (data[0], data[1]))
+    return scaled(inputs), targets
 
 
 def scaled(inputs: jax.Array) -> jax.Array:

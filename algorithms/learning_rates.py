@@ -25,7 +25,7 @@ import optax
 
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import described, readable
-from metalearn.algorithm import Algorithm
+from metalearn.algorithm import TRAINING_RUN, Algorithm
 from metalearn.algorithms import pictures
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.algorithms.support import check_pair
@@ -38,6 +38,7 @@ from metalearn.unroll import (
     Eta,
     ExampleMean,
     GradFn,
+    Masked,
     Metrics,
     ModelTraining,
     Unroll,
@@ -148,6 +149,12 @@ class LearningRates(Algorithm):
             batch_of_one = jax.tree.map(lambda x: x[None], example)
             return self._loss(state, params, batch_of_one, key)[0]
 
+        if isinstance(batch[1], Masked):
+            raise ValueError(
+                "`LearningRates(mean_over_examples=True)` averages the losses of all examples, but "
+                "these tasks have `Masked` targets, of which some do not count. Use "
+                "mean_over_examples=False."
+            )
         examples = batch, jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
         mean = ExampleMean(example_loss)
         return evaluate(grad, mean, state.params, examples), state.statistics
@@ -173,7 +180,7 @@ class LearningRates(Algorithm):
 
     def mode(self) -> str:
         """Say in which mode the model is in inner steps and for queries."""
-        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+        return TRAINING_RUN
 
     def support_set(self, support: Any) -> Any:
         """Return a support set; ValueError unless its leaves are [T, batch, ...]."""

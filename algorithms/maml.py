@@ -14,6 +14,12 @@ Finn, Abbeel and Levine 2017 (arXiv:1703.03400). Three relatives are options, an
 - ANIL, Raghu et al. 2020 (arXiv:1909.09157): only the head adapts, the body is reused
   (`adapted="head"`); the inner loop carries and differentiates only the head.
 
+Parameters are fast (`adapted`: the inner loop changes them), slow (`learned` alone: they are the
+same in all tasks, and the outer loop changes them) or frozen (neither), by their paths. What is
+frozen is no part of eta or of the inner state: it costs no tangent, no slot of an optimizer and no
+saved residual. It comes from the model, `metalearn.models.with_params`, and is an argument of the
+compiled programs.
+
 The inner optimizer receives a tree of the model's own structure, so its labels and masks go by
 path (`optax.multi_transform`, `optax.masked`, `optax.adamw(mask=)`); leaves that do not adapt are
 an `optax.MaskedNode` there, as in `optax.masked`. The extra arguments that its `update` may
@@ -53,11 +59,12 @@ import optax
 from metalearn._utils.checks import is_integer, pattern, pick
 from metalearn._utils.fields import check_fields, renamed_fields
 from metalearn._utils.readable import described, readable
-from metalearn._utils.trees import split_by_path
+from metalearn._utils.trees import Where, filled, masked, matching, paths, split, split_by_path
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms import pictures
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.algorithms.support import check_pair
+from metalearn.engines.inner_loop import depends
 from metalearn.model import Model
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
 from metalearn.unroll import Batch, Episode, GradFn, Metrics, ModelTraining, Unroll
@@ -83,20 +90,21 @@ POLICIES = {
         train_on_support=True,
         train_on_query=True,
         carry_statistics=False,
-        mode="inner steps: batch statistics, dropout on; queries: batch statistics, dropout off",
+        mode="batch statistics and dropout in inner steps; batch statistics without dropout for "
+        "queries",
     ),
     "running": BatchNorm(
         train_on_support=True,
         train_on_query=False,
         carry_statistics=True,
-        mode="inner steps: batch statistics, dropout on; "
-        "queries: running statistics of the support set, dropout off",
+        mode="batch statistics and dropout in inner steps; running statistics of the support set "
+        "without dropout for queries",
     ),
     "frozen": BatchNorm(
         train_on_support=False,
         train_on_query=False,
         carry_statistics=False,
-        mode="inner steps and queries: initial statistics, dropout off",
+        mode="initial statistics without dropout in inner steps and for queries",
     ),
 }
 
@@ -113,7 +121,8 @@ def batch_norm_policy(name: str) -> BatchNorm:
 class Initialisation(NamedTuple):
     """The meta-parameters eta of MAML.
 
-    params: theta_0, all parameters of the model.
+    params: theta_0, the learned parameters of the model: its own tree, with an `optax.MaskedNode`
+      for every parameter that is not learned.
     rates: Meta-SGD: one learned rate per adapted parameter, a list of arrays like them; else None.
     """
 
@@ -138,9 +147,13 @@ class MAML(Algorithm):
       learned_rates: Meta-SGD: the initial value of the learned rates. They multiply the updates of
         the inner optimizer, so its own rate is one: `optax.sgd(1.0)`. None: no learned rates.
       first_order: treat the inner gradient as a constant in the backward pass.
-      adapted: a regular expression that the paths of the adapted parameters match, such as "head";
-        the other parameters stay at theta_0. "": all adapt.
+      adapted: a regular expression that the paths of the adapted parameters match, such as "head",
+        or a function of a path that returns whether it adapts; the other parameters stay at
+        theta_0. "": all adapt.
       batch_norm: "transductive", "running" or "frozen": see `metalearn.algorithms.maml`.
+      learned: the parameters that the outer loop learns, a regular expression or a function of a
+        path; "": all. The others begin as the model initialises them: those that adapt begin
+        there in every task, and what neither adapts nor is learned is frozen.
     """
 
     model: Model
@@ -150,11 +163,14 @@ class MAML(Algorithm):
     eval_steps: int | None = None
     learned_rates: float | None = None
     first_order: bool = False
-    adapted: str = ""
+    adapted: Where = ""
     batch_norm: str = "transductive"
+    learned: Where = ""
 
     def __post_init__(self) -> None:
-        pattern("MAML", adapted=self.adapted)
+        for name in ("adapted", "learned"):
+            if not callable(getattr(self, name)):
+                pattern("MAML", **{name: getattr(self, name)})
         check_fields(self, "inner_steps", "eval_steps")
         batch_norm_policy(self.batch_norm)
         if not all(is_integer(n) and n >= 1 for n in (self.inner_steps, self.evaluation_steps)):
@@ -171,31 +187,39 @@ class MAML(Algorithm):
     def init(self, key: jax.Array) -> Initialisation:
         """Return the initialisation, and the learned rates of Meta-SGD."""
         params, _ = self.model.init(key)
+        self._check_frozen(params, key)
+        learned = masked(params, matching(paths(params), self.learned))
         if self.learned_rates is None:
-            return Initialisation(params, None)
+            return Initialisation(learned, None)
         adapted, _, _ = split_by_path(params, self.adapted)
         rates = [jnp.full_like(leaf, self.learned_rates) for leaf in adapted]
-        return Initialisation(params, rates)
+        return Initialisation(learned, rates)
 
     def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
         """Return the adaptation to one task."""
         policy = batch_norm_policy(self.batch_norm)
+        initial = None if self.learned == "" else self.model.init(key)[0]
+
+        def whole(eta: Initialisation) -> Any:  # theta_0, with what is not learned
+            return eta.params if initial is None else filled(eta.params, initial)
 
         def init(eta: Initialisation) -> ModelTraining:
-            adapted, _, _ = split_by_path(eta.params, self.adapted)
+            params = whole(eta)
+            adapted, _, _ = split_by_path(params, self.adapted)
             _, statistics = self.model.init(key)
-            optimizer = start(self.optimizer, self._masked(eta, adapted))
+            optimizer = start(self.optimizer, self._masked(params, adapted))
             return ModelTraining(adapted, optimizer, statistics)
 
         def step(
             eta: Initialisation, state: ModelTraining, key: Batch, grad: GradFn
         ) -> ModelTraining:
-            theta = self._masked(eta, state.params)
+            params = whole(eta)
+            theta = self._masked(params, state.params)
 
             def support_loss(theta: Any) -> Any:
                 inputs, targets = episode.support
                 outputs, statistics = self.model.apply(
-                    self._whole(eta, jax.tree.leaves(theta)),
+                    self._joined(params, jax.tree.leaves(theta)),
                     state.statistics,
                     inputs,
                     train=policy.train_on_support,
@@ -213,9 +237,9 @@ class MAML(Algorithm):
             changes = jax.tree.leaves(updates)
             if eta.rates is not None:
                 changes = jax.tree.map(jnp.multiply, eta.rates, changes)
-            params = optax.apply_updates(state.params, changes)
+            adapted = optax.apply_updates(state.params, changes)
             carried = statistics if policy.carry_statistics else state.statistics
-            return ModelTraining(params, optimizer, carried)
+            return ModelTraining(adapted, optimizer, carried)
 
         def loss(eta: Initialisation, state: ModelTraining) -> tuple[jax.Array, Metrics]:
             inputs, targets = episode.query
@@ -224,20 +248,40 @@ class MAML(Algorithm):
 
         return Unroll(init, step, loss)
 
-    def _masked(self, eta: Initialisation, adapted: list[jax.Array]) -> Any:
+    def _check_frozen(self, params: Any, key: jax.Array) -> None:
+        """Raise ValueError if what nobody adapts or learns would be drawn anew for every task."""
+        names = paths(params)
+        learned, adapted = matching(names, self.learned), matching(names, self.adapted)
+        where = [not (a or b) for a, b in zip(learned, adapted, strict=True)]  # frozen
+
+        def values(key: jax.Array) -> list[Any]:
+            return split(self.model.init(key)[0], where)[0]
+
+        if any(where) and depends(values, key):
+            first = next(name for name, w in zip(names, where, strict=True) if w)
+            raise ValueError(
+                f"`MAML(adapted={self.adapted!r}, learned={self.learned!r})` leaves {first} as the "
+                "model initialises it, which is at random, anew for every task. Give the model its "
+                "values, `with_params(model, params)` of `metalearn.models`; or learn it."
+            )
+
+    def _masked(self, params: Any, adapted: list[jax.Array]) -> Any:
         """Return the adapted leaves in the model's tree, an `optax.MaskedNode` for all others."""
-        _, fixed, join = split_by_path(eta.params, self.adapted)
+        _, fixed, join = split_by_path(params, self.adapted)
         return join(adapted, [optax.MaskedNode()] * len(fixed))
 
-    def _whole(self, eta: Initialisation, adapted: list[jax.Array]) -> Any:
+    def _joined(self, params: Any, adapted: list[jax.Array]) -> Any:
         """Return all parameters of the model: the adapted leaves, the others as in theta_0."""
-        _, fixed, join = split_by_path(eta.params, self.adapted)
+        _, fixed, join = split_by_path(params, self.adapted)
         return join(adapted, fixed)
 
     def trained(self, eta: Initialisation, state: ModelTraining) -> tuple[Any, Any]:
         """Return (all parameters of the model after adaptation, its running statistics)."""
-        theta = evaluation_params(state.optimizer, self._masked(eta, state.params))
-        return self._whole(eta, jax.tree.leaves(theta)), state.statistics
+        params = eta.params
+        if self.learned != "":  # what is frozen is the same for every key
+            params = filled(params, self.model.init(jax.random.key(0))[0])
+        theta = evaluation_params(state.optimizer, self._masked(params, state.params))
+        return self._joined(params, jax.tree.leaves(theta)), state.statistics
 
     def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
         """Return the outputs for queries [n, ...], under the policy of batch normalisation."""

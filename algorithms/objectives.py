@@ -1,4 +1,8 @@
-"""Objectives: outputs, targets -> loss (), metrics."""
+"""Objectives: outputs, targets -> loss (), metrics.
+
+A loss is a mean over examples. Where targets are `metalearn.Masked`, it is the mean over those that
+count, so that tasks of unequal size can be padded to one shape; without any it is zero.
+"""
 
 from __future__ import annotations
 
@@ -11,35 +15,67 @@ import optax
 from jaxtyping import Array, Float, Int, Num, Shaped
 
 from metalearn._utils.labels import compare
-from metalearn.unroll import Metrics
+from metalearn.unroll import Masked, Metrics
 
 Objective = Callable[[Any, Any], tuple[jax.Array, Metrics]]
+Mean = Callable[[jax.Array], jax.Array]
+
+
+def unmasked(targets: Any) -> tuple[Any, Mean]:
+    """Return (targets, the mean over the examples that count: values [n, ...] -> ()).
+
+    Targets of padding are replaced by zeros, which are labels and numbers of any loss.
+    """
+    if not isinstance(targets, Masked):
+        return targets, jnp.mean
+    values, mask = targets
+
+    def along(array: jax.Array) -> jax.Array:
+        if array.shape[: mask.ndim] != mask.shape:
+            raise ValueError(
+                f"`Masked` has a mask {list(mask.shape)} beside targets or losses "
+                f"{list(array.shape)}, but it says of every example whether it counts: the shape "
+                "of the mask is that of the first axes of the targets."
+            )
+        return jnp.broadcast_to(
+            mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim)), array.shape
+        )
+
+    def mean(array: jax.Array) -> jax.Array:
+        counted = along(array)
+        kind = array.dtype if jnp.issubdtype(array.dtype, jnp.inexact) else jnp.float32
+        total = jnp.where(counted, array, 0).sum(dtype=kind)
+        return total / jnp.maximum(counted.sum(), 1).astype(kind)
+
+    return jnp.where(along(values), values, jnp.zeros_like(values)), mean
 
 
 def cross_entropy(
-    logits: Float[Array, "*batch classes"], labels: Shaped[Array, "..."]
+    logits: Float[Array, "*batch classes"], labels: Shaped[Array, "..."] | Masked
 ) -> tuple[Float[Array, ""], Metrics]:
     """Cross-entropy: logits [n, classes], labels [n] int -> mean loss (), accuracy in 0..1."""
-    labels = check_labels("cross_entropy", logits, labels)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
+    values, mean = unmasked(labels)
+    labels = check_labels("cross_entropy", logits, values)
+    loss = mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    return loss, {"accuracy": mean(logits.argmax(-1) == labels)}
 
 
 def squared_error(
-    outputs: Num[Array, "..."], targets: Num[Array, "..."]
+    outputs: Num[Array, "..."], targets: Num[Array, "..."] | Masked
 ) -> tuple[Num[Array, ""], Metrics]:
     """Squared error: outputs and targets [n, ...] -> mean squared error (), no metrics."""
-    if outputs.shape != targets.shape:
+    values, mean = unmasked(targets)
+    if outputs.shape != values.shape:
         raise ValueError(
             f"`squared_error` takes outputs and targets of one shape, not "
-            f"{list(outputs.shape)} and {list(targets.shape)}. For classes take `cross_entropy`."
+            f"{list(outputs.shape)} and {list(values.shape)}. For classes take `cross_entropy`."
         )
-    return jnp.mean((outputs - targets) ** 2), {}
+    return mean((outputs - values) ** 2), {}
 
 
 def weighted_cross_entropy(
     logits: Float[Array, "*batch classes"],
-    labels: Shaped[Array, "..."],
+    labels: Shaped[Array, "..."] | Masked,
     label_smoothing: jax.typing.ArrayLike = 0.0,
     class_weights: Float[Array, " classes"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -51,14 +87,15 @@ def weighted_cross_entropy(
       label_smoothing: (), in 0..1: the share of each target distributed over all classes.
       class_weights: [classes], the weight of a loss by its label; None: all one.
     """
-    labels = check_labels("weighted_cross_entropy", logits, labels)
+    values, mean = unmasked(labels)
+    labels = check_labels("weighted_cross_entropy", logits, values)
     log_p = jax.nn.log_softmax(logits)
     right = jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
     share = jnp.asarray(label_smoothing)
     losses = -(1 - share) * right - share * log_p.mean(-1)
     if class_weights is not None:
         losses = losses * class_weights[labels]
-    return losses.mean(), {"accuracy": (logits.argmax(-1) == labels).mean()}
+    return mean(losses), {"accuracy": mean(logits.argmax(-1) == labels)}
 
 
 def check_labels(

@@ -23,12 +23,15 @@ from metalearn.datasets.corruption import Corruption
 from metalearn.datasets.digits import digits
 from metalearn.datasets.few_shot import FewShot
 from metalearn.datasets.folders import Folder, image_folder, read_folder
+from metalearn.datasets.given import GivenTasks, TaskStream
+from metalearn.datasets.host_few_shot import HostFewShot
 from metalearn.datasets.images import Images, read_images, with_label_noise
 from metalearn.datasets.omniglot import omniglot
 from metalearn.datasets.reading import DatasetNotPreparedError, open_source
 from metalearn.datasets.synthetic import Quadratics, SideBySide, Sinusoid
 from metalearn.datasets.text import BYTES, Text, Tokenizer, read_text
 from metalearn.datasets.training_runs import HeldOut, TrainingRuns
+from metalearn.datasets.unequal import UnequalFewShot
 
 __all__ = [
     "BYTES",
@@ -37,14 +40,18 @@ __all__ = [
     "DatasetNotPreparedError",
     "FewShot",
     "Folder",
+    "GivenTasks",
     "HeldOut",
+    "HostFewShot",
     "Images",
     "Quadratics",
     "SideBySide",
     "Sinusoid",
+    "TaskStream",
     "Text",
     "Tokenizer",
     "TrainingRuns",
+    "UnequalFewShot",
     "digits",
     "from_labels",
     "image_folder",

@@ -191,11 +191,12 @@ class FewShot(Tasks):
             read, or the images have several sizes and none is asked for.
         """
         check_task(ways, shots, queries)
-        images, labels, names = read_folder(folder, size=size, channels=channels, progress=progress)
-        what, counts = f"FewShot.from_folder({str(folder)!r})", np.bincount(labels)
+        read = read_folder(folder, size=size, channels=channels, progress=progress)
+        assert read.labels is not None  # there are two classes at least
+        what, counts = f"FewShot.from_folder({str(folder)!r})", np.bincount(read.labels)
         larger = "the {few} smaller ones: move their folders elsewhere"
-        check_classes(what, np.asarray(names), counts, shots, queries, larger)
-        index = from_labels(images, labels)
+        check_classes(what, np.asarray(read.classes), counts, shots, queries, larger)
+        index = from_labels(read.images, read.labels)
         return cls.create(index, ways=ways, shots=shots, queries=queries, scale=scale)
 
     def label_range(self) -> tuple[int, int]:

@@ -42,13 +42,15 @@ class Folder(NamedTuple):
     """The images of a folder, on the host.
 
     images: [n, height, width, channels] uint8, ordered by class.
-    labels: [n] int32, numbers of `classes`.
+    labels: [n] int32, numbers of `classes`; None: there are no subfolders, so no labels.
     classes: the names of the subfolders, sorted.
+    files: the path of each image in the folder.
     """
 
     images: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None
     classes: tuple[str, ...]
+    files: tuple[str, ...]
 
 
 def read_folder(
@@ -56,6 +58,7 @@ def read_folder(
     *,
     size: Sequence[int] | None = None,
     channels: int | None = None,
+    training: bool = True,
     progress: bool = True,
 ) -> Folder:
     """Read all images of a folder of folders, one per class, and cache them.
@@ -64,19 +67,21 @@ def read_folder(
       folder: with a subfolder for each class, of .png, .jpg and .jpeg files.
       size: (height, width) to resize all images to; None: as they are, all of one size.
       channels: 1 (grey), 3 (RGB) or 4 (RGBA); None: 1 if every image is grey, else 3.
+      training: whether classes are told apart, which takes two. False: one will do, or a folder of
+        images without subfolders, which have no labels.
       progress: show a progress bar while images are decoded.
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      ValueError: if it has fewer than two classes, one of them has no images, an image cannot be
-        read, or the images have several sizes and none is asked for. The file is named.
+      ValueError: if it has too few classes, one of them has no images, an image cannot be read,
+        or the images have several sizes and none is asked for. The file is named.
     """
     if channels is not None:
         pick({str(count): count for count in MODES}, str(channels), "number of channels")
     wanted = None if size is None else _check_size(size)
     root = pathlib.Path(folder)
-    files = _files(root)
-    names = tuple(files)
+    files = _files(root, training)
+    names = tuple(name for name in files if name)
     paths = [path for images in files.values() for path in images]
     labels = np.repeat(np.arange(len(names)), [len(images) for images in files.values()])
 
@@ -84,7 +89,8 @@ def read_folder(
         return _read(root, paths, wanted, channels, progress)
 
     images = cached(_cache_name(root, paths, wanted, channels), read, np.uint8)
-    return Folder(images, labels.astype(np.int32), names)
+    inside = tuple(path.relative_to(root).as_posix() for path in paths)
+    return Folder(images, labels.astype(np.int32) if names else None, names, inside)
 
 
 def image_folder(
@@ -120,8 +126,8 @@ def image_folder(
             "classes are in no other split: of which some classes are moved to a folder of their "
             "own, if all images are in one."
         )
-    images, labels, _ = read_folder(folder, size=size, channels=channels)
-    return from_labels(images, labels)
+    read = read_folder(folder, size=size, channels=channels)
+    return from_labels(read.images, read.labels)
 
 
 def _check_size(size: Any) -> Size:
@@ -134,8 +140,8 @@ def _check_size(size: Any) -> Size:
     return int(values[0]), int(values[1])
 
 
-def _files(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """Return the sorted image files of each class, by its sorted names."""
+def _files(root: pathlib.Path, training: bool) -> dict[str, list[pathlib.Path]]:
+    """Return the sorted image files of each class, by its sorted names; "": of no class."""
     if not root.is_dir():
         raise FileNotFoundError(
             f"There is no folder {root} (looked for from {pathlib.Path.cwd()}). Name one with a "
@@ -144,25 +150,27 @@ def _files(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     classes = [
         path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] not in "._"
     ]
-    if len(classes) < 2:
+    if not training and not classes:
+        return {"": _images(root, "it is to be read")}
+    if len(classes) < 2 and training:
         inside = f"one, {classes[0].name!r}" if classes else "none"
         raise ValueError(
             f"The folder {root} should have a subfolder of images for each class, at least two, "
             f"but has {inside}. Order the images by class: {root / 'CLASS' / 'IMAGE.png'}; or name "
             "the folder that holds those of the classes."
         )
-    files = {
-        path.name: sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        for path in classes
-    }
-    for name, images in files.items():
-        if not images:
-            raise ValueError(
-                f"The folder {root / name} has no image ({', '.join(SUFFIXES)}), but its name is "
-                "that of a class. Put images into it, directly and not into folders inside it, or "
-                "delete it."
-            )
-    return files
+    return {path.name: _images(path, "its name is that of a class") for path in classes}
+
+
+def _images(folder: pathlib.Path, why: str) -> list[pathlib.Path]:
+    """Return the sorted image files of a folder; ValueError if there are none."""
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not images:
+        raise ValueError(
+            f"The folder {folder} has no image ({', '.join(SUFFIXES)}), but {why}. Put images into "
+            "it, directly and not into folders inside it, or delete it."
+        )
+    return images
 
 
 def _cache_name(

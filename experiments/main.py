@@ -1,19 +1,21 @@
-"""The command line: `metalearn plan`, `train`, `eval`, `export` and `draw`.
+"""The command line: `metalearn plan`, `train`, `eval`, `adapt`, `export` and `draw`.
 
     metalearn plan  --config=maml_omniglot --budget=4GiB
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
     metalearn eval  --workdir=runs/omniglot --tasks=1000 --best
+    metalearn adapt --workdir=runs/omniglot --support=letters --query=scans --out=read.npz
     metalearn export --workdir=runs/omniglot --out=eta.safetensors
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
 
-Options: --config, --config.KEY=VALUE, --workdir, --noprogress, --traceback,
---nocompilation_cache (compile again what an earlier command has compiled). train:
---allow-config-change (resume though the config is another). eval: --tasks. eval and export:
---best (the best checkpoint, of a config with checkpoint_best). export: --out. plan: --budget
-(such as 40GiB; else the memory of the device), --json, --largest=KEY (how large an integer of
-the config may become, such as --largest=algorithm.inner_steps). All: --allow-imports
-(import the code that a JSON config, or somebody else's run, names by an import path).
+`metalearn train --help` shows the options of train, and so for each command; all of them have
+--traceback. train and plan: --config, --config.KEY=VALUE and --budget (such as 40GiB, of
+--config.engine=auto and of the plan; else the memory of the device). adapt: --support and --query,
+each an .npz file with `inputs` and `labels`, or a folder of images by class.
+
+A name that is set, --config.model.name=mlp, brings its own keys with their defaults; keys that
+both names have keep their values. `None`, `null` or nothing behind the equals sign unsets a key
+that may be unset.
 
 Several processes, on one machine or many: the same command in each, with --coordinator=HOST:PORT
 --processes=N --process=I, or with --distributed where SLURM or a cloud starts them.
@@ -38,8 +40,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from metalearn._utils.device_memory import parse_bytes
+from metalearn.experiments.build import sections
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.cli.compilation_cache import kept_programs
+from metalearn.experiments.commands import adapt as adaptation
 from metalearn.experiments.commands import plan, run
 from metalearn.sharding import distributed as processes
 from metalearn.training.outer_loop import Interrupted
@@ -52,23 +56,43 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps its checkpoints and logs.")
-_TASKS = flags.DEFINE_integer("tasks", 1000, "eval: how many test tasks.", lower_bound=2)
-_OUT = flags.DEFINE_string("out", None, "export: the file to write; else in the workdir.")
-_BUDGET = flags.DEFINE_string("budget", None, "plan: the memory there is, such as 40GiB.")
-_JSON = flags.DEFINE_bool("json", False, "plan: print JSON and nothing else.")
-_LARGEST = flags.DEFINE_string("largest", None, "plan: find the largest value of this key.")
-_PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
-_CHANGE = flags.DEFINE_bool("allow_config_change", False, "train: resume whatever the config.")
+_TASKS = flags.DEFINE_integer("tasks", 1000, "How many test tasks.", lower_bound=2)
+_OUT = flags.DEFINE_string("out", None, "The file to write; else one in the workdir.")
+_SUPPORT = flags.DEFINE_string("support", None, "An .npz file, or a folder of images by class.")
+_QUERY = flags.DEFINE_string("query", None, "An .npz file, or a folder of images.")
+_INNER_STEPS = flags.DEFINE_integer("inner_steps", None, "Inner steps; else as in an evaluation.")
+_BUDGET = flags.DEFINE_string("budget", None, "The memory to choose an engine for, such as 40GiB.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON and nothing else.")
+_LARGEST = flags.DEFINE_string("largest", None, "Find the largest value of this key that fits.")
+_PROGRESS = flags.DEFINE_bool("progress", True, "Show no progress bar.")
+_CHANGE = flags.DEFINE_bool("allow_config_change", False, "Resume whatever the config.")
 _IMPORTS = flags.DEFINE_bool(
     "allow_imports", False, "Import the code that a JSON config, or a run of others, names."
 )
-_BEST = flags.DEFINE_bool("best", False, "eval, export: the best checkpoint, not the newest.")
+_BEST = flags.DEFINE_bool("best", False, "The best checkpoint, not the newest.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 of several.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes share the run.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the processes: SLURM, clouds.")
-_CACHE = flags.DEFINE_bool("compilation_cache", True, "Keep compiled programs between starts.")
+_CACHE = flags.DEFINE_bool("compilation_cache", True, "Compile all programs again.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
+
+# Options of some commands alone; all others are of every command.
+OPTIONS = {
+    "config": ("plan", "train"),
+    "workdir": ("train", "eval", "adapt", "export", "draw"),
+    "tasks": ("eval",),
+    "out": ("adapt", "export"),
+    "support": ("adapt",),
+    "query": ("adapt",),
+    "inner_steps": ("adapt",),
+    "budget": ("plan", "train"),
+    "json": ("plan",),
+    "largest": ("plan",),
+    "progress": ("train",),
+    "allow_config_change": ("train",),
+    "best": ("eval", "adapt", "export"),
+}
 
 # What a user can mend. Anything else is a bug of ours and keeps its traceback.
 REPORTED = (ValueError, TypeError, FloatingPointError, OSError, flags.Error)
@@ -77,7 +101,7 @@ REPORTED = (ValueError, TypeError, FloatingPointError, OSError, flags.Error)
 def train() -> None:
     """Train the config in the workdir, resuming what is there; then evaluate on test tasks."""
     command = shlex.join(["metalearn", *sys.argv[1:]])
-    run.train(_config("train"), _workdir(), _PROGRESS.value, _CHANGE.value, command)
+    run.train(_config("train"), _workdir(), _PROGRESS.value, _CHANGE.value, _budget(), command)
 
 
 def evaluate() -> None:
@@ -87,8 +111,16 @@ def evaluate() -> None:
 
 def show_plan() -> None:
     """Print what each engine would cost on the config, and which one to take."""
-    budget = None if _BUDGET.value is None else parse_bytes(_BUDGET.value)
-    plan.show(_config("plan"), budget, _JSON.value, _LARGEST.value)
+    plan.show(_config("plan"), _budget(), _JSON.value, _LARGEST.value)
+
+
+def adapt() -> None:
+    """Adapt to a support set with what a run has learned, and predict a query set."""
+    support, query = _examples("support", _SUPPORT.value), _examples("query", _QUERY.value)
+    out = pathlib.Path(_OUT.value) if _OUT.value else None
+    adaptation.adapt(
+        _workdir(), support, query, out, _INNER_STEPS.value, _BEST.value, _IMPORTS.value
+    )
 
 
 def export() -> None:
@@ -106,6 +138,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "plan": show_plan,
     "train": train,
     "eval": evaluate,
+    "adapt": adapt,
     "export": export,
     "draw": draw,
 }
@@ -120,10 +153,29 @@ def _config(command: str) -> Any:
     return _CONFIG.value
 
 
+def _budget() -> int | None:
+    return None if _BUDGET.value is None else parse_bytes(_BUDGET.value)
+
+
+def _examples(name: str, path: str | None) -> pathlib.Path:
+    if path is None:
+        raise ValueError(
+            f"`metalearn adapt` needs --{name}: an .npz file with the arrays `inputs` and "
+            "`labels`, or a folder with a folder of images for each class."
+        )
+    return pathlib.Path(path)
+
+
 def _workdir() -> pathlib.Path:
     if _WORKDIR.value is None:
         raise ValueError("Say where the run lives, or is to live: --workdir=runs/my_run.")
     return pathlib.Path(_WORKDIR.value)
+
+
+def _flags() -> list[flags.Flag]:
+    """Return the flags that are defined above, in their order."""
+    values = [value for value in globals().values() if isinstance(value, flags.FlagHolder)]
+    return [flags.FLAGS[value.name] for value in values]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -135,7 +187,12 @@ def main(argv: Sequence[str]) -> int:
         command = arguments.command(argv, COMMANDS, __doc__ or "")
         if command is None:
             return 0
-        left = flags.FLAGS(arguments.expanded(argv))[1:]
+        own = [flag for flag in _flags() if command in OPTIONS.get(flag.name, COMMANDS)]
+        if arguments.asks_for_help(argv):
+            print(arguments.usage(command, COMMANDS[command].__doc__ or "", own))
+            return 0
+        arguments.check_options(argv, command, OPTIONS, own)
+        left = flags.FLAGS(arguments.expanded(argv, sections.renew, sections.nullable))[1:]
         if left:
             raise ValueError(
                 f"{left[0]!r} is not an option: those begin with two dashes, such as "

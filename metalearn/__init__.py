@@ -23,7 +23,7 @@ from metalearn.tasks import DrawnTask, Tasks, draw_task
 from metalearn.trainer import Trainer
 from metalearn.training.faults import Faults
 from metalearn.training.truncated_unroll import Truncation
-from metalearn.unroll import Episode, ExampleMean, Unroll
+from metalearn.unroll import Episode, ExampleMean, Masked, Unroll
 
 __all__ = [
     "ES",
@@ -37,6 +37,7 @@ __all__ = [
     "InverseVariance",
     "Layout",
     "Learner",
+    "Masked",
     "MetaGradient",
     "MixedFlow",
     "Reverse",

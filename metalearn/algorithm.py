@@ -4,8 +4,9 @@ A subclass is a frozen dataclass of pure functions. It never differentiates with
 engine does), and never calls `jax.grad` in its inner step (it calls the `grad` that it receives).
 
 `init` and `unroll` are abstract. The other methods have defaults: `batches` and `batches_at` (the
-inputs of the inner steps), `evaluation`, and what the command line asks an algorithm for beyond
-training: `outer_optimizer`, `outer_rules`, `export` and `pictures`.
+inputs of the inner steps), `evaluation`, `constants` and `bind` (arrays that nobody learns), and
+what the command line asks an algorithm for beyond training: `outer_optimizer`, `outer_rules`,
+`export` and `pictures`.
 
 `adapt` applies what was learned to a support set: it runs the inner loop of an evaluation, and
 returns the model that came out, a `Learner`. An algorithm supplies two pieces for it, which its
@@ -15,6 +16,7 @@ outer loss uses as well: `trained`, the model's parameters in an inner state, an
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
@@ -25,10 +27,16 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils import labels
-from metalearn._utils.checks import counts
+from metalearn._utils.checks import at_least
 from metalearn.engines.inner_loop import inner_loop
-from metalearn.learner import Learner, check_eta_of, check_support
+from metalearn.learner import Learner, check_eta_of, check_key, check_support
+from metalearn.model import Model
 from metalearn.unroll import Batch, Episode, Eta, InnerState, Unroll, horizon, task_keys
+
+# What `Algorithm.mode` says of one that trains a fresh model.
+TRAINING_RUN = (
+    "batch statistics and dropout in inner steps; running statistics without dropout for queries"
+)
 
 
 class Algorithm(abc.ABC):
@@ -104,7 +112,8 @@ class Algorithm(abc.ABC):
           TypeError: for an algorithm without `trained` and `predict`.
         """
         name = type(self).__name__
-        counts(f"{name}.adapt", 1, **({} if steps is None else {"steps": steps}))
+        at_least(f"{name}.adapt", 1, steps=steps)
+        check_key(f"{name}.adapt(key=)", key)
         check_eta_of(name, eta, self._shapes)
         support = self.support_set(support)
         check_support(f"{name}.adapt(support=)", support)
@@ -117,7 +126,13 @@ class Algorithm(abc.ABC):
             with jax.ensure_compile_time_eval():  # `adapt` may be called inside a jit or a vmap
                 evaluation = self.evaluation()
                 algorithm = evaluation if steps is None else evaluation.with_steps(steps)
-            self._programs[steps] = jax.jit(algorithm._adapted)
+                constants = jax.tree.map(jnp.asarray, algorithm.constants())
+
+            def adapted(constants: Any, eta: Eta, support: Any, key: jax.Array) -> Learner:
+                learner = algorithm.bind(constants)._adapted(eta, support, key)
+                return dataclasses.replace(learner, apply=algorithm.predict)
+
+            self._programs[steps] = functools.partial(jax.jit(adapted), constants)
         return self._programs[steps]
 
     def _adapted(self, eta: Eta, support: Any, key: jax.Array) -> Learner:
@@ -176,6 +191,29 @@ class Algorithm(abc.ABC):
             "it the methods `trained(eta, state) -> (params, statistics)` and `predict(params, "
             "statistics, inputs, key) -> outputs`; see `metalearn.Algorithm`."
         )
+
+    def constants(self) -> Any:
+        """Return the arrays that the algorithm holds and nobody learns: those of its models.
+
+        The Trainer passes them to its compiled programs as arguments, and calls the algorithm that
+        `bind` returns; arrays that a program closes over would be copied into it. An algorithm that
+        has its model inside of a field overrides both.
+        """
+        models = {name: value.constants() for name, value in self._models().items()}
+        return {name: arrays for name, arrays in models.items() if jax.tree.leaves(arrays)}
+
+    def bind(self, constants: Any) -> Algorithm:
+        """Return the same algorithm with these arrays for its `constants()`, a pytree like them."""
+        if not jax.tree.leaves(constants):
+            return self
+        models = {name: self._models()[name].bind(arrays) for name, arrays in constants.items()}
+        return dataclasses.replace(self, **models)  # type: ignore[type-var]
+
+    def _models(self) -> dict[str, Model]:
+        cls: Any = type(self)
+        names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if isinstance(value, Model)}
 
     def outer_optimizer(
         self, optimizer: optax.GradientTransformation

@@ -61,6 +61,17 @@ def _predict(learner: Learner, inputs: Any) -> Any:
     return learner.apply(learner.params, learner.statistics, inputs, learner.key)
 
 
+def check_key(what: str, key: Any) -> None:
+    """Raise TypeError for a seed where a key is asked for.
+
+    Args:
+      what: the argument, as its user writes it: "MAML.adapt(key=)".
+      key: its value.
+    """
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"`{what}` takes a key, not {key!r:.80}. Of a seed: `jax.random.key(0)`.")
+
+
 def check_support(what: str, support: Any) -> None:
     """Raise ValueError or TypeError for a support set without examples, or of no arrays.
 

@@ -43,6 +43,18 @@ class Model(abc.ABC):
           key: for dropout and other random operations; None if there are none.
         """
 
+    def constants(self) -> Any:
+        """Return the arrays that the model holds and nobody learns, such as a pretrained body.
+
+        The Trainer passes them to its compiled programs as arguments. By default there are none.
+        """
+        return ()
+
+    def bind(self, constants: Any) -> Model:
+        """Return the same model with these arrays for its `constants()`, a pytree like them."""
+        del constants
+        return self
+
 
 ADAPTERS = {
     "linen": "`Linen(module, inputs)`, with `inputs` such as "

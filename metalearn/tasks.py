@@ -2,7 +2,9 @@
 
 A task distribution is a pytree (its arrays are on the device, its numbers are static), so it is an
 argument of `jit`, and the data of a run depends on (seed, step) alone: resuming needs no position
-in a stream.
+in a stream. Data that are on the host (`Tasks.needs_fetch`) are fetched for the keys of an outer
+step, before its program runs: `fetched(tasks, keys, first)` is a small distribution on the device,
+which has the episodes of those keys.
 
 Other values (a list, a generator, a loader, a class that JAX does not know) are refused by
 `check_tasks` before anything is compiled.
@@ -17,9 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metalearn._utils.checks import first_line
+from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
 from metalearn.unroll import Batch, Episode, Unroll, horizon, task_keys
 
@@ -43,6 +47,119 @@ class Tasks(abc.ABC):
         """
         return None
 
+    @property
+    def needs_fetch(self) -> bool:
+        """Whether a trainer calls `fetch` before each program. False, the default."""
+        return False
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the episodes of a step can be drawn again. True, the default."""
+        return True
+
+    def fetch(self, keys: jax.Array, first: int) -> Tasks:
+        """Return tasks on the device that have the episodes of `keys`, read on the host.
+
+        Called outside jit, also from a thread. `sample(key)` of the result is called inside jit,
+        with these keys alone. The default, of data on the device: self.
+
+        Args:
+          keys: [n], of the tasks of an outer step, or of a part of an evaluation.
+          first: how many tasks are drawn before these, in the run or in the evaluation.
+        """
+        del keys, first
+        return self
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fetched(Tasks):
+    """The episodes of some keys, read from the host.
+
+    For any other key `sample` returns an episode whose floats are NaN and whose integers are the
+    largest of their type, so that it cannot pass for data.
+
+    Args:
+      keys: [n], of the episodes.
+      rows: what was read, leaves [n, ...].
+      episode: the rows of one task -> its episode. It compares by value (a function of a module,
+        an instance of a frozen dataclass), or every step would be compiled anew.
+    """
+
+    keys: jax.Array = dataclasses.field(repr=False)
+    rows: Any = dataclasses.field(repr=False)
+    episode: Callable[[Any], Episode] = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def sample(self, key: jax.Array) -> Episode:
+        """Return the episode of `key`."""
+        number, present = number_of(self.keys, key)
+        episode = self.episode(jax.tree.map(lambda leaf: leaf[number], self.rows))
+        return jax.tree.map(lambda leaf: only_if(present, leaf), episode)
+
+
+def number_of(keys: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return (the number of `key` among `keys` [n], whether it is one of them)."""
+    same = (jax.random.key_data(keys) == jax.random.key_data(key)[None]).all(axis=-1)
+    return jnp.argmax(same), same.any()
+
+
+def only_if(present: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Return a leaf of an episode, or where it is not present what cannot pass for data."""
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.where(present, leaf, jnp.asarray(jnp.nan, leaf.dtype))
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        return jnp.where(present, leaf, jnp.asarray(jnp.iinfo(leaf.dtype).max, leaf.dtype))
+    return leaf
+
+
+def fetched(tasks: Tasks, keys: jax.Array, first: int) -> Tasks:
+    """Return tasks on the device that have the episodes that `draw_task` draws with `keys` [n].
+
+    Tasks on the device are returned unchanged.
+
+    Args:
+      tasks: of a trainer.
+      keys: [n], for `draw_task`.
+      first: how many tasks are drawn before these; see `Tasks.fetch`.
+    """
+    return tasks.fetch(_episode_keys(keys), first) if needs_fetch(tasks) else tasks
+
+
+def needs_fetch(tasks: Any) -> bool:
+    """Return whether tasks are fetched before a program that draws them."""
+    return isinstance(tasks, Tasks) and tasks.needs_fetch
+
+
+@jax.jit
+def _episode_keys(keys: jax.Array) -> jax.Array:
+    """Return the keys that `draw_episode` gives to `sample` for `keys` [n]."""
+    return jax.vmap(lambda key: task_keys(key).episode)(keys)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WithConstants(Tasks):
+    """Tasks, and the constants of the algorithm that they are for: arguments of one program.
+
+    Args:
+      tasks: the distribution.
+      constants: `Algorithm.constants()`, to which `draw_task` binds the algorithm.
+    """
+
+    tasks: Tasks
+    constants: Any
+
+    def sample(self, key: jax.Array) -> Episode:
+        """Draw one task."""
+        return self.tasks.sample(key)
+
+    def label_range(self) -> tuple[int, int] | None:
+        """Return the range of the labels of the tasks."""
+        return self.tasks.label_range()
+
 
 OWN = (
     "A distribution of your own is a class with a method `sample(key) -> Episode`: a "
@@ -52,6 +169,10 @@ OWN = (
 DATA = (
     "Arrays of data become a distribution with `FewShot`, `TrainingRuns` or `Text` of "
     "`metalearn.datasets`"
+)
+GIVEN = (
+    "Episodes that are there already become one with `GivenTasks.create(episodes)`, and a stream "
+    "of them with `TaskStream(loader)`, of `metalearn.datasets`"
 )
 
 
@@ -136,10 +257,12 @@ def _other(tasks: Any) -> tuple[str, str, str]:
         return (
             f"a loader, `{kind}`",
             f"it hands out batches on the host, and {stream}",
-            f"Read its dataset once, into arrays. {DATA}",
+            "Where its items are examples, pass its dataset to "
+            f"`metalearn.datasets.HostFewShot.create`. {GIVEN}. Or read its dataset once, into "
+            f"arrays. {DATA}",
         )
     if isinstance(tasks, Iterator):
-        return f"a {kind}", f"it is an iterator, and {stream}", f"{OWN}. {DATA}"
+        return f"a {kind}", f"it is an iterator, and {stream}", f"{GIVEN}. {OWN}"
     if isinstance(tasks, Mapping):
         return (
             f"a {kind} with the keys {', '.join(map(repr, tasks))}",
@@ -150,7 +273,7 @@ def _other(tasks: Any) -> tuple[str, str, str]:
         return (
             f"a {kind} of {len(tasks)}",
             "nothing says how to draw from it",
-            f"Stack the episodes into arrays and draw one by its number. {OWN}. {DATA}",
+            f"{GIVEN}. {DATA}",
         )
     if isinstance(tasks, np.ndarray | jax.Array):
         return f"an array {list(tasks.shape)}", "nothing says how to draw from it", DATA
@@ -236,6 +359,8 @@ def draw_task(
       key: (); the same key draws the same episode, batches and engine key.
       transform: applied to the unroll, for instance to constrain the sharding of inner states.
     """
+    if isinstance(tasks, WithConstants):
+        algorithm, tasks = algorithm.bind(tasks.constants), tasks.tasks
     keys, episode = task_keys(key), draw_episode(tasks, key)
     unroll = algorithm.unroll(episode, keys.unroll)
     return DrawnTask(

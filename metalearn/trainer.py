@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,13 +34,14 @@ from metalearn.engines.base import Streaming, check_eta
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
 from metalearn.sharding.layout import Layout, abstract
-from metalearn.tasks import Tasks, check_tasks, label_range
+from metalearn.tasks import Tasks, WithConstants, check_tasks, fetched, label_range, needs_fetch
 from metalearn.train_state import TrainState
 from metalearn.training.evaluation import estimate, task_metrics
 from metalearn.training.faults import WATCHED, Faults
 from metalearn.training.fit import run
 from metalearn.training.full_unroll import FullUnroll, step_metrics
 from metalearn.training.outer_loop import Fit, OuterStep, Part
+from metalearn.training.program import Program
 from metalearn.training.segmented_unroll import Segment, SegmentedUnroll, spread, steps_taken
 from metalearn.training.task_batch import TaskBatch
 from metalearn.training.truncated_unroll import TruncatedUnroll, Truncation
@@ -129,18 +132,39 @@ class Trainer:
             check_tasks("Trainer.init(tasks=)", tasks)
         self._check_learned()
         if self.layout is None:
-            return self._init(key, tasks)
+            return self._init(key, tasks, self.constants)
         where = self._shardings(jax.eval_shape(self._init, key, tasks))
-        return jax.jit(self._init, out_shardings=where)(key, self.place(tasks))
+        init = jax.jit(self._init, out_shardings=where)
+        return init(key, self.place(tasks), self.constants)
 
     def shapes(self, tasks: Tasks | None = None) -> TrainState:
         """Return the shapes and shardings of a state; nothing is allocated."""
         shapes = jax.eval_shape(self._init, jax.eval_shape(lambda: jax.random.key(0)), tasks)
         return shapes if self.layout is None else abstract(shapes, self._shardings(shapes))
 
-    def _init(self, key: jax.Array, tasks: Tasks | None = None) -> TrainState:
+    @functools.cached_property
+    def constants(self) -> Any:
+        """The constants of the algorithm, on the devices: see `Algorithm.constants`."""
+        with jax.ensure_compile_time_eval():
+            return self.place(jax.tree.map(jnp.asarray, self.algorithm.constants()))
+
+    def _compiled(self, function: Callable[..., Any], **options: Any) -> Any:
+        """Return the compiled function (state or eta, tasks, ...), the constants an argument."""
+        constants = self.constants
+        if not jax.tree.leaves(constants):
+            return jax.jit(function, **options)
+        return Program(jax.jit(function, **options), constants)
+
+    def _init(
+        self, key: jax.Array, tasks: Tasks | None = None, constants: Any = None
+    ) -> TrainState:
         init_key, run_key = jax.random.split(key)
-        eta = jax.jit(self.algorithm.init)(init_key)
+        if jax.tree.leaves(constants):
+            algorithm = self.algorithm
+            eta = jax.jit(lambda arrays, key: algorithm.bind(arrays).init(key))(constants, init_key)
+            tasks = None if tasks is None else WithConstants(tasks, constants)
+        else:
+            eta = jax.jit(self.algorithm.init)(init_key)
         check_eta(eta)
         eta = strong(eta)
         optimizer = strong(start_outer(self.optimizer, eta))
@@ -160,7 +184,7 @@ class Trainer:
         The number of masked non-finite tasks is `tasks_left_out`, or `tasks_reset` in truncated
         training. `step_skipped` is 1 if `skip_nonfinite` left eta unchanged.
         """
-        return jax.jit(self._step) if self.segment is None else self._in_parts
+        return self._compiled(self._step) if self.segment is None else self._in_parts
 
     def parts(self, tasks: Tasks) -> list[Part]:
         """Return the programs of an outer step, in their order: one, or one for each segment."""
@@ -228,7 +252,7 @@ class Trainer:
             grads, metrics = outputs
             return self._updated(state, grads, metrics, inner)
 
-        return jax.jit(take, static_argnames="segment")
+        return self._compiled(take, static_argnames="segment")
 
     def _updated(
         self, state: TrainState, grads: Any, metrics: dict[str, Any], inner: Any
@@ -260,7 +284,18 @@ class Trainer:
 
     def task_keys(self, state: TrainState) -> jax.Array:
         """Return the keys [tasks_per_step] of the tasks of the outer step after `state`."""
-        return jax.random.split(jax.random.fold_in(state.key, state.step), self.tasks_per_step)
+        return self._keys(state.key, state.step)
+
+    def _keys(self, key: jax.Array, step: Any) -> jax.Array:
+        return jax.random.split(jax.random.fold_in(key, step), self.tasks_per_step)
+
+    def fetch(self, tasks: Tasks, state: TrainState) -> Tasks:
+        """Return the tasks of the outer step after `state`, for `step`, read from the host.
+
+        Tasks on the device are returned unchanged. `fit` does the same in a thread.
+        """
+        first = int(state.step) * self.tasks_per_step if needs_fetch(tasks) else 0
+        return self.place(fetched(tasks, self.task_keys(state), first))
 
     def task_gradient(
         self, eta: Any, tasks: Tasks, key: jax.Array
@@ -286,7 +321,7 @@ class Trainer:
             return look_at(self.unrolls.solve, eta, tasks, key, zeros, taken)
 
         where = None if self.layout is None else self.layout.replicated
-        return jax.jit(look, static_argnames="steps", out_shardings=where)
+        return self._compiled(look, static_argnames="steps", out_shardings=where)
 
     @functools.cached_property
     def _probes(self) -> health.Probes:
@@ -371,6 +406,13 @@ class Trainer:
             asked_to_stop,
             progress,
         )
+        if checkpoints is not None and isinstance(tasks, Tasks) and not tasks.resumable:
+            raise ValueError(
+                "`Trainer.fit(checkpoints=)` resumes a run from its last checkpoint, but its "
+                f"tasks are a `{type(tasks).__name__}` that cannot go back to the tasks of a step. "
+                "Give the stream a `seek`, pass the episodes to `GivenTasks.create`, or train "
+                "without `checkpoints`."
+            )
         self.check_memory(tasks, () if held_out is None else (held_out,))
         tasks, held_out = self.place((tasks, held_out))
         skips = faults.nonfinite == "skip"
@@ -398,7 +440,19 @@ class Trainer:
             evaluate,
             lambda state: self.check_health(state, tasks),
             lambda state: health.diagnose(self._probes, state, tasks),
+            self._fetched_at(tasks),
+            self.place,
         )
+
+    def _fetched_at(self, tasks: Tasks) -> Callable[[jax.Array, int], Tasks] | None:
+        """Return a function: (key of the run, outer step) -> its tasks; None: they need no fetch.
+
+        Truncated unrolls go on with the tasks of earlier steps, and read them inside the program.
+        """
+        if self.truncation is not None or not needs_fetch(tasks):
+            return None
+        keys, each = jax.jit(self._keys), self.tasks_per_step
+        return lambda key, step: fetched(tasks, keys(key, step - 1), (step - 1) * each)
 
     def check_memory(self, tasks: Tasks, evaluated: Sequence[Tasks] = ()) -> None:
         """Raise ValueError if an outer step on tasks, or an evaluation, cannot fit a device.
@@ -421,6 +475,32 @@ class Trainer:
         """Return tasks with their arrays replicated on all devices of the layout."""
         return tasks if self.layout is None else self.layout.replicate(tasks)
 
+    def restore(
+        self, directory: str | os.PathLike[str], tasks: Tasks | None = None, *, best: bool = False
+    ) -> TrainState:
+        """Return the newest state that `fit(checkpoints=Checkpoints(directory))` has saved.
+
+        A run of the command line is read with its algorithm and data by `metalearn.load_run`.
+
+        Args:
+          directory: of the checkpoints, or the workdir of a run, which has them in `checkpoints`.
+          tasks: that were trained on; truncated unrolls and segments need them.
+          best: the best checkpoint, of `Checkpoints(best=...)`; not the newest.
+
+        Raises:
+          ValueError: if there is no checkpoint.
+          OtherArraysError: if the checkpoint is of another algorithm, model or outer optimizer.
+        """
+        path = pathlib.Path(directory)
+        path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        if not path.is_dir():
+            raise ValueError(f"`Trainer.restore` found no checkpoints in {directory}.")
+        opened = Checkpoints(path)
+        try:
+            return opened.read(self.shapes(tasks), best)[0]
+        finally:
+            opened.close()
+
     def learned(self, state: TrainState) -> Any:
         """Return the eta of a state to evaluate and to export.
 
@@ -441,7 +521,12 @@ class Trainer:
         tasks, devices = self.place(tasks), self.batch.devices
         chunk = devices * min(-(-count // devices), self.batch.at_once)
         with known(label_range(tasks), self.labels_seen):
-            return estimate(lambda keys: self._evaluate(eta, tasks, keys), key, count, chunk)
+            return estimate(
+                lambda keys, first: self._evaluate(
+                    eta, self.place(fetched(tasks, keys, first)), keys
+                ),
+                *(key, count, chunk),
+            )
 
     @functools.cached_property
     def _evaluate(self) -> Callable[..., dict[str, jax.Array]]:
@@ -458,4 +543,4 @@ class Trainer:
             shared = eta, tasks
             return on_tasks(shared, keys) if each is None else each(on_tasks, shared, keys)
 
-        return jax.jit(on_keys)
+        return self._compiled(on_keys)

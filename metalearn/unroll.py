@@ -129,6 +129,21 @@ def task_keys(key: jax.Array) -> TaskKeys:
     return TaskKeys(*jax.random.split(key, 4))
 
 
+class Masked(NamedTuple):
+    """Targets of a set of which some examples are padding, so that unequal tasks have one shape.
+
+    The objectives of `metalearn.algorithms` leave the padding out of their means:
+    `(inputs, Masked(targets, mask))` in place of `(inputs, targets)`.
+
+    Args:
+      values: [n, ...], the targets; those of padding are not read.
+      mask: [n] bool, true for the examples that count.
+    """
+
+    values: Any
+    mask: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class ExampleMean:
     """The mean over a batch of a loss per example: theta, examples, *shared -> loss ().

@@ -12,8 +12,12 @@ from metalearn.models.attention import BlockedAttention, causal_attention
 from metalearn.models.equinox import Equinox
 from metalearn.models.functions import Functions
 from metalearn.models.haiku import Haiku
+from metalearn.models.hugging_face import load_hugging_face
 from metalearn.models.linen import Linen
+from metalearn.models.lora import LoRA
 from metalearn.models.nnx import NNX
+from metalearn.models.precision import Precision
+from metalearn.models.pretrained import Match, Pretrained, Trainable, match, with_params
 from metalearn.models.transformer import Architecture
 
 __all__ = [
@@ -24,9 +28,17 @@ __all__ = [
     "Functions",
     "Haiku",
     "Linen",
+    "LoRA",
+    "Match",
     "Model",
+    "Precision",
+    "Pretrained",
+    "Trainable",
     "causal_attention",
     "deterministic_flag",
+    "load_hugging_face",
+    "match",
     "no_flag",
     "train_flag",
+    "with_params",
 ]

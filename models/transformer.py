@@ -4,8 +4,12 @@ Every layer's parameters of one kind are one array [layers, ...], and the layers
 `lax.scan`, so that a deep model compiles as fast as a shallow one. The same function serves
 linen, NNX and Haiku: their `Transformer` modules declare these parameters and call it.
 
-Blocks are pre-normalised, x + attention(norm(x)) and then x + mlp(norm(x)), with rotary
-positions and no biases in the projections. `remat` says which residuals of a block are saved for
+Blocks are pre-normalised, x + attention(norm(x)) and then x + mlp(norm(x)). The fields of an
+`Architecture` are the choices of the published decoders: GPT-2's (layer norm, learned positions,
+biases, a tied head) and Llama's (RMSNorm, rotary positions, a gated MLP, key and value heads that
+groups of query heads share). `metalearn.models.hugging_face` reads both from files.
+
+`remat` says which residuals of a block are saved for
 the backward pass. With rematerialisation, `MixedFlow` has the tangents of only one block in memory
 at once, which are most of its memory (Kemaev et al. 2025, arXiv:2505.00793). For L layers,
 activations A of one block and x the residual stream, a gradient costs
@@ -29,7 +33,8 @@ embedding is tied to the head. For a smaller vocabulary, or another attention, r
 25305600
 
 References: Vaswani et al. 2017 (arXiv:1706.03762); RMSNorm, Zhang and Sennrich 2019
-(arXiv:1910.07467); rematerialisation, Chen et al. 2016 (arXiv:1604.06174).
+(arXiv:1910.07467); gated MLPs, Shazeer 2020 (arXiv:2002.05202); grouped queries, Ainslie et al.
+2023 (arXiv:2305.13245); rematerialisation, Chen et al. 2016 (arXiv:1604.06174).
 """
 
 from __future__ import annotations
@@ -48,6 +53,7 @@ from metalearn._utils.readable import readable
 from metalearn.models.attention import causal_attention, rotate
 
 Params = dict[str, jax.Array]
+POSITIONS = {"rotary": "rotate queries and keys", "learned": "add a vector", "none": "nothing"}
 NORMS = {"rms": "divide by the root mean square", "layer": "centre, then divide by the deviation"}
 REMAT: dict[str, Callable[..., bool] | None] = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -85,6 +91,14 @@ class Architecture:
       attention: q, k, v -> out, each [batch, S, heads, head_dim].
       remat: which residuals of a block are saved for the backward pass: "none", "block" or "dots".
       dtype: of the computation; None: that of the parameters.
+      kv_heads: heads of keys and values, each shared by a group of queries' heads; None: as heads.
+      gated: whether the MLP is down(activation(gate(x)) * up(x)), as SwiGLU; else
+        down(activation(up(x))).
+      positions: "rotary", "learned" or "none".
+      context: the number of learned positions, the longest sequence; None otherwise.
+      rotary_base: of rotary positions: the wavelengths go up to 2 pi times this.
+      biases: which projections have a bias: "query", "key", "value", "out", "gate", "up", "down".
+      epsilon: added to the mean square in norms.
     """
 
     vocabulary: int
@@ -99,11 +113,21 @@ class Architecture:
     attention: Callable[..., jax.Array] = causal_attention
     remat: str = "none"
     dtype: Any = None
+    kv_heads: int | None = None
+    gated: bool = False
+    positions: str = "rotary"
+    context: int | None = None
+    rotary_base: float = 10_000.0
+    biases: tuple[str, ...] = ()
+    epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
         check_fields(self)
         pick(NORMS, self.norm, "norm")
         pick(REMAT, self.remat, "remat")
+        pick(POSITIONS, self.positions, "kind of positions")
+        for name in self.biases:
+            pick(dict.fromkeys(self._shapes()), name, "projection")
         for name in ("vocabulary", "width", "layers", "heads"):
             if not is_integer(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(
@@ -114,7 +138,18 @@ class Architecture:
                 f"A width of {self.width} does not divide into {self.heads} heads. Choose a "
                 "multiple, or say how wide a head is with `head_dim`."
             )
-        if self.head_size % 2:
+        if self.heads % self.kv_size or self.kv_size < 1:
+            raise ValueError(
+                f"{self.heads} heads of queries do not divide into groups for {self.kv_size} heads "
+                "of keys and values. Choose `kv_heads` that divides `heads`."
+            )
+        if (self.context is None) == (self.positions == "learned"):
+            raise ValueError(
+                f"`Architecture(positions={self.positions!r}, context={self.context})`: learned "
+                "positions need the length of the longest sequence, `context`, and no other "
+                "positions have one."
+            )
+        if self.positions == "rotary" and self.head_size % 2:
             raise ValueError(
                 f"Rotary positions turn pairs of features, but a head has {self.head_size} of "
                 "them. Choose another number of heads, or an even `head_dim`."
@@ -126,6 +161,11 @@ class Architecture:
         return self.width // self.heads if self.head_dim is None else self.head_dim
 
     @property
+    def kv_size(self) -> int:
+        """The number of heads of keys and values."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
     def parameters(self) -> int:
         """The total number of parameters."""
         return sum(math.prod(shape) for shape, _ in self.declare().values())
@@ -133,21 +173,15 @@ class Architecture:
     def declare(self) -> dict[str, Parameter]:
         """Return every parameter's shape and initialiser, by name."""
         outside = {"embedding": Parameter((self.vocabulary, self.width), _normal(self.width))}
+        if self.context is not None:
+            outside["positions"] = Parameter((self.context, self.width), _normal(self.width))
         if not self.tied:
             outside["head"] = Parameter((self.width, self.vocabulary), _normal(self.width))
         return {**outside, **self._norm("final_norm", ()), **self._block()}
 
     def _block(self) -> dict[str, Parameter]:
         """Declare the parameters of all blocks, stacked along the first axis."""
-        inner, hidden = self.heads * self.head_size, self.hidden or 4 * self.width
-        shapes = {
-            "query": (self.width, inner),
-            "key": (self.width, inner),
-            "value": (self.width, inner),
-            "out": (inner, self.width),
-            "up": (self.width, hidden),
-            "down": (hidden, self.width),
-        }
+        shapes = self._shapes()
         # The residual stream sums 2 L terms.
         shrink = {"out": 2 * self.layers, "down": 2 * self.layers}
         return {
@@ -157,6 +191,25 @@ class Architecture:
                 name: Parameter((self.layers, *shape), _normal(shape[0] * shrink.get(name, 1)))
                 for name, shape in shapes.items()
             },
+            **{
+                f"{name}_bias": Parameter((self.layers, shapes[name][1]), jax.nn.initializers.zeros)
+                for name in self.biases
+            },
+        }
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """Return the shape of each projection of a block."""
+        inner, shared = self.heads * self.head_size, self.kv_size * self.head_size
+        hidden = self.hidden or 4 * self.width
+        gate = {"gate": (self.width, hidden)} if self.gated else {}
+        return {
+            "query": (self.width, inner),
+            "key": (self.width, shared),
+            "value": (self.width, shared),
+            "out": (inner, self.width),
+            **gate,
+            "up": (self.width, hidden),
+            "down": (hidden, self.width),
         }
 
     def _norm(self, name: str, stack: tuple[int, ...]) -> dict[str, Parameter]:
@@ -181,7 +234,7 @@ class Architecture:
         block = self._apply_block
         if self.remat != "none":
             block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(block, outside["embedding"][tokens], stacked)
+        x, _ = jax.lax.scan(block, self._embed(outside, tokens), stacked)
         x = self._normalise(x, outside, "final_norm")
         head = outside["embedding"].T if self.tied else outside["head"]
         precise = jnp.promote_types(x.dtype, jnp.float32)
@@ -190,13 +243,38 @@ class Architecture:
     def _apply_block(self, x: jax.Array, params: Params) -> tuple[jax.Array, None]:
         """Apply one layer to the residual stream [batch, S, width]."""
         params = self._cast(params)
+
+        def project(name: str, x: jax.Array) -> jax.Array:
+            out = x @ params[name]
+            return out + params[f"{name}_bias"][None, None] if name in self.biases else out
+
         normalised = self._normalise(x, params, "attention_norm")
-        heads = (*x.shape[:2], self.heads, self.head_size)
-        q, k, v = ((normalised @ params[n]).reshape(heads) for n in ("query", "key", "value"))
-        attended = self.attention(rotate(q), rotate(k), v)
-        x = x + attended.reshape(*x.shape[:2], -1) @ params["out"]
-        hidden = self.activation(self._normalise(x, params, "mlp_norm") @ params["up"])
-        return x + hidden @ params["down"], None
+        q, k, v = (
+            project(name, normalised).reshape(*x.shape[:2], -1, self.head_size)
+            for name in ("query", "key", "value")
+        )
+        if self.positions == "rotary":
+            q, k = rotate(q, self.rotary_base), rotate(k, self.rotary_base)
+        if self.kv_size != self.heads:
+            k, v = (jnp.repeat(y, self.heads // self.kv_size, axis=2) for y in (k, v))
+        x = x + project("out", self.attention(q, k, v).reshape(*x.shape[:2], -1))
+        normalised = self._normalise(x, params, "mlp_norm")
+        hidden = self.activation(project("gate" if self.gated else "up", normalised))
+        hidden = hidden * project("up", normalised) if self.gated else hidden
+        return x + project("down", hidden), None
+
+    def _embed(self, outside: Params, tokens: jax.Array) -> jax.Array:
+        """Return the residual stream before the first block, [batch, S, width]."""
+        x = outside["embedding"][tokens]
+        if self.context is None:
+            return x
+        length = tokens.shape[1]
+        if length > self.context:
+            raise ValueError(
+                f"A sequence of {length} tokens is longer than the {self.context} positions that "
+                "the transformer has learned (`context`). Cut it."
+            )
+        return x + outside["positions"][None, :length]
 
     def _cast(self, params: Params) -> Params:
         if self.dtype is None:
@@ -208,7 +286,7 @@ class Architecture:
         precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.norm == "layer":
             precise = precise - precise.mean(-1, keepdims=True)
-        scale = jax.lax.rsqrt((precise * precise).mean(-1, keepdims=True) + 1e-6)
+        scale = jax.lax.rsqrt((precise * precise).mean(-1, keepdims=True) + self.epsilon)
         out = (precise * scale).astype(x.dtype) * params[name][None, None]
         return out + params[f"{name}_shift"][None, None] if self.norm == "layer" else out
 

@@ -51,13 +51,17 @@ from metalearn.datasets import (
     ClassIndex,
     Corruption,
     FewShot,
+    GivenTasks,
     HeldOut,
+    HostFewShot,
     Quadratics,
     SideBySide,
     Sinusoid,
+    TaskStream,
     Text,
     Tokenizer,
     TrainingRuns,
+    UnequalFewShot,
 )
 from metalearn.model import Model
 from metalearn.models import (
@@ -66,11 +70,16 @@ from metalearn.models import (
     Functions,
     Haiku,
     Linen,
+    LoRA,
+    Precision,
+    Trainable,
     haiku_networks,
     linen_networks,
     nnx_networks,
     train_flag,
+    with_params,
 )
+from metalearn.tasks import WithConstants
 from tests.helpers import equinox_networks
 
 IMAGE = (4, 4, 1)
@@ -153,8 +162,16 @@ class Tokenwise(Model):
         return outputs.reshape(*inputs.shape, -1), state
 
 
+def _pretrained(model: Model) -> Model:
+    return with_params(model, model.init(jax.random.key(1))[0])
+
+
 MODELS: dict[str, Model] = {
     "Functions": _functions(),
+    "Precision": Precision(_functions(), compute=jnp.bfloat16),
+    "LoRA": LoRA(_functions(), 1),
+    "Trainable": Trainable(_pretrained(_functions()), "head"),
+    "Pretrained": _pretrained(_functions()),
     **{f"{library}-MLP": mlp(library) for library in ADAPTED},
     **{f"{library}-ConvNet": conv_net(library, momentum=0.5) for library in ADAPTED},
 }
@@ -193,10 +210,22 @@ TASKS = {
     ),
     "TrainingRuns": TrainingRuns.create(np.eye(5, dtype=np.float32), np.arange(5), validation=2),
     "Quadratics": Quadratics(3),
+    "WithConstants": WithConstants(Quadratics(3), ()),
     "SideBySide": SideBySide({"bowl": Quadratics(2), "wave": Sinusoid()}),
     "HeldOut": HeldOut.create(
         np.eye(3, dtype=np.float32), np.arange(3), np.ones((2, 3), np.float32), [0, 1]
     ),
+}
+
+_EXAMPLES = np.asarray(_INDEX.examples).reshape(30, *IMAGE), np.repeat(np.arange(5), 6)
+_HOST = HostFewShot.create(*_EXAMPLES, ways=WAYS, shots=2, queries=3)
+_EPISODES = [TASKS["FewShot"].sample(jax.random.key(i)) for i in range(3)]
+TASKS |= {
+    "HostFewShot": _HOST,
+    "Fetched": _HOST.fetch(jax.random.split(jax.random.key(0), 2)),
+    "GivenTasks": GivenTasks.create(_EPISODES),
+    "TaskStream": TaskStream(_EPISODES),
+    "UnequalFewShot": UnequalFewShot.create(TASKS["FewShot"], fewest_ways=2, fewest_shots=1),
 }
 
 ENGINES = {
@@ -279,11 +308,25 @@ def _loss_weights(weighting, **options):
     return functools.partial(LossWeights, weighting=weighting, optimizer=optimizer, **options)
 
 
+def _lora(model, objective):
+    """Low-rank terms of a pretrained network, which adapt from a learned start."""
+    model = LoRA(_pretrained(model), 1)
+    chosen = {"adapted": "^lora", "learned": "^lora"}
+    return MAML(model, objective, optax.sgd(0.1), inner_steps=2, **chosen)
+
+
+def _trainable_rates(model, objective):
+    """Learned rates of the last layer of a pretrained network."""
+    return _learning_rates(Trainable(_pretrained(model), "head"), objective)
+
+
 ALGORITHMS = {
     "MAML": AlgorithmCase(_maml()),
     # Adam divides by sqrt(v), whose derivative is infinite at zero: hence eps_root.
     "MAML-adam": AlgorithmCase(_maml(optax.adam(0.05, eps_root=1e-4), inner_steps=3)),
     "Meta-SGD": AlgorithmCase(_maml(optax.sgd(1.0), learned_rates=0.1)),
+    "LoRA": AlgorithmCase(_lora),
+    "Trainable": AlgorithmCase(_trainable_rates, run=True),
     "ANIL": AlgorithmCase(_maml(adapted="head")),
     "first-order": AlgorithmCase(_maml(first_order=True), exact=False),
     "example-weights": AlgorithmCase(

@@ -278,6 +278,12 @@ def test_another_number_of_steps_is_an_integer_of_at_least_one(steps):
         algorithm.adapt(start(algorithm), (IMAGES, np.arange(4) % 3), KEY, steps=steps)
 
 
+def test_a_seed_is_no_key():
+    algorithm = classifier()
+    with refused(TypeError, "`MAML.adapt(key=)` takes a key, not 0. Of a seed: `jax.random.key(0)"):
+        algorithm.adapt(start(algorithm), (IMAGES, np.arange(4) % 3), 0)
+
+
 def test_an_algorithm_that_steps_over_its_batches_takes_no_other_number_of_steps():
     algorithm, tasks = ALGORITHMS["LearningRates"].problem("linen")
     given = tasks.sample(KEY).support

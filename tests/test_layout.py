@@ -69,7 +69,21 @@ FEATURES = {
     "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),
     "from a config to the trainer": ("experiments/build/trainers.py", "trainer"),
     "a module of Equinox as a model": ("models/equinox.py", "Equinox"),
+    "predicting with a finished run": ("experiments/commands/adapt.py", "adapt"),
+    "pretrained parameters by name": ("models/pretrained.py", "with_params"),
+    "arrays that nobody learns, as arguments of programs": (
+        "metalearn/training/program.py",
+        "Program",
+    ),
+    "decoders of Hugging Face": ("models/hugging_face.py", "load_hugging_face"),
+    "low-rank adaptation": ("models/lora.py", "LoRA"),
+    "bfloat16": ("models/precision.py", "Precision"),
+    "master weights": ("metalearn/optimizers/master_weights.py", "master_weights"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
+    "data that stay on the host": ("datasets/host_few_shot.py", "HostFewShot"),
+    "reading the tasks of the next steps": ("metalearn/training/prefetch.py", "Prefetch"),
+    "lists and streams of episodes": ("datasets/given.py", "GivenTasks"),
+    "tasks of unequal size": ("datasets/unequal.py", "UnequalFewShot"),
     "folders of images": ("datasets/folders.py", "read_folder"),
 }
 

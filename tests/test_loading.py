@@ -15,6 +15,7 @@ LISTENING = """
 import json, os, pathlib, pickle, sys, tempfile
 import jax, jax.numpy as jnp, numpy as np, optax
 from metalearn.algorithms import Hyperparameter, TunedRule, load_optimizer, save_optimizer
+from metalearn import load_eta, save_eta
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets.reading import cached
 from metalearn.experiments.cli import json_config
@@ -43,6 +44,7 @@ written.close()
 rate = Hyperparameter(1e-5, 1.0, start=0.01, space="log")
 rule = TunedRule(optax.adam, {"learning_rate": rate})
 save_optimizer(work / "mine.safetensors", rule, rule.init(jax.random.key(0)))
+save_eta(work / "eta.safetensors", eta)
 (work / "mine.json").write_text('{"config": "maml_digits", "seed": 3}')
 
 
@@ -51,6 +53,10 @@ def checkpoint():
     found, record = opened.restore(state)
     opened.close()
     assert (found.eta["w"] == eta["w"]).all() and record["WandbLogger"] == {"wandb_id": "x"}
+
+
+def exported_eta():
+    assert (load_eta(work / "eta.safetensors")["w"] == eta["w"]).all()
 
 
 def exported_optimizer():
@@ -69,7 +75,7 @@ def a_pickle():
     pickle.loads(pickle.dumps(pathlib.Path("x")))
 
 
-for load in (checkpoint, exported_optimizer, dataset_cache, config, a_pickle):
+for load in (checkpoint, exported_eta, exported_optimizer, dataset_cache, config, a_pickle):
     load()  # whatever is imported late is imported now
     heard[load.__name__] = []
     what = load.__name__
@@ -87,7 +93,9 @@ def heard():
     return json.loads(subprocess.check_output(command, env=environment, text=True))
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "exported_optimizer", "dataset_cache", "config"])
+@pytest.mark.parametrize(
+    "kind", ["checkpoint", "exported_eta", "exported_optimizer", "dataset_cache", "config"]
+)
 def test_loading_runs_no_code(heard, kind):
     assert heard[kind] == []
 

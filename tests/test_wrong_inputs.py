@@ -110,11 +110,14 @@ NO_TASKS = {
     ),
     "a class with attributes": (Attributes(), "got a `Attributes`, a class that JAX does not know"),
     "a class": (Sinusoid, r"got the class `Sinusoid`: it has no data yet. Make an .*`Sinusoid\("),
-    "a generator": ((EPISODE for _ in "ab"), "got a generator: it is an iterator, and jit cannot"),
+    "a generator": (
+        (EPISODE for _ in "ab"),
+        "got a generator: it is an iterator, .*with `TaskStream",
+    ),
     "an iterator": (iter([EPISODE]), "got a list_iterator: it is an iterator, and jit cannot draw"),
-    "a list": ([EPISODE] * 3, "got a list of 3: .*Stack the episodes into arrays and draw one by"),
+    "a list": ([EPISODE] * 3, "got a list of 3: .*become one with `GivenTasks.create"),
     "a tuple": ((EPISODE,), "got a tuple of 1: nothing says how to draw from it"),
-    "a loader": (Loader(), "got a loader, `Loader`: it hands out batches on .*Read its dataset"),
+    "a loader": (Loader(), "got a loader, `Loader`: it hands out batches on .*pass its dataset"),
     "tf.data": (Stream(), "got a loader, `Stream`: it hands out batches on the host"),
     "a dict": (
         {"a": Sinusoid()},

@@ -36,7 +36,7 @@ from metalearn._utils.checks import Count, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import readable
 from metalearn._utils.trees import in_dtypes_of
-from metalearn.algorithm import Algorithm
+from metalearn.algorithm import TRAINING_RUN, Algorithm
 from metalearn.algorithms.epochs import check_reads, epochs, read_rows, scaled
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter, check_required, place
 from metalearn.algorithms.fds.outer_rules import fds_rule, in_ranges
@@ -196,7 +196,7 @@ class FDS(Algorithm):
 
     def mode(self) -> str:
         """Say in which mode the model is in inner steps and for queries."""
-        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+        return TRAINING_RUN
 
     def support_set(self, support: Any) -> Any:
         """Return (inputs, targets, rows to train on); of (inputs, targets), all rows."""

@@ -31,7 +31,7 @@ import optax
 
 from metalearn._utils.checks import is_integer, pick
 from metalearn._utils.fields import check_fields
-from metalearn.algorithm import Algorithm
+from metalearn.algorithm import TRAINING_RUN, Algorithm
 from metalearn.algorithms import pictures
 from metalearn.algorithms.learned_optimizer.export import save_optimizer
 from metalearn.algorithms.learned_optimizer.problems import Problem
@@ -163,7 +163,7 @@ class LearnedOptimizer(Algorithm):
 
     def mode(self) -> str:
         """Say in which mode the model is in inner steps and for queries."""
-        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+        return TRAINING_RUN
 
     def support_set(self, support: Any) -> Any:
         """Return a support set as the problem reads it: see `Problem`."""

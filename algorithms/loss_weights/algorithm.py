@@ -32,7 +32,7 @@ import optax
 
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import described, readable
-from metalearn.algorithm import Algorithm
+from metalearn.algorithm import TRAINING_RUN, Algorithm
 from metalearn.algorithms import pictures
 from metalearn.algorithms.loss_weights.features import Examples, WeightInputs, auc
 from metalearn.algorithms.loss_weights.weighting import (
@@ -43,7 +43,7 @@ from metalearn.algorithms.loss_weights.weighting import (
     check_squash,
     check_weighting,
 )
-from metalearn.algorithms.objectives import check_labels
+from metalearn.algorithms.objectives import check_labels, unmasked
 from metalearn.algorithms.support import check_pair
 from metalearn.model import Model
 from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
@@ -53,6 +53,7 @@ from metalearn.unroll import (
     Eta,
     ExampleMean,
     GradFn,
+    Masked,
     Metrics,
     ModelTraining,
     Unroll,
@@ -146,7 +147,7 @@ class LossWeights(Algorithm):
 
     def mode(self) -> str:
         """Say in which mode the model is in inner steps and for queries."""
-        return "inner steps: batch statistics, dropout on; queries: running statistics, dropout off"
+        return TRAINING_RUN
 
     def support_set(self, support: Any) -> Any:
         """Return batches with the fields that the losses need; of a pair, all of one source."""
@@ -184,14 +185,22 @@ class LossWeights(Algorithm):
             if self.through_features:
                 moved = state._replace(params=feature_params)
                 inputs, _ = self._losses(moved, batch, key)
-            return (losses * self.weights(eta, inputs, batch)).mean(), statistics
+            _, mean = unmasked(batch.targets)
+            return mean(losses * self.weights(eta, inputs, batch)), statistics
 
         def example_loss(params: Any, example: Any, feature_params: Any, eta: Eta) -> jax.Array:
             batch, key = example
             batch = jax.tree.map(lambda x: x[None], batch)
             return weighted(params, feature_params, batch, eta, key)[0]
 
-        if self.normalize is not None or jax.tree.leaves(state.statistics):
+        masked = isinstance(batch.targets, Masked)
+        if masked and self.normalize is not None:
+            raise ValueError(
+                "`LossWeights(normalize=)` gives the weights of a batch a mean, and with `Masked` "
+                "targets the padding would have a part in it. Use normalize=None, or batches "
+                "without padding."
+            )
+        if masked or self.normalize is not None or jax.tree.leaves(state.statistics):
             evaluated = evaluate(grad, weighted, state.params, state.params, batch, eta, key)
             return evaluated, evaluated.aux
         # No example depends on another, so engines may split the batch into micro-batches.
@@ -208,7 +217,7 @@ class LossWeights(Algorithm):
 
     def losses_of(self, outputs: Any, batch: Batch) -> jax.Array:
         """Return the losses [batch, S] of a model's outputs."""
-        targets = batch.targets
+        targets, _ = unmasked(batch.targets)
         if self.loss_fn is optax.softmax_cross_entropy_with_integer_labels:
             targets = check_labels("LossWeights", outputs, targets)
         losses = self.loss_fn(outputs, targets)
@@ -221,8 +230,14 @@ class LossWeights(Algorithm):
         losses = self.losses(state, query)
         weights = self.weights(eta, losses, query)
         metrics = {"weight_min": weights.min(), "weight_mean": weights.mean()}
+        _, mean = unmasked(query.targets)
         if query.corrupted is None:
-            return losses.mean(), metrics
+            return mean(losses), metrics
+        if isinstance(query.targets, Masked):
+            raise ValueError(
+                "`LossWeights` got a query set with `corrupted` and with `Masked` targets, of "
+                "which each leaves examples out. Mark the padding as corrupted instead."
+            )
         clean, example_weights = ~query.corrupted, weights.mean(1)
         metrics["weight_clean"] = _mean_where(clean, example_weights)
         metrics["weight_corrupted"] = _mean_where(query.corrupted, example_weights)

@@ -66,7 +66,7 @@ def splits(config: Mapping[str, Any]) -> Splits:
     if name in SPECIAL:
         check_call(what, options, read)
         return read(**options)
-    if _returns(read, ClassIndex):
+    if returns(read, ClassIndex):
         check_call(what, options, few_shot, read, filled=("read", "split"))
         return few_shot(read, **options)
     check_call(what, options, read, filled=("split",))
@@ -309,10 +309,11 @@ def _is_dataset(export: Any) -> bool:
     if not inspect.isfunction(export):
         return False
     first = next(iter(inspect.signature(export).parameters), "")
-    return first == "split" and (_returns(export, ClassIndex) or _returns(export, Tasks))
+    return first == "split" and (returns(export, ClassIndex) or returns(export, Tasks))
 
 
-def _returns(function: Callable[..., Any], kind: type) -> bool:
+def returns(function: Callable[..., Any], kind: type) -> bool:
+    """Return whether a function is annotated to return a kind of object."""
     returned = inspect.get_annotations(function, eval_str=True).get("return")
     return isinstance(returned, type) and issubclass(returned, kind)
 

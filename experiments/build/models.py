@@ -71,6 +71,9 @@ def model(config: Mapping[str, Any], splits: Splits) -> Model:
     return library.adapt(lambda **given: network(**sizes, **options, **given), splits)
 
 
+FILLED = ("outputs", "inputs", "image", "example")  # arguments that do not come from the config
+
+
 def _sizes(splits: Splits) -> dict[str, Any]:
     shape = splits.inputs.shape[1:]
     return {"outputs": splits.outputs, "inputs": splits.inputs.size, "image": shape}

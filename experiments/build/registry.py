@@ -121,6 +121,12 @@ def find(
         or names neither a function nor a class of the kind with all its methods.
     """
     if not is_import_path(name):
+        if isinstance(name, str) and name not in table and {*".:/"} & {*name}:
+            raise ValueError(
+                f"No {what} is called {name!r}, and it is no import path: that is "
+                "'package.module:Name', such as 'my_file:MyClass' for a class in my_file.py of the "
+                f"current directory. The names of metalearn are: {', '.join(sorted(table))}."
+            )
         return pick(table, name, what)
     value: Any = load(name, what)
     article = "an" if what[0] in "aeiou" else "a"
@@ -245,11 +251,9 @@ def check_call(
     needed = [name for name, p in takes.items() if p.default is inspect.Parameter.empty]
     missing = [name for name in needed if name not in options]
     if missing:
-        way_out = "Begin with a packaged config that is made for it."
-        if any(map(is_import_path, re.findall(r"'([^']*)'", what))):
-            way_out = "They are arguments without a default: set them beside `name`."
         raise ValueError(
-            f"The {what} needs {', '.join(missing)}, which this config does not set. {way_out}"
+            f"The {what} needs {', '.join(missing)}, which this config does not set. Set what has "
+            "no default beside the name, or begin with a packaged config that is made for it."
         )
 
 

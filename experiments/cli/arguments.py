@@ -7,13 +7,15 @@ type that a key takes is.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from absl import flags
 
 from metalearn._utils.checks import nearest, pick
 from metalearn.experiments.cli import values
@@ -45,15 +47,31 @@ def renamed(key: str, known: Iterable[str]) -> str:
     return f" It is called {new!r} now." if new in [*known] else ""
 
 
+def meant(key: str, known: Sequence[str]) -> str:
+    """Return " Did you mean ...?" for a key that is not known, by all of it and by its last part.
+
+    >>> meant("learning_rate", ["optimizer.learning_rate", "seed", "algorithm.learning_rate"])
+    " Did you mean 'algorithm.learning_rate' or 'optimizer.learning_rate'?"
+    >>> meant("lerning_rate", ["optimizer.learning_rate", "seed"])
+    " Did you mean 'optimizer.learning_rate'?"
+    """
+    parent, dot, last = key.rpartition(".")
+    lasts = {other: other.rpartition(".")[2] for other in known}
+    close = [last] if last in lasts.values() else difflib.get_close_matches(last, lasts.values(), 1)
+    alike = sorted(other for other in known if lasts[other] in close)
+    here = [other for other in alike if other == f"{parent}{dot}{lasts[other]}"]
+    chosen = here or alike[:4]
+    return f" Did you mean {' or '.join(map(repr, chosen))}?" if chosen else nearest(key, known)
+
+
 def packaged() -> list[str]:
     """Return the names of the packaged configs."""
     return sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("_"))
 
 
 def command(argv: Sequence[str], commands: Mapping[str, Any], usage: str) -> str | None:
-    """Return the command's name; None, with the usage printed, where help was asked for."""
-    asked = argv[1:2] == ["help"] or {"-h", "--help"} & set(argv)
-    if len(argv) > 1 and not asked:
+    """Return the command's name; None, with the usage printed, where none is named but help."""
+    if len(argv) > 1 and argv[1] not in ("help", *HELP):
         pick(commands, argv[1], "command")
         return argv[1]
     print(usage.strip())
@@ -61,10 +79,69 @@ def command(argv: Sequence[str], commands: Mapping[str, Any], usage: str) -> str
     return None
 
 
-def expanded(argv: Sequence[str]) -> list[str]:
+HELP = ("-h", "--help")
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Return whether help is asked for."""
+    return bool({*HELP} & {*argv})
+
+
+def usage(command: str, what: str, options: Sequence[flags.Flag]) -> str:
+    """Return the help of a command: what it does, and its options."""
+    names = [f"--{'no' if flag.default is True else ''}{_dashed(flag.name)}" for flag in options]
+    width = max(map(len, names))
+    lines = [f"  {n:{width}}  {flag.help}" for n, flag in zip(names, options, strict=True)]
+    parts = [f"metalearn {command}: {what.strip()}", "\n".join(lines)]
+    if any(flag.name == "config" for flag in options):
+        parts.append("  --config.KEY=VALUE sets a key of the config.")
+    return "\n\n".join(parts)
+
+
+def check_options(
+    argv: Sequence[str],
+    command: str,
+    commands_of: Mapping[str, Sequence[str]],
+    options: Sequence[flags.Flag],
+) -> None:
+    """Raise ValueError for an option of another command.
+
+    Args:
+      argv: the command line.
+      command: its command.
+      commands_of: the commands of each option that is not of all.
+      options: of the command.
+    """
+    for argument in map(_with_underscores, argv[2:]):
+        match = re.match(r"--?(?:no)?(\w+)(?=[=.]|$)", argument)
+        others = commands_of.get(match[1], ()) if match else ()
+        if match and others and command not in others:
+            those = " and ".join(f"`metalearn {other}`" for other in others)
+            names = ", ".join(f"--{_dashed(flag.name)}" for flag in options)
+            raise ValueError(
+                f"--{_dashed(match[1])} is an option of {those}, not of `metalearn {command}`. "
+                f"That has: {names}."
+            )
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def expanded(
+    argv: Sequence[str],
+    renew: Callable[[ml_collections.ConfigDict, Mapping[str, Any]], None],
+    nullable: Callable[[ml_collections.ConfigDict, str], bool],
+) -> list[str]:
     """Return argv without the command, its config loaded, and keys and values checked against it.
 
-    `--config=NAME` is made the path of `loaded_config.py`, so that the file is executed once.
+    `--config=NAME` is made the path of `loaded_config.py`, so that the file is executed once. A
+    key that is set to None is set here, and its argument dropped: absl has no text for None.
+
+    Args:
+      argv: the command line.
+      renew: gives names that change their own keys: `metalearn.experiments.build.sections`.
+      nullable: says whether None is a value of a key.
     """
     rest = [argv[0], *(_with_underscores(argument) for argument in argv[2:])]
     for i in range(len(rest) - 1, 0, -1):
@@ -76,8 +153,11 @@ def expanded(argv: Sequence[str]) -> list[str]:
             path, options = _config_file(match[1])
             config = LOADED[match[1]] = _load(path, options, _allows_imports(rest))
             rest[i] = f"--config={HANDED_OVER}:{match[1]}"
+            renew(config, {key: text for _, key, text in _settings(rest)})
             _check_keys(rest, config)
+            rest = _set_to_none(rest, config, nullable)
             _check_values(rest, config)
+            break
     return rest
 
 
@@ -133,12 +213,41 @@ def _load(path: str, options: str, allow_imports: bool = False) -> ml_collection
     return config
 
 
+def _settings(arguments: Sequence[str]) -> list[tuple[int, str, str]]:
+    """Return (position, key, text) of each `--config.KEY=TEXT`, and of `--config.KEY TEXT`."""
+    settings = []
+    for i, argument in enumerate(arguments):
+        match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if match:
+            following = arguments[i + 1] if i + 1 < len(arguments) else ""
+            settings.append((i, match[1], following if match[2] is None else match[2]))
+    return settings
+
+
+NONE = ("", "None", "none", "null")  # texts for None
+
+
+def _set_to_none(
+    arguments: list[str],
+    config: ml_collections.ConfigDict,
+    nullable: Callable[[ml_collections.ConfigDict, str], bool],
+) -> list[str]:
+    """Set keys to None whose text says so, and return the arguments without them."""
+    dropped = set()
+    for i, key, text in _settings(arguments):
+        apart = "=" not in arguments[i]  # `--config.chunk None`
+        if text in (NONE[1:] if apart else NONE) and nullable(config, key):
+            config.update_from_flattened_dict({key: None})
+            dropped |= {i, i + 1} if apart else {i}
+    return [argument for i, argument in enumerate(arguments) if i not in dropped]
+
+
 def _check_keys(arguments: Iterable[str], config: ml_collections.ConfigDict) -> None:
-    known = list(_keys(config))
+    known = list(keys(config))
     for argument in arguments:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if match and match[1] not in known:
-            hint = renamed(match[1], known) or nearest(match[1], known)
+            hint = renamed(match[1], known) or meant(match[1], known)
             raise ValueError(
                 f"The config has no key {match[1]!r}.{hint} There are: {', '.join(known)}."
             )
@@ -163,10 +272,11 @@ def _kind(config: ml_collections.ConfigDict, key: str) -> type:
     return config.get_type(last)
 
 
-def _keys(config: Any, prefix: str = "") -> Iterable[str]:
+def keys(config: Any, prefix: str = "") -> Iterable[str]:
+    """Yield the dotted keys of a config."""
     for key in config:
         value = config.get_ref(key).get() if config.is_type_safe else config[key]
         if isinstance(value, ml_collections.ConfigDict):
-            yield from _keys(value, f"{prefix}{key}.")
+            yield from keys(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"

@@ -4,11 +4,11 @@
 
 A config file is Python and is executed, so one from a stranger can do whatever you can do.
 This form names one of the packaged configs and sets keys of it, each held against the type
-that the key has there; a list stands for a tuple, and null leaves unset what the packaged
-config leaves unset. It cannot name a file, add a key or call anything. `--config=mine.json`
-reads it, and `--config.seed=2` on the command line is set on top. A name in it that is an import
-path ("my_package.my_file:MyAlgorithm") would execute code, and is refused without
-`--allow-imports`.
+that the key has there; a list stands for a tuple, and null unsets what may be unset. A name that
+it sets brings its own keys. It cannot name a file, add a key or call anything.
+`--config=mine.json` reads it, and `--config.seed=2` on the command line is set on top. A name in it
+that is an import path ("my_package.my_file:MyAlgorithm") would execute code, and is refused
+without `--allow-imports`.
 
 This module is a config file of ml-collections itself, with the path of the JSON as its option.
 """
@@ -23,8 +23,9 @@ import ml_collections
 
 from metalearn._utils import strict_json
 from metalearn._utils.checks import nearest, pick
+from metalearn.experiments.build import sections
 from metalearn.experiments.cli import values
-from metalearn.experiments.cli.arguments import packaged, renamed
+from metalearn.experiments.cli.arguments import keys, meant, packaged, renamed
 from metalearn.experiments.cli.import_paths import check_json
 
 
@@ -40,6 +41,7 @@ def get_config(path: str, allow_imports: bool = False) -> ml_collections.ConfigD
     name = pick({known: known for known in packaged()}, name, "packaged config")
     config = importlib.import_module(f"metalearn.experiments.configs.{name}").get_config()
     check_json(path, given, allow_imports)
+    sections.renew(config, flat(given))
     update(config, given)
     return config
 
@@ -60,21 +62,49 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def update(config: ml_collections.ConfigDict, given: dict[str, Any], prefix: str = "") -> None:
-    """Set keys of a config, in place, each to a value of the type it has."""
+def flat(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested objects as one, by dotted keys.
+
+    >>> flat({"seed": 1, "model": {"name": "mlp"}})
+    {'seed': 1, 'model.name': 'mlp'}
+    """
+    pairs: dict[str, Any] = {}
+    for key, value in given.items():
+        here = f"{prefix}{key}"
+        pairs |= flat(value, f"{here}.") if isinstance(value, dict) else {here: value}
+    return pairs
+
+
+def update(
+    config: ml_collections.ConfigDict,
+    given: dict[str, Any],
+    prefix: str = "",
+    whole: ml_collections.ConfigDict | None = None,
+) -> None:
+    """Set keys of a config, in place, each to a value of the type it has.
+
+    Args:
+      config: a part of a config.
+      given: the keys to set in it.
+      prefix: of the keys of the part, such as "model.".
+      whole: the config that it is a part of; None: itself.
+    """
+    whole = config if whole is None else whole
     for key, value in given.items():
         here = f"{prefix}{key}"
         if key not in config:
-            hint = renamed(key, config) or nearest(key, config)
+            elsewhere = [known for known in keys(whole) if known.endswith(f".{key}")]
+            hint = renamed(key, config) or meant(here, elsewhere) or nearest(key, config)
             raise ValueError(
                 f"The config has no key {here!r}.{hint} "
                 f"There are: {', '.join(f'{prefix}{known}' for known in config)}."
             )
         old = config[key]
         if not isinstance(old, ml_collections.ConfigDict):
-            config[key] = values.from_json(here, value, config.get_type(key), old is None)
+            unset = value is None and sections.nullable(whole, here)
+            config[key] = values.from_json(here, value, config.get_type(key), unset)
         elif isinstance(value, dict):
-            update(old, value, f"{here}.")
+            update(old, value, f"{here}.", whole)
         else:
             raise ValueError(
                 f"config.{here} holds keys of its own, so it takes an object, not {value!r}. They "

@@ -223,13 +223,25 @@ def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
 AUTO = "auto"
 
 
-def settled(config: dict[str, Any], checkpoints: pathlib.Path) -> dict[str, Any]:
+def settled(
+    config: dict[str, Any], checkpoints: pathlib.Path, budget: int | None = None
+) -> dict[str, Any]:
     """Return the config of a run, with the engine chosen where it is "auto".
 
     The choice is made once for a run, before its first checkpoint, and stored in the config
     that its checkpoints record: a run goes on as it began, on whatever device.
+
+    Args:
+      config: of the run.
+      checkpoints: the folder of its checkpoints.
+      budget: in bytes; None: the memory of the device.
     """
     if config["engine"] != AUTO:
+        if budget is not None:
+            raise ValueError(
+                f"--budget is the memory that engine='auto' chooses an engine for, but the engine "
+                f"is {config['engine']!r}. Add --config.engine=auto, or leave --budget out."
+            )
         return config
     given = sorted(build.set_options(config["engine_options"]))
     if given:
@@ -244,14 +256,14 @@ def settled(config: dict[str, Any], checkpoints: pathlib.Path) -> dict[str, Any]
             "`segment` unset."
         )
     stored = _recorded(checkpoints).get(AUTO)
-    chosen = stored or broadcast(_choice(config))
+    chosen = stored or broadcast(_choice(config, budget))
     say(f"engine: {chosen['why']}{' (chosen when the run began)' if stored else ''}.")
     return {**config, AUTO: chosen}
 
 
-def _choice(config: Mapping[str, Any]) -> dict[str, Any]:
+def _choice(config: Mapping[str, Any], budget: int | None) -> dict[str, Any]:
     trainer, tasks = abstract(config)
-    planned = plan(trainer, tasks, progress=is_first())
+    planned = plan(trainer, tasks, budget=budget, progress=is_first())
     return {**settings(planned.choose()), "why": planned.reason()}
 
 

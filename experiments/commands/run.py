@@ -48,23 +48,25 @@ def train(
     workdir: pathlib.Path,
     progress: bool = True,
     allow_change: bool = False,
+    budget: int | None = None,
     command: str | None = None,
 ) -> dict[str, Estimate]:
     """Train, or go on training, in `workdir`; evaluate on test tasks; write both down.
 
     Args:
-      config: of the run.
-      workdir: where it lives.
+      config: of a packaged config, or of one's own.
+      workdir: of the run.
       progress: show a progress bar.
       allow_change: resume though the config is another.
-      command: the command line that begins and resumes it, to be printed.
+      budget: bytes that `engine="auto"` chooses an engine for; None: the memory of the device.
+      command: the command line that begins and resumes the run, to be printed.
 
     Raises:
       Interrupted: where a signal asked to stop, once the run is saved.
     """
     plain = build.to_json(config)
     import_paths.remember(plain)
-    plain = auto.settled(plain, checkpoints_of(workdir))
+    plain = auto.settled(plain, checkpoints_of(workdir), budget)
     if plain["checkpoint_best"] and not plain["eval_every"]:
         raise ValueError(
             f"checkpoint_best={plain['checkpoint_best']!r} is judged by evaluations in training, "
@@ -183,7 +185,7 @@ def export(
     run = load_run(workdir, best, allow_imports)
     learner, step = run.algorithm, int(run.state.step)
     out = out or workdir / (learner.export_name or "eta.safetensors")
-    with _named(out):
+    with named(out):
         if learner.export_name is not None:
             what = learner.export(run.eta, out)
         else:
@@ -197,7 +199,7 @@ def draw(workdir: pathlib.Path, allow_imports: bool = False) -> None:
     run = load_run(workdir, allow_imports=allow_imports)
     uncut = dataclasses.replace(run.trainer, segment=None)
     for kind in pictures.kinds_of(run.algorithm):
-        with _named(workdir / pictures.FOLDER):
+        with named(workdir / pictures.FOLDER):
             paths = pictures.draw(kind, workdir, uncut, run.state, run.splits.train)
         print("\n".join(map(str, paths)), flush=True)
 
@@ -247,7 +249,7 @@ def _loggers(config: dict[str, Any], workdir: pathlib.Path) -> list[Logger]:
 
 
 @contextlib.contextmanager
-def _named(path: pathlib.Path) -> Iterator[None]:
+def named(path: pathlib.Path) -> Iterator[None]:
     """Name what a failing disk has refused: Python's own error does not."""
     try:
         yield

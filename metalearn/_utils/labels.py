@@ -68,6 +68,8 @@ def beyond(episode: Any, seen: Seen) -> str:
 def range_of(part: Any) -> Range | None:
     """Return the range of the labels of a support or query set, (inputs, labels, ...)."""
     labels = part[1] if isinstance(part, tuple) and len(part) > 1 else None
+    if isinstance(labels, tuple) and labels:
+        labels = labels[0]  # the values of `Masked`: those of padding are labels too
     if not isinstance(labels, np.ndarray | jax.Array) or not labels.size:
         return None
     if isinstance(labels, jax.core.Tracer):

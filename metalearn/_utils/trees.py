@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+Where = str | Callable[[str], bool]  # a regular expression for paths, or a function of one
 Join = Callable[[Sequence[Any], Sequence[Any]], Any]
 
 
@@ -42,16 +44,42 @@ def split(
     return _split(tree, where)
 
 
-def split_by_path(tree: Any, pattern: str) -> tuple[list[Any], list[Any], Join]:
-    """Split into the leaves whose path matches a regular expression, and the others.
+def split_by_path(tree: Any, where: Where) -> tuple[list[Any], list[Any], Join]:
+    """Split into the leaves whose path matches, and the others; see `matching`."""
+    return _split(tree, matching(paths(tree), where))
 
-    A path is written like "params/head/kernel". ValueError, with all paths, if none matches.
+
+def matching(names: Sequence[str], where: Where) -> list[bool]:
+    """Return whether each path matches a regular expression, or a function says so.
+
+    A path is written like "params/head/kernel". ValueError, with all paths, if none matches the
+    expression; a function may choose none.
     """
-    names = paths(tree)
-    mask = [re.search(pattern, name) is not None for name in names]
+    if callable(where):
+        return [bool(where(name)) for name in names]
+    mask = [re.search(where, name) is not None for name in names]
     if not any(mask):
-        raise ValueError(f"No parameter path matches {pattern!r}. There are: {', '.join(names)}.")
-    return _split(tree, mask)
+        raise ValueError(f"No parameter path matches {where!r}. There are: {', '.join(names)}.")
+    return mask
+
+
+def masked(tree: Any, mask: Sequence[bool]) -> Any:
+    """Return the tree with an `optax.MaskedNode`, which has no leaves, where the mask is false."""
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = zip(leaves, mask, strict=True)
+    return jax.tree.unflatten(treedef, [leaf if m else optax.MaskedNode() for leaf, m in pairs])
+
+
+def filled(tree: Any, others: Any) -> Any:
+    """Return a tree from `masked` with the leaves of `others` where it has none."""
+    return jax.tree.map(
+        lambda leaf, other: other if is_masked(leaf) else leaf, tree, others, is_leaf=is_masked
+    )
+
+
+def is_masked(node: Any) -> bool:
+    """Return whether a node is an `optax.MaskedNode`."""
+    return isinstance(node, optax.MaskedNode)
 
 
 def paths(tree: Any) -> list[str]:

@@ -38,7 +38,7 @@ from metalearn.diagnostics import probe
 from metalearn.diagnostics.probe import Look
 from metalearn.diagnostics.symmetry import Symmetry
 from metalearn.engines.custom_rules import listed
-from metalearn.tasks import Tasks, check_tasks, draw_episode, label_range
+from metalearn.tasks import Tasks, check_tasks, draw_episode, fetched, label_range, needs_fetch
 from metalearn.train_state import TrainState
 
 STEPS = 5  # inner steps of a check: enough to detect every optimizer of optax concerned
@@ -160,7 +160,8 @@ def check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
 
 
 def _check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
-    key, names = probes.task_keys(state)[0], _names(state.eta)
+    keys, names = probes.task_keys(state), _names(state.eta)
+    key, tasks = keys[0], _fetched(tasks, keys, state)
     look = functools.partial(probes.look, state.eta, tasks, key, steps=STEPS)
     result = look(zeros=probe.AS_THEY_ARE)
     cause = _cause(result, names, _labels(probes, tasks, key, result), look)
@@ -174,12 +175,17 @@ def _check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
     return Report(warnings=(*warnings, *_asymmetric(symmetry)), notes=_not_commuted(symmetry))
 
 
+def _fetched(tasks: Tasks, keys: jax.Array, state: TrainState) -> Tasks:
+    return fetched(tasks, keys, int(state.step) * keys.shape[0]) if needs_fetch(tasks) else tasks
+
+
 def diagnose(probes: Probes, state: TrainState, tasks: Tasks) -> str:
     """Return a sentence: what is not finite in the outer step taken from `state`.
 
     Only the eta, the key and the step of `state` are read.
     """
     names, keys = _names(state.eta), probes.task_keys(state)
+    tasks = _fetched(tasks, keys, state)
     for i, key in enumerate(keys):
         look = functools.partial(probes.look, state.eta, tasks, key)
         result = look(zeros=probe.AS_THEY_ARE)

@@ -56,17 +56,17 @@ def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def estimate(
-    metrics_of: Callable[[jax.Array], dict[str, jax.Array]],
+    metrics_of: Callable[[jax.Array, int], dict[str, jax.Array]],
     key: jax.Array,
     tasks: int,
     chunk: int,
 ) -> dict[str, Estimate]:
-    """Run `metrics_of` (keys [chunk] -> metrics [chunk]) over `tasks` keys."""
+    """Run `metrics_of` over `tasks` keys: keys [chunk], tasks before them -> metrics [chunk]."""
     counts("evaluate", 1, tasks=tasks)
     at_most("evaluate", MOST_TASKS, tasks=tasks)
     keys = jax.random.split(key, tasks)
     padded = -(-tasks // chunk) * chunk  # one shape, one compilation; the surplus is dropped
     keys = keys[jnp.arange(padded) % tasks]
-    rows = [metrics_of(keys[i : i + chunk]) for i in range(0, padded, chunk)]
+    rows = [metrics_of(keys[i : i + chunk], i) for i in range(0, padded, chunk)]
     columns = {name: np.concatenate([np.asarray(row[name]) for row in rows]) for name in rows[0]}
     return {name: interval(column[:tasks]) for name, column in columns.items()}

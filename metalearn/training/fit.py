@@ -5,8 +5,13 @@ The loop in between is `metalearn.training.outer_loop`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from metalearn._utils import disk
 from metalearn.checkpoints.manager import Checkpoints
@@ -15,6 +20,7 @@ from metalearn.sharding.distributed import is_first, say
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 from metalearn.training.outer_loop import Fit, Interrupted, OuterLoop, OuterStep
+from metalearn.training.prefetch import tasks_of_steps
 from metalearn.training.progress import bars
 
 
@@ -60,8 +66,11 @@ def run(
             saved = record.get(type(logger).__name__)
             logger.start(first, config, saved if isinstance(saved, dict) else {})
         shown = fit.progress and is_first()
-        with bars(fit.steps, first, outer.tasks_per_step, parts[-1].steps, shown) as progress:
-            return OuterLoop(fit, outer, tasks, loggers, checkpoints, progress).run(state)
+        with (
+            bars(fit.steps, first, outer.tasks_per_step, parts[-1].steps, shown) as progress,
+            tasks_of_steps(tasks, _fetch(outer, state), fit.steps) as tasks_at,
+        ):
+            return OuterLoop(fit, outer, tasks_at, loggers, checkpoints, progress).run(state)
     except Interrupted:
         for logger in loggers:
             with disk.forgiven(f"What {type(logger).__name__} had left"):
@@ -72,3 +81,13 @@ def run(
             with disk.forgiven(f"What {type(logger).__name__} had left"):
                 logger.abandon()
         raise
+
+
+def _fetch(outer: OuterStep, state: TrainState) -> Callable[[int], Tasks] | None:
+    """Return a function: outer step -> its tasks, from the host; None for those on the device."""
+    if outer.fetch is None:
+        return None
+    # A copy of the key of this process alone: no step of the run has to be waited for.
+    data = jnp.asarray(np.asarray(jax.random.key_data(state.key)))
+    key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(state.key))
+    return functools.partial(outer.fetch, key)

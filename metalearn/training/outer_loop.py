@@ -72,6 +72,9 @@ class OuterStep(NamedTuple):
       evaluate: state -> the metrics of held-out tasks.
       check: state -> the health check of the next outer step.
       diagnose: state -> a sentence: what is not finite in the outer step taken from it.
+      fetch: (key of the run, outer step counted from 1) -> its tasks, read on the host; None: the
+        tasks are on the device.
+      place: tasks -> the same on all devices.
     """
 
     tasks_per_step: int
@@ -81,6 +84,8 @@ class OuterStep(NamedTuple):
     evaluate: Callable[[TrainState], dict[str, Estimate]]
     check: Callable[[TrainState], Report]
     diagnose: Callable[[TrainState], str]
+    fetch: Callable[[jax.Array, int], Tasks] | None
+    place: Callable[[Tasks], Tasks]
 
 
 class Interrupted(Exception):
@@ -112,11 +117,12 @@ class OuterLoop:
         self,
         fit: Fit,
         outer: OuterStep,
-        tasks: Tasks,
+        tasks: Callable[[int], Tasks],
         loggers: Sequence[Logger],
         checkpoints: Checkpoints | None,
         bars: Bars,
     ):
+        """Make the loop; `tasks`: outer step, counted from 1 -> its tasks."""
         self.fit, self.outer, self.tasks, self.bars = fit, outer, tasks, bars
         self.loggers, self.checkpoints = loggers, checkpoints
         self._parts = outer.parts
@@ -141,11 +147,12 @@ class OuterLoop:
     def _take(self, step: int, state: TrainState, taken: int) -> TrainState:
         """Take an outer step, `taken` of whose parts are done, and what is due after it."""
         before, metrics = dataclasses.replace(state, optimizer=None, inner=()), None
+        tasks = self.outer.place(self.tasks(step))
         for number, part in enumerate(self._parts[taken:], taken + 1):
             if part.steps is not None:  # the bar shows the progress of the device
                 jax.block_until_ready(state.inner)
                 self.bars.inner_done(self._parts[number - 2].steps or 0 if number > 1 else 0)
-            state, metrics = part.take(state, self.tasks)
+            state, metrics = part.take(state, tasks)
             self._read_metrics()
             if metrics is None:
                 self._after_part(step, number, state)

@@ -21,7 +21,7 @@ from metalearn.checkpoints.manager import (
     OtherArraysError,
 )
 from metalearn.checkpoints.store import Store, UnreadableError
-from metalearn.experiments.commands import run
+from metalearn.experiments.runs import load_run
 from metalearn.train_state import TrainState
 from tests.helpers.checkpoints import bits, restored, saved, state_at
 from tests.helpers.command_line import SINUSOID, call
@@ -446,4 +446,4 @@ def test_eval_beside_a_run_reads_the_newest_where_its_checkpoint_rotates_away(
 def test_eval_of_a_run_whose_record_names_no_config_says_so(tmp_path):
     saved(tmp_path / "checkpoints", steps=(1,))
     with pytest.raises(ValueError, match="was not trained by `metalearn train`: its checkpoints"):
-        run.restore(tmp_path)
+        load_run(tmp_path)

@@ -34,7 +34,8 @@ def no_cache(tmp_path, monkeypatch):
 
 
 def test_images_are_read_by_class_and_tasks_drawn_of_them(tmp_path):
-    images, labels, classes = read_folder(folder(tmp_path))
+    images, labels, classes, files = read_folder(folder(tmp_path))
+    assert files[:3] == ("ant/0.png", "ant/1.png", "bee/0.png")
     assert images.shape == (6, 4, 6, 1) and images.dtype == np.uint8
     assert images[:, 0, 0, 0].tolist() == [0, 1, 50, 51, 100, 101]
     assert labels.tolist() == [0, 0, 1, 1, 2, 2] and classes == ("ant", "bee", "cat")
@@ -42,6 +43,18 @@ def test_images_are_read_by_class_and_tasks_drawn_of_them(tmp_path):
     (inputs, targets), _ = tasks.sample(jax.random.key(0))
     assert inputs.shape == (2, 4, 6, 1) and targets.tolist() == [0, 1]
     assert set((np.asarray(inputs) * 255).round().astype(int).ravel()) < set(images.ravel())
+
+
+def test_what_is_not_trained_on_may_be_of_one_class_or_of_none(tmp_path):
+    folder(tmp_path, ["ant"])
+    (tmp_path / ".hidden").mkdir()
+    one = read_folder(tmp_path, training=False)
+    assert one.classes == ("ant",) and one.labels.tolist() == [0, 0]
+    none = read_folder(tmp_path / "ant", training=False)
+    assert none.classes == () and none.labels is None and none.files == ("0.png", "1.png")
+    np.testing.assert_array_equal(one.images, none.images)
+    with pytest.raises(ValueError, match=r"hidden has no image \(.*\), but it is to be read\. P"):
+        read_folder(tmp_path / ".hidden", training=False)
 
 
 def test_png_and_jpeg_of_any_mode_become_rgb_where_one_has_colours(tmp_path):

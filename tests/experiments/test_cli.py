@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from metalearn.experiments import build
+from metalearn.experiments import build, main
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.main import COMMANDS
 from metalearn.loggers import JsonlLogger
@@ -56,7 +56,7 @@ def test_help_lists_the_commands_and_the_packaged_configs(words, capsys):
 
 
 def test_an_unknown_command_is_refused_with_the_nearest_one(refused):
-    there_are = "There are: draw, eval, export, plan, train."
+    there_are = "There are: adapt, draw, eval, export, plan, train."
     expected = f"No command is called 'trian'. Did you mean 'train'? {there_are}"
     assert refused("trian") == expected
 
@@ -268,7 +268,10 @@ def test_a_run_is_trained_for_longer_and_judged_by_its_best_where_asked(
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
     assert list(losses) == [1, 2, 3]
-    capsys.readouterr()
+    opening = (
+        "model: batch statistics and dropout in inner steps; batch statistics without dropout "
+    )
+    assert capsys.readouterr().out.startswith(opening)
     assert call("eval", f"--workdir={tmp_path}", "--tasks=4", "--best") == 0
     lowest = min(losses, key=losses.get)
     assert capsys.readouterr().out.startswith(f"{tmp_path}, outer step {lowest}, on test tasks:")
@@ -331,9 +334,41 @@ def test_a_word_that_is_no_option_is_refused(refused, tmp_path):
     assert message.startswith("'config.steps=1' is not an option: those begin with two dashes")
 
 
-def test_help_is_given_wherever_it_is_asked_for(capsys):
-    assert call("train", "--help") == 0
-    assert "--traceback" in capsys.readouterr().out
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_of_a_command_shows_its_options_and_no_others(word, capsys):
+    assert call("train", "--config=maml_digits", word) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("metalearn train: Train the config in the workdir, resuming what is")
+    options = re.findall(r"^  --([a-z-]+)", shown, re.MULTILINE)
+    assert {"config", "workdir", "noprogress", "allow-config-change", "traceback"} < {*options}
+    assert {"tasks", "out", "best", "json", "largest"}.isdisjoint(options)
+    assert call("eval", word) == 0
+    options = re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert {"workdir", "tasks", "best"} < {*options} and "config" not in options
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "--tasks=3"), "--tasks is an option of `metalearn eval`, not of `metalearn tra"),
+        (("plan", "--noprogress"), "--progress is an option of `metalearn train`, not of `metale"),
+        (
+            ("eval", "--config.seed=3"),
+            "--config is an option of `metalearn plan` and `metalearn train`, not of `metalearn "
+            "eval`. That has: --workdir, --tasks, --allow-imports, --best, ",
+        ),
+        (("draw", "--allow_config_change"), "--allow-config-change is an option of `metalearn tr"),
+    ],
+)
+def test_an_option_of_another_command_is_refused_by_name(refused, words, message):
+    assert refused(*words).startswith(message)
+
+
+def test_every_option_is_of_a_command():
+    flags = main._flags()
+    assert {*main.OPTIONS} < {flag.name for flag in flags}
+    assert {command for commands in main.OPTIONS.values() for command in commands} <= {*COMMANDS}
+    assert len(flags) == len(list(main.flags.FLAGS.get_flags_for_module(main.__name__)))
 
 
 def test_engine_options_are_set_from_the_command_line(refused, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import Reverse
+from metalearn import Reverse, load_eta
 from metalearn.experiments import build
 from metalearn.experiments.cli import import_paths
 from metalearn.experiments.commands import plan
@@ -60,7 +60,7 @@ def page():
     return source
 
 
-def test_the_file_of_the_page_trains_resumes_and_evaluates(write, tmp_path, capsys):
+def test_the_file_of_the_page_trains_resumes_evaluates_and_exports(write, tmp_path, capsys):
     write("mine", page())
     words = ("train", "--config=mine.py", f"--workdir={tmp_path / 'run'}", *QUICK)
     assert call(*words) == 0
@@ -74,6 +74,18 @@ def test_the_file_of_the_page_trains_resumes_and_evaluates(write, tmp_path, caps
     assert "has taken its 2 outer steps" in capsys.readouterr().out
     assert call("eval", f"--workdir={tmp_path / 'run'}", "--tasks=4") == 0
     assert "outer step 2, on test tasks" in capsys.readouterr().out
+    assert call("export", f"--workdir={tmp_path / 'run'}") == 0
+    eta = load_eta(tmp_path / "run" / "eta.safetensors")
+    assert (eta["layers_0"]["kernel"] == restored.eta["layers_0"]["kernel"]).all()
+
+
+def test_an_algorithm_of_the_page_takes_the_place_of_a_packaged_one(write, tmp_path):
+    write("mine", page())
+    words = ("--config.algorithm.name=mine:Adaptation", "--config.algorithm.rate=0.001")
+    words = (*SINUSOID, *words, "--noprogress", "--config.eval_every=0")
+    assert call(*words, f"--workdir={tmp_path / 'run'}") == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["algorithm"] == {"name": "mine:Adaptation", "rate": 0.001}
 
 
 def test_the_file_of_the_page_is_planned_for_shapes_alone(write):
@@ -417,6 +429,12 @@ def test_an_optimizer_within_an_optimizer_is_a_config():
             r"on PYTHONPATH\.",
         ),
         (
+            lambda: build.algorithm({"name": "docs/own_algorithm.py:TunedAdaptation"}, None),
+            r"No algorithm is called 'docs/own_algorithm.py:TunedAdaptation', and it is no import "
+            r"path: that is 'package.module:Name', such as 'my_file:MyClass' for a class in "
+            r"my_file.py of the current directory\. The names of metalearn are: fds, .*, maml\.",
+        ),
+        (
             lambda: build.algorithm({"name": "broken:Mine"}, None),
             r"The algorithm 'broken:Mine' cannot be imported: the module 'broken' raises "
             r"ZeroDivisionError: division by zero",
@@ -458,7 +476,8 @@ def test_an_optimizer_within_an_optimizer_is_a_config():
         (
             lambda: build.algorithm({"name": "own_parts:Bare", "objective": "squared_error"}, None),
             r"The algorithm 'own_parts:Bare' needs inner_optimizer, which this config does not "
-            r"set\. They are arguments without a default: set them beside `name`\.",
+            r"set\. Set what has no default beside the name, or begin with a packaged config that "
+            r"is made for it\.",
         ),
         (
             lambda: build.algorithm({"name": "own_parts:Bare", "inner_optimiser": 1}, None),

@@ -173,7 +173,7 @@ def test_a_config_file_without_a_config_is_refused(refused, tmp_path, source, ex
         ("--config.seed=abc", "config.seed takes an integer, such as 3, not 'abc'."),
         ("--config.seed=1.5", "config.seed takes an integer, such as 3, not '1.5'."),
         ("--config.seed=", "config.seed takes an integer, such as 3, not ''."),
-        ("--config.chunk=None", "config.chunk takes an integer, such as 3, not 'None'."),
+        ("--config.steps=None", "config.steps takes an integer, such as 3, not 'None'."),
         ("--config.health=maybe", "config.health takes true or false, not 'maybe'."),
         (
             "--config.optimizer.learning_rate=fast",

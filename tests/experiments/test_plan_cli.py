@@ -198,6 +198,19 @@ def test_auto_on_a_device_that_nothing_fits_is_refused(refused, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+def test_auto_chooses_for_the_budget_of_the_command_line(refused, tmp_path):  # noqa: F811
+    message = refused(*AUTO, f"--workdir={tmp_path / 'run'}", "--budget=100B")
+    assert message.startswith("No exact engine fits 100 B. The leanest, ")
+
+
+def test_a_budget_for_an_engine_that_is_named_is_refused(refused, tmp_path):  # noqa: F811
+    words = (*AUTO, f"--workdir={tmp_path / 'run'}", "--config.engine=reverse", "--budget=8GiB")
+    assert refused(*words) == (
+        "--budget is the memory that engine='auto' chooses an engine for, but the engine is "
+        "'reverse'. Add --config.engine=auto, or leave --budget out."
+    )
+
+
 def test_a_run_whose_engine_was_chosen_is_evaluated_and_changed_configs_are_refused(
     trained,
     refused,  # noqa: F811

@@ -1,5 +1,6 @@
 """A run is read back in one call, and what it learned goes out as a file."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -9,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors import safe_open
 
@@ -81,6 +83,18 @@ def test_the_eta_of_a_run_is_the_one_to_evaluate_whatever_the_outer_optimizer(ru
 def test_a_run_is_resumed_from_what_was_read_back(run):
     state = run.trainer.fit(run.splits.train, 3, state=run.state, progress=False)
     assert int(state.step) == 3
+
+
+def test_a_trainer_reads_the_state_of_a_run_by_itself(run, workdir, tmp_path):
+    assert bits(run.trainer.restore(workdir)) == bits(run.state)
+    assert bits(run.trainer.restore(workdir / "checkpoints")) == bits(run.state)
+    with pytest.raises(ValueError, match="^`Trainer.restore` found no checkpoints in .*nowhere.$"):
+        run.trainer.restore(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="^There is no checkpoint in"):
+        run.trainer.restore(tmp_path)
+    other = dataclasses.replace(run.trainer, optimizer=optax.adam(1e-3))
+    with pytest.raises(ValueError, match="holds other arrays than"):
+        other.restore(workdir)
 
 
 @pytest.fixture(scope="module")

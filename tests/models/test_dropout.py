@@ -203,5 +203,5 @@ def test_plain_functions_have_no_mode():
 def test_the_mode_of_a_model_is_said_in_words():
     algorithm = MAML(network("linen"))
     assert algorithm.mode() == (
-        "inner steps: batch statistics, dropout on; queries: batch statistics, dropout off"
+        "batch statistics and dropout in inner steps; batch statistics without dropout for queries"
     )

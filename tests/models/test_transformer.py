@@ -38,6 +38,10 @@ SHAPES = {
     "layer": dataclasses.replace(TINY, norm="layer", activation=jax.nn.silu),
     "tied": dataclasses.replace(TINY, tied=True, hidden=12),
     "narrow heads": dataclasses.replace(TINY, heads=3, head_dim=2),
+    "gated": dataclasses.replace(
+        TINY, heads=4, kv_heads=2, gated=True, biases=("query", "gate", "down")
+    ),
+    "learned positions": dataclasses.replace(TINY, positions="learned", context=6, epsilon=1e-5),
     "blocked": dataclasses.replace(TINY, attention=BlockedAttention(2)),
 }
 KEY = jax.random.key(0)

@@ -46,13 +46,13 @@ from metalearn.engines.base import Aux, MetaGradient
 from metalearn.engines.inner_loop import REMAT, Remat, backpropagate
 from metalearn.engines.mixed_flow import forward_over_reverse as commuted
 from metalearn.engines.mixed_flow import micro_batches
-from metalearn.engines.mixed_flow.reverse_scan import Anchors, in_bfloat16, on_host, sweep
+from metalearn.engines.mixed_flow.reverse_scan import Anchors, in_bfloat16, needs_fetch, sweep
 from metalearn.unroll import Unroll
 
 RECONSTRUCT = "inexact_reconstruct"
 STORES: dict[str, Any] = {
     "device": None,  # by `jax.checkpoint`
-    "host": on_host(),
+    "host": needs_fetch(),
     "inexact_bfloat16": in_bfloat16(),
 }
 

@@ -149,7 +149,7 @@ def in_bfloat16() -> Copies:
     return Copies(put, get)
 
 
-def on_host() -> Copies:
+def needs_fetch() -> Copies:
     """Save arrays in host memory; no transfer if that is the device's memory too."""
     device, host = jax.memory.Space.Device, jax.memory.Space.Host
     return Copies(lambda x: jax.device_put(x, host), lambda x, _: jax.device_put(x, device))

@@ -1,0 +1,171 @@
+"""Outer steps per second of tasks on the host, against the same tasks on the device.
+
+    python -m metalearn.experiments.benchmarks.host_fed [--large-gib=2]
+
+MAML on Omniglot's shapes, as in `metalearn.experiments.benchmarks.maml`: 16 tasks, 5-way 1-shot,
+25 query images of 28 x 28, four convolutions of 64 filters, one inner step, reverse mode, tasks
+one at a time. The images are noise in the shape of the training split (4,112 classes x 20).
+
+- `device`          `FewShot`: the images are on the device, and sampled inside the outer step
+- `host, array`     `HostFewShot` of an array in memory
+- `host, memmap`    `HostFewShot` of a file
+- `host, items`     `HostFewShot` of a source that returns one image at a time
+
+All by `Trainer.fit`, which reads the rows of the next steps in a thread. They take turns, and each
+ratio is the median of the ratios within rounds; that of CPU time tells as much on a machine that is
+busy with other things. With `--large-gib` the tasks of a sparse file of
+that size are trained on too, and the largest anonymous memory (RssAnon) of the process on the way
+is reported: what it has allocated, without the pages of the file. About 2 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from metalearn import Reverse, Tasks, Trainer
+from metalearn.algorithms import MAML
+from metalearn.datasets import FewShot, HostFewShot
+from metalearn.experiments.benchmarks.maml import IMAGE, TASKS
+from metalearn.experiments.benchmarks.sampler import random_index
+from metalearn.models import Linen, train_flag
+from metalearn.models.linen_networks import ConvNet
+
+SIZES: dict[str, Any] = {"ways": 5, "shots": 1, "queries": 5}
+WARM = 3  # outer steps before the clock starts
+BASE = "device"
+
+
+def learner() -> Trainer:
+    """Return the trainer of one contender."""
+    model = Linen(ConvNet(5), IMAGE, train_flag)
+    return Trainer(MAML(model), Reverse(), optax.adam(1e-3), TASKS, chunk=1)
+
+
+class Items:
+    """A source of pairs (image, label), one at a time."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self._images, self._labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, int]:
+        return self._images[row], self._labels[row]
+
+
+def contenders(folder: pathlib.Path) -> Iterator[tuple[str, Tasks]]:
+    """Yield (name, tasks): the same on the device, in memory, and in a file."""
+    index = random_index()
+    images = np.asarray(index.examples).reshape(-1, 28, 28, 1)
+    labels = np.repeat(np.arange(len(index.counts)), index.counts)
+    yield BASE, FewShot.create(index, **SIZES)
+    yield "host, array", HostFewShot.create(images, labels, **SIZES)
+    images.tofile(folder / "images")
+    file: Any = np.memmap(folder / "images", np.uint8, "r", shape=images.shape)
+    yield "host, memmap", HostFewShot.create(file, labels, **SIZES)
+    yield "host, items", HostFewShot.create(Items(images, labels), labels, **SIZES)
+
+
+def rates_of(trainer: Trainer, tasks: Tasks, steps: int) -> tuple[float, float]:
+    """Return outer steps of `Trainer.fit` per second and per CPU second, without the first ones."""
+    times = []
+
+    def note(step: int) -> None:
+        times.append((time.perf_counter(), time.process_time()))
+
+    key = jax.random.key(0)
+    state = trainer.fit(
+        tasks, WARM + steps, key=key, progress=False, log_every=0, asked_to_stop=note
+    )
+    jax.block_until_ready(state)
+    wall, cpu = times[WARM - 1]
+    return steps / (time.perf_counter() - wall), steps / (time.process_time() - cpu)
+
+
+def peak_anonymous(run: Callable[[], Any]) -> int:
+    """Return the largest RssAnon of this process while `run` runs, in bytes (Linux)."""
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.05):
+            status = pathlib.Path("/proc/self/status").read_text()
+            line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+            peak = max(peak, int(line.split()[1]) * 1024)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        run()
+    finally:
+        done.set()
+        thread.join()
+    return peak
+
+
+def large(folder: pathlib.Path, gib: float, steps: int) -> tuple[float, int]:
+    """Train on tasks of a sparse file; return (outer steps per second, peak RssAnon in bytes)."""
+    rows = int(gib * 2**30) // 784
+    path = folder / "large"
+    path.touch()
+    os.truncate(path, rows * 784)
+    rates = []
+
+    def run() -> None:
+        file: Any = np.memmap(path, np.uint8, "r", shape=(rows, 28, 28, 1))
+        tasks = HostFewShot.create(file, np.arange(rows) % 10_000, **SIZES)
+        rates.append(rates_of(learner(), tasks, steps)[0])
+
+    peak = peak_anonymous(run)
+    return rates[0], peak
+
+
+def main() -> None:
+    """Measure and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="outer steps a round")
+    parser.add_argument("--large-gib", type=float, default=0, help="size of a sparse file, in GiB")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        if arguments.large_gib:  # first, as memory that is freed stays with the process
+            speed, peak = large(folder, arguments.large_gib, arguments.steps)
+            print(
+                f"A file of {arguments.large_gib:g} GiB: {speed:.2f} outer steps/s, at most "
+                f"{peak / 2**20:.0f} MiB of anonymous memory\n"
+            )
+        rows = dict(contenders(folder))
+        trainers = {name: learner() for name in rows}
+        rates: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+        for name, tasks in rows.items():  # compiles
+            rates_of(trainers[name], tasks, 1)
+        load = os.getloadavg()[0]
+        for turn in range(arguments.rounds):
+            for name in random.Random(turn).sample(list(rows), len(rows)):
+                rates[name].append(rates_of(trainers[name], rows[name], arguments.steps))
+    print(f"{os.cpu_count()} cores, load {load:.1f} before, jax {jax.__version__}\n")
+    print("| tasks | outer steps/s | against the device | in CPU time |\n|---|---|---|---|")
+    for name, measured in rates.items():
+        pairs = [*zip(measured, rates[BASE], strict=True)]
+        wall, cpu = (statistics.median(ours[i] / base[i] for ours, base in pairs) for i in (0, 1))
+        speed = statistics.median(wall for wall, _ in measured)
+        print(f"| {name} | {speed:.2f} | {wall:.2f}x | {cpu:.2f}x |")
+
+
+if __name__ == "__main__":
+    main()
