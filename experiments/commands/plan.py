@@ -21,6 +21,7 @@ from metalearn._utils.device_memory import show_bytes
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.cost import Cost
 from metalearn.experiments import build
+from metalearn.experiments.cli import import_paths
 from metalearn.planning.plan import Plan, plan, tasks_at_once
 from metalearn.planning.step_cost import Candidate, Row, StepCosts, changed_fields
 from metalearn.sharding.distributed import broadcast, is_first, say
@@ -256,6 +257,7 @@ def settled(
             "`segment` unset."
         )
     stored = _recorded(checkpoints).get(AUTO)
+    import_paths.check_run(checkpoints.parent, stored or {}, allowed=False)  # plans choose ours
     chosen = stored or broadcast(_choice(config, budget))
     say(f"engine: {chosen['why']}{' (chosen when the run began)' if stored else ''}.")
     return {**config, AUTO: chosen}

@@ -602,6 +602,15 @@ def test_a_name_of_wandb_is_no_import_path():
     }
 
 
+def test_a_chosen_engine_in_the_checkpoint_of_somebody_else_is_not_imported(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "_recorded", lambda _: {"auto": {"engine": "os:system", "why": ""}})
+    config = build.to_json(small("maml_sinusoid", engine="auto"))
+    with pytest.raises(
+        ValueError, match=r"names code by the import path 'os:system' \(config.engine"
+    ):
+        plan.settled(config, tmp_path / "checkpoints")
+
+
 def test_the_run_of_somebody_else_with_import_paths_is_refused(
     write, refused, tmp_path, monkeypatch, capsys
 ):
