@@ -7,6 +7,7 @@
     metalearn export --workdir=runs/omniglot --out=eta.safetensors
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
+    metalearn report runs/omniglot runs/other --out=report.html
 
 `metalearn train --help` shows the options of train, and so for each command; all of them have
 --traceback. train and plan: --config, --config.KEY=VALUE and --budget (such as 40GiB, of
@@ -45,6 +46,7 @@ from metalearn.experiments.cli import arguments
 from metalearn.experiments.cli.compilation_cache import kept_programs
 from metalearn.experiments.commands import adapt as adaptation
 from metalearn.experiments.commands import plan, run
+from metalearn.experiments.commands import report as reporting
 from metalearn.sharding import distributed as processes
 from metalearn.training.outer_loop import Interrupted
 from metalearn.training.signals import EXIT_STATUS
@@ -82,7 +84,7 @@ OPTIONS = {
     "config": ("plan", "train"),
     "workdir": ("train", "eval", "adapt", "export", "draw"),
     "tasks": ("eval",),
-    "out": ("adapt", "export"),
+    "out": ("adapt", "export", "report"),
     "support": ("adapt",),
     "query": ("adapt",),
     "inner_steps": ("adapt",),
@@ -134,14 +136,22 @@ def draw() -> None:
     run.draw(_workdir(), _IMPORTS.value)
 
 
-COMMANDS: dict[str, Callable[[], None]] = {
+def report(*workdirs: str) -> None:
+    """Write one page of HTML of the runs in some workdirs: `metalearn report runs/a runs/b`."""
+    out = pathlib.Path(_OUT.value) if _OUT.value else None
+    print(reporting.report([*map(pathlib.Path, workdirs)], out, allow_imports=_IMPORTS.value))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
     "plan": show_plan,
     "train": train,
     "eval": evaluate,
     "adapt": adapt,
     "export": export,
     "draw": draw,
+    "report": report,
 }
+TAKES_WORKDIRS = ("report",)  # as arguments without a name
 
 
 def _config(command: str) -> Any:
@@ -193,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         arguments.check_options(argv, command, OPTIONS, own)
         left = flags.FLAGS(arguments.expanded(argv, sections.renew, sections.nullable))[1:]
-        if left:
+        if left and command not in TAKES_WORKDIRS:
             raise ValueError(
                 f"{left[0]!r} is not an option: those begin with two dashes, such as "
                 "--config.seed=1."
@@ -202,7 +212,7 @@ def main(argv: Sequence[str]) -> int:
             *(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value), detect=_DISTRIBUTED.value
         )
         with kept_programs(_CACHE.value):
-            COMMANDS[command]()
+            COMMANDS[command](*left)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
         return 130

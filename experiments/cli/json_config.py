@@ -10,6 +10,8 @@ it sets brings its own keys. It cannot name a file, add a key or call anything.
 that is an import path ("my_package.my_file:MyAlgorithm") would execute code, and is refused
 without `--allow-imports`.
 
+The `config.json` in the workdir of a run is a whole config, and trains it again.
+
 This module is a config file of ml-collections itself, with the path of the JSON as its option.
 """
 
@@ -17,9 +19,11 @@ from __future__ import annotations
 
 import importlib
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from metalearn._utils import strict_json
 from metalearn._utils.checks import nearest, pick
@@ -28,10 +32,15 @@ from metalearn.experiments.cli import values
 from metalearn.experiments.cli.arguments import keys, meant, packaged, renamed
 from metalearn.experiments.cli.import_paths import check_json
 
+WHOLE = {"algorithm", "dataset", "engine", "steps"}  # keys of a whole config, of a run's workdir
+
 
 def get_config(path: str, allow_imports: bool = False) -> ml_collections.ConfigDict:
-    """Return the packaged config that a JSON file names, with the keys that it sets."""
+    """Return the packaged config that a JSON file names, with the keys that it sets; or a whole."""
     given = read(pathlib.Path(path))
+    if "config" not in given and WHOLE <= given.keys():
+        check_json(path, given, allow_imports)
+        return _whole(given)
     if not isinstance(given.get("config"), str):
         raise ValueError(
             f'{path} names no packaged config. Begin it with {{"config": "NAME", where NAME is one '
@@ -43,6 +52,15 @@ def get_config(path: str, allow_imports: bool = False) -> ml_collections.ConfigD
     check_json(path, given, allow_imports)
     sections.renew(config, flat(given))
     update(config, given)
+    return config
+
+
+def _whole(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """Return a whole config; what is null in it is unset."""
+    config = ml_collections.ConfigDict()
+    for key, value in values.items():
+        value = _whole(value) if isinstance(value, dict) else value
+        config[key] = placeholder(object) if value is None else value
     return config
 
 

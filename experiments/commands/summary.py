@@ -88,6 +88,7 @@ def closing(trainer: Trainer, workdir: pathlib.Path) -> None:
     rows = {
         "evaluate": f"metalearn eval --workdir={workdir} --tasks=2000",
         "export": f"metalearn export --workdir={workdir}",
+        "report": f"metalearn report {workdir}",
         "in Python": f"run = metalearn.load_run({str(workdir)!r})",
     }
     if trainer.algorithm.pictures():

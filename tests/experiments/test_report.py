@@ -90,6 +90,19 @@ def test_one_run_has_its_page_in_its_workdir_with_pictures_beside_it(runs):
     assert "What differs" not in text and "not counted: not asked for" in text
 
 
+def test_the_command_writes_the_page_and_its_own_command_trains_the_run_again(runs, capsys):
+    out = runs[0].parent / "report.html"
+    assert call("report", *runs, f"--out={out}") == 0
+    assert capsys.readouterr().out.split() == [str(out)]
+    commands = re.findall(r"<pre>metalearn (.*config.json \S+)</pre>", out.read_text())
+    train, config, _ = commands[0].split()
+    assert call(train, config, f"--workdir={runs[0].parent / 'again'}", "--noprogress") == 0
+    again = read_run(runs[0].parent / "again")
+    assert again.config == read_run(runs[0]).config
+    first = read_run(runs[0]).train["loss"]
+    np.testing.assert_array_equal(again.train["loss"].values, first.values)
+
+
 # What is read of a run.
 
 

@@ -49,7 +49,7 @@ def test_a_run_from_python_names_no_command_and_an_engine_of_auto_says_so(digits
 
 def test_a_run_ends_with_the_commands_that_its_algorithm_has(digits, tmp_path, capsys):
     summary.closing(digits[1], tmp_path)
-    assert list(lines(capsys)) == ["Next", "evaluate", "export", "in Python"]
+    assert list(lines(capsys)) == ["Next", "evaluate", "export", "report", "in Python", "draw"]
     config = build.to_json(fds_digits.get_config())
     trainer = build.trainer(config, build.splits(config["dataset"]))
     summary.closing(trainer, tmp_path)
