@@ -79,7 +79,7 @@ def _train(
         loggers: list[Logger] = [ConsoleLogger()] if is_first() else []  # nothing new to log
     else:
         loggers = _loggers(plain, workdir)
-    if (mode := trainer.algorithm.mode()) and not ended:
+    if (mode := trainer.algorithm.model_mode()) and not ended:
         say(f"model: {mode}.")
     key = build.key_of(plain["seed"])
     try:
