@@ -178,7 +178,7 @@ class LearningRates(Algorithm):
         """Return the outputs of the trained model in evaluation mode, for inputs [n, ...]."""
         return self.model.apply(params, statistics, inputs, train=False, key=key)[0]
 
-    def mode(self) -> str:
+    def model_mode(self) -> str:
         """Say in which mode the model is in inner steps and for queries."""
         return TRAINING_RUN
 

@@ -291,7 +291,7 @@ class MAML(Algorithm):
         )
         return outputs
 
-    def mode(self) -> str:
+    def model_mode(self) -> str:
         """Say in which mode the model is in inner steps and for queries."""
         return batch_norm_policy(self.batch_norm).mode
 

@@ -33,7 +33,7 @@ from metalearn.learner import Learner, check_eta_of, check_key, check_support
 from metalearn.model import Model
 from metalearn.unroll import Batch, Episode, Eta, InnerState, Unroll, horizon, task_keys
 
-# What `Algorithm.mode` says of one that trains a fresh model.
+# What `Algorithm.model_mode` says of one that trains a fresh model.
 TRAINING_RUN = (
     "batch statistics and dropout in inner steps; running statistics without dropout for queries"
 )
@@ -180,7 +180,7 @@ class Algorithm(abc.ABC):
         """
         raise TypeError(self._cannot_adapt())
 
-    def mode(self) -> str:
+    def model_mode(self) -> str:
         """Say in which mode the model is in inner steps and for queries; "": unknown."""
         return ""
 

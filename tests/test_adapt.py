@@ -1,6 +1,7 @@
 """`Algorithm.adapt`: what was learned, applied to a support set, predicts as an evaluation does."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -28,13 +29,17 @@ CASES = {**{n: c for n, c in ALGORITHMS.items() if n != "first-order"}, "transdu
 PAIRS = [(name, library) for name in CASES for library in ("linen", "nnx", "haiku")]
 PLAIN = ("MAML", "Functions")  # the model of two plain functions
 QUICK = {
-    *(("MAML", library) for library in ("nnx", "haiku", "Functions")),
-    *(("ANIL", "linen"), ("Meta-SGD", "linen"), ("transductive", "nnx")),
-    *(("FDS", "linen"), ("LearnedOptimizer", "linen"), ("LearningRates", "linen")),
+    *(("MAML", "haiku"), PLAIN, ("ANIL", "linen"), ("Meta-SGD", "linen"), ("transductive", "nnx")),
+    *(("FDS", "linen"), ("LearningRates", "linen")),
 }
 
 
 def start(algorithm):
+    return _start(algorithm, jax.config.jax_enable_x64)
+
+
+@functools.cache
+def _start(algorithm, x64):
     return jax.jit(algorithm.init)(KEY)
 
 
@@ -187,6 +192,7 @@ def refused(kind, message):
     return pytest.raises(kind, match=f"^{re.escape(message)}")
 
 
+@functools.cache
 def classifier(outputs=3, **options):
     return MAML(conv_net("linen", outputs=outputs), optimizer=optax.sgd(0.1), **options)
 
@@ -299,16 +305,16 @@ def test_an_algorithm_that_steps_over_its_batches_takes_no_other_number_of_steps
 
 
 def test_examples_without_a_source_are_batches_of_loss_weights():
-    algorithm, tasks = ALGORITHMS["example-weights"].problem("linen")
-    given = jax.eval_shape(tasks.sample, KEY).support
+    algorithm, _ = ALGORITHMS["example-weights"].problem("linen")
+    tokens = np.zeros((3, 4, 5), np.int32)
     message = (
         "`LossWeights.adapt(support=)` got a tuple of 3, but takes (inputs, targets), leaves "
         "[T, batch, ...], or batches with the fields `inputs`, `targets` and `source`"
     )
     with refused(ValueError, message):
-        algorithm.support_set((*given[:2], 0))
-    pair = algorithm.support_set(given[:2])
-    assert pair.inputs is given.inputs and pair.source is None
+        algorithm.support_set((tokens, tokens, 0))
+    pair = algorithm.support_set((tokens, tokens))
+    assert pair.inputs is tokens and pair.source is None
 
 
 def test_a_problem_without_inputs_has_params_and_no_predictions():

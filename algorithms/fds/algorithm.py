@@ -194,7 +194,7 @@ class FDS(Algorithm):
         """Return the same algorithm with every schedule stretched to another number of steps."""
         return self.stretched(steps)
 
-    def mode(self) -> str:
+    def model_mode(self) -> str:
         """Say in which mode the model is in inner steps and for queries."""
         return TRAINING_RUN
 

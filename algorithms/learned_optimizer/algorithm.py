@@ -161,7 +161,7 @@ class LearnedOptimizer(Algorithm):
         """Return the same algorithm with another number of inner steps."""
         return dataclasses.replace(self, inner_steps=steps)
 
-    def mode(self) -> str:
+    def model_mode(self) -> str:
         """Say in which mode the model is in inner steps and for queries."""
         return TRAINING_RUN
 

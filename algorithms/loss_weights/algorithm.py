@@ -145,7 +145,7 @@ class LossWeights(Algorithm):
         del key
         return self.model.apply(params, statistics, inputs, train=False)[0]
 
-    def mode(self) -> str:
+    def model_mode(self) -> str:
         """Say in which mode the model is in inner steps and for queries."""
         return TRAINING_RUN
 

@@ -71,7 +71,7 @@ def opening(
         "algorithm": f"{type(trainer.algorithm).__name__}, {_inner_steps(trainer, splits)}",
         "engine": short_repr(trainer.engine) + (", chosen by auto" if config.get("auto") else ""),
         "model": _model(config, splits),
-        "mode": trainer.algorithm.mode(),
+        "mode": trainer.algorithm.model_mode(),
         "eta": f"{_size(trainer.algorithm.init):,} meta-parameters",
         "data": _data(config, splits),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
