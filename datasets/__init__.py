@@ -25,6 +25,7 @@ from metalearn.datasets.few_shot import FewShot
 from metalearn.datasets.folders import Folder, image_folder, read_folder
 from metalearn.datasets.given import GivenTasks, TaskStream
 from metalearn.datasets.host_few_shot import HostFewShot
+from metalearn.datasets.host_text import HostText
 from metalearn.datasets.images import Images, read_images, with_label_noise
 from metalearn.datasets.omniglot import omniglot
 from metalearn.datasets.reading import DatasetNotPreparedError, open_source
@@ -43,6 +44,7 @@ __all__ = [
     "GivenTasks",
     "HeldOut",
     "HostFewShot",
+    "HostText",
     "Images",
     "Quadratics",
     "SideBySide",

@@ -77,7 +77,7 @@ class FewShot(Tasks):
       shots: support examples per class.
       queries: query examples per class.
       scale: for each array of an example, the factor of its values; None: uint8 images are
-        divided by 255, others unchanged.
+        divided by 255, others unchanged. (): None for all.
     """
 
     examples: Any = dataclasses.field(repr=False)
@@ -85,7 +85,7 @@ class FewShot(Tasks):
     ways: int = dataclasses.field(metadata={"static": True})
     shots: int = dataclasses.field(metadata={"static": True})
     queries: int = dataclasses.field(metadata={"static": True})
-    scale: Scales = dataclasses.field(metadata={"static": True}, repr=False)
+    scale: Scales = dataclasses.field(default=(), metadata={"static": True}, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -272,7 +272,8 @@ def episode_of(inputs: Any, ways: int, shots: int, queries: int, scale: Scales) 
       scale: for each leaf; see `FewShot`.
     """
     leaves, treedef = jax.tree.flatten(inputs)
-    scaled = [_scaled(leaf, factor) for leaf, factor in zip(leaves, scale, strict=True)]
+    factors = scale or (None,) * len(leaves)
+    scaled = [_scaled(leaf, factor) for leaf, factor in zip(leaves, factors, strict=True)]
     inputs, n = jax.tree.unflatten(treedef, scaled), ways * shots
     labels = jnp.arange(ways, dtype=jnp.int32)
     return Episode(

@@ -73,11 +73,11 @@ class Rows(abc.ABC):
 class ArrayRows(Rows):
     """Rows of arrays on the host, or of memory-mapped files."""
 
-    def __init__(self, data: Any):
-        """Take arrays: a pytree of them, leaves [n, ...]."""
-        data = jax.tree.map(np.asanyarray, arrays("HostFewShot", "inputs", data, "[n, ...]"))
-        self._data, self.count = data, rows_of("HostFewShot", "inputs", data)
-        self.name = "The array that `HostFewShot` reads"
+    def __init__(self, data: Any, what: str = "HostFewShot"):
+        """Take arrays, a pytree of them, leaves [n, ...]; `what` reads them, for messages."""
+        data = jax.tree.map(np.asanyarray, arrays(what, "inputs", data, "[n, ...]"))
+        self._data, self.count = data, rows_of(what, "inputs", data)
+        self.name = f"The array that `{what}` reads"
         self.example = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), data
         )

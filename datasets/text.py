@@ -187,10 +187,10 @@ class Text(Tasks):
         Raises:
           ValueError: if a window is longer than a piece, or a size is not positive.
         """
-        _check_sizes(length, inner_steps, batch, queries, probes, pieces, corruption)
+        check_sizes("Text", length, inner_steps, batch, queries, probes, pieces, corruption)
         texts = {"training": tokenizer(train), "held-out": tokenizer(held_out)}
         for name, tokens in texts.items():
-            _check_length(name, len(tokens), length, pieces)
+            check_length("Text", name, len(tokens), length, pieces)
         training, query = (cut(tokens, pieces) for tokens in texts.values())
         corrupted = None
         if corruption is not None:
@@ -230,30 +230,46 @@ class Text(Tasks):
 
     def _windows(self, pieces: Pieces, key: jax.Array, shape: tuple[int, ...]) -> Windows:
         """Draw windows of some pieces, with leading axes `shape`."""
-        piece_key, start_key = jax.random.split(key)
-        count, size = pieces.tokens.shape
-        piece = jax.random.randint(piece_key, shape, 0, count)
-        start = jax.random.randint(start_key, shape, 0, size - self.length)
+        piece, start = draw_windows(key, shape, pieces.tokens.shape, self.length)
         positions = start[..., None] + jnp.arange(self.length + 1).reshape(*[1] * len(shape), -1)
         tokens = pieces.tokens[piece[..., None], positions].astype(jnp.int32)
         source, corrupted = pieces.source[piece], pieces.corrupted[piece]
         return Windows(tokens[..., :-1], tokens[..., 1:], source, corrupted)
 
 
-def _check_sizes(
+def draw_windows(
+    key: jax.Array, shape: tuple[int, ...], pieces: tuple[int, ...], length: int
+) -> tuple[jax.Array, jax.Array]:
+    """Draw windows: (the piece of each, where it begins in the piece), int32.
+
+    Args:
+      key: of the draws.
+      shape: of each result.
+      pieces: (the number of pieces, tokens in a piece).
+      length: S; a window takes length + 1 tokens.
+    """
+    piece_key, start_key = jax.random.split(key)
+    count, size = pieces
+    piece = jax.random.randint(piece_key, shape, 0, count)
+    return piece, jax.random.randint(start_key, shape, 0, size - length)
+
+
+def check_sizes(
+    what: str,
     length: int,
     inner_steps: int,
     batch: int,
     queries: int,
-    probes: int,
-    pieces: int,
-    corruption: Corruption | None,
+    probes: int = 0,
+    pieces: int = 1,
+    corruption: Corruption | None = None,
 ) -> None:
+    """Raise ValueError unless the sizes of a task are integers, and positive; see `Text`."""
     sizes = {"length": length, "inner_steps": inner_steps, "batch": batch, "queries": queries}
-    integers("Text", **sizes, probes=probes, pieces=pieces)
+    integers(what, **sizes, probes=probes, pieces=pieces)
     if min(length, inner_steps, batch, queries, pieces) < 1 or probes < 0:
         raise ValueError(
-            f"`Text` got length={length}, inner_steps={inner_steps}, batch={batch}, queries="
+            f"`{what}` got length={length}, inner_steps={inner_steps}, batch={batch}, queries="
             f"{queries}, probes={probes}, pieces={pieces}, but a task has at least one of each "
             "(probes may be 0). Pass positive integers, such as length=64, inner_steps=8, "
             "batch=16, queries=16."
@@ -265,12 +281,21 @@ def _check_sizes(
         )
 
 
-def _check_length(name: str, tokens: int, length: int, pieces: int) -> None:
+def check_length(what: str, name: str, tokens: int, length: int, pieces: int = 1) -> None:
+    """Raise ValueError if a window does not fit into a piece of a text.
+
+    Args:
+      what: the class, as its user writes it.
+      name: of the text.
+      tokens: in the text.
+      length: S; a window takes length + 1 tokens.
+      pieces: into which the text is cut.
+    """
     longest = tokens // pieces - 1
     if length > longest:
         many = f" in {pieces} pieces of {tokens // pieces}" if pieces > 1 else ""
         raise ValueError(
-            f"`Text` got length={length}, but the {name} text has {tokens} tokens{many}, and a "
+            f"`{what}` got length={length}, but the {name} text has {tokens} tokens{many}, and a "
             f"window of {length} inputs and their targets takes {length + 1}. Take a longer text"
             f"{', fewer pieces' if pieces > 1 else ''} or length={longest} at most."
         )

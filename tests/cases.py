@@ -54,6 +54,7 @@ from metalearn.datasets import (
     GivenTasks,
     HeldOut,
     HostFewShot,
+    HostText,
     Quadratics,
     SideBySide,
     Sinusoid,
@@ -222,6 +223,14 @@ _HOST = HostFewShot.create(*_EXAMPLES, ways=WAYS, shots=2, queries=3)
 _EPISODES = [TASKS["FewShot"].sample(jax.random.key(i)) for i in range(3)]
 TASKS |= {
     "HostFewShot": _HOST,
+    "HostText": HostText.create(
+        *(np.arange(40) % 4, np.arange(9) % 4),
+        length=3,
+        inner_steps=2,
+        batch=4,
+        queries=3,
+        vocabulary=4,
+    ),
     "Fetched": _HOST.fetch(jax.random.split(jax.random.key(0), 2)),
     "GivenTasks": GivenTasks.create(_EPISODES),
     "TaskStream": TaskStream(_EPISODES),

@@ -81,6 +81,7 @@ FEATURES = {
     "master weights": ("metalearn/optimizers/master_weights.py", "master_weights"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
     "data that stay on the host": ("datasets/host_few_shot.py", "HostFewShot"),
+    "texts that stay on the host": ("datasets/host_text.py", "HostText"),
     "reading the tasks of the next steps": ("metalearn/training/prefetch.py", "Prefetch"),
     "lists and streams of episodes": ("datasets/given.py", "GivenTasks"),
     "tasks of unequal size": ("datasets/unequal.py", "UnequalFewShot"),

@@ -78,6 +78,14 @@ def test_labels_are_the_slots_and_inputs_are_float32_between_0_and_1():
     assert x.min() >= 0 and x.max() <= 1
 
 
+def test_fields_alone_make_tasks_whose_images_become_zero_to_one():
+    index = labelled_index()
+    fields = jnp.asarray(index.examples), jnp.asarray(index.counts), 3, 2, 4
+    made, created = FewShot(*fields), FewShot.create(index, ways=3, shots=2, queries=4)
+    (x, _), (y, _) = made.sample(jax.random.key(0)), created.sample(jax.random.key(0))
+    assert (x[0] == y[0]).all() and x[0].max() <= 1
+
+
 def test_white_becomes_exactly_one():
     index = ClassIndex(np.full((2, 2, 1, 1, 1), 255, np.uint8), np.array([2, 2], np.int32))
     episode = FewShot.create(index, ways=2, shots=1, queries=1).sample(jax.random.key(0))

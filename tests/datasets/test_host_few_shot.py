@@ -18,6 +18,7 @@ from metalearn.datasets import FewShot, HostFewShot
 from metalearn.tasks import draw_episode, fetched
 from tests.helpers.checkpoints import bits
 from tests.helpers.few_shot_data import SIZES, Pairs, Records, differences, images, trainer
+from tests.helpers.selection import quick
 
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 4)
@@ -76,7 +77,7 @@ def test_the_same_key_draws_the_same_bits_as_on_the_device(source, tmp_path):
         ((PIXELS, PIXELS[:, 0, 0, 0] > 9), None),
     ],
 )
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("wide", quick([False, True], lambda wide: not wide))
 def test_inputs_of_any_type_and_structure_are_the_same_bits(inputs, scale, wide):
     with jax.enable_x64(wide):
         device, tasks = both(inputs, scale=scale)
@@ -106,13 +107,12 @@ def test_host_fed_training_gives_the_eta_of_training_on_the_device():
     assert differences(etas[0], trainer().init(KEY).eta) > 1e-3
 
 
-def test_evaluation_health_and_a_single_step_read_from_the_host_too():
+def test_evaluations_and_a_single_step_read_from_the_host_too():
     device, tasks = both()
     learner = trainer()
     state = learner.init(KEY, tasks)
     means = [learner.evaluate(state.eta, t, KEY, 5)["loss"].mean for t in (device, tasks)]
     assert means[0] == pytest.approx(means[1], rel=1e-6)
-    assert str(learner.check_health(state, tasks)) == str(learner.check_health(state, device))
     ours, _ = learner.step(state, learner.fetch(tasks, state))
     theirs, _ = learner.step(state, device)
     called_back, _ = learner.step(state, tasks)
@@ -124,11 +124,14 @@ def test_evaluation_health_and_a_single_step_read_from_the_host_too():
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"truncation": Truncation(1), "inner_steps": 2},
-        {"segment": 1, "engine": Forward(), "inner_steps": 2},
-        {"layout": Layout(make_mesh())},
-    ],
+    quick(
+        [
+            {"truncation": Truncation(1), "inner_steps": 2},
+            {"segment": 1, "engine": Forward(), "inner_steps": 2},
+            {"layout": Layout(make_mesh())},
+        ],
+        lambda options: "segment" not in options,
+    ),
     ids=["truncated", "segmented", "mesh"],
 )
 def test_every_kind_of_outer_step_may_be_fed_by_the_host(options):
