@@ -55,7 +55,7 @@ import optax
 
 from metalearn._utils.checks import is_integer, pattern, pick
 from metalearn._utils.fields import check_fields, renamed_fields
-from metalearn._utils.readable import described, readable
+from metalearn._utils.readable import described, readable, show
 from metalearn._utils.trees import Where, filled, masked, matching, paths, split, split_by_path
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
@@ -223,6 +223,11 @@ class MAML(Algorithm):
         """Raise ValueError if what nobody adapts or learns would be drawn anew for every task."""
         names = paths(params)
         learned, adapted = matching(names, self.learned), matching(names, self.adapted)
+        if not any(adapted):
+            raise ValueError(
+                f"`MAML(adapted={show(self.adapted)})` chooses none of {', '.join(names)}: the "
+                "inner loop would have nothing to change."
+            )
         where = [not (a or b) for a, b in zip(learned, adapted, strict=True)]  # frozen
 
         def values(key: jax.Array) -> list[Any]:
@@ -231,9 +236,10 @@ class MAML(Algorithm):
         if any(where) and depends(values, key):
             first = next(name for name, w in zip(names, where, strict=True) if w)
             raise ValueError(
-                f"`MAML(adapted={self.adapted!r}, learned={self.learned!r})` leaves {first} as the "
-                "model initialises it, which is at random, anew for every task. Give the model its "
-                "values, `with_params(model, params)` of `metalearn.models`; or learn it."
+                f"`MAML(adapted={show(self.adapted)}, learned={show(self.learned)})` leaves "
+                f"{first} as the model initialises it, which is at random, anew for every task. "
+                "Give the model its values, `with_params(model, params)` of `metalearn.models`; or "
+                "learn it."
             )
 
     def _masked(self, params: Any, adapted: list[jax.Array]) -> Any:

@@ -140,6 +140,15 @@ def test_a_path_that_nothing_matches_is_refused():
         maml(pretrained(), learned="(")
 
 
+def test_a_function_that_adapts_nothing_is_refused():
+    with pytest.raises(ValueError, match="`MAML.adapted=nothing.` chooses none of body/0, first, "):
+
+        def nothing(path):
+            return False
+
+        maml(pretrained(), adapted=nothing).init(KEY)
+
+
 # Memory.
 
 ENGINES = {"Reverse": Reverse(), "Reverse-step": Reverse(remat="step"), "MixedFlow": MixedFlow()}
