@@ -12,7 +12,6 @@ what the command line asks an algorithm for beyond training: `outer_optimizer`, 
 from __future__ import annotations
 
 import abc
-import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn.model import Model
+from metalearn.model import bound, constants_of
 from metalearn.unroll import Batch, Episode, Eta, Unroll
 
 
@@ -72,21 +71,11 @@ class Algorithm(abc.ABC):
         `bind` returns; arrays that a program closes over would be copied into it. An algorithm that
         has its model inside of a field overrides both.
         """
-        models = {name: value.constants() for name, value in self._models().items()}
-        return {name: arrays for name, arrays in models.items() if jax.tree.leaves(arrays)}
+        return constants_of(self)
 
     def bind(self, constants: Any) -> Algorithm:
         """Return the same algorithm with these arrays for its `constants()`, a pytree like them."""
-        if not jax.tree.leaves(constants):
-            return self
-        models = {name: self._models()[name].bind(arrays) for name, arrays in constants.items()}
-        return dataclasses.replace(self, **models)  # type: ignore[type-var]
-
-    def _models(self) -> dict[str, Model]:
-        cls: Any = type(self)
-        names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
-        values = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in values.items() if isinstance(value, Model)}
+        return bound(self, constants)
 
     def outer_optimizer(
         self, optimizer: optax.GradientTransformation
