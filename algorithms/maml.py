@@ -47,6 +47,7 @@ the usual reason why two implementations of MAML disagree. `batch_norm` names on
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +57,7 @@ import optax
 from metalearn._utils.checks import is_integer, pattern, pick
 from metalearn._utils.fields import check_fields, renamed_fields
 from metalearn._utils.readable import described, readable, show
-from metalearn._utils.trees import Where, filled, masked, matching, paths, split, split_by_path
+from metalearn._utils.trees import filled, masked, matching, paths, split, split_by_path
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.engines.inner_loop import depends
@@ -139,9 +140,9 @@ class MAML(Algorithm):
     eval_steps: int | None = None
     learned_rates: float | None = None
     first_order: bool = False
-    adapted: Where = ""
+    adapted: str | Callable[[str], bool] = ""
     batch_norm: str = "transductive"
-    learned: Where = ""
+    learned: str | Callable[[str], bool] = ""
 
     def __post_init__(self) -> None:
         for name in ("adapted", "learned"):
