@@ -58,8 +58,8 @@ import optax
 
 from metalearn._utils.checks import is_integer, pattern, pick
 from metalearn._utils.fields import check_fields, renamed_fields
-from metalearn._utils.readable import described, readable
-from metalearn._utils.trees import Where, filled, masked, matching, paths, split, split_by_path
+from metalearn._utils.readable import described, readable, show
+from metalearn._utils.trees import filled, masked, matching, paths, split, split_by_path
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms import pictures
 from metalearn.algorithms.objectives import Objective, cross_entropy
@@ -163,9 +163,9 @@ class MAML(Algorithm):
     eval_steps: int | None = None
     learned_rates: float | None = None
     first_order: bool = False
-    adapted: Where = ""
+    adapted: str | Callable[[str], bool] = ""
     batch_norm: str = "transductive"
-    learned: Where = ""
+    learned: str | Callable[[str], bool] = ""
 
     def __post_init__(self) -> None:
         for name in ("adapted", "learned"):
@@ -252,6 +252,11 @@ class MAML(Algorithm):
         """Raise ValueError if what nobody adapts or learns would be drawn anew for every task."""
         names = paths(params)
         learned, adapted = matching(names, self.learned), matching(names, self.adapted)
+        if not any(adapted):
+            raise ValueError(
+                f"`MAML(adapted={show(self.adapted)})` chooses none of {', '.join(names)}: the "
+                "inner loop would have nothing to change."
+            )
         where = [not (a or b) for a, b in zip(learned, adapted, strict=True)]  # frozen
 
         def values(key: jax.Array) -> list[Any]:
@@ -260,9 +265,10 @@ class MAML(Algorithm):
         if any(where) and depends(values, key):
             first = next(name for name, w in zip(names, where, strict=True) if w)
             raise ValueError(
-                f"`MAML(adapted={self.adapted!r}, learned={self.learned!r})` leaves {first} as the "
-                "model initialises it, which is at random, anew for every task. Give the model its "
-                "values, `with_params(model, params)` of `metalearn.models`; or learn it."
+                f"`MAML(adapted={show(self.adapted)}, learned={show(self.learned)})` leaves "
+                f"{first} as the model initialises it, which is at random, anew for every task. "
+                "Give the model its values, `with_params(model, params)` of `metalearn.models`; or "
+                "learn it."
             )
 
     def _masked(self, params: Any, adapted: list[jax.Array]) -> Any:

@@ -30,7 +30,7 @@ from metalearn._utils import labels
 from metalearn._utils.checks import at_least
 from metalearn.engines.inner_loop import inner_loop
 from metalearn.learner import Learner, check_eta_of, check_key, check_support
-from metalearn.model import Model
+from metalearn.model import bound, constants_of
 from metalearn.unroll import Batch, Episode, Eta, InnerState, Unroll, horizon, task_keys
 
 # What `Algorithm.model_mode` says of one that trains a fresh model.
@@ -199,21 +199,11 @@ class Algorithm(abc.ABC):
         `bind` returns; arrays that a program closes over would be copied into it. An algorithm that
         has its model inside of a field overrides both.
         """
-        models = {name: value.constants() for name, value in self._models().items()}
-        return {name: arrays for name, arrays in models.items() if jax.tree.leaves(arrays)}
+        return constants_of(self)
 
     def bind(self, constants: Any) -> Algorithm:
         """Return the same algorithm with these arrays for its `constants()`, a pytree like them."""
-        if not jax.tree.leaves(constants):
-            return self
-        models = {name: self._models()[name].bind(arrays) for name, arrays in constants.items()}
-        return dataclasses.replace(self, **models)  # type: ignore[type-var]
-
-    def _models(self) -> dict[str, Model]:
-        cls: Any = type(self)
-        names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
-        values = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in values.items() if isinstance(value, Model)}
+        return bound(self, constants)
 
     def outer_optimizer(
         self, optimizer: optax.GradientTransformation

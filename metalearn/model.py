@@ -8,9 +8,13 @@ Equinox and plain functions.
 from __future__ import annotations
 
 import abc
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
+
+Part = TypeVar("Part")
 
 
 class Model(abc.ABC):
@@ -54,6 +58,26 @@ class Model(abc.ABC):
         """Return the same model with these arrays for its `constants()`, a pytree like them."""
         del constants
         return self
+
+
+def constants_of(part: Any) -> dict[str, Any]:
+    """Return the constants of the models among the fields of a dataclass, by the field's name."""
+    constants = {name: model.constants() for name, model in _models(part).items()}
+    return {name: arrays for name, arrays in constants.items() if jax.tree.leaves(arrays)}
+
+
+def bound(part: Part, constants: Mapping[str, Any]) -> Part:
+    """Return a dataclass whose models are bound to constants, as from `constants_of`."""
+    if not jax.tree.leaves(constants):
+        return part
+    models = {name: _models(part)[name].bind(arrays) for name, arrays in constants.items()}
+    return dataclasses.replace(part, **models)  # type: ignore[type-var]
+
+
+def _models(part: Any) -> dict[str, Model]:
+    names = [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else []
+    values = {name: getattr(part, name) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, Model)}
 
 
 ADAPTERS = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from metalearn._utils.checks import Count
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import readable
-from metalearn._utils.trees import Where, matching, paths
+from metalearn._utils.trees import matching, paths
 from metalearn.model import Model
 
 
@@ -45,7 +46,7 @@ class LoRA(Model):
 
     model: Model
     rank: Count
-    paths: Where = ""
+    paths: str | Callable[[str], bool] = ""
     scale: float = 1.0
 
     def __post_init__(self) -> None:

@@ -9,8 +9,8 @@ Two things may be in it, and each has its price:
 - `params`: theta itself is held in it, and so are its gradient and its updates. A step below 0.4%
   of a parameter is lost: `metalearn.optimizers.master_weights` keeps the sum of steps in float32.
 
-The meta-gradient of either is that of the float32 model but for a few percent, under every exact
-engine; it grows with T. Losses should be float32, as they are here: outputs are at least float32.
+The meta-gradient of either is that of the float32 model but for a few percent: a test holds it
+below 5% of its norm, under every exact engine. Outputs are at least float32, and so are losses.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn._utils.fields import check_fields
-from metalearn._utils.trees import Where, filled, masked, matching, paths, split
+from metalearn._utils.trees import filled, masked, matching, paths, split
 from metalearn.engines.inner_loop import depends
 from metalearn.model import Model
 
@@ -135,7 +135,7 @@ class Trainable(Model):
     """
 
     model: Model
-    paths: Where
+    paths: str | Callable[[str], bool]
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -22,6 +22,7 @@ NOT_NEEDED_TO_IMPORT = (
     "tensorflow_datasets",
     "wandb",
     "flax",
+    "equinox",
     "haiku",
     "orbax",
     "sklearn",

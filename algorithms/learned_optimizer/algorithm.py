@@ -104,6 +104,16 @@ class LearnedOptimizer(Algorithm):
         """Return the initial parameters of the learned optimizer."""
         return self.rule.init(key)
 
+    def constants(self) -> Any:
+        """Return the arrays that the problem's models hold."""
+        return self.problem.constants()
+
+    def bind(self, constants: Any) -> LearnedOptimizer:
+        """Return the same algorithm with these arrays."""
+        if not jax.tree.leaves(constants):
+            return self
+        return dataclasses.replace(self, problem=self.problem.bind(constants))
+
     def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
         """Return the training of a fresh theta, drawn with `key`."""
 

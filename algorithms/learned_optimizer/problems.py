@@ -29,7 +29,7 @@ from metalearn._utils.readable import readable
 from metalearn.algorithms.epochs import check_reads, epochs, read_rows, scaled
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.algorithms.support import check_pair, with_rows
-from metalearn.model import Model
+from metalearn.model import Model, bound, constants_of
 from metalearn.unroll import Batch, Metrics
 from metalearn.unroll import horizon as length
 
@@ -88,6 +88,14 @@ class Problem(abc.ABC):
     @abc.abstractmethod
     def validate(self, params: Any, statistics: Any, query: Any) -> tuple[jax.Array, Metrics]:
         """Return (validation loss (), metrics)."""
+
+    def constants(self) -> Any:
+        """Return the arrays that the problem's models hold: see `Algorithm.constants`."""
+        return constants_of(self)
+
+    def bind(self, constants: Any) -> Problem:
+        """Return the same problem with these arrays for its `constants()`."""
+        return bound(self, constants)
 
 
 @readable
@@ -293,6 +301,15 @@ class Together(Problem):
                 f"`Together` got weights for {sorted(self.weights)} and problems "
                 f"{sorted(self.parts)}. Give each problem a weight, or none."
             )
+
+    def constants(self) -> Any:
+        """Return {name: constants} of the problems."""
+        return {name: part.constants() for name, part in self.parts.items()}
+
+    def bind(self, constants: Any) -> Problem:
+        """Return the problems with these arrays."""
+        parts = {name: part.bind(constants[name]) for name, part in self.parts.items()}
+        return dataclasses.replace(self, parts=parts)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return {name: theta} and {name: state}."""

@@ -12,7 +12,16 @@ import pytest
 
 from metalearn import ES, Forward, MixedFlow, Reverse, Trainer, Truncation
 from metalearn._utils.trees import paths, size
-from metalearn.algorithms import MAML, LearningRates, squared_error
+from metalearn.algorithms import (
+    MAML,
+    Hyperparameter,
+    LearnedOptimizer,
+    LearningRates,
+    Supervised,
+    Together,
+    TunedRule,
+    squared_error,
+)
 from metalearn.checkpoints import Checkpoints
 from metalearn.datasets import Sinusoid
 from metalearn.model import Model
@@ -140,6 +149,15 @@ def test_a_path_that_nothing_matches_is_refused():
         maml(pretrained(), learned="(")
 
 
+def test_a_function_that_adapts_nothing_is_refused():
+    with pytest.raises(ValueError, match="`MAML.adapted=nothing.` chooses none of body/0, first, "):
+
+        def nothing(path):
+            return False
+
+        maml(pretrained(), adapted=nothing).init(KEY)
+
+
 # Memory.
 
 ENGINES = {"Reverse": Reverse(), "Reverse-step": Reverse(remat="step"), "MixedFlow": MixedFlow()}
@@ -235,3 +253,16 @@ def test_any_algorithm_with_a_model_hands_its_constants_on():
     np.testing.assert_array_equal(params["head"], 2 * algorithm.model.params["head"])
     plain = LearningRates(network(), squared_error)
     assert plain.constants() == {} and plain.bind({}) is plain
+
+
+def test_a_learned_optimizer_hands_on_the_constants_of_its_problems():
+    problem = Supervised(pretrained(), squared_error)
+    rule = TunedRule(optax.sgd, {"learning_rate": Hyperparameter(1e-3, 1.0, 0.1, space="log")})
+    for whole in (problem, Together({"one": problem})):
+        algorithm = LearnedOptimizer(whole, rule, inner_steps=2)
+        (leaf, *_) = leaves = jax.tree.leaves(algorithm.constants())
+        assert sum(leaf.size for leaf in leaves) == 2 * WIDTH + WIDTH**2
+        doubled = algorithm.bind(jax.tree.map(lambda x: 2 * x, algorithm.constants()))
+        np.testing.assert_array_equal(jax.tree.leaves(doubled.problem.init(KEY)[0])[0], 2 * leaf)
+    plain = LearnedOptimizer(Supervised(network(), squared_error), rule, inner_steps=2)
+    assert plain.bind(plain.constants()) is plain

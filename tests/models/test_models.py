@@ -192,7 +192,7 @@ def test_the_networks_of_all_libraries_compute_the_same(pool):
     assert outputs["linen"].shape == (4, 3) and differ(*outputs["linen"][:2])
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("MLP")])
+@pytest.mark.parametrize("name", [f"{library}-MLP" for library in LIBRARIES])
 def test_an_mlp_is_two_matrices_with_a_tanh_between(name):
     params, state = MODELS[name].init(KEY)
     x = jnp.linspace(-1, 1, 5, dtype=jnp.float32)[:, None]
