@@ -17,7 +17,7 @@ def refused(capsys):
         shown = captured.err.rpartition("\nmetalearn: ")
         assert shown[1], captured.err
         assert "Traceback" not in captured.err
-        assert re.fullmatch(r"(metalearn .*\n(  .*\n)+)?", captured.out)  # the opening of a run
+        assert re.fullmatch(r"(metalearn .*\n(  .*\n)+(train .*\n)*)?", captured.out)  # of a run
         message, hint, _ = shown[2].strip().rpartition("\n(--traceback shows where.)")
         assert hint
         return message

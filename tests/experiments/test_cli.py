@@ -56,7 +56,7 @@ def test_help_lists_the_commands_and_the_packaged_configs(words, capsys):
 
 
 def test_an_unknown_command_is_refused_with_the_nearest_one(refused):
-    there_are = "There are: adapt, draw, eval, export, plan, train."
+    there_are = "There are: adapt, draw, eval, export, plan, report, train."
     expected = f"No command is called 'trian'. Did you mean 'train'? {there_are}"
     assert refused("trian") == expected
 
@@ -220,7 +220,7 @@ def test_eval_prints_the_metrics_of_a_run_with_their_intervals(finished, capsys)
     assert first == f"{finished}, outer step 2, on test tasks:"
     score = json.loads((finished / "test.json").read_text())["loss"]
     interval = f"{score['mean']:.4f} +- {score['ci95']:.4f}"
-    assert loss.split() == ["loss", *interval.split(), "(95%", "interval,", "4", "tasks)"]
+    assert loss.split() == ["test", "loss", *interval.split(), "(95%", "interval,", "4", "tasks)"]
 
 
 def test_eval_where_no_run_is_says_so(refused, tmp_path):
@@ -268,10 +268,8 @@ def test_a_run_is_trained_for_longer_and_judged_by_its_best_where_asked(
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
     assert list(losses) == [1, 2, 3]
-    opening = (
-        "model: batch statistics and dropout in inner steps; batch statistics without dropout "
-    )
-    assert capsys.readouterr().out.startswith(opening)
+    mode = "batch statistics and dropout in inner steps; batch statistics without dropout for queri"
+    assert f"  mode       {mode}" in capsys.readouterr().out
     assert call("eval", f"--workdir={tmp_path}", "--tasks=4", "--best") == 0
     lowest = min(losses, key=losses.get)
     assert capsys.readouterr().out.startswith(f"{tmp_path}, outer step {lowest}, on test tasks:")
