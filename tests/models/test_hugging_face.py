@@ -214,7 +214,7 @@ def test_a_decoder_becomes_a_model_that_begins_with_its_weights(tmp_path):
         linen_networks.Transformer(architecture), jax.ShapeDtypeStruct((1, 2), jnp.int32)
     )
     model = with_params(network, params)
-    initial, state = model.init(jax.random.key(0))
+    initial, state = jax.jit(model.init)(jax.random.key(0))
     logits, _ = model.apply(initial, state, TOKENS, train=False)
     np.testing.assert_allclose(logits, architecture.apply(params, TOKENS), rtol=1e-6)
 
