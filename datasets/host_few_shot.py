@@ -25,14 +25,13 @@ from metalearn._utils.fields import check_fields
 from metalearn.datasets.class_index import label_array
 from metalearn.datasets.few_shot import (
     Scales,
-    check_classes,
     check_scale,
-    check_sizes,
     draw_indices,
     episode_of,
     support_first,
 )
 from metalearn.datasets.sources import Part, Rows, rows_and_labels
+from metalearn.datasets.task_sizes import check_classes, check_sizes
 from metalearn.tasks import Fetched, Tasks
 from metalearn.unroll import Episode
 
