@@ -25,14 +25,13 @@ from metalearn._utils.fields import check_fields
 from metalearn.datasets.class_index import label_array
 from metalearn.datasets.few_shot import (
     Scales,
-    check_classes,
     check_scale,
-    check_sizes,
     draw_indices,
     episode_of,
     support_first,
 )
 from metalearn.datasets.sources import Part, Rows, rows_and_labels
+from metalearn.datasets.task_sizes import check_classes, check_sizes
 from metalearn.tasks import Fetched, Tasks
 from metalearn.unroll import Episode
 
@@ -66,11 +65,14 @@ class RowsByClass:
       rows: reads the inputs of the examples.
       order: [n] int64, the rows ordered by class.
       starts: [classes] int64, where the rows of each class begin in `order`.
+      sizes: [classes] int32, the number of rows of each class: `HostFewShot.counts` on the host,
+        so that a fetch runs no program on the devices of a mesh.
     """
 
     rows: Rows
     order: np.ndarray
     starts: np.ndarray
+    sizes: np.ndarray
 
     def read(self, classes: np.ndarray, picks: np.ndarray) -> Any:
         """Return the inputs of examples: leaves [..., k, ...].
@@ -159,7 +161,7 @@ class HostFewShot(Tasks):
         check_sizes(sizes, ways, shots, queries)
         scales = check_scale(rows.example, scale, 0)
         order = np.argsort(classes, kind="stable")
-        table = RowsByClass(rows, order, np.cumsum(sizes) - sizes)
+        table = RowsByClass(rows, order, np.cumsum(sizes) - sizes, sizes.astype(np.int32))
         shape = Arrangement(int(ways), int(shots), int(queries), scales)
         return cls(jnp.asarray(sizes, jnp.int32), table, shape)
 
@@ -214,7 +216,7 @@ class HostFewShot(Tasks):
         Which rows they are depends on the keys alone, and not on `first`.
         """
         del first
-        positions = _all_positions(keys, self.counts, self.arrangement)
+        positions = _all_positions(keys, self.table.sizes, self.arrangement)
         inputs = self.table.read(*jax.device_get(positions))
         return Fetched(keys, jax.tree.map(jnp.asarray, inputs), self.arrangement)
 
@@ -228,7 +230,5 @@ def _positions(
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _all_positions(
-    keys: jax.Array, counts: jax.Array, shape: Arrangement
-) -> tuple[jax.Array, jax.Array]:
+def _all_positions(keys: jax.Array, counts: Any, shape: Arrangement) -> tuple[jax.Array, jax.Array]:
     return jax.vmap(lambda key: _positions(key, counts, shape))(keys)

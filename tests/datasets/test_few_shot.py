@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from metalearn.datasets import ClassIndex, FewShot
-from metalearn.datasets.few_shot import check_sizes, distinct
+from metalearn.datasets.few_shot import distinct
+from metalearn.datasets.task_sizes import check_sizes
 from tests.helpers.selection import quick
 
 COUNTS = np.array([6, 9, 20, 6, 11, 7, 8], np.int32)
