@@ -50,14 +50,14 @@ class Model(abc.ABC):
     def constants(self) -> Any:
         """Return the arrays that the model holds and nobody learns, such as a pretrained body.
 
-        The Trainer passes them to its compiled programs as arguments. By default there are none.
+        The Trainer passes them to its compiled programs as arguments. By default those of the
+        models among its fields.
         """
-        return ()
+        return constants_of(self)
 
     def bind(self, constants: Any) -> Model:
         """Return the same model with these arrays for its `constants()`, a pytree like them."""
-        del constants
-        return self
+        return bound(self, constants)
 
 
 def constants_of(part: Any) -> dict[str, Any]:

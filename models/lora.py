@@ -89,14 +89,6 @@ class LoRA(Model):
 
         return jax.tree.map(add, params["base"])
 
-    def constants(self) -> Any:
-        """Return the arrays that the model holds."""
-        return self.model.constants()
-
-    def bind(self, constants: Any) -> Model:
-        """Return the same model with these arrays."""
-        return dataclasses.replace(self, model=self.model.bind(constants))
-
     def _term(self, key: jax.Array, leaf: jax.Array) -> dict[str, jax.Array]:
         """Return A, normal with the variance 1 / in, and B, zero."""
         *stack, rows, columns = leaf.shape

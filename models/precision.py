@@ -78,14 +78,6 @@ class Precision(Model):
         outputs = jax.tree.map(_at_least_float32, outputs)
         return outputs, in_dtypes_of(state, new)
 
-    def constants(self) -> Any:
-        """Return the arrays that the model holds."""
-        return self.model.constants()
-
-    def bind(self, constants: Any) -> Model:
-        """Return the same model with these arrays."""
-        return dataclasses.replace(self, model=self.model.bind(constants))
-
 
 def _is_floating(dtype: Any) -> bool:
     try:

@@ -177,14 +177,6 @@ class Trainable(Model):
         """Return all parameters of the model, the constants too."""
         return filled(params, self.model.init(jax.random.key(0))[0])
 
-    def constants(self) -> Any:
-        """Return the arrays that the model holds."""
-        return self.model.constants()
-
-    def bind(self, constants: Any) -> Model:
-        """Return the same model with these arrays."""
-        return dataclasses.replace(self, model=self.model.bind(constants))
-
 
 def with_params(target: Any, params: Any, *, state: Any = None, partial: bool = False) -> Any:
     """Put parameters into a model, an eta or a tree of parameters, by name.
