@@ -7,12 +7,12 @@ one JSON line for each. It fails if a difference is above 1e-4, in float32.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 
 import jax
 import numpy as np
 
+from metalearn._utils import strict_json
 from metalearn.models import load_hugging_face
 
 MOST = 1e-4
@@ -39,7 +39,7 @@ def main() -> None:
     worst = 0.0
     for file in folders:
         row = difference(file.parent)
-        print(json.dumps({"decoder": file.parent.name, **row}))
+        print(strict_json.dumps({"decoder": file.parent.name, **row}))
         worst = max(worst, row["difference"])
     if not folders or worst > MOST:
         raise SystemExit(f"The largest difference of {len(folders)} decoders is {worst}.")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from metalearn._utils import strict_json
 from metalearn._utils.device_memory import show_bytes
 from metalearn.experiments.report.run_logs import RunLog, differing, flattened
 
@@ -145,7 +145,7 @@ def _differences(runs: Sequence[RunLog], labels: Sequence[str]) -> Iterator[str]
 
 
 def _value(flat: Mapping[str, Any], key: str) -> str:
-    return json.dumps(flat[key], default=str) if key in flat else ""
+    return strict_json.dumps(flat[key]) if key in flat else ""
 
 
 def _costs(labels: Sequence[str], costs: Sequence[Cost]) -> Iterator[list[str]]:
@@ -162,7 +162,7 @@ def _reproduction(
     runs: Sequence[RunLog], labels: Sequence[str], commands: Sequence[str]
 ) -> Iterator[str]:
     for run, label, command in zip(runs, labels, commands, strict=True):
-        config = json.dumps(run.config, indent=2, default=str)
+        config = strict_json.dumps(run.config, indent=2)
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
         yield f"<h3>{_text(label)}</h3>" if len(runs) > 1 else ""
         yield f"<pre>{_text(command)}</pre>"

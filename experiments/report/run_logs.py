@@ -6,7 +6,6 @@ left out.
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -164,7 +163,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the dotted keys whose values are not the same in all configs."""
     flat = [flattened(config) for config in configs]
     keys = list(dict.fromkeys(key for each in flat for key in each))
-    texts = {key: {json.dumps(each.get(key), default=str) for each in flat} for key in keys}
+    texts = {key: {strict_json.dumps(each.get(key)) for each in flat} for key in keys}
     return [key for key in keys if len(texts[key]) > 1]
 
 

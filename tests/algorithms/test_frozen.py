@@ -208,8 +208,8 @@ class Closed(Model):
     def init(self, key):
         return self.model.init(key)
 
-    def apply(self, params, state, inputs, *, train, key=None):
-        return self.model.apply(params, state, inputs, train=train, key=key)
+    def apply(self, params, state, inputs, **mode):
+        return self.model.apply(params, state, inputs, **mode)
 
 
 KINDS = {

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import shutil
 
 import orbax.checkpoint as ocp
@@ -101,7 +102,7 @@ def test_a_full_disk_at_the_very_end_costs_no_result(finished, tmp_path, monkeyp
     monkeypatch.setattr(Checkpoints, "close", closed)
     assert call(*SINUSOID, "--noprogress", f"--workdir={workdir}") == 0
     shown = capsys.readouterr()
-    assert "loss" in shown.out.splitlines()[-2] and "(95% interval, 4 tasks)" in shown.out
+    assert re.search(r"^test +loss .*\(95% interval, 4 tasks\)$", shown.out, re.MULTILINE)
     said = [line for line in shown.out.splitlines() if "could not be written" in line]
     assert [line.partition(" could")[0] for line in said] == [
         f"The last checkpoint in {workdir}",
@@ -206,7 +207,7 @@ def test_what_is_exported_to_a_full_disk_is_named():
         pathlib.Path("/dev/full"),
         "^/dev/full could not be written .*No space left.*Make",
     )
-    with pytest.raises(OSError, match=message), run._named(out):
+    with pytest.raises(OSError, match=message), run.named(out):
         out.write_text("x")
-    with pytest.raises(FileNotFoundError), run._named(pathlib.Path("x")):
+    with pytest.raises(FileNotFoundError), run.named(pathlib.Path("x")):
         pathlib.Path("/nowhere/at/all").read_text()

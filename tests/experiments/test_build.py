@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from PIL import Image
 
 from metalearn import Reverse
 from metalearn.experiments import build
@@ -183,12 +184,25 @@ def test_every_network_of_every_library_fits_its_dataset(network, library):
     assert jax.eval_shape(outputs, batch).shape == (5, *per_token, 3)
 
 
+def grey_images(root):
+    """Make a folder of four classes with four images each; return it."""
+    for name in "abcd":
+        (root / name).mkdir()
+        for i in range(4):
+            Image.new("L", (4, 4), 10 * i).save(root / name / f"{i}.png")
+    return root
+
+
 @pytest.mark.parametrize("name", sorted(build.DATASETS.keys() - RUNS))
-def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name):
+def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name, tmp_path):
     skip_without(name)
     config = {"name": name, "shots": 1, "queries": 2, "eval_queries": 3}
     if name != "sinusoid":
-        config |= {"ways": 4, "rotations": True}
+        config["ways"] = 4
+    if name == "image_folder":
+        config |= dict.fromkeys(("train", "validation", "test"), str(grey_images(tmp_path)))
+    elif name != "sinusoid":
+        config["rotations"] = True
     data = build.splits(config)
     keys = jax.random.key(0), jax.random.key(0), jax.random.key(0)
     tasks = data.train, data.validation, data.test
