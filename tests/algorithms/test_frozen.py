@@ -211,6 +211,9 @@ class Closed(Model):
     def apply(self, params, state, inputs, **mode):
         return self.model.apply(params, state, inputs, **mode)
 
+    def constants(self):
+        return ()
+
 
 KINDS = {
     "whole": (Reverse(), {}),

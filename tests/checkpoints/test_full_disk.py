@@ -106,8 +106,8 @@ def test_a_full_disk_at_the_very_end_costs_no_result(finished, tmp_path, monkeyp
     said = [line for line in shown.out.splitlines() if "could not be written" in line]
     assert [line.partition(" could")[0] for line in said] == [
         f"The last checkpoint in {workdir}",
-        "What Leaky had left",
         f"{workdir / 'test.json'}",
+        "What Leaky had left",
     ]
     assert not (workdir / "test.json").exists() and "metalearn:" not in shown.err
 
