@@ -19,6 +19,7 @@ def draw(folder, patterns, each, rng):
             Image.fromarray(image.astype(np.uint8)).save(folder / name / f"{name}{i}.png")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*strict=:DeprecationWarning")
 def test_the_page_goes_from_folders_of_images_to_predictions_of_new_classes(
     tmp_path, monkeypatch, capsys

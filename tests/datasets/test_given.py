@@ -122,6 +122,7 @@ def test_a_stream_is_read_in_order_and_a_loader_again_from_its_beginning():
     assert visited(tasks, 3, 4) == [3, 4, 0, 1]  # they are still there
 
 
+@pytest.mark.slow
 def test_training_on_a_stream_is_training_on_its_list():
     learner = trainer()
     options = {"key": KEY, "progress": False}

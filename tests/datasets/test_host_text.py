@@ -44,6 +44,7 @@ def test_the_same_key_draws_the_same_windows_as_on_the_device(tmp_path):
     assert host.label_range() == (0, 299)
 
 
+@pytest.mark.slow
 def test_training_reads_the_windows_from_the_host():
     model = Functions(
         lambda key: {"w": jax.random.normal(key, (300, 300))},

@@ -146,6 +146,7 @@ def batches(rows):
     return inputs[:, rows], targets[:, rows], inputs[0, rows], targets[0, rows]
 
 
+@pytest.mark.slow
 def test_learning_rates_leave_the_padding_out(x64):
     x, y, query_x, query_y = batches(MASK)
     expected = loss_of(LearningRates(linear()), Episode((x, y), (query_x, query_y)))
