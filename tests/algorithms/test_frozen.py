@@ -28,6 +28,7 @@ from metalearn.model import Model
 from metalearn.models import Functions, with_params
 from metalearn.sharding.layout import Layout
 from metalearn.sharding.mesh import make_mesh
+from metalearn.tasks import draw_episode
 from tests.cases import Float64
 from tests.helpers.selection import quick
 
@@ -102,6 +103,24 @@ def test_the_meta_gradient_is_that_of_the_whole_network_where_it_is_learned(engi
     for name in ("first", "head"):
         np.testing.assert_allclose(grads.params[name], expected.params[name], rtol=1e-8, atol=1e-12)
     assert jnp.abs(grads.params["first"]).max() > 1e-6
+
+
+def test_a_learner_has_the_frozen_body_and_the_loss_of_an_evaluation():
+    model = pretrained(2)
+    algorithm = maml(model, **FROZEN)
+    eta = algorithm.init(KEY)
+    losses = []
+    for key in jax.random.split(KEY, 2):
+        episode = draw_episode(TASKS, key)
+        learner = algorithm.adapt(eta, episode.support, key)
+        inputs, targets = episode.query
+        losses.append(float(squared_error(learner.predict(inputs), targets)[0]))
+    initial = model.init(KEY)[0]
+    for name, same in (("first", True), ("body", True), ("head", False)):
+        equal = jax.tree.map(lambda a, b: bool((a == b).all()), learner.params[name], initial[name])
+        assert all(jax.tree.leaves(equal)) == same
+    expected = Trainer(algorithm, tasks_per_step=2).evaluate(eta, TASKS, KEY, 2)["loss"].mean
+    np.testing.assert_allclose(np.mean(losses), expected, rtol=1e-5)
 
 
 def test_patterns_and_functions_of_a_path_choose_alike():
