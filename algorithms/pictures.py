@@ -30,7 +30,7 @@ from metalearn.unroll import horizon
 TASKS = 20  # of a picture of adaptation
 FUNCTIONS = 3  # of them whose functions are drawn
 POINTS = 8  # inner steps at which a loss is computed, at most
-LOG_RATIO = 30.0  # rates with a larger ratio are drawn on a log scale
+LOG_RATIO = 30.0  # positive values with a larger ratio are drawn on a log scale
 PICTURES = 3**9  # folded into the key of a run: tasks that training and evaluation do not draw
 
 
@@ -42,7 +42,7 @@ def adaptation(
     algorithm, eta = trainer.algorithm.evaluation(), trainer.learned(state)
     keys = jax.random.split(jax.random.fold_in(state.key, PICTURES), TASKS)
     steps, losses = losses_by_step(algorithm, eta, tasks, keys)
-    figure, (ax,) = _figure(1)
+    figure, (ax,) = row_of_panels(1)
     ax.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8)
     ax.plot(steps, losses.mean(1), color="C0", marker="o", label=f"mean of {TASKS} tasks")
     ax.set(xlabel="inner step", ylabel="loss on the query set", xticks=steps)
@@ -80,7 +80,7 @@ def losses_by_step(
 
 def _functions(algorithm: Algorithm, eta: Any, tasks: Tasks, keys: jax.Array) -> Any:
     """Draw regressions of one number on one number, before and after adaptation."""
-    figure, axes = _figure(len(keys))
+    figure, axes = row_of_panels(len(keys))
     for ax, key in zip(axes, keys, strict=True):
         (x, y), (inputs, targets) = tasks.sample(key)
         learner = algorithm.adapt(eta, (x, y), key)
@@ -105,10 +105,9 @@ def rates(
     del tasks, workdir
     log_rates = trainer.learned(state)
     values = [np.exp(np.asarray(leaf, float)).ravel() for leaf in jax.tree.leaves(log_rates)]
-    figure, (ax,) = _figure(1, height=1 + 0.3 * len(values))
+    figure, (ax,) = row_of_panels(1, height=1 + 0.3 * len(values))
     ax.boxplot(values[::-1], orientation="horizontal", showfliers=False, whis=(5, 95))
-    together = np.concatenate(values)
-    ax.set(xscale="log" if together.max() > LOG_RATIO * together.min() else "linear")
+    ax.set(xscale=scale(np.concatenate(values)))
     ax.set(xlabel="learned rate: median, quartiles, 5% and 95%")
     ax.set_yticks(range(1, len(values) + 1), paths(log_rates)[::-1], fontsize="small")
     ax.grid(alpha=0.3, axis="x")
@@ -132,7 +131,7 @@ def weights(
         return jnp.broadcast_to(algorithm.weights(eta, losses, batch), losses.shape)
 
     values = np.asarray(of_batch(support))  # [T, batch, S]
-    figure, (ax,) = _figure(1)
+    figure, (ax,) = row_of_panels(1)
     bins = np.linspace(values.min(), max(values.max(), values.min() + 1e-6), 40)
     sources = np.zeros(values.shape[:2], int) if support.source is None else support.source
     for source in np.unique(np.asarray(sources)):
@@ -153,7 +152,7 @@ def updates(
     grads = jnp.linspace(-1.0, 1.0, 101)
     params = jnp.zeros_like(grads)
     slots = optimizer.init(params)
-    figure, (ax,) = _figure(1)
+    figure, (ax,) = row_of_panels(1)
     for step in range(1, 31):
         update, slots = optimizer.update(grads, slots, params)
         if step in (1, 3, 10, 30):
@@ -164,7 +163,15 @@ def updates(
     return {"updates.png": figure}
 
 
-def _figure(columns: int, height: float = 4.0) -> tuple[Any, Any]:
+def scale(values: Any) -> str:
+    """Return "log" if the finite values are positive and span orders of magnitude."""
+    finite = np.asarray(values, float)[np.isfinite(values)]
+    wide = finite.size and finite.min() > 0 and finite.max() > LOG_RATIO * finite.min()
+    return "log" if wide else "linear"
+
+
+def row_of_panels(columns: int, height: float = 4.0) -> tuple[Any, Any]:
+    """Return (a figure, its panels side by side)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * columns, height), layout="constrained")

@@ -93,6 +93,16 @@ def _config(workdir: pathlib.Path) -> dict[str, Any]:
     return record["config"]
 
 
+def newest_record(checkpoints: pathlib.Path) -> dict[str, Any] | None:
+    """Return the record of the newest checkpoint in a folder; None where there is none."""
+    if not checkpoints.is_dir():
+        return None
+    opened = Checkpoints(checkpoints)
+    record = opened.record()
+    opened.close()
+    return record
+
+
 def checkpoints_of(workdir: pathlib.Path) -> pathlib.Path:
     """Return the folder of a run's checkpoints."""
     return workdir / "checkpoints"

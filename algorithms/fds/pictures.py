@@ -28,12 +28,12 @@ import numpy as np
 
 from metalearn import Forward, Tasks, Trainer
 from metalearn.algorithms.fds.schedule import Schedule
+from metalearn.algorithms.pictures import row_of_panels, scale
 from metalearn.loggers import read_lines, unreadable
 from metalearn.sharding.distributed import say
 from metalearn.train_state import TrainState
 
 TANGENT = "inner_tangent_norm"
-LOG_RATIO = 30.0  # positive values with a larger ratio are drawn on a log scale
 LEARNED = {"baseline": None, "color": "black", "linewidth": 2.5, "linestyle": "--", "zorder": 3}
 
 
@@ -135,16 +135,16 @@ def schedule_figures(
     steps, values = [row["step"] for row in rows], logged_values(rows, spaces)
     edges, drawn = ends(learned, values), {"loss": _losses(rows)}
     for name, each in values.items():
-        scale = "log" if spaces[name] == "log" else _scale(each)
+        yscale = "log" if spaces[name] == "log" else scale(each)
         windows = max(each.shape[1], len(learned[name].values))
-        figure, axes = _figure(2 if windows > 1 else 1)
+        figure, axes = row_of_panels(2 if windows > 1 else 1)
         if each.shape[1] > 1:
             _over_the_run(steps, each, edges[name], figure, axes[0])
         if windows > 1:
             _learned(learned[name], axes[0])
         _by_outer_step(steps, each, axes[-1])
         for ax in axes:
-            ax.set(ylabel=name, yscale=scale)
+            ax.set(ylabel=name, yscale=yscale)
         drawn[name] = figure
     return drawn
 
@@ -152,11 +152,11 @@ def schedule_figures(
 def _losses(rows: Sequence[Mapping[str, Any]]) -> Any:
     labels = {"loss": "outer loss", TANGENT: "largest tangent's norm at the end"}
     labels = {name: label for name, label in labels.items() if name in rows[0]}
-    figure, axes = _figure(len(labels))
+    figure, axes = row_of_panels(len(labels))
     for ax, (name, label) in zip(axes, labels.items(), strict=True):
         values = [_value(row, name) for row in rows]
         _line(ax, [row["step"] for row in rows], values)
-        ax.set(ylabel=label, yscale=_scale(values))
+        ax.set(ylabel=label, yscale=scale(values))
     return figure
 
 
@@ -199,20 +199,6 @@ def _line(ax: Any, steps: Sequence[int], values: Any, **options: Any) -> None:
     ax.plot(steps, values, marker="o", markersize=3, **options)
     ax.set(xlabel="outer step")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _scale(values: Any) -> str:
-    """Return "log" if the finite values are positive and span orders of magnitude."""
-    finite = np.asarray(values, float)[np.isfinite(values)]
-    wide = finite.size and finite.min() > 0 and finite.max() > LOG_RATIO * finite.min()
-    return "log" if wide else "linear"
-
-
-def _figure(columns: int) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5 * columns, 4), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def tangent_norms(

@@ -18,10 +18,10 @@ import jax
 from metalearn import Trainer
 from metalearn._utils import strict_json
 from metalearn._utils.device_memory import show_bytes
-from metalearn.checkpoints.manager import Checkpoints
 from metalearn.cost import Cost
 from metalearn.experiments import build
 from metalearn.experiments.cli import import_paths
+from metalearn.experiments.runs import newest_record
 from metalearn.planning.plan import Plan, plan, tasks_at_once
 from metalearn.planning.step_cost import Candidate, Row, StepCosts, changed_fields
 from metalearn.sharding.distributed import broadcast, is_first, say
@@ -271,11 +271,7 @@ def _choice(config: Mapping[str, Any], budget: int | None) -> dict[str, Any]:
 
 def _recorded(checkpoints: pathlib.Path) -> dict[str, Any]:
     """Return the config of the newest checkpoint; empty where there is none."""
-    if not checkpoints.is_dir():
-        return {}
-    opened = Checkpoints(checkpoints)
-    record = opened.record()
-    opened.close()
+    record = newest_record(checkpoints)
     return record["config"] if record else {}
 
 

@@ -64,7 +64,7 @@ def report(
         for run, label in zip(runs, names, strict=True)
         for path in _learned(run, allow_imports)
     ]
-    counted = [cost_of(run.config) if costs else _uncounted(run.config) for run in runs]
+    counted = [cost_of(run.config, costs) for run in runs]
     text = page(runs, names, curves, learned, counted, [command_of(run) for run in runs])
     disk.write(out, text)
     return out
@@ -107,11 +107,13 @@ def command_of(run: RunLog) -> str:
     return shlex.join(["metalearn", "train", f"--config={config}", "--workdir=runs/again"])
 
 
-def cost_of(config: Mapping[str, Any]) -> Cost:
-    """Compile an outer step of a config, for shapes, and count its memory and FLOPs."""
+def cost_of(config: Mapping[str, Any], counted: bool = True) -> Cost:
+    """Compile an outer step of a config, for shapes, and count its memory and FLOPs if asked to."""
     config = {**config, **config.get("auto", {})}
     engine = build.engine(config["engine"], config.get("engine_options", {}))
     name = short_repr(engine)
+    if not counted:
+        return Cost(name, problem="not asked for")
     try:
         trainer, tasks = abstract(config)
         costs = StepCosts(trainer, tasks)
@@ -122,9 +124,3 @@ def cost_of(config: Mapping[str, Any]) -> Cost:
         return Cost(name, problem=row.refusal)
     flops = row.cost.flops / plain.flops if plain.flops else float("nan")
     return Cost(name, row.cost.peak, row.cost.peak / plain.peak, flops)
-
-
-def _uncounted(config: Mapping[str, Any]) -> Cost:
-    config = {**config, **config.get("auto", {})}
-    engine = build.engine(config["engine"], config.get("engine_options", {}))
-    return Cost(short_repr(engine), problem="not asked for")

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from metalearn.algorithms.pictures import row_of_panels, scale
 from metalearn.experiments.report.run_logs import Curve, RunLog
 
 PANELS = 4  # of the picture that every run ends with
-LOG_RATIO = 30.0  # positive values with a larger ratio are drawn on a log scale
 FILES = ("time/seconds", "time/steps_per_second")  # not drawn
 
 
@@ -52,12 +52,10 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 def curves_figure(run: RunLog) -> Any:
     """Draw the metrics of a run that are evaluated, side by side: those to look at first."""
-    from matplotlib.figure import Figure
-
     evaluated = dict.fromkeys(["loss", *run.validation, *run.test])
     names = [name for name in metrics_of([run]) if name in evaluated][:PANELS] or ["loss"]
-    figure = Figure(figsize=(5.5 * len(names), 4), layout="constrained")
-    for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    figure, axes = row_of_panels(len(names))
+    for ax, name in zip(axes, names, strict=True):
         _panel(ax, name, [run], [""])
         ax.legend(fontsize="small")
     return figure
@@ -83,8 +81,7 @@ def _panel(ax: Any, name: str, runs: Sequence[RunLog], labels: Sequence[str]) ->
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
         _draw(ax, name, run, label if len(runs) > 1 else "", f"C{number % 10}")
     values = np.concatenate([_finite(c.values) for run in runs for c in _curves(run, name)])
-    if len(values) and (values > 0).all() and values.max() > LOG_RATIO * values.min():
-        ax.set_yscale("log")
+    ax.set_yscale(scale(values))
     ax.set(xlabel="outer step", ylabel=name.removeprefix("time/"))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)

@@ -15,10 +15,9 @@ import numpy as np
 
 from metalearn._utils import strict_json
 from metalearn._utils.intervals import Estimate
-from metalearn.checkpoints.manager import Checkpoints
+from metalearn.experiments.runs import checkpoints_of, newest_record
 from metalearn.loggers import read_lines
-
-EVALUATION, INTERVAL = "eval/", "_ci95"  # of metrics on validation tasks
+from metalearn.loggers.console import EVALUATION, INTERVAL
 
 
 class Curve(NamedTuple):
@@ -100,12 +99,7 @@ def _record(workdir: pathlib.Path) -> dict[str, Any]:
     """Return the record of a run's newest checkpoint."""
     if not workdir.is_dir():
         raise ValueError(f"There is no folder {workdir}. A report takes workdirs of runs.")
-    folder = workdir / "checkpoints"
-    record = None
-    if folder.is_dir():
-        opened = Checkpoints(folder)
-        record = opened.record()
-        opened.close()
+    record = newest_record(checkpoints_of(workdir))
     if record is None or not {"dataset", "algorithm"} <= record["config"].keys():
         raise ValueError(
             f"There is no run of `metalearn train` in {workdir}, or none with a checkpoint yet. "
