@@ -1,4 +1,4 @@
-"""The command line: `metalearn plan`, `train`, `eval`, `adapt`, `export`, `draw`, `report`, `list`.
+"""The command line: `metalearn train`, `plan`, `eval` and the other commands.
 
     metalearn plan  --config=maml_omniglot --budget=4GiB
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
@@ -9,6 +9,7 @@
     metalearn draw --workdir=runs/fds
     metalearn report runs/omniglot runs/other --out=report.html
     metalearn list maml
+    metalearn doctor
 
 `metalearn train --help` shows the options of train, and so for each command; all of them have
 --traceback. train and plan: --config, --config.KEY=VALUE and --budget (such as 40GiB, of
@@ -47,7 +48,7 @@ from metalearn.experiments.build import sections
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.cli.compilation_cache import kept_programs
 from metalearn.experiments.commands import adapt as adaptation
-from metalearn.experiments.commands import listing, plan, run
+from metalearn.experiments.commands import doctor, listing, plan, run
 from metalearn.experiments.commands import report as reporting
 from metalearn.sharding import distributed as processes
 from metalearn.training.outer_loop import Interrupted
@@ -149,7 +150,12 @@ def show_names(*names: str) -> None:
     listing.show(names, _JSON.value)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+def diagnose() -> int:
+    """Say what this machine has, and compute a meta-gradient in every engine on it."""
+    return doctor.diagnose()
+
+
+COMMANDS: dict[str, Callable[..., int | None]] = {
     "plan": show_plan,
     "train": train,
     "eval": evaluate,
@@ -158,6 +164,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "draw": draw,
     "report": report,
     "list": show_names,
+    "doctor": diagnose,
 }
 TAKES_ARGUMENTS = ("report", "list")  # without a name
 WITHOUT_DEVICES = ("list",)  # which neither look for a device nor compile anything
@@ -200,7 +207,8 @@ def _flags() -> list[flags.Flag]:
 def main(argv: Sequence[str]) -> int:
     """Run a command line, and return its exit status.
 
-    That is 0, 2 for what the user can mend, 75 for a run that was asked to stop and has saved.
+    That is 0, 1 where `doctor` finds what must work and does not, 2 for what the user can mend, 75
+    for a run that was asked to stop and has saved.
     """
     try:
         command = arguments.command(argv, COMMANDS, __doc__ or "")
@@ -218,13 +226,12 @@ def main(argv: Sequence[str]) -> int:
                 "--config.seed=1."
             )
         if command in WITHOUT_DEVICES:
-            COMMANDS[command](*left)
-            return 0
+            return COMMANDS[command](*left) or 0
         processes.start(
             *(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value), detect=_DISTRIBUTED.value
         )
         with kept_programs(_CACHE.value):
-            COMMANDS[command](*left)
+            return COMMANDS[command](*left) or 0
     except BrokenPipeError:  # of `metalearn list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
