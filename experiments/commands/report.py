@@ -8,7 +8,6 @@ differ. The pictures are files too, in a folder beside the page.
 
 from __future__ import annotations
 
-import io
 import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from metalearn._utils.checks import first_line
 from metalearn.experiments import build
 from metalearn.experiments.commands.pictures import draw
 from metalearn.experiments.commands.plan import abstract
-from metalearn.experiments.report.figures import curve_figure, metrics_of
+from metalearn.experiments.report.figures import curve_figure, metrics_of, save_png
 from metalearn.experiments.report.page import Cost, Picture, page
 from metalearn.experiments.report.run_logs import RunLog, labels, read_run
 from metalearn.experiments.runs import load_run
@@ -56,7 +55,7 @@ def report(
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     curves = [
-        Picture(f"{name} by outer step", _png(curve_figure(name, runs, names), folder, name))
+        Picture(f"{name} by outer step", save_png(curve_figure(name, runs, names), folder, name))
         for name in metrics_of(runs)
     ]
     learned = [
@@ -87,18 +86,6 @@ def _learned(run: RunLog, allow_imports: bool) -> list[pathlib.Path]:
         say(f"What {run.workdir} has learned is not drawn: {first_line(error)}")
         return []
     return [path for path in paths if path.suffix == ".png"]
-
-
-def _png(figure: Any, folder: pathlib.Path, name: str) -> bytes:
-    """Save a figure in a folder; return its bytes."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    disk.write(folder / f"{_file(name)}.png", content.getvalue())
-    return content.getvalue()
-
-
-def _file(name: str) -> str:
-    return name.replace("/", "_")
 
 
 def command_of(run: RunLog) -> str:
