@@ -1,4 +1,4 @@
-"""The command line: `metalearn plan`, `train`, `eval`, `adapt`, `export` and `draw`.
+"""The command line: `metalearn plan`, `train`, `eval`, `adapt`, `export`, `draw`, `report`, `list`.
 
     metalearn plan  --config=maml_omniglot --budget=4GiB
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
@@ -8,6 +8,7 @@
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
     metalearn report runs/omniglot runs/other --out=report.html
+    metalearn list maml
 
 `metalearn train --help` shows the options of train, and so for each command; all of them have
 --traceback. train and plan: --config, --config.KEY=VALUE and --budget (such as 40GiB, of
@@ -31,6 +32,7 @@ not end a run: what could not be written is named, the score is printed, and the
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shlex
 import sys
@@ -45,7 +47,7 @@ from metalearn.experiments.build import sections
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.cli.compilation_cache import kept_programs
 from metalearn.experiments.commands import adapt as adaptation
-from metalearn.experiments.commands import plan, run
+from metalearn.experiments.commands import listing, plan, run
 from metalearn.experiments.commands import report as reporting
 from metalearn.sharding import distributed as processes
 from metalearn.training.outer_loop import Interrupted
@@ -89,7 +91,7 @@ OPTIONS = {
     "query": ("adapt",),
     "inner_steps": ("adapt",),
     "budget": ("plan", "train"),
-    "json": ("plan",),
+    "json": ("plan", "list"),
     "largest": ("plan",),
     "progress": ("train",),
     "allow_config_change": ("train",),
@@ -142,6 +144,11 @@ def report(*workdirs: str) -> None:
     print(reporting.report([*map(pathlib.Path, workdirs)], out, allow_imports=_IMPORTS.value))
 
 
+def show_names(*names: str) -> None:
+    """List what a config may name, or the keys of one name: `metalearn list`, `list maml`."""
+    listing.show(names, _JSON.value)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "plan": show_plan,
     "train": train,
@@ -150,8 +157,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "draw": draw,
     "report": report,
+    "list": show_names,
 }
-TAKES_WORKDIRS = ("report",)  # as arguments without a name
+TAKES_ARGUMENTS = ("report", "list")  # without a name
+WITHOUT_DEVICES = ("list",)  # which neither look for a device nor compile anything
 
 
 def _config(command: str) -> Any:
@@ -203,16 +212,21 @@ def main(argv: Sequence[str]) -> int:
             return 0
         arguments.check_options(argv, command, OPTIONS, own)
         left = flags.FLAGS(arguments.expanded(argv, sections.renew, sections.nullable))[1:]
-        if left and command not in TAKES_WORKDIRS:
+        if left and command not in TAKES_ARGUMENTS:
             raise ValueError(
                 f"{left[0]!r} is not an option: those begin with two dashes, such as "
                 "--config.seed=1."
             )
+        if command in WITHOUT_DEVICES:
+            COMMANDS[command](*left)
+            return 0
         processes.start(
             *(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value), detect=_DISTRIBUTED.value
         )
         with kept_programs(_CACHE.value):
             COMMANDS[command](*left)
+    except BrokenPipeError:  # of `metalearn list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
         return 130
