@@ -68,30 +68,27 @@ def with_site_links(markdown: str, source: str) -> str:
 
 def filled_in(markdown: str) -> str:
     """Return a page with its comments replaced by what is made from the code."""
-    if "<!-- keys: " in markdown:
-        from metalearn.experiments.build import reference
+    if "<!-- " not in markdown:
+        return markdown
+    markdown = re.sub(r"<!-- keys: ([\w ]+) -->", lambda comment: keys(comment[1]), markdown)
+    return re.sub(r"<!-- commands -->", lambda comment: commands(), markdown)
 
-        markdown = re.sub(
-            r"<!-- keys: ([\w ]+) -->",
-            lambda comment: reference.markdown(
-                entry
-                for name in reference.KINDS[comment[1]].names()
-                for entry in reference.described(name)
-                if entry.kind == comment[1]
-            ),
-            markdown,
-        )
-    if "<!-- commands -->" in markdown:
-        markdown = markdown.replace("<!-- commands -->", commands())
-    return markdown
+
+def keys(kind: str) -> str:
+    """Return every name of a kind of things that a config may name, with its keys."""
+    from metalearn.experiments.build import reference
+
+    names = reference.KINDS[kind].names()
+    named = [entry for name in names for entry in reference.described(name)]
+    return reference.markdown(entry for entry in named if entry.kind == kind)
 
 
 def commands() -> str:
     """Return every command of the command line: what it does, and its options."""
     from metalearn.experiments import main
 
-    parts = []
-    for name, command in main.COMMANDS.items():
-        parts += [f"### metalearn {name}", (command.__doc__ or "").strip()]
-        parts += ["```text\n" + main.options_of(name) + "\n```"]
-    return "\n\n".join(parts)
+    helps = {name: main.help_of(name).partition("\n\n") for name in main.COMMANDS}
+    return "\n\n".join(
+        f"### {first.partition(':')[0]}\n\n{first.partition(': ')[2]}\n\n```text\n{options}\n```"
+        for first, _, options in helps.values()
+    )
