@@ -239,6 +239,15 @@ def _flags() -> list[flags.Flag]:
     return [flags.FLAGS[value.name] for value in values]
 
 
+def _options_of(command: str) -> list[flags.Flag]:
+    return [flag for flag in _flags() if command in OPTIONS.get(flag.name, COMMANDS)]
+
+
+def help_of(command: str) -> str:
+    """Return what `metalearn COMMAND --help` prints: what the command does, and its options."""
+    return arguments.usage(command, COMMANDS[command].__doc__ or "", _options_of(command))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run a command line, and return its exit status.
 
@@ -249,11 +258,10 @@ def main(argv: Sequence[str]) -> int:
         command = arguments.command(argv, COMMANDS, __doc__ or "")
         if command is None:
             return 0
-        own = [flag for flag in _flags() if command in OPTIONS.get(flag.name, COMMANDS)]
         if arguments.asks_for_help(argv):
-            print(arguments.usage(command, COMMANDS[command].__doc__ or "", own))
+            print(help_of(command))
             return 0
-        arguments.check_options(argv, command, OPTIONS, own)
+        arguments.check_options(argv, command, OPTIONS, _options_of(command))
         rest, _ = arguments.swept(argv)
         left = flags.FLAGS(arguments.expanded(rest, sections.renew, sections.nullable))[1:]
         if left and command not in TAKES_ARGUMENTS:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils.checks import Count, counts
+from metalearn._utils.compiling import quick_compilation
 from metalearn._utils.fields import check_fields
 from metalearn._utils.intervals import Estimate
 from metalearn._utils.labels import Seen, known
@@ -314,6 +315,9 @@ class Trainer:
     @functools.cached_property
     def look(self) -> Callable[..., Look]:
         """Examine one task, for a health check: (eta, tasks, key, zeros, steps). Compiled."""
+        return self._look()
+
+    def _look(self, **options: Any) -> Callable[..., Look]:
         most = None if self.truncation is None else self.truncation.steps
 
         def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = 0, steps: Any = None):
@@ -321,12 +325,13 @@ class Trainer:
             return look_at(self.unrolls.solve, eta, tasks, key, zeros, count)
 
         where = None if self.layout is None else self.layout.replicated
-        return self._compiled(look, static_argnames="steps", out_shardings=where)
+        return self._compiled(look, static_argnames="steps", out_shardings=where, **options)
 
     @functools.cached_property
     def _probes(self) -> health.Probes:
         symmetry = Measure(self.algorithm, self.engine)
-        return health.Probes(self.look, symmetry, self.task_keys, self.labels_seen)
+        first_steps = self._look(compiler_options=quick_compilation())
+        return health.Probes(self.look, first_steps, symmetry, self.task_keys, self.labels_seen)
 
     def check_health(self, state: TrainState, tasks: Tasks) -> health.Report:
         """Examine the first task of the outer step after `state`; see `diagnostics.health`."""

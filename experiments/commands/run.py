@@ -211,6 +211,7 @@ def draw(workdir: pathlib.Path, allow_imports: bool = False) -> None:
 
 def check(trainer: Trainer, state: TrainState, tasks: Tasks) -> None:
     """Print what a health check finds, one line where that is nothing; HealthError if bad."""
+    say("Health: compiling one meta-gradient, to check it before training.")
     report = trainer.check_health(state, tasks)
     report.raise_errors()
     say(str(report))
