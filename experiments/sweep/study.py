@@ -200,12 +200,12 @@ class Study:
         try:
             with _quiet():
                 backend = optuna.storages.journal.JournalFileBackend(str(path))
-                self.optuna: Any = optuna.create_study(
-                    storage=optuna.storages.JournalStorage(backend),
-                    study_name=NAME,
-                    direction={"max": "maximize", "min": "minimize"}[settings.direction],
-                    pruner=pruner,
-                    load_if_exists=True,
+                storage = optuna.storages.JournalStorage(backend)
+                if evaluations and not storage.get_all_studies():
+                    direction = {"max": "maximize", "min": "minimize"}[settings.direction]
+                    optuna.create_study(storage=storage, study_name=NAME, direction=direction)
+                self.optuna: Any = optuna.load_study(
+                    storage=storage, study_name=NAME, pruner=pruner
                 )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
