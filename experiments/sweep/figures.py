@@ -2,7 +2,7 @@
 
 history      the value of each trial in the order they began, and the best so far
 evaluations  the metric by outer step of every trial, those that were pruned in grey
-slices       the value by each parameter
+by_parameter the value by a parameter
 parallel     every trial as a line through its parameters to its value
 importance   how much of the spread of good trials each parameter explains, by Optuna
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metalearn.algorithms.pictures import row_of_panels
+from metalearn.algorithms.pictures import row_of_panels, scale
 from metalearn.experiments.sweep.space import Parameter
 
 PRUNED = "0.7"  # grey
@@ -55,7 +55,7 @@ def history(trials: Sequence[TrialLog], metric: str, direction: str) -> Any:
         numbers, values = [trial.number for trial in done], [trial.value for trial in done]
         ax.plot(numbers, values, "o", color="C0", label="done")
         ax.step(numbers, best.accumulate(values), color="C3", where="post", label="best so far")
-    ax.set(xlabel="trial", ylabel=metric)
+    ax.set(xlabel="trial", ylabel=metric, yscale=scale(_values([*done, *stopped])))
     _finish(ax)
     return figure
 
@@ -69,24 +69,32 @@ def evaluations(trials: Sequence[TrialLog], metric: str, best: int | None) -> An
         label = f"trial {trial.number:03d}, the best" if trial.number == best else None
         marker = {"marker": "o", "markersize": 3}
         ax.plot(trial.steps, trial.values, color=colour, linewidth=width, label=label, **marker)
-    ax.set(xlabel="outer step", ylabel=metric)
+    values = [value for trial in trials for value in trial.values]
+    ax.set(xlabel="outer step", ylabel=metric, yscale=scale(values))
     _finish(ax)
     return figure
 
 
-def slices(trials: Sequence[TrialLog], space: Sequence[Parameter], metric: str) -> Any:
-    """Draw the value of the trials that are done by each of their parameters."""
-    figure, axes = row_of_panels(len(space))
-    for ax, each in zip(axes, space, strict=True):
-        chosen = [trial for trial in trials if each.key in trial.params]
-        for ended, colour in (("pruned", PRUNED), ("done", "C0")):
-            some = [trial for trial in chosen if trial.ended == ended]
-            at = [_place(each, trial.params[each.key]) for trial in some]
-            marker = "o" if ended == "done" else "x"
-            ax.plot(at, [trial.value for trial in some], marker, color=colour, label=ended)
-        _ticks(ax, each)
-        ax.set(xlabel=each.key, ylabel=metric)
-        ax.grid(alpha=0.3)
+def by_parameter(trials: Sequence[TrialLog], each: Parameter, metric: str) -> Any:
+    """Draw the value of trials by one of their parameters, over its whole range."""
+    figure, (ax,) = row_of_panels(1)
+    shown = []
+    for ended, colour, marker in (("pruned", PRUNED, "x"), ("done", "C0", "o")):
+        some = [trial for trial in trials if trial.ended == ended]
+        at, values = [_place(each, trial.params[each.key]) for trial in some], _values(some)
+        ax.plot(at, values, marker, color=colour, label=ended if some else None)
+        shown += values
+    if each.choices:
+        ax.set_xticks(range(len(each.choices)), each.choices)
+        ax.set_xlim(-0.5, len(each.choices) - 0.5)
+    else:
+        ax.set_xscale("log" if each.kind == "log" else "linear")
+        ax.set_xlim(each.low, each.high)
+        ax.margins(x=0.05)
+    ax.set(xlabel=each.key, ylabel=metric, yscale=scale(shown))
+    ax.grid(alpha=0.3)
+    if shown:
+        ax.legend(fontsize="small")
     return figure
 
 
@@ -143,6 +151,10 @@ def _finish(ax: Any) -> None:
         ax.legend(fontsize="small")
 
 
+def _values(trials: Sequence[TrialLog]) -> list[float]:
+    return [trial.value for trial in trials]
+
+
 def _place(each: Parameter, value: Any) -> float:
     """Return where a value is on an axis: choices are numbered."""
     return each.choices.index(value) if each.choices else float(value)
@@ -162,10 +174,3 @@ def _labels(each: Parameter) -> list[tuple[float, str]]:
     if each.choices:
         return [(_height(each, choice), choice) for choice in each.choices]
     return [(0.0, f"{each.low:g}"), (1.0, f"{each.high:g}")]
-
-
-def _ticks(ax: Any, each: Parameter) -> None:
-    if each.choices:
-        ax.set_xticks(range(len(each.choices)), each.choices)
-    elif each.kind == "log":
-        ax.set_xscale("log")

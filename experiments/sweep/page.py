@@ -109,7 +109,9 @@ def _figures(study: Study, trials: list[TrialLog]) -> Iterator[tuple[str, str, A
     number = None if best is None else best.number
     caption = f"{metric} by outer step of every trial; grey: pruned"
     yield "evaluations", caption, drawing.evaluations(trials, metric, number)
-    yield "slices", f"{metric} by each parameter", drawing.slices(trials, space, metric)
+    for each in space:
+        figure = drawing.by_parameter(trials, each, metric)
+        yield f"by_{each.key}", f"{metric} by {each.key}", figure
     if sum(trial.ended == "done" for trial in trials) > 1:
         figure = drawing.parallel(trials, space, metric, settings.direction)
         yield "parallel", "trials as lines through their parameters; light: good", figure

@@ -34,7 +34,7 @@ NAME = "sweep"  # of the study: Hyperband's brackets depend on it
 SETTINGS, JOURNAL, TRIALS = "sweep.json", "sweep.journal", "trials"
 SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("none", "hyperband")
-MOST_POINTS = 10_000  # of a grid
+MOST_POINTS = 1_000  # of a grid
 REDUCTION = 3  # of Hyperband: the share of trials that go on, and how much further
 
 
@@ -200,22 +200,29 @@ class Study:
         try:
             with _quiet():
                 backend = optuna.storages.journal.JournalFileBackend(str(path))
-                self.optuna: Any = optuna.create_study(
-                    storage=optuna.storages.JournalStorage(backend),
-                    study_name=NAME,
-                    direction={"max": "maximize", "min": "minimize"}[settings.direction],
-                    pruner=pruner,
-                    load_if_exists=True,
+                storage = optuna.storages.JournalStorage(backend)
+                if evaluations and not storage.get_all_studies():
+                    direction = {"max": "maximize", "min": "minimize"}[settings.direction]
+                    optuna.create_study(storage=storage, study_name=NAME, direction=direction)
+                self.optuna: Any = optuna.load_study(
+                    storage=storage, study_name=NAME, pruner=pruner
                 )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is no journal of a sweep, or is damaged ({first_line(error)}). Its trials "
                 f"are in {workdir / TRIALS}; begin again in another workdir."
             ) from error
-        if settings.sampler == "grid" and evaluations and not self.trials(waiting=True):
-            for point in itertools.product(*(each.points() or () for each in settings.space)):
-                keys = [each.key for each in settings.space]
-                self.optuna.enqueue_trial(dict(zip(keys, point, strict=True)))
+        if settings.sampler == "grid" and evaluations:
+            self._enqueue_grid()
+
+    def _enqueue_grid(self) -> None:
+        """Add all combinations as trials that wait; those that are there already stay."""
+        keys = [each.key for each in self.settings.space]
+        points = [*itertools.product(*(each.points() or () for each in self.settings.space))]
+        there = len(self.trials(waiting=True))
+        for point in points if there < len(points) else ():
+            trial = dict(zip(keys, point, strict=True))
+            self.optuna.enqueue_trial(trial, skip_if_exists=there > 0)
 
     def trials(self, waiting: bool = False) -> list[Any]:
         """Return Optuna's trials by number, those of a grid that have not begun if asked for."""
