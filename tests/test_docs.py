@@ -104,18 +104,6 @@ def test_readme_has_no_number_left_to_fill_in():
     assert not re.findall(r"[A-Z]+_RESULT", (ROOT / "README.md").read_text())
 
 
-PAGES = ["adapt", "data", "inner_optimizers", "models", "optimizers"]
-
-
-@pytest.mark.parametrize("page", quick(PAGES, lambda page: page not in ("adapt", "models")))
-def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / f"{page}.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert blocks
-    exec(compile("\n".join(blocks), page, "exec"), {})  # noqa: S102
-
-
 def test_custom_rules_are_as_the_documentation_shows_them():
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "custom_rules.md").read_text(), re.S

@@ -2,16 +2,25 @@
 
 import dataclasses
 import functools
+import importlib.util
+import os
 import pathlib
 import re
+import shlex
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from jax.flatten_util import ravel_pytree
 
 from metalearn import Forward, MixedFlow, Reverse
+from metalearn.experiments import main
+from metalearn.experiments.build import sections
+from metalearn.experiments.cli import arguments
 from tests.helpers.selection import quick
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -23,11 +32,87 @@ def python_blocks(page):
     return "\n".join(blocks)
 
 
-def run_page(page):
-    """Run the Python of a page from top to bottom, and return its names."""
-    names = {"__name__": page}
-    exec(compile(python_blocks(page), page, "exec"), names)  # noqa: S102
-    return names
+OWN_TESTS = ("custom_rules", "few_shot_by_friday", "own_classes", "use_what_was_learned")
+MINUTES = (  # or a good part of one, on a busy machine
+    *("adapt", "choosing_engine", "coming_from", "learned_optimizers", "long_runs", "models"),
+    *("nan", "own_algorithm", "quickstart", "schedules", "tracking", "scaling", "runs"),
+)
+SEVERAL_DEVICES = "devices"
+PAGES = sorted(path.stem for path in DOCS.glob("*.md") if python_blocks(path.stem))
+RUN_HERE = [page for page in PAGES if page not in (*OWN_TESTS, SEVERAL_DEVICES)]
+
+
+@pytest.mark.parametrize("page", quick(RUN_HERE, lambda page: page not in MINUTES))
+@pytest.mark.filterwarnings("ignore:.*:metalearn.diagnostics.health.HealthWarning")
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(python_blocks(page), page, "exec"), {"__name__": page})  # noqa: S102
+
+
+@pytest.mark.slow
+def test_the_page_on_devices_runs_where_there_are_several(tmp_path):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    code = python_blocks(SEVERAL_DEVICES) + "\nassert layout.mesh.size == 4\n"
+    run = [sys.executable, "-c", code]
+    subprocess.run(run, check=True, cwd=tmp_path, env=environment, timeout=600)
+
+
+def commands():
+    """Return (page, command line) of each `metalearn` command in an indented block of a page."""
+    found = []
+    for path in sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]):
+        text = path.read_text().replace("\\\n", " ")
+        lines = re.findall(r"^ {4}(?:srun )?(metalearn .*?)(?:  #.*)?$", text, re.MULTILINE)
+        found += [(path.stem, line) for line in lines]
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=str)
+@pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
+def test_a_command_of_a_page_has_options_and_keys_that_exist(page, line, monkeypatch):
+    _, command, *options = words = shlex.split(line)
+    assert command in main.COMMANDS
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    values = [value for value in vars(main).values() if isinstance(value, flags.FlagHolder)]
+    own = {value.name for value in values if command in main.OPTIONS.get(value.name, main.COMMANDS)}
+    for option in options:
+        name = re.match(r"--(?:no)?([\w-]+)", option)
+        if name and not option.startswith("--config"):
+            assert name[1].replace("-", "_") in own or name[0][2:].replace("-", "_") in own, option
+    of_ones_own = re.compile(r"--config=(C$|.*[./])|.*=mine:")  # files that are not there
+    if not any(map(of_ones_own.match, options)):
+        arguments.expanded(words, sections.renew, sections.nullable)
+
+
+PICTURES = ("timelines", "inner_gradient", "decision")
+
+
+def test_the_timelines_visit_every_step_backwards_and_save_what_the_engines_do():
+    spec = importlib.util.spec_from_file_location("draw_timelines", DOCS / "draw_timelines.py")
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    schedules = {
+        "everything": drawing.save_everything(),
+        "states": drawing.save_states(),
+        "segments": drawing.save_segments(),
+        "nested": drawing.save_nested(),
+    }
+    recomputed = {"everything": 0, "states": 1, "segments": 1, "nested": 2}
+    for name, moments in schedules.items():
+        backward = [moment for moment in moments if moment.kind == "backward"]
+        assert [moment.step for moment in backward] == list(reversed(range(drawing.STEPS)))
+        assert all(moment.step in moment.residuals for moment in backward)
+        again = sum(moment.kind == "again" for moment in moments)
+        assert again == recomputed[name] * drawing.STEPS
+    most = {
+        name: max(len(moment.states) for moment in moments) for name, moments in schedules.items()
+    }
+    segments = drawing.STEPS // drawing.SEGMENT
+    assert most["states"] == drawing.STEPS and most["segments"] == segments
+    assert most["nested"] == segments + drawing.SEGMENT - 1  # the first of a segment counts once
+    assert {moment.kind for moment in drawing.push_forward()} == {"tangents"}
+    assert set(PICTURES) <= {path.stem for path in (DOCS / "pictures").glob("*.png")}
+    assert all((DOCS / "pictures" / f"{name}.png").stat().st_size < 60_000 for name in PICTURES)
 
 
 # Recipe -> (the name of its tasks on the page, outer steps of the test, the metric that falls).
