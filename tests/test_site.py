@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import json
 import pathlib
 import re
 import shutil
@@ -67,11 +68,7 @@ def test_every_field_of_a_public_dataclass_is_explained():
             for name in (*arguments_of(base), *commented_fields(base))
         }
         fields = [field.name for field in dataclasses.fields(value) if field.init]
-        unexplained += [
-            f"{path}.{name}"
-            for name in fields
-            if name not in {*explained, *OF_FLAX}
-        ]
+        unexplained += [f"{path}.{name}" for name in fields if name not in {*explained, *OF_FLAX}]
     assert not unexplained
 
 
@@ -157,6 +154,7 @@ def in_navigation(entries):
 
 def test_every_page_is_in_the_navigation_once():
     pages = [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")]
+    pages += [str(page.relative_to(DOCS).with_suffix(".md")) for page in DOCS.rglob("*.ipynb")]
     assert sorted(in_navigation(site_config()["nav"])) == sorted(
         [*pages, "changelog.md", "contributing.md"]
     )
@@ -196,6 +194,22 @@ def test_keys_and_commands_are_put_into_a_page():
     commands = filled_in("<!-- commands -->")
     assert "### metalearn train\n\nTrain the config in the workdir" in commands
     assert "--workdir" in commands
+
+
+def test_a_notebook_becomes_a_page_with_its_outputs(tmp_path):
+    pytest.importorskip("mkdocs")
+    code = {"cell_type": "code", "source": ["1 +\n", "1"]}
+    outputs = [
+        {"output_type": "stream", "name": "stdout", "text": ["hello\n"]},
+        {"output_type": "execute_result", "data": {"text/plain": ["2"]}},
+        {"output_type": "display_data", "data": {"image/png": "aGk=\n", "text/plain": "<Figure>"}},
+    ]
+    cells = [{"cell_type": "markdown", "source": ["# A title"]}, {**code, "outputs": outputs}]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert hooks().notebook(tmp_path / "a.ipynb") == (
+        "# A title\n\n```python\n1 +\n1\n```\n\n```text\nhello\n```\n\n```text\n2\n```\n\n"
+        '<img alt="&lt;Figure&gt;" src="data:image/png;base64,aGk=">\n'
+    )
 
 
 def external(html):
