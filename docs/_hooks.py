@@ -1,6 +1,7 @@
 """What `mkdocs build` adds to the pages of docs/.
 
 - `changelog.md` and `contributing.md`: the files of those names at the root of the repository.
+- A page for each notebook, with its text, code and outputs.
 - Links that leave docs/ (to a config, a folder of the source) are right where the repository is
   browsed; the site does not hold those files, so that only the link's text is left there.
 - `<!-- keys: KIND -->` in a page becomes the names of that kind with their keys, and
@@ -9,14 +10,18 @@
 
 from __future__ import annotations
 
+import html
+import json
 import pathlib
 import posixpath
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+DOCS = pathlib.Path(__file__).resolve().parent
+ROOT = DOCS.parent
 AT_THE_ROOT = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
 
@@ -26,7 +31,34 @@ def on_files(files: Files, config: Any) -> Files:
     for name, page in AT_THE_ROOT.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=with_site_links(text, source="")))
+    for path in sorted((DOCS / "notebooks").glob("*.ipynb")):
+        page = path.relative_to(DOCS).with_suffix(".md").as_posix()
+        files.append(File.generated(config, page, content=notebook(path)))
     return files
+
+
+def notebook(path: pathlib.Path) -> str:
+    """Return a notebook as a page."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            parts.append(text)
+            continue
+        parts.append(f"```python\n{text}\n```")
+        parts += [part for output in cell["outputs"] for part in shown(output)]
+    return "\n\n".join(parts) + "\n"
+
+
+def shown(output: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the picture of an output of a cell, or else its text."""
+    data = output.get("data", {})
+    text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
+    if "image/png" in data:
+        png = "".join(data["image/png"]).replace("\n", "")
+        yield f'<img alt="{html.escape(text)}" src="data:image/png;base64,{png}">'
+    elif text:
+        yield f"```text\n{text}\n```"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -44,7 +76,7 @@ def with_site_links(markdown: str, source: str) -> str:
       markdown: of a file.
       source: the folder of the file, from the root of the repository; "": the root.
 
-    >>> with_site_links("[runs](docs/runs.md), [a config](experiments/configs/maml_digits.py)", source="")
+    >>> with_site_links("[runs](docs/runs.md), [a config](experiments/main.py)", source="")
     '[runs](runs.md), a config'
     >>> with_site_links("[the changes](../CHANGELOG.md)", source="docs")
     '[the changes](changelog.md)'
@@ -55,6 +87,7 @@ def with_site_links(markdown: str, source: str) -> str:
         path, hash_sign, anchor = target.partition("#")
         if not path or "://" in path:
             return link[0]
+        path = re.sub(r"\.ipynb$", ".md", path)
         whole = posixpath.normpath(posixpath.join(source, path))
         if whole in AT_THE_ROOT:
             whole = posixpath.join("docs", AT_THE_ROOT[whole])

@@ -84,13 +84,6 @@ def test_a_command_of_a_page_has_options_and_keys_that_exist(page, line, monkeyp
         arguments.expanded(words, sections.renew, sections.nullable)
 
 
-def test_links_from_page_to_page_lead_somewhere():
-    for path in sorted(DOCS.glob("*.md")):
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
-            assert (path.parent / link).exists() or link in COMING, f"{path.name}: {link}"
-
-
-COMING = ("sweeps.md",)
 PICTURES = ("timelines", "inner_gradient", "decision")
 
 

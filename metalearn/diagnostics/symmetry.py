@@ -14,6 +14,7 @@ that g is the gradient with respect to, and for the other inputs of the loss.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -157,7 +158,7 @@ def _measured(call: Call, plan: Plan) -> tuple[jax.Array, float]:
     directions = (u, zeros[1]), (v, zeros[1]), (zeros[0], w)
     # A loop, so that the derivative is compiled once and not for each direction.
     products = jax.lax.map(along, jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions))
-    of_u, *of_others = (jax.tree.map(lambda leaf: leaf[i], products) for i in range(3))
+    of_u, *of_others = (jax.tree.map(operator.itemgetter(i), products) for i in range(3))
     asymmetries = []
     for direction, (of_theta, _) in zip(directions[1:], of_others, strict=True):
         ours, our_size = _product(u, of_theta)

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 
 class Bars:
-    """The progress bars of a run."""
+    """The progress bars of a run.
 
-    def __init__(self, outer: tqdm, inner: tqdm | None):
-        self._outer, self._inner = outer, inner
+    Their rates leave out the first step, which is compiled: otherwise it would decide, for
+    minutes, when the run is said to end.
+    """
+
+    def __init__(self, outer: tqdm, inner: tqdm | None, compiled: Callable[[], None]):
+        """Hold the bars; `compiled`: called once, when the first step is done."""
+        self._outer, self._inner, self._compiled = outer, inner, compiled
+        self._compiling = True
 
     def step_done(self, loss: float) -> None:
         """Advance the bar of outer steps by one."""
         self._outer.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        self._outer.update()
+        if self._compiling:  # with an inner bar, the rate of that one leaves it out
+            self._first_done(self._outer, self._outer.n + 1)
+        else:
+            self._outer.update()
 
     def back_to(self, step: int) -> None:
         """Set the bar of outer steps back to `step`."""
@@ -32,7 +42,20 @@ class Bars:
             return
         if steps < self._inner.n:
             self._inner.reset()
-        self._inner.update(steps - self._inner.n)
+        if self._compiling and steps > self._inner.n:
+            self._first_done(self._inner, steps)
+        else:
+            self._inner.update(steps - self._inner.n)
+
+    def _first_done(self, bar: tqdm, done: int) -> None:
+        """Set a bar to `done`, and let its rate begin now."""
+        self._compiling = False
+        self._compiled()
+        if bar.disable:
+            return
+        bar.unpause()
+        bar.n = bar.initial = bar.last_print_n = done
+        bar.refresh()
 
 
 class Clock:
@@ -102,9 +125,19 @@ def bars(
             )
         )
         outer.set_postfix_str("compiling the first step")
+        compiled = threading.Event()
+        stack.callback(compiled.set)
+        if shown and sys.stderr.isatty():
+            threading.Thread(target=_tick, args=(outer, compiled), daemon=True).start()
         inner = None
         if inner_steps is not None:
             inner = stack.enter_context(
                 tqdm(total=inner_steps, unit="step", desc="inner steps", leave=False, **options)
             )
-        yield Bars(outer, inner)
+        yield Bars(outer, inner, compiled.set)
+
+
+def _tick(bar: tqdm, compiled: threading.Event) -> None:
+    """Show, each second, how long the first step has been compiled."""
+    while not compiled.wait(1.0):
+        bar.refresh()
