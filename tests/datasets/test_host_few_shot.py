@@ -93,8 +93,8 @@ def test_what_was_fetched_for_other_keys_is_no_data():
 
 def test_fetched_tasks_have_the_episodes_of_the_tasks_of_a_step():
     device, tasks = both()
-    assert fetched(device, KEYS, 0) is device
-    small = fetched(tasks, KEYS, 0)
+    assert fetched(device, KEYS, 0, trainer().algorithm) is device
+    small = fetched(tasks, KEYS, 0, trainer().algorithm)
     for key in KEYS:
         assert bits(draw_episode(small, key)) == bits(draw_episode(device, key))
 
