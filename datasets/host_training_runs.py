@@ -245,11 +245,11 @@ class HostHeldOut(Tasks):
                 f"`{what}` got training inputs of {kinds[0]} and test inputs of {kinds[1]}, but "
                 "one network reads both. Give both the same preparation."
             )
-        test_data = jax.tree.map(jnp.asarray, test.read(np.arange(test.count)))
+        test_data: Any = jax.tree.map(jnp.asarray, test.read(np.arange(test.count)))
         n = data.count
         numbers = RowNumbers(lambda key: (jnp.arange(n, dtype=jnp.int32),) * 2)
         labels = _label_range(targets, None if targets is None else np.asarray(test_data[1]))
-        return cls(*test_data, RunTable(data), numbers, labels)
+        return cls(test_data[0], test_data[1], RunTable(data), numbers, labels)
 
     @property
     def needs_fetch(self) -> bool:
@@ -315,7 +315,7 @@ def _fetched(
       query_data: None: the table.
     """
     starts = np.broadcast_to(np.asarray(reads.start, np.int32), keys.shape)
-    steps = numbers.of_steps(keys, algorithm, starts, reads.count)
+    steps = numbers.of_steps(keys, algorithm, starts, reads.steps)
     own_query = query[:, :0] if query_data is not None else query
     every = np.concatenate([steps.reshape(-1), own_query.reshape(-1)])
     rows, places = np.unique(every, return_inverse=True)
@@ -329,10 +329,8 @@ def _fetched(
     positions = places[: steps.size].reshape(steps.shape).astype(np.int32)
     if query_data is None:
         query = places[steps.size :].reshape(query.shape).astype(np.int32)
-    columns, positions, query, starts = jax.tree.map(
-        jnp.asarray, (columns, positions, query, starts)
-    )
-    return FetchedRuns(episode_keys(keys), starts, positions, query, columns, query_data)
+    device: Any = jax.tree.map(jnp.asarray, (starts, positions, query, columns))
+    return FetchedRuns(episode_keys(keys), *device, query_data)
 
 
 def _padded(leaf: np.ndarray, most: int) -> np.ndarray:

@@ -133,12 +133,9 @@ class RowNumbers:
             for task, start in enumerate(starts.tolist()):
                 for block in range(start // length, -(-(start + count) // length)):
                     rows = self._block(programs, data[task], impl, block, length)
-                    first, last = (
-                        max(start, block * length),
-                        min(start + count, (block + 1) * length),
-                    )
-                    part = rows[first - block * length : last - block * length]
-                    outputs[task, first - start : last - start] = part
+                    begin, end = block * length, (block + 1) * length
+                    first, last = max(start, begin), min(start + count, end)
+                    outputs[task, first - start : last - start] = rows[first - begin : last - begin]
         return outputs
 
     def batch_of(self, algorithm: Algorithm) -> int:

@@ -92,8 +92,8 @@ class Algorithm(abc.ABC):
             f"These tasks are training runs on data of the host, of which {name} would read rows, "
             f"but it does not say which: `{name}.rows_at(episode, key, steps)` is not defined. "
             "FDS and LearnedOptimizer define it; in an algorithm of your own return what `step` "
-            "passes to `metalearn.algorithms.read_rows`, such as `epochs(episode.support[2], steps, "
-            "batch, key)`. Others take tasks with a support set: `HostFewShot`, `HostText`."
+            "passes to `metalearn.algorithms.read_rows`, such as `epochs(episode.support[2], "
+            "steps, batch, key)`. Others take tasks with a support set: `HostFewShot`, `HostText`."
         )
 
     def evaluation(self) -> Algorithm:

@@ -1,14 +1,15 @@
 """Datasets whose rows are read by number, wherever they are: on the device, or on the host.
 
 A long training run reads rows of a whole dataset: an inner step has the numbers of its rows, and
-reads them (`read_rows`). The support of an episode is then (inputs, targets, rows [m]), the data and
-the numbers of those rows that belong to the split. Where the data are on the host, the parts are
+reads them (`read_rows`). The support of an episode is then (inputs, targets, rows [m]): the data,
+and the numbers of those rows that belong to the split. Where the data are on the host, the parts
+are
 
 - `HostColumn` in place of an array: a step calls back to the host for its rows, and waits. Right
   everywhere, but slow.
-- `ReadColumn` in place of an array, and `StepRows` in place of row numbers: the rows that some inner
-  steps read, which the host has read before the program runs. The numbers are then positions among
-  those that were read. A program neither waits, nor draws a permutation of all rows.
+- `ReadColumn` in place of an array, and `StepRows` in place of row numbers: the rows that some
+  inner steps read, which the host has read before the program runs. The numbers are then positions
+  among those that were read. A program neither waits, nor draws a permutation of all rows.
 
 A row that was not read comes back as NaN, or as the largest integer, so that it cannot pass for
 data.
@@ -106,8 +107,8 @@ class StepRows:
         count, size = self.positions.shape
         if size != batch:
             raise ValueError(
-                f"The rows of these tasks were read on the host for inner steps of {size} examples, "
-                f"and the algorithm takes {batch}. Fetch them for this algorithm: "
+                f"The rows of these tasks were read for inner steps of {size} examples, and the "
+                f"algorithm takes {batch}. Fetch them for this algorithm: "
                 "`Trainer.fetch(tasks, state)` of its trainer."
             )
         steps = steps - self.start

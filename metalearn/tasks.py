@@ -102,13 +102,16 @@ class Reads(NamedTuple):
 
     Args:
       start: its first inner step: of all tasks, or [n], int, one of each task.
-      count: inner steps that it takes; 0: none, as for the outer loss alone; None: all T.
+      steps: how many it takes; 0: none, as for the outer loss alone; None: all T.
       query: whether it takes the outer loss.
     """
 
     start: Any = 0
-    count: int | None = None
+    steps: int | None = None
     query: bool = True
+
+
+ALL_STEPS = Reads()
 
 
 @jax.tree_util.register_dataclass
@@ -156,7 +159,7 @@ def only_if(present: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def fetched(
-    tasks: Tasks, keys: jax.Array, first: int, algorithm: Algorithm, reads: Reads = Reads()
+    tasks: Tasks, keys: jax.Array, first: int, algorithm: Algorithm, reads: Reads = ALL_STEPS
 ) -> Tasks:
     """Return tasks on the device that have the episodes that `draw_task` draws with `keys` [n].
 

@@ -36,6 +36,7 @@ from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
 from metalearn.sharding.layout import Layout, abstract
 from metalearn.tasks import (
+    ALL_STEPS,
     Reads,
     Tasks,
     WithConstants,
@@ -305,7 +306,7 @@ class Trainer:
         Tasks on the device are returned unchanged. `fit` does the same in a thread. Of training
         runs all inner steps are read that the outer step takes.
         """
-        return self._fetched(tasks, state, Reads())
+        return self._fetched(tasks, state, ALL_STEPS)
 
     def _fetched(self, tasks: Tasks, state: TrainState, reads: Reads) -> Tasks:
         if not needs_fetch(tasks):
@@ -626,8 +627,9 @@ class Trainer:
 
         def take(eta: Any, tasks: Tasks, runs: Any, start: jax.Array, segment: Reads) -> Any:
             def on_runs(shared: Any, runs: Any) -> Any:
-                advance = functools.partial(advanced, algorithm, *shared, segment, transform)
-                return jax.vmap(advance)(runs)
+                return jax.vmap(lambda run: advanced(algorithm, segment, transform, shared, run))(
+                    runs
+                )
 
             shared = eta, tasks, start
             return on_runs(shared, runs) if each is None else each(on_runs, shared, runs)

@@ -18,7 +18,7 @@ from metalearn._utils.intervals import Estimate, interval
 from metalearn.algorithm import Algorithm
 from metalearn.engines.base import check_eta, outer_loss
 from metalearn.engines.inner_loop import inner_loop, rollout
-from metalearn.tasks import Reads, Tasks, draw_task, needs_fetch
+from metalearn.tasks import ALL_STEPS, Reads, Tasks, draw_task, needs_fetch
 from metalearn.unroll import Eta, Metrics, Unroll, horizon
 
 SEGMENT = 2**26  # bytes that the inner steps of a segment read
@@ -59,7 +59,7 @@ def segments_of(algorithm: Algorithm, tasks: Tasks, count: int) -> list[Reads]:
     """
     step_bytes = tasks.step_bytes(algorithm) if needs_fetch(tasks) and tasks.reads_steps else 0
     if not step_bytes:
-        return [Reads()]
+        return [ALL_STEPS]
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(lambda key: draw_task(algorithm, tasks, key).batches(), key)
     steps = horizon(shapes)
@@ -71,28 +71,25 @@ def segments_of(algorithm: Algorithm, tasks: Tasks, count: int) -> list[Reads]:
 
 def advanced(
     algorithm: Algorithm,
-    eta: Eta,
-    tasks: Tasks,
-    start: jax.Array,
     segment: Reads,
     transform: Callable[[Unroll], Unroll] | None,
+    shared: tuple[Eta, Tasks, jax.Array],
     run: tuple[jax.Array, Any],
 ) -> Any:
     """Advance a task by a segment: return its inner state, or its metrics after the last segment.
 
     Args:
       algorithm: to evaluate.
-      eta: the meta-parameters.
-      tasks: the distribution to draw from.
-      start: (), the first inner step of the segment.
-      segment: its `count` of inner steps; `start` 0 for the first segment, `query` for the last.
+      segment: its number of `steps`; `start` 0 for the first segment, `query` for the last.
       transform: as of `task_metrics`.
+      shared: (the meta-parameters, the distribution, the first inner step of the segment ()).
       run: (the key of the task, its inner state, which the first segment ignores).
     """
+    eta, tasks, start = shared
     key, state = run
     task = draw_task(algorithm, tasks, key, transform)
     unroll = task.unroll._replace(init=lambda eta: state) if segment.start else task.unroll
-    batches = task.batches_at(start + jnp.arange(segment.count, dtype=jnp.int32))
+    batches = task.batches_at(start + jnp.arange(segment.steps, dtype=jnp.int32))
     state, _ = inner_loop(unroll, eta, batches)
     if not segment.query:
         return state

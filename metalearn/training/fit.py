@@ -17,7 +17,7 @@ from metalearn._utils import disk
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.loggers import Logger
 from metalearn.sharding.distributed import is_first, say
-from metalearn.tasks import Reads, Tasks
+from metalearn.tasks import ALL_STEPS, Tasks
 from metalearn.train_state import TrainState
 from metalearn.training.outer_loop import Fit, Interrupted, OuterLoop, OuterStep
 from metalearn.training.prefetch import prefetching
@@ -104,7 +104,7 @@ def tasks_of_parts(
         yield lambda step, part, state: place(now(state, parts[part - 1].reads))
         return
     ahead, place, key = fetch.ahead, fetch.place, _key(state)
-    reads = [part.reads for part in parts] if fetch.each_part else [Reads()]
+    reads = [part.reads for part in parts] if fetch.each_part else [ALL_STEPS]
 
     def read(number: int) -> Tasks:
         step, part = divmod(number, len(reads))

@@ -21,7 +21,7 @@ from metalearn.checkpoints.manager import Checkpoints
 from metalearn.diagnostics.health import DIVERGES, Report
 from metalearn.loggers import Logger
 from metalearn.sharding.distributed import is_first, say
-from metalearn.tasks import Reads, Tasks
+from metalearn.tasks import ALL_STEPS, Reads, Tasks
 from metalearn.train_state import TrainState
 from metalearn.training.faults import DivergedError, Faults, NonFiniteError, Watch, broken
 from metalearn.training.progress import Bars, Clock
@@ -60,7 +60,7 @@ class Part(NamedTuple):
 
     take: Callable[[TrainState, Tasks], tuple[TrainState, Any]]
     steps: int | None = None
-    reads: Reads = Reads()
+    reads: Reads = ALL_STEPS
 
 
 class Fetch(NamedTuple):

@@ -37,7 +37,7 @@ class Segment(NamedTuple):
     until: int  # tangents of entries of eta first read at this step or later are skipped
 
     def reads(self, end: int) -> Reads:
-        """Return what it reads of tasks on the host, if it ends with the inner step before `end`."""
+        """Return what it reads of tasks on the host; `end`: inner steps taken after it."""
         return Reads(end - self.steps, self.steps, self.last)
 
 
