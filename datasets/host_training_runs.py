@@ -329,8 +329,8 @@ def _fetched(
     positions = places[: steps.size].reshape(steps.shape).astype(np.int32)
     if query_data is None:
         query = places[steps.size :].reshape(query.shape).astype(np.int32)
-    device: Any = jax.tree.map(jnp.asarray, (starts, positions, query, columns))
-    return FetchedRuns(episode_keys(keys), *device, query_data)
+    arrays: Any = jax.tree.map(jnp.asarray, (starts, positions, query, columns))
+    return FetchedRuns(episode_keys(keys), *arrays[:3], arrays[3], query_data)
 
 
 def _padded(leaf: np.ndarray, most: int) -> np.ndarray:

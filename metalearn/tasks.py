@@ -171,8 +171,21 @@ def fetched(
       first: how many tasks are drawn before these; see `Tasks.fetch`.
       algorithm: whose inner steps read them.
       reads: which inner steps of training runs; by default all, and the query.
+
+    Raises:
+      ValueError: for keys of an implementation whose numbers depend on how many keys are vmapped.
     """
-    return tasks.fetch_steps(keys, first, algorithm, reads) if needs_fetch(tasks) else tasks
+    if not needs_fetch(tasks):
+        return tasks
+    implementation = str(jax.random.key_impl(keys))
+    if "rbg" in implementation:
+        raise ValueError(
+            f"The keys of this run are {implementation!r}, whose random numbers differ between a "
+            f"program that is vmapped over tasks and one that is not, so a `{type(tasks).__name__}`"
+            ", which reads on the host what a key draws, could not tell what its tasks are. Take "
+            'keys of the default implementation: `jax.random.key(seed, impl="threefry2x32")`.'
+        )
+    return tasks.fetch_steps(keys, first, algorithm, reads)
 
 
 def needs_fetch(tasks: Any) -> bool:

@@ -99,6 +99,12 @@ def test_fetched_tasks_have_the_episodes_of_the_tasks_of_a_step():
         assert bits(draw_episode(small, key)) == bits(draw_episode(device, key))
 
 
+def test_keys_whose_numbers_depend_on_vmap_are_refused():
+    _, tasks = both()
+    with pytest.raises(ValueError, match="The keys of this run are 'rbg', .* default implementat"):
+        trainer().fit(tasks, 1, key=jax.random.key(0, impl="rbg"), progress=False)
+
+
 def test_host_fed_training_gives_the_eta_of_training_on_the_device():
     device, tasks = both()
     options = {"key": KEY, "eval_every": 10, "eval_tasks": 3, "progress": False}
