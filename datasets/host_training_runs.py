@@ -245,11 +245,12 @@ class HostHeldOut(Tasks):
                 f"`{what}` got training inputs of {kinds[0]} and test inputs of {kinds[1]}, but "
                 "one network reads both. Give both the same preparation."
             )
-        test_data: Any = jax.tree.map(jnp.asarray, test.read(np.arange(test.count)))
+        test_columns = test.read(np.arange(test.count))
         n = data.count
         numbers = RowNumbers(lambda key: (jnp.arange(n, dtype=jnp.int32),) * 2)
-        labels = _label_range(targets, None if targets is None else np.asarray(test_data[1]))
-        return cls(test_data[0], test_data[1], RunTable(data), numbers, labels)
+        labels = None if targets is None else _label_range(targets, test_columns[1])
+        inputs, targets = map(jnp.asarray, test_columns)
+        return cls(inputs, targets, RunTable(data), numbers, labels)
 
     @property
     def needs_fetch(self) -> bool:
