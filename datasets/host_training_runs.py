@@ -249,8 +249,8 @@ class HostHeldOut(Tasks):
         n = data.count
         numbers = RowNumbers(lambda key: (jnp.arange(n, dtype=jnp.int32),) * 2)
         labels = None if targets is None else _label_range(targets, test_columns[1])
-        inputs, targets = map(jnp.asarray, test_columns)
-        return cls(inputs, targets, RunTable(data), numbers, labels)
+        test_inputs, test_targets = map(jnp.asarray, test_columns[:2])
+        return cls(test_inputs, test_targets, RunTable(data), numbers, labels)
 
     @property
     def needs_fetch(self) -> bool:
@@ -306,7 +306,7 @@ def _fetched(
     keys: jax.Array,
     algorithm: Algorithm,
     reads: Reads,
-    query: np.ndarray,
+    query: Any,
     query_data: Any,
 ) -> FetchedRuns:
     """Return the runs of some keys, with the rows of those steps, each of them read once.
@@ -327,11 +327,12 @@ def _fetched(
     else:
         columns = jax.tree.map(lambda s: np.zeros((0, *s.shape), s.dtype), table.example)
     columns = jax.tree.map(lambda leaf: _padded(leaf, most), columns)
-    positions = places[: steps.size].reshape(steps.shape).astype(np.int32)
+    positions: Any = places[: steps.size].reshape(steps.shape).astype(np.int32)
     if query_data is None:
         query = places[steps.size :].reshape(query.shape).astype(np.int32)
     arrays: Any = jax.tree.map(jnp.asarray, (starts, positions, query, columns))
-    return FetchedRuns(episode_keys(keys), *arrays[:3], arrays[3], query_data)
+    begin, positions, query, data = arrays
+    return FetchedRuns(episode_keys(keys), begin, positions, query, data, query_data)
 
 
 def _padded(leaf: np.ndarray, most: int) -> np.ndarray:

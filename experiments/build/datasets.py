@@ -87,18 +87,21 @@ def splits(config: Mapping[str, Any]) -> Splits:
 def _own(read: Callable[..., Any], name: str, options: Mapping[str, Any]) -> Splits:
     """Return the tasks of a class or function of the user's own."""
     if "split" in parameters(read):
-        made = [read(split=split, **options) for split in SPLITS]
+        distributions = [read(split=split, **options) for split in SPLITS]
     else:
-        made = [read(**options)] * len(SPLITS)
-    if isinstance(made[0], ClassIndex):
+        distributions = [read(**options)] * len(SPLITS)
+    if isinstance(distributions[0], ClassIndex):
         raise ValueError(
             f"The dataset {name!r} returned a ClassIndex. Say so in its annotation, `def "
             f"{read.__name__}(split, ...) -> ClassIndex:`; its keys are then those of few-shot "
             "tasks too: ways, shots, queries and eval_queries."
         )
-    for each in made:
+    for each in distributions:
         check_kind(each, name, "dataset", (Tasks, Splits))
-    return made[0] if isinstance(made[0], Splits) else of_tasks(made[0], made[1], made[2], name)
+    if isinstance(distributions[0], Splits):
+        return distributions[0]
+    train, validation, test = distributions
+    return of_tasks(train, validation, test, name)
 
 
 def few_shot(
@@ -236,13 +239,13 @@ def _text(
     cuts = {split: round(len(text) * (1 - held_out)) for split, text in texts.items()}
     inner, judge = texts["train"][: cuts["train"]], texts["train"][cuts["train"] :]
     create = _host_text if host else Text.create
-    made = {"train": create(inner, judge, **training)}
+    texts_by_split = {"train": create(inner, judge, **training)}
     for split in SPLITS[1:]:
         text, cut = texts[split], cuts[split]
         parts = (text[:cut], text[cut:]) if fresh else (inner, text)
-        made[split] = create(*parts, **evaluation)
+        texts_by_split[split] = create(*parts, **evaluation)
     window = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    return Splits(**made, inputs=window, outputs=BYTES.vocabulary)
+    return Splits(**texts_by_split, inputs=window, outputs=BYTES.vocabulary)
 
 
 def _host_text(train: str, held_out: str, **options: Any) -> HostText:

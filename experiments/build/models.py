@@ -50,11 +50,11 @@ from metalearn.models.adapters import Mode, flag_name, flags
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 
 
-def wrapped(made: Model, lora: Mapping[str, Any], precision: Mapping[str, Any]) -> Model:
+def wrapped(network: Model, lora: Mapping[str, Any], precision: Mapping[str, Any]) -> Model:
     """Return a model with low-rank terms and in other floating-point types, where a config says so.
 
     Args:
-      made: the model.
+      network: the model.
       lora: the arguments of `LoRA`; without a rank there are no terms.
       precision: the arguments of `Precision`, types by name, and "master_weights", which is for
         the optimizers.
@@ -62,7 +62,7 @@ def wrapped(made: Model, lora: Mapping[str, Any], precision: Mapping[str, Any]) 
     if lora:
         check_call("section lora", lora, LoRA, filled=("model",))
     if lora.get("rank") is not None:
-        made = LoRA(made, **lora)
+        network = LoRA(network, **lora)
     elif lora.get("paths"):
         raise ValueError(
             f"lora.paths={lora['paths']!r} chooses matrices for low-rank terms, but lora.rank is "
@@ -75,7 +75,7 @@ def wrapped(made: Model, lora: Mapping[str, Any], precision: Mapping[str, Any]) 
         for key, name in types.items()
         if name is not None
     }
-    return Precision(made, **chosen) if chosen else made
+    return Precision(network, **chosen) if chosen else network
 
 
 class Library(NamedTuple):
@@ -101,7 +101,7 @@ def model(config: Mapping[str, Any], splits: Splits) -> Model:
     else:
         sizes = {name: size for name, size in _sizes(splits).items() if name in takes}
         check_call(f"network {network.__name__!r}", options, network, filled=sizes)
-    return library.adapt(lambda **given: network(**sizes, **options, **given), splits)
+    return library.adapt(lambda **mode: network(**sizes, **options, **mode), splits)
 
 
 FILLED = ("outputs", "inputs", "image", "example")  # arguments that do not come from the config
@@ -154,13 +154,13 @@ def _own(name: str, library: str | None, options: Mapping[str, Any], splits: Spl
         return Equinox(lambda key: build(key=key))
     if library in ("nnx", "haiku"):
         return LIBRARIES[library].adapt(build, splits, None)
-    made = build()
-    if isinstance(made, Model):
-        return made
-    if library_of(made) == "linen":
-        return LIBRARIES["linen"].adapt(lambda: made, splits, None)
+    module = build()
+    if isinstance(module, Model):
+        return module
+    if library_of(module) == "linen":
+        return LIBRARIES["linen"].adapt(lambda: module, splits, None)
     raise ValueError(
-        f"{name!r} is no network: it returned {made!r:.80}. A function returns a `Model` or a "
+        f"{name!r} is no network: it returned {module!r:.80}. A function returns a `Model` or a "
         "linen module; one that builds an NNX module takes `rngs`; for one that builds a Haiku "
         "module, set model.library='haiku'."
     )

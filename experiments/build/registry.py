@@ -178,9 +178,9 @@ def optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
     master, name = options.pop(MASTER, False), options.pop("name")
     make = optimizer_function(name)
     check_call(f"optimizer {name!r}", options, make)
-    made = make(**{key: _nested(value) for key, value in options.items()})
-    made = made if is_optimizer(made) else check_kind(made, name, "optimizer", OPTIMIZER)
-    return master_weights(made) if master else made
+    built = make(**{key: _nested(value) for key, value in options.items()})
+    built = built if is_optimizer(built) else check_kind(built, name, "optimizer", OPTIMIZER)
+    return master_weights(built) if master else built
 
 
 def _nested(value: Any) -> Any:
