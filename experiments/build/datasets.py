@@ -133,7 +133,8 @@ def _few_shot_tasks(split: str, index: ClassIndex, shape: dict[str, Any], host: 
     try:
         if not host:
             return FewShot.create(index, **shape)
-        present = np.arange(np.max(index.counts)) < np.asarray(index.counts)[:, None]
+        most = jax.tree.leaves(index.examples)[0].shape[1]  # beyond a count there is padding
+        present = np.arange(most) < np.asarray(index.counts)[:, None]
         examples = jax.tree.map(lambda leaf: np.asarray(leaf)[present], index.examples)
         return HostFewShot.create(examples, np.nonzero(present)[0], **shape)
     except ValueError as error:
