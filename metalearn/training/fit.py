@@ -5,8 +5,8 @@ The loop in between is `metalearn.training.outer_loop`.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,10 @@ from metalearn._utils import disk
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.loggers import Logger
 from metalearn.sharding.distributed import is_first, say
-from metalearn.tasks import Tasks
+from metalearn.tasks import ALL_STEPS, Tasks
 from metalearn.train_state import TrainState
 from metalearn.training.outer_loop import Fit, Interrupted, OuterLoop, OuterStep
-from metalearn.training.prefetch import tasks_of_steps
+from metalearn.training.prefetch import prefetching
 from metalearn.training.progress import bars
 
 
@@ -68,7 +68,7 @@ def run(
         shown = fit.progress and is_first()
         with (
             bars(fit.steps, first, outer.tasks_per_step, parts[-1].steps, shown) as progress,
-            tasks_of_steps(tasks, _fetch(outer, state), fit.steps) as tasks_at,
+            tasks_of_parts(outer, tasks, state, fit.steps) as tasks_at,
         ):
             return OuterLoop(fit, outer, tasks_at, loggers, checkpoints, progress).run(state)
     except Interrupted:
@@ -83,11 +83,47 @@ def run(
         raise
 
 
-def _fetch(outer: OuterStep, state: TrainState) -> Callable[[int], Tasks] | None:
-    """Return a function: outer step -> its tasks, from the host; None for those on the device."""
-    if outer.fetch is None:
-        return None
-    # A copy of the key of this process alone: no step of the run has to be waited for.
+@contextlib.contextmanager
+def tasks_of_parts(
+    outer: OuterStep, tasks: Tasks, state: TrainState, steps: int
+) -> Iterator[Callable[[int, int, TrainState], Tasks]]:
+    """Yield a function: (outer step, its part, both counted from 1, state) -> their tasks.
+
+    Args:
+      outer: the functions of the trainer.
+      tasks: of the run.
+      state: that the run starts from.
+      steps: outer steps of the run.
+    """
+    fetch, parts = outer.fetch, outer.parts
+    if fetch is None:
+        yield lambda step, part, state: tasks
+        return
+    if fetch.ahead is None:
+        now, place = fetch.now, fetch.place
+        yield lambda step, part, state: place(now(state, parts[part - 1].reads))
+        return
+    ahead, place, key = fetch.ahead, fetch.place, _key(state)
+    reads = [part.reads for part in parts] if fetch.each_part else [ALL_STEPS]
+
+    def read(number: int) -> Tasks:
+        step, part = divmod(number, len(reads))
+        return ahead(key, step + 1, reads[part])
+
+    with prefetching(read, steps * len(reads) - 1) as read_ahead:
+        placed: tuple[int, Tasks] = (-1, tasks)  # of the last part
+
+        def at(step: int, part: int, state: TrainState) -> Tasks:
+            nonlocal placed
+            number = (step - 1) * len(reads) + (part - 1 if fetch.each_part else 0)
+            if placed[0] != number:
+                placed = number, place(read_ahead(number))
+            return placed[1]
+
+        yield at
+
+
+def _key(state: TrainState) -> jax.Array:
+    """Return a copy of the key of a run of this process alone: no step has to be waited for."""
     data = jnp.asarray(np.asarray(jax.random.key_data(state.key)))
-    key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(state.key))
-    return functools.partial(outer.fetch, key)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(state.key))

@@ -21,7 +21,7 @@ from metalearn.checkpoints.manager import Checkpoints
 from metalearn.diagnostics.health import DIVERGES, Report
 from metalearn.loggers import Logger
 from metalearn.sharding.distributed import is_first, say
-from metalearn.tasks import Tasks
+from metalearn.tasks import ALL_STEPS, Reads, Tasks
 from metalearn.train_state import TrainState
 from metalearn.training.faults import DivergedError, Faults, NonFiniteError, Watch, broken
 from metalearn.training.progress import Bars, Clock
@@ -55,10 +55,29 @@ class Part(NamedTuple):
     Args:
       take: (state, tasks) -> (state, metrics), or (state, None) if more parts follow.
       steps: inner steps taken after it; None: it is the whole outer step.
+      reads: what it reads of tasks on the host.
     """
 
     take: Callable[[TrainState, Tasks], tuple[TrainState, Any]]
     steps: int | None = None
+    reads: Reads = ALL_STEPS
+
+
+class Fetch(NamedTuple):
+    """How the tasks of outer steps are read on the host.
+
+    Args:
+      ahead: (key of the run, outer step counted from 1, what a part reads) -> its tasks; known
+        before the run, so a thread may call it. None: they are known from the state alone.
+      now: (state, what a part reads) -> the tasks of its outer step.
+      place: tasks -> the same on all devices.
+      each_part: whether every part of an outer step reads other data.
+    """
+
+    ahead: Callable[[jax.Array, int, Reads], Tasks] | None
+    now: Callable[[TrainState, Reads], Tasks]
+    place: Callable[[Tasks], Tasks]
+    each_part: bool
 
 
 class OuterStep(NamedTuple):
@@ -72,9 +91,7 @@ class OuterStep(NamedTuple):
       evaluate: state -> the metrics of held-out tasks.
       check: state -> the health check of the next outer step.
       diagnose: state -> a sentence: what is not finite in the outer step taken from it.
-      fetch: (key of the run, outer step counted from 1) -> its tasks, read on the host; None: the
-        tasks are on the device.
-      place: tasks -> the same on all devices.
+      fetch: reads the tasks of outer steps on the host; None: the tasks are on the device.
     """
 
     tasks_per_step: int
@@ -84,8 +101,7 @@ class OuterStep(NamedTuple):
     evaluate: Callable[[TrainState], dict[str, Estimate]]
     check: Callable[[TrainState], Report]
     diagnose: Callable[[TrainState], str]
-    fetch: Callable[[jax.Array, int], Tasks] | None
-    place: Callable[[Tasks], Tasks]
+    fetch: Fetch | None
 
 
 class Interrupted(Exception):
@@ -117,12 +133,12 @@ class OuterLoop:
         self,
         fit: Fit,
         outer: OuterStep,
-        tasks: Callable[[int], Tasks],
+        tasks: Callable[[int, int, TrainState], Tasks],
         loggers: Sequence[Logger],
         checkpoints: Checkpoints | None,
         bars: Bars,
     ):
-        """Make the loop; `tasks`: outer step, counted from 1 -> its tasks."""
+        """Make the loop; `tasks`: (outer step, its part, both from 1, state) -> their tasks."""
         self.fit, self.outer, self.tasks, self.bars = fit, outer, tasks, bars
         self.loggers, self.checkpoints = loggers, checkpoints
         self._parts = outer.parts
@@ -147,12 +163,11 @@ class OuterLoop:
     def _take(self, step: int, state: TrainState, taken: int) -> TrainState:
         """Take an outer step, `taken` of whose parts are done, and what is due after it."""
         before, metrics = dataclasses.replace(state, optimizer=None, inner=()), None
-        tasks = self.outer.place(self.tasks(step))
         for number, part in enumerate(self._parts[taken:], taken + 1):
             if part.steps is not None:  # the bar shows the progress of the device
                 jax.block_until_ready(state.inner)
                 self.bars.inner_done(self._parts[number - 2].steps or 0 if number > 1 else 0)
-            state, metrics = part.take(state, tasks)
+            state, metrics = part.take(state, self.tasks(step, number, state))
             self._read_metrics()
             if metrics is None:
                 self._after_part(step, number, state)

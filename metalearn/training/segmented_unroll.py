@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from metalearn._utils.trees import strong
 from metalearn.engines.base import Streaming
 from metalearn.sharding.mesh import TASKS
-from metalearn.tasks import DrawnTask, Tasks
+from metalearn.tasks import DrawnTask, Reads, Tasks
 from metalearn.training.full_unroll import FullUnroll
 from metalearn.unroll import horizon
 
@@ -35,6 +35,10 @@ class Segment(NamedTuple):
     first: bool  # whether it is the first of the unroll
     last: bool  # whether it is the last
     until: int  # tangents of entries of eta first read at this step or later are skipped
+
+    def reads(self, end: int) -> Reads:
+        """Return what it reads of tasks on the host; `end`: inner steps taken after it."""
+        return Reads(end - self.steps, self.steps, self.last)
 
 
 class PartialUnroll(NamedTuple):
