@@ -330,6 +330,7 @@ RUN: dict[str, Any] = {
     "algorithm.optimizer.learning_rate": "of the inner optimizer.",
     "algorithm.rule.network": 'of the rule "per_parameter": "mlp" or "gru".',
     "algorithm.rule.hidden": "the widths of the hidden layers of the rule's network.",
+    "precision.master_weights": "sum the updates of inner and outer optimizer in float32.",
     "algorithm.rule.preconditioned": "divide the network's step by the root of v, as in Adam.",
 }
 # Sections whose keys are arguments of one function or class each, the first that has it.
@@ -337,6 +338,8 @@ PARTS: dict[str, Sequence[Any]] = {
     r"truncation": (Truncation,),
     r"faults": (Faults,),
     r"mesh": (make_mesh,),
+    r"precision": (Precision,),
+    r"lora": (LoRA,),
     r"engine_options": tuple(ENGINES.values()),
     r"algorithm\.(rule\.base\.)?hyperparameters\.\w+": (Hyperparameter,),
     r"algorithm\.weighting": tuple(WEIGHTINGS.values()),
