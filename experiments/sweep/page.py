@@ -26,7 +26,7 @@ from metalearn.experiments.report.page import table as html_table
 from metalearn.experiments.sweep import figures as drawing
 from metalearn.experiments.sweep.figures import TrialLog
 from metalearn.experiments.sweep.loop import evaluations
-from metalearn.experiments.sweep.study import Study, library, read_settings, shown
+from metalearn.experiments.sweep.study import Study, library, quiet, read_settings, shown
 
 NAME = "report.html"
 ENOUGH = 4  # trials that are done, before importance says anything
@@ -95,8 +95,11 @@ def importances(study: Study) -> dict[str, float]:
     done = [trial for trial in study.trials() if trial.state.name == "COMPLETE"]
     if len(done) < ENOUGH or len(study.settings.space) < 2:
         return {}
+    importance = library().importance
     try:
-        return dict(library().importance.get_param_importances(study.optuna))
+        with quiet():
+            evaluator = importance.PedAnovaImportanceEvaluator()
+            return dict(importance.get_param_importances(study.optuna, evaluator=evaluator))
     except (ValueError, RuntimeError):  # all values are the same
         return {}
 

@@ -168,7 +168,7 @@ def library() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep Optuna's notes about parts that may change from the user's terminal."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", library().exceptions.ExperimentalWarning)
@@ -198,7 +198,7 @@ class Study:
         if settings.pruner == "hyperband" and evaluations:
             pruner = optuna.pruners.HyperbandPruner(1, evaluations, REDUCTION)
         try:
-            with _quiet():
+            with quiet():
                 backend = optuna.storages.journal.JournalFileBackend(str(path))
                 storage = optuna.storages.JournalStorage(backend)
                 if evaluations and not storage.get_all_studies():
@@ -240,7 +240,7 @@ class Study:
 
     def _open(self, number: int, known: int | None = None) -> Any:
         """Return a trial with its parameters, begun before or now."""
-        with _quiet():
+        with quiet():
             self.optuna.sampler = self._sampler(number)
             if known is None:
                 trial = self.optuna.ask()

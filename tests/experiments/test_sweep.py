@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -252,16 +253,17 @@ def test_a_sweep_that_has_ended_trains_nothing_and_more_trials_are_added(fake, t
     assert rates(run(tmp_path, trials=3))[:2] == first
 
 
-def test_a_trial_that_is_pruned_ends_and_spoils_no_other(fake, tmp_path, monkeypatch):
-    monkeypatch.setenv("FAKE_PACE", "0.3")
-    fix(monkeypatch, 0.01, 0.4, 0.011, 0.3)
-    study = run(tmp_path, BASE._replace(pruner="hyperband"), trials=4, jobs=2)
-    assert ends(study)[0] == "done" and "pruned" in ends(study)
-    for trial, end in zip(study.trials(), ends(study), strict=True):
-        rows = loop.evaluations(study.folder(trial.number) / "metrics.jsonl")
-        assert (len(rows) == fake_trial.EVALUATIONS) == (end == "done")
-    pruned = [t for t in study.trials() if t.user_attrs["ended"] == "pruned"]
-    assert all(trial.params["optimizer.learning_rate"] > 0.1 for trial in pruned)
+def test_a_trial_that_is_behind_is_pruned_and_the_others_are_not(fake, tmp_path, monkeypatch):
+    # Hyperband puts the trials 0 and 4 into a bracket that prunes from the first evaluation on,
+    # and the others into one that prunes from the third.
+    fix(monkeypatch, 0.01, 0.01, 0.4, 0.01, 0.3)
+    monkeypatch.setenv("FAKE_WAITS", '{"0.4": 3, "0.3": 1}')
+    study = run(tmp_path, BASE._replace(pruner="hyperband"), trials=5)
+    assert ends(study) == ["done", "done", "pruned", "done", "pruned"]
+    rows = [loop.evaluations(study.folder(n) / "metrics.jsonl") for n in range(5)]
+    assert [len(each) for each in rows] == [4, 4, 3, 4, 1]
+    assert study.trials()[2].value == rows[2][-1]["eval/loss"]
+    assert study.best().number in (0, 1, 3)
 
 
 def test_a_trial_that_diverges_is_worst_and_one_that_fails_is_not_counted(
@@ -502,6 +504,23 @@ def test_options_of_the_trials_are_passed_on_and_no_others():
     argv += ["--config.seed", "1", "--allow-imports", "--jobs=2", "--nocompilation-cache"]
     expected = ["--config", "mine.json", "--noconfig.health", "--config.seed", "1"]
     assert arguments.of_trials(argv) == [*expected, "--allow_imports", "--nocompilation_cache"]
+
+
+def commands_of_the_page():
+    text = (HERE / "docs" / "sweeps.md").read_text().replace("\\\n", " ").replace("\n        ", " ")
+    commands = [shlex.split(line) for line in re.findall(r"^    (metalearn sweep .*)$", text, re.M)]
+    assert len(commands) == 2
+    return commands
+
+
+@pytest.mark.parametrize("argv", commands_of_the_page(), ids=["grid", "search"])
+def test_the_commands_of_the_page_begin_sweeps(argv, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Loop, "run", lambda self: None)  # the trials
+    assert call(*argv[1:]) == 2  # for there is nothing to report
+    captured = capsys.readouterr()
+    assert captured.out.startswith("metalearn sweep\n  searches  --sweep.optimizer.learning_rate=")
+    assert "No trial of the sweep in runs/" in captured.err
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 It writes four evaluations, the better the nearer the learning rate is to 0.01, and goes on from
 those that are there. A rate above 0.9 diverges, one below 1e-5 fails, and SIGTERM ends it as it
-ends a run.
+ends a run. One with a rate in FAKE_WAITS, {rate: number}, waits for SIGTERM after so many.
 """
 
 import json
@@ -15,6 +15,7 @@ import time
 
 EVALUATIONS = 4
 PACE = float(os.environ.get("FAKE_PACE", "0.01"))  # seconds of an evaluation
+WAITS = json.loads(os.environ.get("FAKE_WAITS", "{}"))
 
 
 def main():
@@ -33,6 +34,8 @@ def main():
         rows += [{"step": number, "eval/loss": loss, "eval/loss_ci95": 0.1}]
         with path.open("a") as file:
             file.write("".join(json.dumps(row).replace("NaN", '"NaN"') + "\n" for row in rows))
+        if WAITS.get(str(rate)) == number:
+            time.sleep(60)
         if rate > 0.9 and number == 2:
             print("\nmetalearn: `loss` became nan.\n(--traceback shows where.)")
             return 2
