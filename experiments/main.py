@@ -94,6 +94,9 @@ _PRUNER = flags.DEFINE_string("pruner", "none", "none, or hyperband: stop bad tr
 _SAMPLER_SEED = flags.DEFINE_integer("sampler_seed", 0, "The same seed suggests the same trials.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
+WITHOUT_DEVICES = ("list", "sweep")  # which neither look for a device nor compile anything
+WITH_DEVICES = ("plan", "train", "eval", "adapt", "export", "draw", "report", "doctor")
+
 # Options of some commands alone; all others are of every command.
 OPTIONS = {
     "config": ("plan", "train", "sweep"),
@@ -111,7 +114,8 @@ OPTIONS = {
     "best": ("eval", "adapt", "export"),
     "test": ("train",),
     **dict.fromkeys(("trials", "jobs", "metric", "sampler", "pruner", "sampler_seed"), ("sweep",)),
-    "sweep": ("sweep",),  # --sweep.KEY=VALUES, which absl does not see
+    **dict.fromkeys(("coordinator", "processes", "process", "distributed"), WITH_DEVICES),
+    "compilation_cache": (*WITH_DEVICES, "sweep"),
 }
 
 # What a user can mend. Anything else is a bug of ours and keeps its traceback.
@@ -202,7 +206,6 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "doctor": diagnose,
 }
 TAKES_ARGUMENTS = ("report", "list")  # without a name
-WITHOUT_DEVICES = ("list", "sweep")  # which neither look for a device nor compile anything
 
 
 def _config(command: str) -> Any:
@@ -261,7 +264,11 @@ def main(argv: Sequence[str]) -> int:
         if arguments.asks_for_help(argv):
             print(help_of(command))
             return 0
+<<<<<<< HEAD
         arguments.check_options(argv, command, OPTIONS, _options_of(command))
+=======
+        arguments.check_options(argv, command, {**OPTIONS, "sweep": ("sweep",)}, own)
+>>>>>>> sweep
         rest, _ = arguments.swept(argv)
         left = flags.FLAGS(arguments.expanded(rest, sections.renew, sections.nullable))[1:]
         if left and command not in TAKES_ARGUMENTS:

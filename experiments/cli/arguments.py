@@ -116,7 +116,8 @@ def check_options(
         match = re.match(r"--?(?:no)?(\w+)(?=[=.]|$)", argument)
         others = commands_of.get(match[1], ()) if match else ()
         if match and others and command not in others:
-            those = " and ".join(f"`metalearn {other}`" for other in others)
+            *first, last = (f"`metalearn {other}`" for other in others)
+            those = f"{', '.join(first)} and {last}" if first else last
             names = ", ".join(f"--{_dashed(flag.name)}" for flag in options)
             raise ValueError(
                 f"--{_dashed(match[1])} is an option of {those}, not of `metalearn {command}`. "

@@ -110,6 +110,7 @@ class Loop:
         verb = "resumes" if (folder / "metrics.jsonl").exists() else "begins"
         text = "  ".join(f"{key}={shown(value)}" for key, value in values.items())
         self.say(f"trial {number:03d}  {verb}  {text}")
+        processes.wait_until_free(folder, self.say)
         share = self._free.pop(0)
         words = [
             *("train", *self.study.words(trial), *self._group(number)),
@@ -181,12 +182,12 @@ class Loop:
             self._tell(job, "done", value)
             best = self.study.best()
             text += "  (the best so far)" if best is not None and best.number == number else ""
+        elif (rows and not math.isfinite(value)) or not math.isfinite(loss):
+            self._tell(job, "diverged")
+            text += f", loss {loss:.4g}, at outer step {steps}"
         elif job.pruned and status in (0, EXIT_STATUS):
             self._tell(job, "pruned")
             text += f" at outer step {rows[-1]['step']}"
-        elif status == 0 or not math.isfinite(loss):
-            self._tell(job, "diverged")
-            text += f", loss {loss:.4g}, at outer step {steps}"
         else:
             why = _status(status, folder)
             self._tell(job, "failed", why=why)

@@ -8,6 +8,7 @@ threads of XLA do not contend; and GPUs are dealt out, memory included where job
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import pathlib
@@ -15,7 +16,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 CONSOLE = "console.txt"  # what a trial prints, in its workdir
 MODULE = "metalearn.experiments.sweep.trial"
@@ -96,6 +98,26 @@ def start(words: Sequence[str], workdir: pathlib.Path, share: Share) -> subproce
         except OSError:  # it has ended already, or may not be bound
             pass
     return process
+
+
+def wait_until_free(workdir: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Wait until no process holds the workdir of a trial: one of a killed sweep may be saving."""
+    if not (workdir / "lock").exists():
+        return
+    deadline, told = time.monotonic() + PATIENCE, False
+    with (workdir / "lock").open("a") as lock:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not told:
+                    say(f"{workdir}: waiting for the process of the sweep before to save and end")
+                told = True
+                time.sleep(0.1)
+                continue
+            except OSError:  # a file system without locks
+                pass
+            return
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -34,7 +34,7 @@ NAME = "sweep"  # of the study: Hyperband's brackets depend on it
 SETTINGS, JOURNAL, TRIALS = "sweep.json", "sweep.journal", "trials"
 SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("none", "hyperband")
-MOST_POINTS = 10_000  # of a grid
+MOST_POINTS = 1_000  # of a grid
 REDUCTION = 3  # of Hyperband: the share of trials that go on, and how much further
 
 
@@ -212,10 +212,17 @@ class Study:
                 f"{path} is no journal of a sweep, or is damaged ({first_line(error)}). Its trials "
                 f"are in {workdir / TRIALS}; begin again in another workdir."
             ) from error
-        if settings.sampler == "grid" and evaluations and not self.trials(waiting=True):
-            for point in itertools.product(*(each.points() or () for each in settings.space)):
-                keys = [each.key for each in settings.space]
-                self.optuna.enqueue_trial(dict(zip(keys, point, strict=True)))
+        if settings.sampler == "grid" and evaluations:
+            self._enqueue_grid()
+
+    def _enqueue_grid(self) -> None:
+        """Add all combinations as trials that wait; those that are there already stay."""
+        keys = [each.key for each in self.settings.space]
+        points = [*itertools.product(*(each.points() or () for each in self.settings.space))]
+        there = len(self.trials(waiting=True))
+        for point in points if there < len(points) else ():
+            trial = dict(zip(keys, point, strict=True))
+            self.optuna.enqueue_trial(trial, skip_if_exists=there > 0)
 
     def trials(self, waiting: bool = False) -> list[Any]:
         """Return Optuna's trials by number, those of a grid that have not begun if asked for."""
