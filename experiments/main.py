@@ -264,8 +264,8 @@ def main(argv: Sequence[str]) -> int:
         if arguments.asks_for_help(argv):
             print(help_of(command))
             return 0
-        taken_by = {**OPTIONS, "sweep": ("sweep",)}
-        arguments.check_options(argv, command, taken_by, _options_of(command))
+        known = {**OPTIONS, "sweep": ("sweep",)}
+        arguments.check_options(argv, command, known, _options_of(command))
         rest, _ = arguments.swept(argv)
         left = flags.FLAGS(arguments.expanded(rest, sections.renew, sections.nullable))[1:]
         if left and command not in TAKES_ARGUMENTS:

@@ -39,7 +39,7 @@ from metalearn.experiments.build.registry import (
 from metalearn.experiments.build.sections import BESIDE, keys_of, type_of
 from metalearn.experiments.build.trainers import engine_builder
 from metalearn.experiments.cli import arguments
-from metalearn.models import Architecture
+from metalearn.models import Architecture, LoRA, Precision
 
 WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", tuple: "tuple"}
 REQUIRED, UNSET = "required", "unset"
