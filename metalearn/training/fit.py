@@ -22,6 +22,7 @@ from metalearn.train_state import TrainState
 from metalearn.training.outer_loop import Fit, Interrupted, OuterLoop, OuterStep
 from metalearn.training.prefetch import tasks_of_steps
 from metalearn.training.progress import bars
+from metalearn.training.segmented_unroll import PartialUnroll
 
 
 def run(
@@ -45,20 +46,21 @@ def run(
       loggers: they get the metrics.
       checkpoints: where the run is saved, and resumed from; None: nowhere.
     """
-    parts = outer.parts
-    if checkpoints is not None and checkpoints.within and parts[-1].steps is None:
+    segments = outer.segments
+    if checkpoints is not None and checkpoints.within and segments is None:
         raise ValueError(
             f"`Checkpoints(within={checkpoints.within})` (`checkpoint_within`) saves between two "
-            "segments of an outer step, but it is one program: set `Trainer(segment=)` too, with "
-            "`Forward`, or leave both."
+            "segments of an outer step, but it is one program: set `Trainer(segment=)` too, or "
+            "leave both."
         )
     record: dict[str, Any] = {}
     loggers = loggers if is_first() else ()
     if checkpoints is not None:
-        state, record = checkpoints.restore(state, outer.partway())
-    first, taken = int(state.step), outer.parts_taken(state)
-    if (first or taken) and first < fit.steps:
-        inside = f", inner step {parts[taken - 1].steps} of the next" if taken else ""
+        state, record = checkpoints.restore(state, segments)
+    first, inside = int(state.step), ""
+    if segments is not None and isinstance(state.inner, PartialUnroll):
+        inside = f", {segments.place(state)} of the next"
+    if (first or inside) and first < fit.steps:
         say(f"Going on from outer step {first} of {fit.steps}{inside}.")
     config = checkpoints.config if checkpoints else {}
     try:
@@ -67,7 +69,9 @@ def run(
             logger.start(first, config, saved if isinstance(saved, dict) else {})
         shown = fit.progress and is_first()
         with (
-            bars(fit.steps, first, outer.tasks_per_step, parts[-1].steps, shown) as progress,
+            bars(
+                fit.steps, first, outer.tasks_per_step, segments is not None, shown
+            ) as progress,
             tasks_of_steps(tasks, _fetch(outer, state), fit.steps) as tasks_at,
         ):
             return OuterLoop(fit, outer, tasks_at, loggers, checkpoints, progress).run(state)

@@ -1,14 +1,22 @@
-"""Progress bars, of outer steps and of the inner steps of a segmented one; and their rate."""
+"""Progress bars, of outer steps and of the segments of one; and their rate."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
+
+from metalearn.train_state import TrainState
+from metalearn.training.segment_run import Place
+
+# What the bar of a segmented outer step says. It counts the work in segments advanced; a segment
+# that cotangents are pulled back through counts as several.
+PHASES = {"forward": "forward", "replay": "replaying", "backward": "backward"}
 
 
 class Bars:
@@ -16,6 +24,7 @@ class Bars:
 
     def __init__(self, outer: tqdm, inner: tqdm | None):
         self._outer, self._inner = outer, inner
+        self._shown = -math.inf  # when the inner bar was last set
 
     def step_done(self, loss: float) -> None:
         """Advance the bar of outer steps by one."""
@@ -26,13 +35,18 @@ class Bars:
         """Set the bar of outer steps back to `step`."""
         self._outer.n = step
 
-    def inner_done(self, steps: int) -> None:
-        """Set the bar of inner steps to `steps` of the current outer step."""
-        if self._inner is None:
+    def stands_at(self, place: Callable[[TrainState], Place], state: TrainState) -> None:
+        """Show where an outer step of several programs stands; `place` says it of a state."""
+        bar, now = self._inner, time.perf_counter()
+        if bar is None or bar.disable or now - self._shown < bar.mininterval:
             return
-        if steps < self._inner.n:
-            self._inner.reset()
-        self._inner.update(steps - self._inner.n)
+        self._shown, stands = now, place(state)
+        bar.total = stands.of_work
+        if stands.work < bar.n:
+            bar.reset(stands.of_work)
+        bar.set_description_str(PHASES[stands.phase], refresh=False)
+        bar.set_postfix_str(f"inner step {stands.inner_step} of {stands.steps}", refresh=False)
+        bar.update(stands.work - bar.n)
 
 
 class Clock:
@@ -75,7 +89,7 @@ class Clock:
 
 @contextlib.contextmanager
 def bars(
-    steps: int, done: int, tasks: int, inner_steps: int | None = None, shown: bool = True
+    steps: int, done: int, tasks: int, segmented: bool = False, shown: bool = True
 ) -> Iterator[Bars]:
     """Open the bars of a run.
 
@@ -83,7 +97,7 @@ def bars(
       steps: outer steps of the run.
       done: outer steps taken before.
       tasks: tasks of an outer step.
-      inner_steps: inner steps of an outer step that is cut into segments; None: no inner bar.
+      segmented: whether an outer step is cut into segments, which have a bar of their own.
       shown: whether bars are shown at all.
     """
     options: dict[str, Any] = {
@@ -103,8 +117,8 @@ def bars(
         )
         outer.set_postfix_str("compiling the first step")
         inner = None
-        if inner_steps is not None:
+        if segmented:
             inner = stack.enter_context(
-                tqdm(total=inner_steps, unit="step", desc="inner steps", leave=False, **options)
+                tqdm(total=1, unit="segment", desc=PHASES["forward"], leave=False, **options)
             )
         yield Bars(outer, inner)

@@ -302,8 +302,8 @@ def segmented(layout):
     both = Layout(make_mesh(tangents=2))
     engine = Forward(sharding=NamedSharding(both.mesh, P("tangents")))
     spread = trainer(both, Rate(), engine, segment=5)
-    parts, tasks = spread.parts(TASKS), spread.place(TASKS)
-    partway, _ = parts[0].take(spread.init(key(), TASKS), tasks)
+    segments, tasks = spread.segments(TASKS), spread.place(TASKS)
+    partway, _ = segments.take(spread.init(key(), TASKS), tasks)
     found, _ = spread.step(partway, tasks)
     tangents = partway.inner.stream.tangents[0].addressable_shards[0].data.shape
     return {

@@ -1,0 +1,248 @@
+"""Outer steps cut into segments, with a backward pass: the same gradient, few states, any budget."""
+
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metalearn import Algorithm, Episode, MixedFlow, Replay, Reverse, Tasks, Trainer, Unroll
+from metalearn.checkpoints import state_files
+from metalearn.checkpoints.manager import Checkpoints
+from metalearn.training.outer_loop import Interrupted
+from metalearn.training.replay_schedule import advances, replays
+from metalearn.training.segment_run import SegmentRun
+from tests import cases
+from tests.helpers.checkpoints import bits
+from tests.helpers.selection import quick
+
+KEY = jax.random.key(0)
+STEPS, SEGMENT = 13, 2  # the last of seven segments has one step
+MIX = np.array([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.0, 0.0, 2.0]], np.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Aims(Tasks):
+    """Points to go to."""
+
+    def sample(self, key):
+        return Episode(None, jax.random.normal(key, (3,)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk(Algorithm):
+    """Noisy descent with a state that has a leaf of every kind, each of which the steps read."""
+
+    steps: int = STEPS
+
+    def init(self, key):
+        return {"rate": 0.02 + 0.01 * jax.random.uniform(key, (4,)), "start": jnp.ones(3)}
+
+    def unroll(self, episode, key):
+        def init(eta):
+            theta = jnp.tanh(eta["start"]) + jax.random.normal(key, (3,))
+            count, flag = jnp.zeros((), jnp.int32), jnp.asarray(False)
+            return {"theta": theta, "count": count, "key": key, "flag": flag}
+
+        def step(eta, state, batch, grad):
+            key, noise_key = jax.random.split(state["key"])
+            aim = episode.query + 0.1 * jax.random.normal(noise_key, (3,))
+            slope = grad(lambda x: jnp.sum(jnp.tanh(MIX @ (x - aim)) ** 2))(state["theta"])
+            rate = eta["rate"][state["count"] % 4] * (1 + batch / 100)
+            theta = state["theta"] - jnp.where(state["flag"], rate, 2 * rate) * slope
+            count, flag = state["count"] + 1, ~state["flag"]
+            return {"theta": theta, "count": count, "key": key, "flag": flag}
+
+        def loss(eta, state):
+            return jnp.sum((state["theta"] - episode.query) ** 2) + eta["rate"].sum(), {}
+
+        return Unroll(init, step, loss)
+
+    def batches(self, episode, key):
+        return jnp.arange(self.steps)
+
+
+@functools.cache  # and with a trainer its compiled programs
+def trainer(engine=MixedFlow(), segment=SEGMENT, **options):
+    walk = Walk(options.pop("steps", STEPS))
+    return Trainer(walk, engine, optax.sgd(1.0), tasks_per_step=2, segment=segment, **options)
+
+
+def with_replay(made, replay, folder=None, tasks=Aims()):
+    """The programs of a trainer, with states kept elsewhere."""
+    run = made.segments(tasks)
+    return SegmentRun(run._unrolls, run.cut, run._programs, replay, run._shapes, folder)
+
+
+def taken(run, state, tasks=Aims()):
+    """Take an outer step: (state, metrics, the phases of its programs)."""
+    phases, metrics = [], None
+    of = run.place(state).of
+    while metrics is None:
+        place = run.place(state)
+        assert (place.programs, place.of) == (len(phases), of)
+        phases.append(place.phase)
+        state, metrics = run.take(state, tasks)
+    assert len(phases) == of
+    return state, metrics, phases
+
+
+def assert_close(found, expected, tolerance=1e-10):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+# The same meta-gradient.
+
+
+@functools.cache
+def uncut():
+    with jax.enable_x64(True):
+        whole = trainer(Reverse(), None)
+        return whole.step(whole.init(KEY), Aims())
+
+
+ENGINES = {
+    name: engine
+    for name, engine in (cases.ENGINES | {"reconstruct": MixedFlow(store="host")}).items()
+    if not name.startswith("Forward")
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "segment"),
+    quick(
+        [(name, segment) for name in ENGINES for segment in (1, 2, 6, 13)],
+        lambda name, segment: (name, segment) in [("MixedFlow", 2), ("Reverse-nested", 6)],
+    ),
+)
+def test_an_outer_step_in_segments_is_the_one_in_a_single_program(engine, segment, x64):
+    made, (expected, seen) = trainer(ENGINES[engine], segment), uncut()
+    state, metrics = made.step(made.init(KEY), Aims())
+    assert_close(state.eta, expected.eta)
+    assert_close(metrics, seen)
+    assert jnp.abs(state.eta["rate"] - made.init(KEY).eta["rate"]).min() > 1e-3
+
+
+ALGORITHMS = quick(
+    [
+        (name, engine, segment)
+        for name in cases.ALGORITHMS
+        for engine in ("Reverse-step", "Forward", "MixedFlow")
+        for segment in (1, 2)
+    ],
+    lambda name, engine, segment: (name, engine, segment) == ("running", "MixedFlow", 2),
+)
+
+
+@pytest.mark.parametrize(("name", "engine", "segment"), ALGORITHMS)
+def test_every_algorithm_is_cut_as_it_is(name, engine, segment, x64):
+    algorithm, tasks = cases.ALGORITHMS[name].problem("linen")
+    whole = Trainer(algorithm, Reverse(), optax.sgd(1.0), tasks_per_step=2)
+    cut = dataclasses.replace(whole, engine=cases.ENGINES[engine], segment=segment)
+    state = whole.init(KEY)
+    expected, seen = whole.step(state, tasks)
+    found, metrics = cut.step(state, tasks)
+    assert_close(found.eta, expected.eta)
+    seen.pop("inner_tangent_norm", None), metrics.pop("inner_tangent_norm", None)
+    assert_close(metrics, seen)
+
+
+BUDGETS = {
+    **{f"{count} states": Replay(states=count) for count in (1, 2, 3, 5, 100)},
+    "device": Replay(device="1MB", host=0),
+    "disk": Replay(host=0, disk="1MB"),
+    "all three": Replay(device=150, host=150, disk="1MB"),
+}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_every_budget_and_store_gives_the_same_bits(name, x64):
+    made, run = trainer(), with_replay(trainer(), BUDGETS[name])
+    expected, _ = made.step(made.init(KEY), Aims())
+    state, metrics, phases = taken(run, made.init(KEY))
+    assert bits(state) == bits(expected)
+    states = min(BUDGETS[name].states or 100, 5)
+    assert phases.count("replay") == replays(7, states)
+    assert phases.count("backward") == 6 and phases.count("forward") == 7
+    assert metrics["inner_finite"] == 1
+
+
+def test_states_spill_from_the_device_to_the_host_and_the_disk():
+    run = with_replay(trainer(), Replay(device=60, host=60, disk="1MB"))  # a state: 50
+    state = trainer().init(KEY)
+    while len(getattr(state.inner, "kept", ())) < 5:
+        state, _ = run.take(state, Aims())
+    assert [each.place for each in state.inner.kept] == ["disk"] * 3 + ["host", "device"]
+    while state.inner != ():
+        state, _ = run.take(state, Aims())
+    assert not [path for path in run._opened._folder().path.iterdir() if path.name != "lock"]
+
+
+def test_two_programs_serve_every_horizon_and_a_third_a_shorter_last_segment():
+    for steps, last in ((12, 0), (13, 1)):
+        made = trainer(Reverse(), steps=steps)
+        for _ in range(2):
+            made.step(made.init(KEY), Aims())
+        programs = made._programs
+        sizes = [programs.advance._cache_size(), programs.pull_back._cache_size()]
+        assert sizes == [1, 1] and programs.last._cache_size() == last
+
+
+# Saved, stopped and gone on from.
+
+
+class Asked:
+    """Asks a run to stop after so many programs, once."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def __call__(self, number):
+        return "SIGTERM" if number == self.at else None
+
+
+def fit(made, steps, directory=None, **options):
+    keeps = None
+    if directory is not None:
+        keeps = Checkpoints(directory, every=1, within=options.pop("within", 0))
+    try:
+        return made.fit(Aims(), steps, key=KEY, checkpoints=keeps, progress=False, **options)
+    finally:
+        if keeps is not None:
+            keeps.close()
+
+
+PLACES = {
+    2: "inner step 4 of 13 of",
+    8: "inner step 12 of 13, replaying of",
+    10: "inner step 10 of 13, going backward of",
+}
+
+
+@functools.cache
+def two_states():
+    return dataclasses.replace(trainer(), replay=Replay(states=2))
+
+
+@pytest.mark.parametrize("at", PLACES)
+def test_a_run_stopped_in_any_direction_goes_on_with_the_same_bits(at, tmp_path):
+    made = two_states()
+    with pytest.raises(Interrupted) as caught:
+        fit(made, 2, tmp_path, asked_to_stop=Asked(at))
+    message = str(caught.value)
+    assert PLACES[at] in message and "It is saved, and the same command goes on" in message
+    asked = []
+    found = fit(made, 2, tmp_path, asked_to_stop=lambda number: asked.append(number))
+    assert asked[0] == at + 1
+    assert bits(found) == bits(fit(made, 2))
+    assert not list((tmp_path / "states").glob("*.state*"))
