@@ -114,8 +114,8 @@ class Trainer:
                 f"`Trainer(segment={self.segment})` cuts an outer step into programs that run and "
                 f"differentiate a few inner steps each. `{type(self.engine).__name__}` does not "
                 "differentiate them: it estimates from the losses of inner runs that are taken "
-                "whole, or truncated. Leave `segment`, use `Trainer(truncation=Truncation(steps))`, "
-                "or an engine that is cut: `MixedFlow()`, `Reverse()` or `Forward()`."
+                "whole, or truncated. Leave `segment`, use "
+                "`Trainer(truncation=Truncation(steps))`, or an engine that is cut: `MixedFlow()`, `Reverse()` or `Forward()`."
             )
         if self.truncation is not None:
             raise ValueError(

@@ -76,7 +76,8 @@ def read(file: StateFile, shapes: Sequence[Any]) -> list[np.ndarray]:
 
 def _bytes(array: np.ndarray) -> memoryview:
     """Return the bytes of an array; of any type, as those of bfloat16 are no buffer of Python's."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    numbers: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return memoryview(numbers)
 
 
 class Folder:

@@ -112,9 +112,7 @@ class Backward(Protocol):
     def advance(self, unroll: Unroll, eta: Any, state: Any, batches: Any) -> tuple[Any, Inner]:
         """Take the next steps: (inner state, what the loop saw)."""
 
-    def pull_back(
-        self, unroll: Unroll, eta: Any, state: Any, batches: Any, cotangents: Any
-    ) -> Any:
+    def pull_back(self, unroll: Unroll, eta: Any, state: Any, batches: Any, cotangents: Any) -> Any:
         """Pull `Cotangents` of the state after these steps back to the state before them."""
 
 

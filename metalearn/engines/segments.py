@@ -13,7 +13,7 @@ that has to be remembered: those of the state's float leaves, and the sum of tho
 Integer, boolean and key leaves of a state have no derivative: `pull_back` reads their values at the
 beginning of the segment and returns cotangents of the float leaves alone.
 
-The host drives these functions (`metalearn.training.segment_run`), which says which states it keeps.
+The host drives these functions, and says which states it keeps (`metalearn.training.segment_run`).
 """
 
 from __future__ import annotations

@@ -69,9 +69,7 @@ def run(
             logger.start(first, config, saved if isinstance(saved, dict) else {})
         shown = fit.progress and is_first()
         with (
-            bars(
-                fit.steps, first, outer.tasks_per_step, segments is not None, shown
-            ) as progress,
+            bars(fit.steps, first, outer.tasks_per_step, segments is not None, shown) as progress,
             tasks_of_steps(tasks, _fetch(outer, state), fit.steps) as tasks_at,
         ):
             return OuterLoop(fit, outer, tasks_at, loggers, checkpoints, progress).run(state)

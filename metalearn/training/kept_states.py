@@ -33,7 +33,7 @@ from metalearn._utils.checks import Count, first_line
 from metalearn._utils.device_memory import host_memory, parse_bytes, show_bytes
 from metalearn._utils.fields import check_fields
 from metalearn.checkpoints import state_files
-from metalearn.checkpoints.state_files import DamagedStateError, Folder, StateFile
+from metalearn.checkpoints.state_files import Folder, StateFile
 from metalearn.sharding.distributed import say
 
 Amount = int | str
@@ -228,6 +228,8 @@ class KeptStates:
         if not disk.at_fault(error) or jax.process_count() > 1:
             raise error
         kept.place = "host"
+        if not self.places.disk:  # another one that was being written
+            return
         fewer = dataclasses.replace(self.places, disk=0)
         self.places, self.most = fewer, -1  # what is kept now, and no more
         say(
@@ -317,6 +319,12 @@ class KeptStates:
             if (folder.path / each["file"]).is_file()
         ]
 
+    def close(self) -> None:
+        """Let go of the folder. States that checkpoints refer to stay in it."""
+        self._writer.shutdown()
+        if self._opened is not None:
+            self._opened.close()
+
     def _folder(self) -> Folder:
         if self._opened is None:
             if self._where is None:
@@ -340,7 +348,8 @@ class KeptStates:
     def _on_device(self, arrays: Sequence[np.ndarray]) -> Any:
         rest = iter(arrays)
         return jax.tree.unflatten(
-            self._treedef, [leaf.on_device([next(rest) for _ in leaf.shards]) for leaf in self._leaves]
+            self._treedef,
+            [leaf.on_device([next(rest) for _ in leaf.shards]) for leaf in self._leaves],
         )
 
 
@@ -362,31 +371,33 @@ class _Leaf:
     """A leaf of a state: of which shards it consists in this process."""
 
     shape: tuple[int, ...]
-    sharding: jax.sharding.Sharding
+    sharding: jax.sharding.Sharding | None  # None: on the default device, committed to none
     shards: list[Any]  # the shape and dtype of each
     key_impl: Any  # of a leaf of PRNG keys, which are saved as their data; else None
 
     @classmethod
     def of(cls, leaf: Any) -> _Leaf:
         where = getattr(leaf, "sharding", None)
-        where = where or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         data, impl = leaf, None
         if _is_key(leaf):
             impls: list[Any] = []
             jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), leaf)
             data, impl = jax.eval_shape(jax.random.key_data, leaf), impls[0]
-        shard = jax.ShapeDtypeStruct(where.shard_shape(data.shape), data.dtype)
-        count = len(where.addressable_devices)
-        return cls(data.shape, where, [shard] * count, impl)
+        shape = data.shape if where is None else where.shard_shape(data.shape)
+        count = 1 if where is None else len(where.addressable_devices)
+        return cls(data.shape, where, [jax.ShapeDtypeStruct(shape, data.dtype)] * count, impl)
 
     @property
     def nbytes(self) -> int:
         return sum(math.prod(each.shape) * each.dtype.itemsize for each in self.shards)
 
     def on_device(self, arrays: Sequence[np.ndarray]) -> jax.Array:
-        devices = self.sharding.addressable_devices_indices_map(self.shape)
-        single = [jax.device_put(a, d) for a, d in zip(arrays, devices, strict=True)]
-        data = jax.make_array_from_single_device_arrays(self.shape, self.sharding, single)
+        if self.sharding is None:
+            data = jax.device_put(arrays[0])
+        else:
+            devices = self.sharding.addressable_devices_indices_map(self.shape)
+            single = [jax.device_put(a, d) for a, d in zip(arrays, devices, strict=True)]
+            data = jax.make_array_from_single_device_arrays(self.shape, self.sharding, single)
         return data if self.key_impl is None else jax.random.wrap_key_data(data, impl=self.key_impl)
 
 

@@ -1,10 +1,11 @@
 """Which states of a segmented inner run are kept, so that the fewest segments are run again.
 
 The backward pass through n segments needs the state at the start of each, the last one first. If
-n - 2 states are kept, those between theta_0 and the last segment, no segment is run again. With fewer kept states, a
-state in between is computed again from the nearest kept one before it. The fewest such replays are
-those of the binomial schedule (Griewank and Walther 2000, "Algorithm 799: Revolve"): to pull
-cotangents back through l segments whose first state is there, with c further states,
+n - 2 states are kept, those between theta_0 and the last segment, no segment is run again. With
+fewer kept states, a state in between is computed again from the nearest kept one before it. The
+fewest such replays are those of the binomial schedule (Griewank and Walther 2000, "Algorithm 799:
+Revolve"): to pull cotangents back through l segments whose first state is there, with c further
+states,
 
     A(l, c)  =  r l - binom(c + 1 + r, c + 2)         r minimal with  l <= binom(c + 1 + r, c + 1)
 

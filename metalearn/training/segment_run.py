@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metalearn.checkpoints.state_files import DamagedStateError
@@ -250,6 +251,7 @@ class SegmentRun:
         if schedule.keeps(position):
             count = len(run.kept)
             if count < self._most(count):
+                assert position.live is not None
                 kept = self._states(state).keep(
                     position.live, run.stream, count, f"{int(state.step)}-{position.live}.state"
                 )
@@ -272,16 +274,16 @@ class SegmentRun:
         first, steps = self._first(segment), self.cut.length(segment)
         if segment and steps == self.cut.segment:  # by the programs of the other segments
             before = run.stream
-            ahead, _ = self._advance(shared, dataclasses.replace(run, stream=copied(before)), segment)
+            ahead, _ = self._advance(
+                shared, dataclasses.replace(run, stream=copied(before)), segment
+            )
             judged = self._programs.judge(*shared, ahead.stream)
             pulled, self.mark = self._programs.pull_back(
                 *shared, before, judged.cotangents, first, steps=steps
             )
             run = dataclasses.replace(run, inner=ahead.inner)
             return dataclasses.replace(run, judged=judged.judged, cotangents=pulled.cotangents)
-        ended, self.mark = self._programs.last(
-            *shared, run.stream, run.inner, first, steps=steps
-        )
+        ended, self.mark = self._programs.last(*shared, run.stream, run.inner, first, steps=steps)
         return dataclasses.replace(
             run, inner=ended.inner, judged=ended.judged, cotangents=ended.cotangents
         )
@@ -362,7 +364,7 @@ class SegmentRun:
         """Return a copy of a state for a checkpoint: without the states that are kept."""
         run = state.inner
         parts = copied((run.stream, run.inner, run.cotangents, run.judged))
-        return dataclasses.replace(state, inner=PartialUnroll(*parts))
+        return _without_empty(dataclasses.replace(state, inner=PartialUnroll(*parts)))
 
     def place(self, state: TrainState) -> Place:
         """Return where the outer step of a state stands."""
@@ -424,12 +426,19 @@ class SegmentRun:
                 "`segment` that it was made with."
             )
         state = self._shapes(Position(target, live, stop))
-        return dataclasses.replace(
-            state, inner=dataclasses.replace(state.inner, programs=record["programs"])
-        )
+        run = dataclasses.replace(state.inner, programs=record["programs"])
+        return _without_empty(dataclasses.replace(state, inner=run))
 
     def restored(self, state: TrainState, record: dict[str, Any] | None) -> TrainState:
         """Return the train state of a checkpoint with its kept states."""
+        if isinstance(state.inner, PartialUnroll):
+            assert state.inner.position is not None
+            shapes = self._shapes(state.inner.position).inner
+            parts = "stream", "inner", "cotangents", "judged"
+            whole = {
+                name: _filled(getattr(shapes, name), getattr(state.inner, name)) for name in parts
+            }
+            state = dataclasses.replace(state, inner=dataclasses.replace(state.inner, **whole))
         if not self._unrolls.goes_back:
             return state
         kept: list[KeptState] = self._states(state).restored(record["kept"] if record else [])
@@ -443,3 +452,17 @@ class SegmentRun:
         return dataclasses.replace(
             state, inner=dataclasses.replace(run, position=position, kept=tuple(kept))
         )
+
+
+def _without_empty(tree: Any) -> Any:
+    """Return a tree without arrays of no numbers, which Orbax does not save: None for each."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
+
+
+def _filled(shapes: Any, tree: Any) -> Any:
+    """Return a tree from `_without_empty` with its empty arrays, of these shapes."""
+
+    def fill(shape: Any, leaf: Any) -> Any:
+        return jnp.zeros(shape.shape, shape.dtype) if leaf is None else leaf
+
+    return jax.tree.map(fill, shapes, tree)

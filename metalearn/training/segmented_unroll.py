@@ -81,7 +81,7 @@ class Cut(NamedTuple):
         return min(self.segment, self.steps - segment * self.segment)
 
     def until(self, segment: int) -> int | None:
-        """Return which tangents `Forward` pushes in a segment: those first read before this step."""
+        """Return before which step an entry of eta is first read whose tangent a segment pushes."""
         stop = min((segment + 1) * self.segment, self.steps)
         return next((end for end in self.ends if end >= stop), None)
 
@@ -127,7 +127,9 @@ class SegmentedUnroll(FullUnroll):
             shapes = jax.eval_shape(
                 lambda: self._advance(eta, task, stream, jnp.zeros((), jnp.int32), 1, None)[1]
             )
-            inner = jax.tree.map(lambda leaf: jnp.zeros((steps, *leaf.shape[1:]), leaf.dtype), shapes)
+            inner = jax.tree.map(
+                lambda leaf: jnp.zeros((steps, *leaf.shape[1:]), leaf.dtype), shapes
+            )
             return PartialUnroll(stream, inner)
 
         return self._each(of_task, eta, tasks, keys)

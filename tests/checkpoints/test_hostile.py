@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-
 from typing import Any
 
 import jax
@@ -170,7 +169,9 @@ def test_a_save_inside_a_step_whose_record_is_none_is_passed_over(tmp_path, caps
         directory = shutil.copytree(tmp_path / "run", tmp_path / name)
         edit(directory / "within" / "2", change)
         with contextlib.closing(Checkpoints(directory)) as checkpoints:
-            state, _ = checkpoints.restore(state_at(0), ShapesInside(jax.eval_shape(lambda: inside)))
+            state, _ = checkpoints.restore(
+                state_at(0), ShapesInside(jax.eval_shape(lambda: inside))
+            )
             assert bits(state) == bits(inside), name
             assert checkpoints.within_at() == (1, 0, "inner step 5"), name
     assert restored(tmp_path / "run") == 1

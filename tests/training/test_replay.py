@@ -1,11 +1,7 @@
-"""Outer steps cut into segments, with a backward pass: the same gradient, few states, any budget."""
+"""Outer steps cut into segments with a backward pass: the same gradient within any budget."""
 
 import dataclasses
 import functools
-import os
-import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +13,14 @@ from metalearn import Algorithm, Episode, MixedFlow, Replay, Reverse, Tasks, Tra
 from metalearn.checkpoints import state_files
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.training.outer_loop import Interrupted
-from metalearn.training.replay_schedule import advances, replays
+from metalearn.training.replay_schedule import replays
 from metalearn.training.segment_run import SegmentRun
 from tests import cases
 from tests.helpers.checkpoints import bits
 from tests.helpers.selection import quick
 
 KEY = jax.random.key(0)
+MIXED = MixedFlow()
 STEPS, SEGMENT = 13, 2  # the last of seven segments has one step
 MIX = np.array([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.0, 0.0, 2.0]], np.float32)
 
@@ -71,7 +68,7 @@ class Walk(Algorithm):
 
 
 @functools.cache  # and with a trainer its compiled programs
-def trainer(engine=MixedFlow(), segment=SEGMENT, **options):
+def trainer(engine=MIXED, segment=SEGMENT, **options):
     walk = Walk(options.pop("steps", STEPS))
     return Trainer(walk, engine, optax.sgd(1.0), tasks_per_step=2, segment=segment, **options)
 
@@ -224,8 +221,9 @@ def fit(made, steps, directory=None, **options):
 
 PLACES = {
     2: "inner step 4 of 13 of",
-    8: "inner step 12 of 13, replaying of",
-    10: "inner step 10 of 13, going backward of",
+    7: "inner step 12 of 13, replaying of",  # the outer loss is known
+    8: "inner step 10 of 13, going backward of",
+    11: "inner step 4 of 13, replaying of",
 }
 
 
@@ -246,3 +244,114 @@ def test_a_run_stopped_in_any_direction_goes_on_with_the_same_bits(at, tmp_path)
     assert asked[0] == at + 1
     assert bits(found) == bits(fit(made, 2))
     assert not list((tmp_path / "states").glob("*.state*"))
+
+
+def test_a_run_is_saved_every_so_many_programs_and_keeps_the_files_of_two_saves(tmp_path):
+    with pytest.raises(Interrupted):
+        fit(two_states(), 1, tmp_path, asked_to_stop=Asked(11), within=3)
+    names = sorted(path.name for path in (tmp_path / "states").glob("*"))
+    # Saves after 9 and after 11 programs: the state before segment 4 was dropped after the first.
+    assert names == ["0-1.state", "0-2.state", "0-4.state", "lock"]
+
+
+def test_a_lost_state_is_computed_again(tmp_path, capfd):
+    with pytest.raises(Interrupted):
+        fit(two_states(), 1, tmp_path, asked_to_stop=Asked(6))
+    (first, second) = sorted((tmp_path / "states").glob("*.state"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    found = fit(two_states(), 1, tmp_path)
+    assert bits(found) == bits(fit(two_states(), 1))
+    said = capfd.readouterr().out
+    assert "1 of the kept states are lost: their segments are run again." in said
+    assert "A kept state is lost (0-4.state is too short): its segments are run again." in said
+
+
+def test_another_segment_does_not_go_on_inside_a_step(tmp_path):
+    with pytest.raises(Interrupted):
+        fit(two_states(), 1, tmp_path, asked_to_stop=Asked(8))
+    with pytest.raises(ValueError, match="step 10 of an outer step that is cut into segments of 2"):
+        fit(trainer(segment=6), 1, tmp_path)
+
+
+@pytest.mark.parametrize("kept", range(4))
+def test_a_disk_that_fills_up_costs_replays_and_nothing_else(kept, monkeypatch, capfd, x64):
+    run = with_replay(trainer(), Replay(host=0, disk="1MB"))
+    real, written = state_files.write, []
+
+    def write(path, arrays):
+        written.append(path)
+        if len(written) > kept:
+            raise OSError(28, "No space left on device")
+        return real(path, arrays)
+
+    monkeypatch.setattr(state_files, "write", write)
+    state, metrics = trainer().init(KEY), None
+    while metrics is None:
+        state, metrics = run.take(state, Aims())
+    assert bits(state) == bits(trainer().step(trainer().init(KEY), Aims())[0])
+    said = capfd.readouterr().out
+    assert "could not be written to" in said and "No space left on device" in said
+    assert said.count("no further states are kept there") == 1
+
+
+# Bad input.
+
+
+def test_a_budget_below_one_state_is_refused():
+    made = dataclasses.replace(trainer(), replay=Replay(host=10))
+    with pytest.raises(ValueError, match=r"one takes 50 B, and the budget is device=0 B, host=10 "):
+        made.step(made.init(KEY), Aims())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"states": 0}, r"`Replay\(states=0\)`: it is an integer, 1 or more"),
+        ({"host": -1}, r'`Replay\(host=-1\)`: it is an amount of memory, such as "4GiB"'),
+        ({"disk": "a lot"}, "'a lot' is no amount of memory"),
+        ({"device": 1.5}, r"`Replay\(device=1.5\)`: it is an amount of memory"),
+    ],
+)
+def test_amounts_that_are_none_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Replay(**options)
+
+
+def test_a_replay_without_segments_is_refused():
+    with pytest.raises(ValueError, match="but an outer step is one program. Set `segment` too"):
+        trainer(segment=None, replay=Replay(states=3))
+
+
+def kept_in(folder):
+    """Open a store on disk in a folder."""
+    return with_replay(trainer(), Replay(host=0, disk="1MB", folder=folder))._states(
+        trainer().init(KEY)
+    )
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="which cannot be written to"):
+        kept_in(tmp_path / "file" / "states")
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"holds other files \(thesis.tex\)"):
+        kept_in(tmp_path)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    (tmp_path / "lock").write_text("run 1234")
+    (tmp_path / "0-1.state").touch()
+    with pytest.raises(ValueError, match="holds the states of another run. Delete them if"):
+        kept_in(tmp_path)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    store = kept_in(tmp_path)
+    with pytest.raises(ValueError, match="Another process keeps the states of its inner run in"):
+        kept_in(tmp_path)
+    store.close()
+    kept_in(tmp_path)

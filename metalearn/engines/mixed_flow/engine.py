@@ -135,9 +135,7 @@ class MixedFlow(MetaGradient):
             return sweep(unroll, eta, batches, self._inner, self._saved, self.peel)
         return backpropagate(unroll, eta, batches, self._inner, self._remat())
 
-    def advance(
-        self, unroll: Unroll, eta: Any, state: Any, batches: Any
-    ) -> tuple[Any, Inner]:
+    def advance(self, unroll: Unroll, eta: Any, state: Any, batches: Any) -> tuple[Any, Inner]:
         """Take the inner steps of a segment, without their derivative."""
         inner = jax.value_and_grad if self.micro_batches == 1 else self._inner
         return segments.advance(unroll, eta, state, batches, inner)
