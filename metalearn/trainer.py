@@ -115,7 +115,8 @@ class Trainer:
                 f"differentiate a few inner steps each. `{type(self.engine).__name__}` does not "
                 "differentiate them: it estimates from the losses of inner runs that are taken "
                 "whole, or truncated. Leave `segment`, use "
-                "`Trainer(truncation=Truncation(steps))`, or an engine that is cut: `MixedFlow()`, `Reverse()` or `Forward()`."
+                "`Trainer(truncation=Truncation(steps))`, or an engine that is cut: "
+                "`MixedFlow()`, `Reverse()` or `Forward()`."
             )
         if self.truncation is not None:
             raise ValueError(
@@ -327,8 +328,8 @@ class Trainer:
             most = self.segment  # one program could not hold the residuals of all steps
 
         def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = 0, steps: Any = None):
-            taken = min((n for n in (steps, most) if n is not None), default=None)
-            return look_at(self.unrolls.solve, eta, tasks, key, zeros, taken)
+            count = min((n for n in (steps, most) if n is not None), default=None)
+            return look_at(self.unrolls.solve, eta, tasks, key, zeros, count)
 
         where = None if self.layout is None else self.layout.replicated
         return self._compiled(look, static_argnames="steps", out_shardings=where)
