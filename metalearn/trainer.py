@@ -70,8 +70,8 @@ class Trainer:
       layout: the devices of a mesh to use; None: one device.
       segment: K, inner steps of one compiled program: an outer step is then many programs, which
         can be watched, saved and stopped between any two. Memory on the device does not grow with
-        the number of segments, only the states kept for the backward pass do (`replay`). For
-        `Reverse`, `MixedFlow` and `Forward`. None: an outer step is one program.
+        the number of segments, only that of the states kept for the backward pass (`replay`). For
+        `Reverse`, `MixedFlow` and `Forward`. "auto": about sqrt(T). None: one program.
       replay: with a `segment`: where states between segments are kept for the backward pass.
     """
 
@@ -84,11 +84,11 @@ class Trainer:
     isolate: bool = False
     skip_nonfinite: bool = False
     layout: Layout | None = None
-    segment: Count | None = None
+    segment: Count | str | None = None
     replay: Replay = Replay()
 
     def __post_init__(self) -> None:
-        check_fields(self, "engine", "truncation")
+        check_fields(self, "engine", "truncation", "segment")
         if not isinstance(self.engine, MetaGradient):
             raise TypeError(
                 f"`Trainer(engine=)` takes an engine, such as `MixedFlow()`, not {self.engine!r}. "
@@ -109,6 +109,8 @@ class Trainer:
                     "kept, but an outer step is one program. Set `segment` too, or leave both."
                 )
             return
+        if self.segment != "auto":
+            counts("Trainer", 1, segment=self.segment)
         if not isinstance(self.engine, Streaming | Backward):
             raise ValueError(
                 f"`Trainer(segment={self.segment})` cuts an outer step into programs that run and "
@@ -323,11 +325,13 @@ class Trainer:
     @functools.cached_property
     def look(self) -> Callable[..., Look]:
         """Examine one task, for a health check: (eta, tasks, key, zeros, steps). Compiled."""
-        most = None if self.truncation is None else self.truncation.steps
-        if self.segment is not None and isinstance(self.engine, Backward):
-            most = self.segment  # one program could not hold the residuals of all steps
+        longest = None if self.truncation is None else self.truncation.steps
 
         def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = 0, steps: Any = None):
+            most = longest
+            if isinstance(self.unrolls, SegmentedUnroll) and self.unrolls.goes_back:
+                # One program could not hold the residuals of all steps.
+                most = self.unrolls.cut(eta, tasks, key).segment
             count = min((n for n in (steps, most) if n is not None), default=None)
             return look_at(self.unrolls.solve, eta, tasks, key, zeros, count)
 
@@ -474,7 +478,8 @@ class Trainer:
         """
         self._check_learned()
         cut = None if self.truncation is None else self.truncation.steps
-        steps, at_once = cut or self.segment, self.batch.at_once
+        steps = 1 if cut is None and self.segment == "auto" else cut or self.segment
+        at_once = self.batch.at_once
         memory.check_tasks(self.algorithm, tasks, at_once, steps)
         for each in evaluated:
             runs = self.algorithm.evaluation()

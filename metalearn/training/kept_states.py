@@ -127,6 +127,11 @@ class Places:
         return "host" if depth < self.disk + self.host else "device"
 
 
+def state_bytes(shapes: Any) -> int:
+    """Return the bytes that a state takes in this process, from the shapes of its leaves."""
+    return sum(_Leaf.of(leaf).nbytes for leaf in jax.tree.leaves(shapes))
+
+
 @dataclasses.dataclass(eq=False)
 class KeptState:
     """A state that is kept.
@@ -168,8 +173,7 @@ class KeptStates:
         """
         leaves, self._treedef = jax.tree.flatten(shapes)
         self._leaves = [_Leaf.of(leaf) for leaf in leaves]
-        self.state_bytes = sum(leaf.nbytes for leaf in self._leaves)
-        self.places = replay.places(self.state_bytes, boundaries)
+        self.places = replay.places(state_bytes(shapes), boundaries)
         self.most = self.planned = self.places.all
         self._run, self._where = run, replay.folder or folder
         self._opened: Folder | None = None

@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn.checkpoints.state_files import DamagedStateError
+from metalearn.cost import Cost, cost
 from metalearn.sharding.distributed import say
 from metalearn.tasks import Tasks
 from metalearn.train_state import TrainState
 from metalearn.training import replay_schedule as schedule
-from metalearn.training.kept_states import KeptState, KeptStates, Replay, copied
+from metalearn.training.kept_states import KeptState, KeptStates, Replay, copied, state_bytes
 from metalearn.training.replay_schedule import Position
 from metalearn.training.segmented_unroll import Cut, PartialUnroll, SegmentedUnroll
 
@@ -150,9 +151,13 @@ def shapes(
     if position.live is not None:
         run = dataclasses.replace(run, stream=begun.stream)
     if position.target < cut.segments - 1:
-        judged = jax.eval_shape(lambda *args: programs.judge(*args), *shared, begun.stream)
+        judged = _judged(programs, shared, begun)
         run = dataclasses.replace(run, judged=judged.judged, cotangents=judged.cotangents)
     return dataclasses.replace(state, inner=run)
+
+
+def _judged(programs: Programs, shared: Any, begun: PartialUnroll) -> PartialUnroll:
+    return jax.eval_shape(lambda *args: programs.judge(*args), *shared, begun.stream)
 
 
 class Place(NamedTuple):
@@ -179,6 +184,30 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         way = {"forward": "", "replay": ", replaying", "backward": ", going backward"}[self.phase]
         return f"inner step {self.inner_step} of {self.steps}{way}"
+
+
+class SegmentPlan(NamedTuple):
+    """What an outer step of several programs takes, known before it runs.
+
+    Args:
+      segment: K, inner steps of a segment.
+      segments: how many there are.
+      state_bytes: of an inner state, of all tasks of the outer step in this process.
+      device: states that are kept on the device.
+      host: in host memory.
+      disk: on disk.
+      replays: segments that are run again.
+      programs: calls of large programs.
+    """
+
+    segment: int
+    segments: int
+    state_bytes: int
+    device: int
+    host: int
+    disk: int
+    replays: int
+    programs: int
 
 
 class SegmentRun:
@@ -349,6 +378,80 @@ class SegmentRun:
             inputs = self._replay, shapes, boundaries, f"run {key}"
             self._opened = KeptStates(*inputs, self._folder)
         return self._opened
+
+    # What it costs.
+
+    def costs(
+        self, state: TrainState, tasks: Tasks, known: dict[str, Cost] | None = None
+    ) -> dict[str, Cost]:
+        """Return the cost of one call of each program, by name. Compiles, and allocates nothing.
+
+        Args:
+          state: a train state between two outer steps, or its shapes.
+          tasks: or their shapes.
+          known: costs by program text; see `metalearn.cost.cost`.
+        """
+        last, first = self.cut.segments - 1, jax.ShapeDtypeStruct((), jnp.int32)
+        shared = state.eta, tasks, state.key, state.step
+        begun = self._shapes(Position(last, 0, 0)).inner
+        calls: dict[str, tuple[Any, ...]] = {"start": (*shared, {"steps": self.cut.steps})}
+        alone = {0} if last else set()  # a run of one segment is taken by `last`
+        for segment in sorted(alone if self._unrolls.goes_back else {0, last}):
+            length = {"steps": self.cut.length(segment), "until": self.cut.until(segment)}
+            name = f"advance {length['steps']}"
+            calls[name] = (*shared, begun.stream, begun.inner, first, length)
+        ended: Any = dataclasses.replace(begun, position=None)
+        if self._unrolls.goes_back:
+            judged = _judged(self._programs, shared, begun)
+            steps = {"steps": self.cut.length(last)}
+            if last:
+                calls["pull_back"] = (
+                    *(*shared, begun.stream, judged.cotangents, first),
+                    {"steps": self.cut.segment},
+                )
+            if last and self.cut.length(last) == self.cut.segment:
+                calls["judge"] = (*shared, begun.stream, {})
+            else:
+                calls["last"] = (*shared, begun.stream, begun.inner, first, steps)
+            ended = PartialUnroll((), begun.inner, judged.cotangents, judged.judged)
+        calls["outcome"] = (state, tasks, ended, {})
+        return {
+            name: cost(getattr(self._programs, name.split()[0]), *args, known=known, **static)
+            for name, (*args, static) in calls.items()
+        }
+
+    def planned(self) -> SegmentPlan:
+        """Return the states that an outer step keeps, and the segments that it runs again."""
+        count = self.cut.segments
+        shapes = self._shapes(Position(count - 1, 0, 0)).inner.stream
+        each = state_bytes(shapes)
+        if not self._unrolls.goes_back:
+            return SegmentPlan(self.cut.segment, count, each, 0, 0, 0, 0, count)
+        places = self._replay.places(each, max(count - 2, 0))
+        kept, again = places.all, schedule.replays(count, places.all)
+        return SegmentPlan(
+            *(self.cut.segment, count, each, places.device, places.host, places.disk),
+            *(again, schedule.advances(count, kept) + count),
+        )
+
+    def cost(self, state: TrainState, tasks: Tasks, known: dict[str, Cost] | None = None) -> Cost:
+        """Return the cost of an outer step: the FLOPs of all calls, the memory of the largest.
+
+        The states that are kept on the device count as arguments. See `costs`.
+        """
+        costs, plan = self.costs(state, tasks, known), self.planned()
+        calls = dict.fromkeys(costs, 1)
+        even = "judge" in costs  # the last segment is taken by the programs of the others
+        if self._unrolls.goes_back:
+            calls[f"advance {plan.segment}"] = plan.programs - plan.segments + even
+            calls["pull_back"] = plan.segments - 1 + even
+        else:
+            calls[f"advance {plan.segment}"] = self.cut.steps // plan.segment
+        largest = max(costs.values(), key=lambda each: each.peak)
+        return largest._replace(
+            flops=sum(calls[name] * each.flops for name, each in costs.items()),
+            arguments=largest.arguments + (plan.device + even) * plan.state_bytes,
+        )
 
     # Where it stands, and checkpoints.
 

@@ -22,6 +22,7 @@ those that are still zero are skipped (`metalearn.engines.forward.tangents`), at
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,14 +87,27 @@ class Cut(NamedTuple):
         return next((end for end in self.ends if end >= stop), None)
 
 
+def about_square_root(steps: int) -> int:
+    """Return a length of segments of T steps: about sqrt(T), a divisor of T if there is one near.
+
+    The device then holds about as many states of one segment as there are segments.
+
+    >>> [about_square_root(steps) for steps in (1, 10, 64, 1000, 10_007, 100_000)]
+    [1, 5, 8, 25, 101, 400]
+    """
+    root = math.isqrt(steps - 1) + 1 if steps > 1 else 1
+    near = [n for n in range(-(-root // 2), 2 * root + 1) if steps % n == 0]
+    return min(near, key=lambda n: abs(math.log(n / math.sqrt(steps))), default=root)
+
+
 @dataclasses.dataclass(frozen=True)
 class SegmentedUnroll(FullUnroll):
     """Full unrolls, cut into segments.
 
-    segment: inner steps of a segment; the last one may be shorter.
+    segment: inner steps of a segment, the last one may be shorter; "auto": about sqrt(T).
     """
 
-    segment: int
+    segment: int | str
 
     def cut(self, eta: Eta, tasks: Tasks, key: jax.Array) -> Cut:
         """Return how the unrolls of tasks are cut. The arguments may be shapes."""
@@ -102,14 +116,15 @@ class SegmentedUnroll(FullUnroll):
         def trace(eta: Eta, tasks: Tasks, key: jax.Array) -> None:
             task = self.draw(tasks, key)
             steps = horizon(jax.eval_shape(task.batches))
-            if self.segment > steps:
+            segment = about_square_root(steps) if self.segment == "auto" else int(self.segment)
+            if segment > steps:
                 raise ValueError(
-                    f"A segment of {self.segment} inner steps is longer than the horizon, which "
+                    f"A segment of {segment} inner steps is longer than the horizon, which "
                     f"is {steps}. Take at most {steps}."
                 )
             engine = self.engine
             ends = engine.ends(task.unroll, eta, steps) if isinstance(engine, Streaming) else ()
-            cuts.append(Cut(steps, self.segment, tuple(ends)))
+            cuts.append(Cut(steps, segment, tuple(ends)))
 
         jax.eval_shape(trace, eta, tasks, key)
         return cuts[-1]

@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
+import random
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import Algorithm, Episode, MixedFlow, Replay, Reverse, Tasks, Trainer, Unroll
+from metalearn import MixedFlow, Replay, Reverse, Trainer
 from metalearn.checkpoints import state_files
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.training.outer_loop import Interrupted
@@ -18,68 +23,24 @@ from metalearn.training.segment_run import SegmentRun
 from tests import cases
 from tests.helpers.checkpoints import bits
 from tests.helpers.selection import quick
+from tests.helpers.walks import MIXED, Aims, Walk, trainer_of
 
-KEY = jax.random.key(0)
-MIXED = MixedFlow()
+KEY, AIMS = jax.random.key(0), Aims()
 STEPS, SEGMENT = 13, 2  # the last of seven segments has one step
-MIX = np.array([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.0, 0.0, 2.0]], np.float32)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Aims(Tasks):
-    """Points to go to."""
-
-    def sample(self, key):
-        return Episode(None, jax.random.normal(key, (3,)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Walk(Algorithm):
-    """Noisy descent with a state that has a leaf of every kind, each of which the steps read."""
-
-    steps: int = STEPS
-
-    def init(self, key):
-        return {"rate": 0.02 + 0.01 * jax.random.uniform(key, (4,)), "start": jnp.ones(3)}
-
-    def unroll(self, episode, key):
-        def init(eta):
-            theta = jnp.tanh(eta["start"]) + jax.random.normal(key, (3,))
-            count, flag = jnp.zeros((), jnp.int32), jnp.asarray(False)
-            return {"theta": theta, "count": count, "key": key, "flag": flag}
-
-        def step(eta, state, batch, grad):
-            key, noise_key = jax.random.split(state["key"])
-            aim = episode.query + 0.1 * jax.random.normal(noise_key, (3,))
-            slope = grad(lambda x: jnp.sum(jnp.tanh(MIX @ (x - aim)) ** 2))(state["theta"])
-            rate = eta["rate"][state["count"] % 4] * (1 + batch / 100)
-            theta = state["theta"] - jnp.where(state["flag"], rate, 2 * rate) * slope
-            count, flag = state["count"] + 1, ~state["flag"]
-            return {"theta": theta, "count": count, "key": key, "flag": flag}
-
-        def loss(eta, state):
-            return jnp.sum((state["theta"] - episode.query) ** 2) + eta["rate"].sum(), {}
-
-        return Unroll(init, step, loss)
-
-    def batches(self, episode, key):
-        return jnp.arange(self.steps)
 
 
 @functools.cache  # and with a trainer its compiled programs
 def trainer(engine=MIXED, segment=SEGMENT, **options):
-    walk = Walk(options.pop("steps", STEPS))
-    return Trainer(walk, engine, optax.sgd(1.0), tasks_per_step=2, segment=segment, **options)
+    return trainer_of(Walk(options.pop("steps", STEPS)), engine, segment, **options)
 
 
-def with_replay(made, replay, folder=None, tasks=Aims()):
+def with_replay(made, replay, folder=None, tasks=AIMS):
     """The programs of a trainer, with states kept elsewhere."""
     run = made.segments(tasks)
     return SegmentRun(run._unrolls, run.cut, run._programs, replay, run._shapes, folder)
 
 
-def taken(run, state, tasks=Aims()):
+def taken(run, state, tasks=AIMS):
     """Take an outer step: (state, metrics, the phases of its programs)."""
     phases, metrics = [], None
     of = run.place(state).of
@@ -244,6 +205,33 @@ def test_a_run_stopped_in_any_direction_goes_on_with_the_same_bits(at, tmp_path)
     assert asked[0] == at + 1
     assert bits(found) == bits(fit(made, 2))
     assert not list((tmp_path / "states").glob("*.state*"))
+
+
+def in_a_process(directory, *arguments):
+    """Run `helpers.killed_replays`: (exit status, what it printed)."""
+    command = [sys.executable, "-m", "tests.helpers.killed_replays", directory, *arguments]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert ended.returncode in (0, -signal.SIGKILL), ended.stderr
+    return ended.returncode, ended.stdout
+
+
+# Programs of an outer step: 6 go forward, then the outer loss; 8 and from 11 on there are replays.
+MOMENTS = {"forward": range(1, 6), "replay": (7, 10, 11), "backward": (8, 9, 12)}
+
+
+@pytest.mark.parametrize(
+    ("phase", "kills"), quick([(p, 20) for p in MOMENTS] + [("replay", 1)], lambda p, n: n == 1)
+)
+def test_a_run_that_is_killed_in_any_phase_ends_with_the_same_bits(phase, kills, tmp_path):
+    made = trainer_of(Walk(), replay=Replay(states=2, host=0, disk="1MB"))
+    expected = hashlib.sha256(repr(bits(fit(made, 2))).encode()).hexdigest()
+    moments = random.Random(phase)
+    for kill in range(kills):
+        if kill % 4 == 0:  # up to four kills of one run
+            directory = tmp_path / str(kill)
+        status, _ = in_a_process(directory, moments.choice(MOMENTS[phase]) + 13 * (kill % 2), kill)
+        if status == 0 or kill % 4 == 3 or kill == kills - 1:
+            assert expected in in_a_process(directory)[1]
 
 
 def test_a_run_is_saved_every_so_many_programs_and_keeps_the_files_of_two_saves(tmp_path):
