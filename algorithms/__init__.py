@@ -1,5 +1,6 @@
 """Algorithms: what is learned, and what one inner step is."""
 
+from metalearn.algorithms.epochs import epochs, read_rows
 from metalearn.algorithms.fds.algorithm import FDS
 from metalearn.algorithms.fds.augmentation import jitter
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter
@@ -88,6 +89,7 @@ __all__ = [
     "Weighting",
     "bounded",
     "cross_entropy",
+    "epochs",
     "fds_rule",
     "in_ranges",
     "jitter",
@@ -97,6 +99,7 @@ __all__ = [
     "mean_one",
     "save_optimizer",
     "save_schedules",
+    "read_rows",
     "sgd",
     "sign_steps",
     "squared_error",

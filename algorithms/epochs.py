@@ -1,7 +1,9 @@
 """Batches of a long inner loop, read from the dataset by row number.
 
 The dataset is on the device once, and its batches are not stacked for T steps: an inner step
-receives the numbers of its rows (`epochs`) and reads them (`read_rows`).
+receives the numbers of its rows (`epochs`) and reads them (`read_rows`). A dataset on the host is
+read by the same two functions (`metalearn.rows`); which rows a step reads is then also computed
+before its program runs, by `Algorithm.rows_at`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from metalearn._utils.pixels import are_pixels
+from metalearn.rows import StepRows, take
 
 MOST_READS = 2**31 - 1
 
@@ -27,18 +30,21 @@ def check_reads(what: str, steps: int, batch: int) -> None:
 
 
 def epochs(
-    rows: Int[Array, " n"], steps: Int[Array, " t"], batch: int, key: jax.Array
+    rows: Int[Array, " n"] | StepRows, steps: Int[Array, " t"], batch: int, key: jax.Array
 ) -> Int[Array, "t {batch}"]:
     """Return the rows [t, batch] that consecutive steps read, in shuffled epochs without repeats.
 
     Only the permutations of those epochs that the steps touch are computed.
 
     Args:
-      rows: [n], the numbers of the training examples; an epoch reads each of them once.
+      rows: [n], the numbers of the training examples; an epoch reads each of them once. Of data
+        on the host that were read ahead: where the rows of these steps are.
       steps: [t], consecutive numbers of inner steps, from any step on.
       batch: examples of a step.
       key: (), decides the permutation of every epoch.
     """
+    if isinstance(rows, StepRows):
+        return rows.at(steps, batch)
     n = len(rows)
     if batch > n:
         raise ValueError(f"batch={batch}, but there are {n} training examples.")
@@ -54,13 +60,14 @@ def read_rows(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return (inputs, targets) of some rows; uint8 images are scaled to 0..1.
 
     Args:
-      data: (inputs [n, ...], targets [n, ...], ...); the targets may be `metalearn.Masked`.
+      data: (inputs [n, ...], targets [n, ...], ...); the targets may be `metalearn.Masked`, and
+        either may be on the host (`metalearn.rows`).
       rows: numbers of examples, of any shape.
 
     Raises:
       ValueError: for uint8 inputs that are not images. See `metalearn._utils.pixels`.
     """
-    inputs, targets = jax.tree.map(lambda leaf: leaf[rows], (data[0], data[1]))
+    inputs, targets = take(data[0], rows), take(data[1], rows)
     return scaled(inputs), targets
 
 

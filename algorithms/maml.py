@@ -65,7 +65,7 @@ from metalearn.algorithms import pictures
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.algorithms.support import check_pair
 from metalearn.engines.inner_loop import depends
-from metalearn.model import Model
+from metalearn.model import Model, check_dropout
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
 from metalearn.unroll import Batch, Episode, GradFn, Metrics, ModelTraining, Unroll
 
@@ -172,6 +172,7 @@ class MAML(Algorithm):
             if not callable(getattr(self, name)):
                 pattern("MAML", **{name: getattr(self, name)})
         check_fields(self, "inner_steps", "eval_steps")
+        check_dropout("MAML", self.model)
         batch_norm_policy(self.batch_norm)
         if not all(is_integer(n) and n >= 1 for n in (self.inner_steps, self.evaluation_steps)):
             raise ValueError(

@@ -26,6 +26,7 @@ from metalearn.datasets.folders import Folder, image_folder, read_folder
 from metalearn.datasets.given import GivenTasks, TaskStream
 from metalearn.datasets.host_few_shot import HostFewShot
 from metalearn.datasets.host_text import HostText
+from metalearn.datasets.host_training_runs import HostHeldOut, HostTrainingRuns
 from metalearn.datasets.images import Images, read_images, with_label_noise
 from metalearn.datasets.omniglot import omniglot
 from metalearn.datasets.reading import DatasetNotPreparedError, open_source
@@ -44,7 +45,9 @@ __all__ = [
     "GivenTasks",
     "HeldOut",
     "HostFewShot",
+    "HostHeldOut",
     "HostText",
+    "HostTrainingRuns",
     "Images",
     "Quadratics",
     "SideBySide",

@@ -27,7 +27,7 @@ import numpy as np
 
 from metalearn._utils.checks import counts
 from metalearn._utils.counting import counted
-from metalearn.datasets.arrays import arrays, rows_of
+from metalearn.datasets.arrays import arrays, one_array, rows_of
 
 CHUNK = 256  # items read at once where all labels are
 
@@ -102,9 +102,15 @@ def _mapped_files(data: Any) -> Iterator[tuple[str, int]]:
 class ItemRows(Rows):
     """Rows of a random-access source."""
 
-    def __init__(self, source: RandomAccess, inputs: Part = None, threads: int = 1):
-        """Take a source; see `HostFewShot.create`."""
-        counts("HostFewShot", 1, threads=threads)
+    def __init__(
+        self,
+        source: RandomAccess,
+        inputs: Part = None,
+        threads: int = 1,
+        what: str = "HostFewShot",
+    ):
+        """Take a source; see `HostFewShot.create`. `what` reads it, for messages."""
+        counts(what, 1, threads=threads)
         self._source, self._part, self._threads = source, inputs, threads
         self.name, self.count = f"The source `{type(source).__name__}`", len(source)
         if not self.count:
@@ -215,6 +221,71 @@ class ItemRows(Rows):
             ) from error
 
 
+class PairRows(ItemRows):
+    """Rows of a random-access source: pairs (inputs, target) of its items."""
+
+    def __init__(self, source: RandomAccess, inputs: Part, target: Part, threads: int, what: str):
+        """Take a source; see `HostTrainingRuns.create`."""
+        self._target_part = target
+        super().__init__(source, inputs, threads, what)
+
+    def _inputs(self, item: Any) -> Any:
+        part = self._target_part
+        if part is None:
+            part = "label" if isinstance(item, Mapping) else 1
+        target = np.asarray(self._taken("target", part, item))
+        if target.dtype.kind not in "biuf" and target.dtype.kind != "V":
+            raise TypeError(
+                f"{self.name} has a target of {target.dtype}{list(target.shape)}, but targets are "
+                'numbers. Say where they are with `target=`, such as target="label", or pass '
+                "`targets`, an array [n]."
+            )
+        return super()._inputs(item), target
+
+
+class BesideRows(Rows):
+    """Rows of a source and of an array beside it: pairs (inputs, target)."""
+
+    def __init__(self, inputs: Rows, targets: ArrayRows):
+        """Take what reads the inputs and what reads the targets, of equal length."""
+        self._parts = inputs, targets
+        self.name, self.count = inputs.name, inputs.count
+        self.example = inputs.example, targets.example
+
+    def read(self, rows: np.ndarray) -> Any:
+        return tuple(part.read(rows) for part in self._parts)
+
+
+def pairs_of(
+    what: str, source: Any, targets: Any, inputs: Part, target: Part, threads: int
+) -> Rows:
+    """Return what reads pairs (inputs, target) by row; see `HostTrainingRuns.create`.
+
+    Raises:
+      TypeError: if it is neither arrays nor a random-access source, or its parts are not found.
+      ValueError: if arrays come without targets, or there are not as many targets as rows.
+    """
+    own = None if targets is None else ArrayRows(one_array(what, "targets", targets, "[n]"), what)
+    if _are_arrays(source):
+        if own is None:
+            raise ValueError(
+                f"`{what}` got arrays and no targets. Pass `targets`, an array [n] with the target "
+                "of each row."
+            )
+        rows: Rows = ArrayRows(source, what)
+    else:
+        _check_rows(what, source)
+        if own is None:
+            return PairRows(source, inputs, target, threads, what)
+        rows = ItemRows(source, inputs, threads, what)
+    if rows.count != own.count:
+        raise ValueError(
+            f"`{what}` got {rows.count:,} inputs and {own.count:,} targets, but every example is "
+            "one of each. Pass inputs [n, ...] and targets [n]."
+        )
+    return BesideRows(rows, own)
+
+
 def rows_and_labels(
     source: Any,
     labels: Any,
@@ -229,25 +300,34 @@ def rows_and_labels(
       TypeError: if it is neither arrays nor a random-access source, or its parts are not found.
       ValueError: if arrays come without labels.
     """
-    if isinstance(source, np.ndarray | jax.Array) or (
-        isinstance(source, Mapping | tuple) and all(map(_is_array, jax.tree.leaves(source)))
-    ):
+    if _are_arrays(source):
         if labels is None:
             raise ValueError(
                 "`HostFewShot` got arrays and no labels. Pass `labels`, an array [n] of the class "
                 "of each row."
             )
         return ArrayRows(source), labels
+    _check_rows("HostFewShot", source)
+    rows = ItemRows(source, inputs, threads)
+    return rows, rows.labels(label, progress) if labels is None else labels
+
+
+def _check_rows(what: str, source: Any) -> None:
+    """Raise TypeError unless a source can be read by row."""
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise TypeError(
-            f"`HostFewShot` reads its examples by row, from arrays or from a source with "
+            f"`{what}` reads its examples by row, from arrays or from a source with "
             f"`len(source)` and `source[i]`, but got a {type(source).__name__}, which has no rows. "
             "A task reads rows from anywhere, in an order that its key decides, so a stream (a "
             "generator, a loader) is read once, into an array or a `numpy.memmap`; of a loader, "
             "pass its dataset."
         )
-    rows = ItemRows(source, inputs, threads)
-    return rows, rows.labels(label, progress) if labels is None else labels
+
+
+def _are_arrays(source: Any) -> bool:
+    return isinstance(source, np.ndarray | jax.Array) or (
+        isinstance(source, Mapping | tuple) and all(map(_is_array, jax.tree.leaves(source)))
+    )
 
 
 def _is_array(leaf: Any) -> bool:

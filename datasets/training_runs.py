@@ -74,7 +74,7 @@ class TrainingRuns(Tasks):
           TypeError: if inputs or targets are not arrays, or `validation` is not a number.
         """
         inputs, targets = _checked("TrainingRuns", inputs, targets)
-        count = _count(validation, len(inputs))
+        count = validation_examples("TrainingRuns", validation, len(inputs))
         targets = inner_targets = jnp.asarray(targets)
         if training_targets is not None:
             _, inner_targets = _checked(
@@ -94,9 +94,7 @@ class TrainingRuns(Tasks):
           `query` = (inputs, targets, rows [validation]): the two parts of a random permutation
           of all rows.
         """
-        n = self.targets.shape[0]
-        rows = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
-        train, held_out = rows[: n - self.validation], rows[n - self.validation :]
+        train, held_out = random_split(key, self.targets.shape[0], self.validation)
         support = self.inputs, self.training_targets, train
         return Episode(support, (self.inputs, self.targets, held_out))
 
@@ -161,24 +159,30 @@ class HeldOut(Tasks):
         return Episode(*((x, y, jnp.arange(y.shape[0], dtype=jnp.int32)) for x, y in pairs))
 
 
-def _count(validation: Any, n: int) -> int:
+def random_split(key: jax.Array, n: int, validation: int) -> tuple[jax.Array, jax.Array]:
+    """Return (rows to train on [n - validation], rows of validation), of 0 .. n - 1, int32."""
+    rows = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
+    return rows[: n - validation], rows[n - validation :]
+
+
+def validation_examples(what: str, validation: Any, n: int) -> int:
     """Return the number of validation examples among n, at least one and at most n - 1."""
     is_number = isinstance(validation, numbers.Real)
     if not is_number:
         raise TypeError(
-            f"`TrainingRuns` got validation={validation!r}, but it is a number of examples, such "
+            f"`{what}` got validation={validation!r}, but it is a number of examples, such "
             "as 1000, or a share of all, such as 0.1."
         )
     whole = isinstance(validation, numbers.Integral)
     if not whole and not 0 < validation < 1:
         raise ValueError(
-            f"`TrainingRuns` got validation={validation}, but a share of the examples is between 0 "
+            f"`{what}` got validation={validation}, but a share of the examples is between 0 "
             f"and 1. Pass a share such as 0.1, or a number of examples as an int."
         )
     count = int(validation) if whole else round(validation * n)
     if not 0 < count < n:
         raise ValueError(
-            f"`TrainingRuns` got validation={validation} of {n} examples: {count} to validate on "
+            f"`{what}` got validation={validation} of {n} examples: {count} to validate on "
             f"and {n - count} to train on, but a run needs some of both. Pass a number from 1 to "
             f"{n - 1}, or the share that comes to it."
         )

@@ -78,11 +78,11 @@ def load_run(
 
 def _config(workdir: pathlib.Path) -> dict[str, Any]:
     """Return the config in the newest checkpoint of a run."""
-    opened = Checkpoints(checkpoints_of(workdir))
-    record = opened.record()
-    inside = opened.within_at() if record is None else None
-    opened.close()
+    record = newest_record(checkpoints_of(workdir))
     if record is None:
+        opened = Checkpoints(checkpoints_of(workdir))
+        inside = opened.within_at()
+        opened.close()
         where = f": it is at {inside.where} of its first outer step" if inside else ""
         raise ValueError(f"The run in {workdir} has no checkpoint yet{where}. Train it further.")
     if not {"dataset", "algorithm"} <= record["config"].keys():

@@ -1,6 +1,7 @@
 """metalearn: algorithms, engines and one trainer for meta-learning in JAX."""
 
 import importlib
+import os
 from typing import Any
 
 from metalearn._utils.version import __version__
@@ -57,8 +58,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Find `load_run` in `metalearn.experiments`, which is imported where it is asked for."""
-    if name == "load_run":
-        return importlib.import_module("metalearn.experiments.runs").load_run
-    raise AttributeError(f"module 'metalearn' has no attribute {name!r}")
+def load_run(
+    workdir: str | os.PathLike[str], best: bool = False, allow_imports: bool = False
+) -> Any:
+    """Read a run of the command line: its algorithm, trainer, data, state and eta.
+
+    This is `metalearn.experiments.runs.load_run`, which is imported when it is called.
+    """
+    runs = importlib.import_module("metalearn.experiments.runs")
+    return runs.load_run(workdir, best, allow_imports)

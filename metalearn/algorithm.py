@@ -4,9 +4,9 @@ A subclass is a frozen dataclass of pure functions. It never differentiates with
 engine does), and never calls `jax.grad` in its inner step (it calls the `grad` that it receives).
 
 `init` and `unroll` are abstract. The other methods have defaults: `batches` and `batches_at` (the
-inputs of the inner steps), `evaluation`, `constants` and `bind` (arrays that nobody learns), and
-what the command line asks an algorithm for beyond training: `outer_optimizer`, `outer_rules`,
-`export` and `pictures`.
+inputs of the inner steps), `rows_at` (which rows of a dataset on the host they read), `evaluation`,
+`constants` and `bind` (arrays that nobody learns), and what the command line asks an algorithm for
+beyond training: `outer_optimizer`, `outer_rules`, `export` and `pictures`.
 
 `adapt` applies what was learned to a support set: it runs the inner loop of an evaluation, and
 returns the model that came out, a `Learner`. An algorithm supplies two pieces for it, which its
@@ -74,6 +74,27 @@ class Algorithm(abc.ABC):
           steps: [t], int32: consecutive numbers of inner steps.
         """
         return jax.tree.map(lambda x: jnp.asarray(x)[steps], self.batches(episode, key))
+
+    def rows_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> jax.Array:
+        """Return the numbers of the rows that some inner steps read: [t, batch], int32.
+
+        For data on the host, such as `metalearn.datasets.HostTrainingRuns`: the rows of the next
+        steps are read before their program runs. By default refused: most algorithms read their
+        support set, not rows of a dataset.
+
+        Args:
+          episode: its support is (data, data, rows [m]); only the row numbers may be read.
+          key: as for `batches`.
+          steps: [t], int32: consecutive numbers of inner steps.
+        """
+        name = type(self).__name__
+        raise TypeError(
+            f"These tasks are training runs on data of the host, of which {name} would read rows, "
+            f"but it does not say which: `{name}.rows_at(episode, key, steps)` is not defined. "
+            "FDS and LearnedOptimizer define it; in an algorithm of your own return what `step` "
+            "passes to `metalearn.algorithms.read_rows`, such as `epochs(episode.support[2], "
+            "steps, batch, key)`. Others take tasks with a support set: `HostFewShot`, `HostText`."
+        )
 
     def evaluation(self) -> Algorithm:
         """Return the algorithm to evaluate; by default itself."""

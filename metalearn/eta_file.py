@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn._utils import disk, strict_json
+from metalearn._utils.tensor_file import read_tensors
 from metalearn._utils.trees import is_array, is_differentiable
 from metalearn._utils.version import __version__
 from metalearn.checkpoints.record import versions
@@ -100,29 +101,19 @@ def load_eta(path: str | os.PathLike[str], like: Any = None) -> Any:
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Keys], dict[str, np.ndarray]]:
     """Return the keys and the array of each name in a file."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no file {path}. `metalearn export --workdir=...` writes one from a run, and "
             "`save_eta(path, eta)` in Python."
         )
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT or metadata.get("schema") != SCHEMA:
-                raise _other_file(path, metadata)
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a safetensors file, or is damaged or cut short ({error}). Copy it "
-            "again, or export it again."
-        ) from error
-    except (AttributeError, TypeError) as error:  # a type that NumPy has not
-        raise ValueError(
-            f"{path} has arrays of a type that NumPy has not ({error}), and was not written by "
-            "`save_eta`."
-        ) from error
+
+    def check(metadata: Mapping[str, str]) -> None:
+        if metadata.get("format") != FORMAT or metadata.get("schema") != SCHEMA:
+            raise _other_file(path, metadata)
+
+    metadata, arrays = read_tensors(
+        path, check, "export it again", "was not written by `save_eta`."
+    )
     keys = strict_json.parse(metadata.get("keys", ""), f"The list of names in {path}")
     if (
         not isinstance(keys, dict)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -58,6 +59,27 @@ class Model(abc.ABC):
     def bind(self, constants: Any) -> Model:
         """Return the same model with these arrays for its `constants()`, a pytree like them."""
         return bound(self, constants)
+
+
+def check_dropout(what: str, model: Model) -> None:
+    """Raise TypeError if `apply` of a model, or of one inside it, lacks the argument `dropout`.
+
+    Args:
+      what: the class that calls it: "MAML".
+      model: of the user.
+    """
+    takes = inspect.signature(model.apply).parameters
+    rest = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
+    if "dropout" not in takes and not rest:
+        name = type(model).__name__
+        raise TypeError(
+            f"`{what}(model=)` computes queries without dropout, but `{name}.apply` has no "
+            f"argument `dropout`. Define it as `def apply(self, params, state, inputs, *, train, "
+            "dropout=True, key=None)`, as `metalearn.models.Model` does; a model without dropout "
+            "ignores it."
+        )
+    for inner in _models(model).values():
+        check_dropout(what, inner)
 
 
 def constants_of(part: Any) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 A task distribution is a pytree (its arrays are on the device, its numbers are static), so it is an
 argument of `jit`, and the data of a run depends on (seed, step) alone: resuming needs no position
 in a stream. Data that are on the host (`Tasks.needs_fetch`) are fetched for the keys of an outer
-step, before its program runs: `fetched(tasks, keys, first)` is a small distribution on the device,
-which has the episodes of those keys.
+step, before its program runs: `fetched(tasks, keys, first, algorithm)` is a small distribution on
+the device, which has the episodes of those keys. Of a training run it has the data of those inner
+steps that the program takes (`Reads`), the same bits whenever and however often they are read.
 
 Other values (a list, a generator, a loader, a class that JAX does not know) are refused by
 `check_tasks` before anything is compiled.
@@ -16,7 +17,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,16 @@ class Tasks(abc.ABC):
         """Whether the episodes of a step can be drawn again. True, the default."""
         return True
 
+    @property
+    def reads_steps(self) -> bool:
+        """Whether what is fetched depends on the inner steps of the program. False, the default."""
+        return False
+
+    def step_bytes(self, algorithm: Algorithm) -> int:
+        """Return the bytes that an inner step of a task reads from the host. 0, the default."""
+        del algorithm
+        return 0
+
     def fetch(self, keys: jax.Array, first: int) -> Tasks:
         """Return tasks on the device that have the episodes of `keys`, read on the host.
 
@@ -69,6 +80,39 @@ class Tasks(abc.ABC):
         """
         del keys, first
         return self
+
+    def fetch_steps(self, keys: jax.Array, first: int, algorithm: Algorithm, reads: Reads) -> Tasks:
+        """Return tasks on the device with what some inner steps of an algorithm read.
+
+        By default all that the episodes have: `fetch`. Override this, and `reads_steps`, for tasks
+        that are training runs of many steps on data of the host.
+
+        Args:
+          keys: [n], for `draw_task`; their episodes are those of `episode_keys(keys)`.
+          first: as of `fetch`.
+          algorithm: whose inner steps they are.
+          reads: which of them.
+        """
+        del algorithm, reads
+        return self.fetch(episode_keys(keys), first)
+
+
+class Reads(NamedTuple):
+    """What one compiled program reads of the tasks of an outer step, where they are on the host.
+
+    Args:
+      start: its first inner step: of all tasks, or [n], int, one of each task.
+      steps: how many it takes; 0: none, as for the outer loss alone; None: all T.
+      query: whether it takes the outer loss.
+    """
+
+    start: Any = 0
+    steps: int | None = None
+    query: bool = True
+
+
+ALL_STEPS = Reads()
+Read: TypeAlias = Callable[[Reads], "Tasks"]  # what a program reads -> tasks that have it
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +159,9 @@ def only_if(present: jax.Array, leaf: jax.Array) -> jax.Array:
     return leaf
 
 
-def fetched(tasks: Tasks, keys: jax.Array, first: int) -> Tasks:
+def fetched(
+    tasks: Tasks, keys: jax.Array, first: int, algorithm: Algorithm, reads: Reads = ALL_STEPS
+) -> Tasks:
     """Return tasks on the device that have the episodes that `draw_task` draws with `keys` [n].
 
     Tasks on the device are returned unchanged.
@@ -124,8 +170,23 @@ def fetched(tasks: Tasks, keys: jax.Array, first: int) -> Tasks:
       tasks: of a trainer.
       keys: [n], for `draw_task`.
       first: how many tasks are drawn before these; see `Tasks.fetch`.
+      algorithm: whose inner steps read them.
+      reads: which inner steps of training runs; by default all, and the query.
+
+    Raises:
+      ValueError: for keys of an implementation whose numbers depend on how many keys are vmapped.
     """
-    return tasks.fetch(_episode_keys(keys), first) if needs_fetch(tasks) else tasks
+    if not needs_fetch(tasks):
+        return tasks
+    implementation = str(jax.random.key_impl(keys))
+    if "rbg" in implementation:
+        raise ValueError(
+            f"The keys of this run are {implementation!r}, whose random numbers differ between a "
+            f"program that is vmapped over tasks and one that is not, so a `{type(tasks).__name__}`"
+            ", which reads on the host what a key draws, could not tell what its tasks are. Take "
+            'keys of the default implementation: `jax.random.key(seed, impl="threefry2x32")`.'
+        )
+    return tasks.fetch_steps(keys, first, algorithm, reads)
 
 
 def needs_fetch(tasks: Any) -> bool:
@@ -134,7 +195,7 @@ def needs_fetch(tasks: Any) -> bool:
 
 
 @jax.jit
-def _episode_keys(keys: jax.Array) -> jax.Array:
+def episode_keys(keys: jax.Array) -> jax.Array:
     """Return the keys that `draw_episode` gives to `sample` for `keys` [n]."""
     return jax.vmap(lambda key: task_keys(key).episode)(keys)
 

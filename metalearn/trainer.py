@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from metalearn._utils.checks import Count, counts
@@ -34,15 +35,25 @@ from metalearn.engines.base import Backward, Streaming, check_eta
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
 from metalearn.sharding.layout import Layout, abstract
-from metalearn.tasks import Tasks, WithConstants, check_tasks, fetched, label_range, needs_fetch
+from metalearn.tasks import (
+    ALL_STEPS,
+    Reads,
+    Tasks,
+    WithConstants,
+    check_tasks,
+    fetched,
+    label_range,
+    needs_fetch,
+)
 from metalearn.train_state import TrainState
 from metalearn.training import segment_run
-from metalearn.training.evaluation import estimate, task_metrics
+from metalearn.training.evaluation import advanced, estimate, segments_of, task_metrics
 from metalearn.training.faults import WATCHED, Faults
 from metalearn.training.fit import run
 from metalearn.training.full_unroll import FullUnroll, step_metrics
 from metalearn.training.kept_states import Replay
-from metalearn.training.outer_loop import Fit, OuterStep
+from metalearn.training.outer_loop import Fetch, Fit, OuterStep
+from metalearn.training.prefetch import prefetching
 from metalearn.training.program import Program
 from metalearn.training.replay_schedule import Position
 from metalearn.training.segment_run import SegmentRun
@@ -202,7 +213,7 @@ class Trainer:
         The number of masked non-finite tasks is `tasks_left_out`, or `tasks_reset` in truncated
         training. `step_skipped` is 1 if `skip_nonfinite` left eta unchanged.
         """
-        return self._compiled(self._step) if self.segment is None else self._in_segments
+        return self._compiled(self._step) if self.segment is None else self._step_in_segments
 
     def segments(
         self, tasks: Tasks, folder: str | os.PathLike[str] | None = None
@@ -250,14 +261,17 @@ class Trainer:
         hooks = segment_run.Hooks(self._compiled, self._keys, self._constrained, updated)
         return segment_run.compiled(unrolls, hooks)
 
-    def _in_segments(
+    def _step_in_segments(
         self, state: TrainState, tasks: Tasks
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Take an outer step, or the rest of one, program by program."""
         segments, metrics = self.segments(tasks), None
         assert segments is not None
+        if needs_fetch(tasks) and not tasks.reads_steps:
+            tasks = self.fetch(tasks, state)  # once, for all programs
         while metrics is None:
-            state, metrics = segments.take(state, tasks)
+            now = functools.partial(self._fetched, tasks, state)
+            state, metrics = segments.take_reading(state, now)
         return state, metrics
 
     def _step(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -303,10 +317,39 @@ class Trainer:
     def fetch(self, tasks: Tasks, state: TrainState) -> Tasks:
         """Return the tasks of the outer step after `state`, for `step`, read from the host.
 
-        Tasks on the device are returned unchanged. `fit` does the same in a thread.
+        Tasks on the device are returned unchanged. `fit` does the same in a thread. Of training
+        runs all inner steps are read that the outer step takes.
         """
-        first = int(state.step) * self.tasks_per_step if needs_fetch(tasks) else 0
-        return self.place(fetched(tasks, self.task_keys(state), first))
+        return self._fetched(tasks, state, ALL_STEPS)
+
+    def _fetched(self, tasks: Tasks, state: TrainState, reads: Reads) -> Tasks:
+        if not needs_fetch(tasks):
+            return tasks
+        keys, first = self.task_keys(state), int(state.step) * self.tasks_per_step
+        if self.truncation is not None and tasks.reads_steps:
+            _, keys, start = self._next_steps(state.inner, keys)
+            reads = Reads(np.asarray(start), self.truncation.steps)
+        return self.place(fetched(tasks, keys, first, self.algorithm, reads))
+
+    @functools.cached_property
+    def _next_steps(self) -> Callable[..., Any]:
+        """Return (whether it is over, key, first step) of each truncated unroll: see its class."""
+        unrolls = self.unrolls
+        assert isinstance(unrolls, TruncatedUnroll)
+        where = None if self.layout is None else self.layout.replicated
+        return jax.jit(jax.vmap(unrolls.next_steps), out_shardings=where)
+
+    def _fetched_first(self, tasks: Tasks, state: TrainState, steps: int | None) -> Tasks:
+        """Return the tasks of the outer step after `state`, with their first inner steps."""
+        if not needs_fetch(tasks):
+            return tasks
+        keys, first = self.task_keys(state), int(state.step) * self.tasks_per_step
+        cut = None if self.truncation is None else self.truncation.steps
+        if isinstance(self.unrolls, SegmentedUnroll) and self.unrolls.goes_back:
+            cut = self.unrolls.cut(state.eta, tasks, keys[0]).segment
+        counts = [n for n in (steps, cut) if n is not None]
+        reads = Reads(0, min(counts, default=None))
+        return self.place(fetched(tasks, keys, first, self.algorithm, reads))
 
     def task_gradient(
         self, eta: Any, tasks: Tasks, key: jax.Array
@@ -341,7 +384,9 @@ class Trainer:
     @functools.cached_property
     def _probes(self) -> health.Probes:
         symmetry = Measure(self.algorithm, self.engine)
-        return health.Probes(self.look, symmetry, self.task_keys, self.labels_seen)
+        return health.Probes(
+            self.look, symmetry, self.task_keys, self._fetched_first, self.labels_seen
+        )
 
     def check_health(self, state: TrainState, tasks: Tasks) -> health.Report:
         """Examine the first task of the outer step after `state`; see `diagnostics.health`."""
@@ -457,19 +502,28 @@ class Trainer:
             evaluate,
             lambda state: self.check_health(state, tasks),
             lambda state: health.diagnose(self._probes, state, tasks),
-            self._fetched_at(tasks),
-            self.place,
+            self._fetch(tasks),
         )
 
-    def _fetched_at(self, tasks: Tasks) -> Callable[[jax.Array, int], Tasks] | None:
-        """Return a function: (key of the run, outer step) -> its tasks; None: they need no fetch.
+    def _fetch(self, tasks: Tasks) -> Fetch | None:
+        """Return how the tasks of outer steps are read on the host; None: they are not.
 
-        Truncated unrolls go on with the tasks of earlier steps, and read them inside the program.
+        Truncated unrolls go on with the tasks of earlier steps. Of training runs the next K steps
+        are read, once it is known which runs go on; other tasks are read inside the program.
         """
-        if self.truncation is not None or not needs_fetch(tasks):
+        if not needs_fetch(tasks) or (self.truncation is not None and not tasks.reads_steps):
             return None
         keys, each = jax.jit(self._keys), self.tasks_per_step
-        return lambda key, step: fetched(tasks, keys(key, step - 1), (step - 1) * each)
+
+        def ahead(key: jax.Array, step: int, reads: Reads) -> Tasks:
+            drawn = keys(key, step - 1)
+            return fetched(tasks, drawn, (step - 1) * each, self.algorithm, reads)
+
+        def now(state: TrainState, reads: Reads) -> Tasks:
+            return self._fetched(tasks, state, reads)
+
+        known = self.truncation is None
+        return Fetch(ahead if known else None, now, self.place, tasks.reads_steps)
 
     def check_memory(self, tasks: Tasks, evaluated: Sequence[Tasks] = ()) -> None:
         """Raise ValueError if an outer step on tasks, or an evaluation, cannot fit a device.
@@ -478,7 +532,8 @@ class Trainer:
         """
         self._check_learned()
         cut = None if self.truncation is None else self.truncation.steps
-        steps = 1 if cut is None and self.segment == "auto" else cut or self.segment
+        least = 1 if self.segment == "auto" else self.segment  # steps whose batches are in memory
+        steps = cut or (None if least is None else int(least))
         at_once = self.batch.at_once
         memory.check_tasks(self.algorithm, tasks, at_once, steps)
         for each in evaluated:
@@ -538,17 +593,25 @@ class Trainer:
         check_tasks("Trainer.evaluate(tasks=)", tasks)
         tasks, devices = self.place(tasks), self.batch.devices
         chunk = devices * min(-(-count // devices), self.batch.at_once)
+        algorithm = self._evaluation
+        segments = segments_of(algorithm, tasks, chunk)
+
+        def metrics_of(keys: jax.Array, first: int) -> dict[str, jax.Array]:
+            if len(segments) == 1:
+                read = fetched(tasks, keys, first, algorithm)
+                return self._evaluate(eta, self.place(read), keys)
+            return self._in_segments(eta, tasks, keys, segments)
+
         with known(label_range(tasks), self.labels_seen):
-            return estimate(
-                lambda keys, first: self._evaluate(
-                    eta, self.place(fetched(tasks, keys, first)), keys
-                ),
-                *(key, count, chunk),
-            )
+            return estimate(metrics_of, key, count, chunk)
+
+    @functools.cached_property
+    def _evaluation(self) -> Algorithm:
+        return self.algorithm.evaluation()
 
     @functools.cached_property
     def _evaluate(self) -> Callable[..., dict[str, jax.Array]]:
-        algorithm, transform = self.algorithm.evaluation(), self.batch.transform
+        algorithm, transform = self._evaluation, self.batch.transform
         each = None if self.layout is None else self.layout.each
 
         def on_tasks(shared: Any, keys: jax.Array) -> dict[str, jax.Array]:
@@ -562,3 +625,37 @@ class Trainer:
             return on_tasks(shared, keys) if each is None else each(on_tasks, shared, keys)
 
         return self._compiled(on_keys)
+
+    def _in_segments(
+        self, eta: Any, tasks: Tasks, keys: jax.Array, segments: Sequence[Reads]
+    ) -> dict[str, jax.Array]:
+        """Return the metrics of training runs on the host, whose steps are read by segments."""
+
+        def read(number: int) -> Tasks:
+            return fetched(tasks, keys, 0, self._evaluation, segments[number])
+
+        outputs: Any = ()  # inner states; of the last segment metrics
+        with prefetching(read, len(segments) - 1) as tasks_of:
+            for number, segment in enumerate(segments):
+                runs = keys, outputs
+                outputs = self._evaluate_segment(
+                    *(eta, self.place(tasks_of(number)), runs, np.int32(segment.start)),
+                    segment=segment._replace(start=min(number, 1)),
+                )
+        return outputs
+
+    @functools.cached_property
+    def _evaluate_segment(self) -> Callable[..., Any]:
+        algorithm, transform = self._evaluation, self.batch.transform
+        each = None if self.layout is None else self.layout.each
+
+        def take(eta: Any, tasks: Tasks, runs: Any, start: jax.Array, segment: Reads) -> Any:
+            def on_runs(shared: Any, runs: Any) -> Any:
+                return jax.vmap(lambda run: advanced(algorithm, segment, transform, shared, run))(
+                    runs
+                )
+
+            shared = eta, tasks, start
+            return on_runs(shared, runs) if each is None else each(on_runs, shared, runs)
+
+        return self._compiled(take, static_argnames="segment")

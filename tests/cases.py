@@ -54,7 +54,9 @@ from metalearn.datasets import (
     GivenTasks,
     HeldOut,
     HostFewShot,
+    HostHeldOut,
     HostText,
+    HostTrainingRuns,
     Quadratics,
     SideBySide,
     Sinusoid,
@@ -80,7 +82,7 @@ from metalearn.models import (
     train_flag,
     with_params,
 )
-from metalearn.tasks import WithConstants
+from metalearn.tasks import WithConstants, fetched
 from tests.helpers import equinox_networks
 
 IMAGE = (4, 4, 1)
@@ -231,6 +233,14 @@ TASKS |= {
         queries=3,
         vocabulary=4,
     ),
+    "HostTrainingRuns": HostTrainingRuns.create(
+        np.eye(5, dtype=np.float32), np.arange(5), validation=2
+    ),
+    "HostHeldOut": HostHeldOut.create(
+        *(np.eye(3, dtype=np.float32), np.arange(3)),
+        test_source=np.ones((2, 3), np.float32),
+        test_targets=np.array([0, 1]),
+    ),
     "Fetched": _HOST.fetch(jax.random.split(jax.random.key(0), 2)),
     "GivenTasks": GivenTasks.create(_EPISODES),
     "TaskStream": TaskStream(_EPISODES),
@@ -357,3 +367,11 @@ ALGORITHMS = {
 }
 # Exercised in full for every library; the transductive ConvNet for linen alone.
 CONV_MAML = AlgorithmCase(_maml(), "ConvNet")
+
+# Training runs on the host become `FetchedRuns` for an algorithm, here of rows [n, 5].
+TASKS["FetchedRuns"] = fetched(
+    TASKS["HostTrainingRuns"],
+    jax.random.split(jax.random.key(0), 2),
+    0,
+    _fds(mlp("linen", width=5)),
+)

@@ -26,11 +26,11 @@ from tests.helpers.selection import quick
 KEY = jax.random.key(3)
 COUNT = 3
 CASES = {**{n: c for n, c in ALGORITHMS.items() if n != "first-order"}, "transductive": CONV_MAML}
-PAIRS = [(name, library) for name in CASES for library in ("linen", "nnx", "haiku")]
+PAIRS = [(name, library) for name in CASES for library in ("linen", "nnx", "haiku", "equinox")]
 PLAIN = ("MAML", "Functions")  # the model of two plain functions
 QUICK = {
     *(("MAML", "haiku"), PLAIN, ("ANIL", "linen"), ("Meta-SGD", "linen"), ("transductive", "nnx")),
-    *(("FDS", "linen"), ("LearningRates", "linen")),
+    *(("FDS", "linen"), ("LearningRates", "linen"), ("MAML", "equinox")),
 }
 
 

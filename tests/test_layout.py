@@ -81,6 +81,11 @@ FEATURES = {
     "master weights": ("metalearn/optimizers/master_weights.py", "master_weights"),
     "few-shot tasks": ("datasets/few_shot.py", "FewShot"),
     "data that stay on the host": ("datasets/host_few_shot.py", "HostFewShot"),
+    "training runs on data of the host": (
+        "datasets/host_training_runs.py",
+        "HostTrainingRuns",
+    ),
+    "reading rows of a dataset, wherever it is": ("metalearn/rows.py", "take"),
     "texts that stay on the host": ("datasets/host_text.py", "HostText"),
     "reading the tasks of the next steps": ("metalearn/training/prefetch.py", "Prefetch"),
     "lists and streams of episodes": ("datasets/given.py", "GivenTasks"),
@@ -98,7 +103,7 @@ FLOORS = (
     ("algorithm",),
     ("engines", "sharding", "optimizers"),
     ("learner",),
-    ("unroll",),
+    ("unroll", "rows"),
     ("cost", "_utils"),
     ("model",),
 )

@@ -184,7 +184,11 @@ class FDS(Algorithm):
 
     def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Batch:
         """Return the numbers and the rows of these steps."""
-        return steps, epochs(episode.support[2], steps, self.batch, key)
+        return steps, self.rows_at(episode, key, steps)
+
+    def rows_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> jax.Array:
+        """Return the rows of these steps, [t, batch]."""
+        return epochs(episode.support[2], steps, self.batch, key)
 
     def evaluation(self) -> FDS:
         """Return the same algorithm with every schedule stretched to `eval_steps` steps."""

@@ -167,6 +167,12 @@ class LearnedOptimizer(Algorithm):
         step_keys = jax.vmap(lambda step: jax.random.fold_in(noise_key, step))(steps)
         return self.problem.batches(episode.support, steps, batch_key), step_keys
 
+    def rows_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> jax.Array:
+        """Return the rows of these steps, [t, batch], of `Supervised`."""
+        batch_key, _ = jax.random.split(key)
+        self.problem.check(episode.support, self.inner_steps)
+        return self.problem.rows_at(episode.support, steps, batch_key)
+
     def with_steps(self, steps: int) -> LearnedOptimizer:
         """Return the same algorithm with another number of inner steps."""
         return dataclasses.replace(self, inner_steps=steps)

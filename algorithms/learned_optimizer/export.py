@@ -11,6 +11,7 @@ file with a matching digest.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from metalearn import __version__
 from metalearn._utils import strict_json
 from metalearn._utils.strict_json import parse, restored
+from metalearn._utils.tensor_file import read_tensors
 from metalearn._utils.trees import paths
 from metalearn.algorithms.learned_optimizer.rule_json import check_bounds, decode, encode
 from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule
@@ -133,21 +134,12 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
             f"There is no file {path}. `save_optimizer(path, rule, eta)` writes one from a rule "
             "and what was learned for it."
         )
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            _check_metadata(path, metadata)  # before the arrays are read
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a safetensors file, or is damaged or cut short ({error}). Copy it "
-            "again, or save it again with `save_optimizer`."
-        ) from error
-    except (AttributeError, TypeError) as error:  # safetensors: a type of 8 bits, for instance
-        raise ValueError(
-            f"{path} has arrays of a type that NumPy has not ({error}), and weights are saved as "
-            f"{', '.join(DTYPES)}. It was not written by `save_optimizer`."
-        ) from error
+    metadata, weights = read_tensors(
+        path,
+        functools.partial(_check_metadata, path),
+        "save it again with `save_optimizer`",
+        f"weights are saved as {', '.join(DTYPES)}. It was not written by `save_optimizer`.",
+    )
     if digest(metadata, weights) != metadata["sha256"]:
         raise ValueError(
             f"{path} is damaged: its contents do not have the digest it was saved with. Copy it "

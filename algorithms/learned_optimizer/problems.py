@@ -5,7 +5,7 @@ distribution over tasks:
 
 | problem        | tasks                                   | support of an episode              |
 |----------------|-----------------------------------------|------------------------------------|
-| `Supervised`   | `TrainingRuns`, `HeldOut`               | all inputs and targets, rows [n]   |
+| `Supervised`   | `TrainingRuns`, `HeldOut`, on the host  | all inputs and targets, rows [n]   |
 | `Streamed`     | `Text`, or any with a batch per step    | leaves [T, batch, ...]             |
 | `Quadratic`    | `Quadratics`                            | curvatures [d], minimum [d]        |
 | `Together`     | `SideBySide`                            | {name: support}                    |
@@ -30,6 +30,7 @@ from metalearn.algorithms.epochs import check_reads, epochs, read_rows, scaled
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.algorithms.support import check_pair, with_rows
 from metalearn.model import Model, bound, constants_of
+from metalearn.rows import StepRows
 from metalearn.unroll import Batch, Metrics
 from metalearn.unroll import horizon as length
 
@@ -60,6 +61,13 @@ class Problem(abc.ABC):
 
         `steps` are consecutive step numbers, int32: of a full or of a truncated unroll.
         """
+
+    def rows_at(self, support: Any, steps: jax.Array, key: jax.Array) -> jax.Array:
+        """Return the rows [t, batch] of a dataset that steps read: see `Algorithm.rows_at`."""
+        raise TypeError(
+            f"These tasks are training runs on data of the host, of which a step reads rows. "
+            f"`{type(self).__name__}` reads none: the problem for them is `Supervised`."
+        )
 
     def check(self, support: Any, inner_steps: int) -> None:  # noqa: B027
         """Raise ValueError if a support set does not suit this problem, or this number of steps."""
@@ -129,7 +137,8 @@ class Supervised(Problem):
     def check(self, support: Any, inner_steps: int) -> None:
         """Raise ValueError unless the support is a dataset with the row numbers of a split."""
         check_reads("Supervised", inner_steps, self.batch)
-        if len(support) != 3 or jnp.ndim(support[2]) != 1:
+        read_ahead = len(support) == 3 and isinstance(support[2], StepRows)
+        if not read_ahead and (len(support) != 3 or jnp.ndim(support[2]) != 1):
             raise ValueError(
                 "`Supervised` reads rows of a whole dataset, (inputs, targets, rows [n]), as "
                 "`TrainingRuns` draws them, but these tasks bring something else. Tasks that bring "
@@ -138,6 +147,10 @@ class Supervised(Problem):
 
     def batches(self, support: Any, steps: jax.Array, key: jax.Array) -> jax.Array:
         """Return the row numbers of each step, [len(steps), batch], int32."""
+        return self.rows_at(support, steps, key)
+
+    def rows_at(self, support: Any, steps: jax.Array, key: jax.Array) -> jax.Array:
+        """Return the same: a step reads these rows, of data on the host as well."""
         return epochs(support[2], steps, self.batch, key)
 
     def loss(

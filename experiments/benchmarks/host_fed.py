@@ -14,8 +14,10 @@ one at a time. The images are noise in the shape of the training split (4,112 cl
 All by `Trainer.fit`, which reads the rows of the next steps in a thread. They take turns, and each
 ratio is the median of the ratios within rounds; that of CPU time tells as much on a machine that is
 busy with other things. With `--large-gib` the tasks of a sparse file of
-that size are trained on too, and the largest anonymous memory (RssAnon) of the process on the way
-is reported: what it has allocated, without the pages of the file. About 2 minutes.
+that size are trained on too, and FDS learns a learning rate of whole training runs on it
+(`HostTrainingRuns`, forward mode in segments, then the final run of `HostHeldOut`); the largest
+anonymous memory (RssAnon) of the process on the way is reported: what it has allocated, without the
+pages of the file. `--only-large` leaves it at that. About 2 minutes.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ import jax
 import numpy as np
 import optax
 
-from metalearn import Reverse, Tasks, Trainer
-from metalearn.algorithms import MAML
-from metalearn.datasets import FewShot, HostFewShot
+from metalearn import Forward, Reverse, Tasks, Trainer
+from metalearn.algorithms import FDS, MAML, Hyperparameter
+from metalearn.datasets import FewShot, HostFewShot, HostHeldOut, HostTrainingRuns
 from metalearn.experiments.benchmarks.maml import IMAGE, TASKS
 from metalearn.experiments.benchmarks.sampler import random_index
 from metalearn.models import Linen, train_flag
-from metalearn.models.linen_networks import ConvNet
+from metalearn.models.linen_networks import MLP, ConvNet
 
 SIZES: dict[str, Any] = {"ways": 5, "shots": 1, "queries": 5}
 WARM = 3  # outer steps before the clock starts
@@ -134,12 +136,48 @@ def large(folder: pathlib.Path, gib: float, steps: int) -> tuple[float, int]:
     return rates[0], peak
 
 
+PICTURE = (32, 32, 3)
+INNER_STEPS, SEGMENT, BATCH = 2000, 100, 128
+
+
+def large_runs(folder: pathlib.Path, gib: float) -> tuple[float, int]:
+    """Train whole runs on a sparse file; return (inner steps per second, peak RssAnon in bytes)."""
+    rows = int(gib * 2**30) // 3072
+    path = folder / "pictures"
+    path.touch()
+    os.truncate(path, rows * 3072)
+    file: Any = np.memmap(path, np.uint8, "r", shape=(rows, *PICTURE))
+    labels = np.arange(rows, dtype=np.int32) % 10
+    network = MLP(outputs=10, hidden=(64,))
+    model = Linen(network, jax.ShapeDtypeStruct((1, *PICTURE), np.float32), train_flag)
+    rate = Hyperparameter(1e-4, 1.0, 1e-2, space="log")
+    fds = FDS(model, {"learning_rate": rate}, INNER_STEPS, BATCH)
+    trainer = Trainer(fds, Forward(), tasks_per_step=1, segment=SEGMENT)
+    seconds = []
+
+    def run() -> None:
+        runs = HostTrainingRuns.create(file, labels, validation=1000)
+        final = HostHeldOut.create(
+            file, labels, test_source=file[:1000], test_targets=labels[:1000]
+        )
+        state = trainer.fit(runs, 1, key=jax.random.key(0), progress=False, log_every=0)
+        start = time.perf_counter()
+        state = trainer.fit(runs, 2, state=state, progress=False, log_every=0)
+        jax.block_until_ready(state.eta)
+        seconds.append(time.perf_counter() - start)
+        trainer.evaluate(trainer.learned(state), final, jax.random.key(1), 1)
+
+    peak = peak_anonymous(run)
+    return INNER_STEPS / seconds[0], peak
+
+
 def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="outer steps a round")
     parser.add_argument("--large-gib", type=float, default=0, help="size of a sparse file, in GiB")
+    parser.add_argument("--only-large", action="store_true", help="no comparison with the device")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
@@ -149,6 +187,14 @@ def main() -> None:
                 f"A file of {arguments.large_gib:g} GiB: {speed:.2f} outer steps/s, at most "
                 f"{peak / 2**20:.0f} MiB of anonymous memory\n"
             )
+            speed, peak = large_runs(folder, arguments.large_gib)
+            print(
+                f"Runs of {INNER_STEPS} inner steps of {BATCH} pictures on a file of "
+                f"{arguments.large_gib:g} GiB: {speed:.0f} inner steps/s of forward mode, at most "
+                f"{peak / 2**20:.0f} MiB of anonymous memory\n"
+            )
+            if arguments.only_large:
+                return
         rows = dict(contenders(folder))
         trainers = {name: learner() for name in rows}
         rates: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}

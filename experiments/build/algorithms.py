@@ -44,6 +44,7 @@ from metalearn.algorithms import (
     unbounded,
 )
 from metalearn.experiments.build.registry import (
+    MASTER,
     OBJECTIVES,
     Exports,
     as_tuple,
@@ -56,6 +57,7 @@ from metalearn.experiments.build.registry import (
     without_unset,
 )
 from metalearn.model import Model
+from metalearn.optimizers.master_weights import master_weights
 
 AUGMENTATIONS = {"none": None, "jitter": jitter}
 WEIGHTINGS = {"domain": DomainWeights, "example": ExampleWeights, "token": TokenWeights}
@@ -63,9 +65,17 @@ SQUASHES = {"bounded": bounded, "unbounded": unbounded}
 NORMALIZATIONS = {"none": None, "mean_one": mean_one}
 
 
-def algorithm(config: Mapping[str, Any], network: Model | None) -> Algorithm:
-    """Build an algorithm around a model; None is for one that takes no model."""
+def algorithm(config: Mapping[str, Any], network: Model | None, master: bool = False) -> Algorithm:
+    """Build an algorithm around a model.
+
+    Args:
+      config: its name and arguments.
+      network: the model; None is for an algorithm that takes none.
+      master: whether its inner optimizer sums updates in float32: `master_weights`.
+    """
     options = dict(config)
+    if master:
+        options = _with_master_weights(options)
     name = options.pop("name")
     build = find(ALGORITHMS, name, "algorithm", (Algorithm,))
     check_call(f"algorithm {name!r}", options, build, filled=("model",))
@@ -96,6 +106,26 @@ def _converted(parameter: inspect.Parameter, value: Any) -> Any:
 def takes_model(name: str) -> bool:
     """Return whether an algorithm is built around a model."""
     return "model" in parameters(find(ALGORITHMS, name, "algorithm", (Algorithm,)))
+
+
+def _with_master_weights(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of an algorithm, its inner optimizer marked to sum in float32."""
+    name = options["name"]
+    there = [key for key in INNER_OPTIMIZERS if isinstance(options.get(key), Mapping)]
+    scaled = name == "learning_rates" or options.get("learned_rates") is not None
+    if not there or scaled:
+        why = (
+            "multiplies the updates of its inner optimizer by learned rates, which must be the "
+            "last thing that happens to them"
+            if scaled
+            else "has no inner optimizer in its config"
+        )
+        raise ValueError(
+            "precision.master_weights=True lets the inner optimizer sum its updates in float32, "
+            f"but the algorithm {name!r} {why}. Leave it False, and parameters in float32 "
+            "(precision.params)."
+        )
+    return {**options, **{key: {**options[key], MASTER: True} for key in there}}
 
 
 INNER_OPTIMIZERS = ("optimizer", "inner_optimizer")  # arguments, with or without an annotation
@@ -143,8 +173,21 @@ def _fds(
 def partial_optimizer(config: Mapping[str, Any]) -> Callable[..., Any]:
     """Return an optimizer as a function of what a config of it leaves open."""
     fixed = without_unset(config)
+    master = fixed.pop(MASTER, False)
     make = optimizer_function(fixed.pop("name"))
-    return functools.partial(make, **fixed) if fixed else make
+    make = functools.partial(make, **fixed) if fixed else make
+    return _summed_in_float32(make) if master else make
+
+
+def _summed_in_float32(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function with the same arguments, of the optimizer with master weights."""
+
+    @functools.wraps(make)
+    def summed(*args: Any, **options: Any) -> Any:
+        return master_weights(make(*args, **options))
+
+    summed.__signature__ = inspect.signature(make)  # type: ignore[attr-defined]
+    return summed
 
 
 def hyperparameter(config: Mapping[str, Any]) -> Hyperparameter:

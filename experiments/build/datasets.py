@@ -2,7 +2,9 @@
 
 A dataset that `metalearn.datasets` exports is a function of a split ("train", "validation" or
 "test") and keywords, which are the keys of a config. It returns a `ClassIndex`, from which
-few-shot tasks are drawn, or `Tasks`. Others have a builder of their own in `SPECIAL`.
+few-shot tasks are drawn, or `Tasks`. Others have a builder of their own in `SPECIAL`. The key `on`
+says where the examples stay: on the "device", where programs draw from them; or on the "host",
+whence the rows of the next steps are read. The tasks are the same.
 
 A dataset of the user's own, `name = "my_package.my_file:my_dataset"`, is such a function; or one
 that returns `Splits`; or a class of `Tasks`. Where it has no argument `split`, the same
@@ -18,14 +20,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metalearn import Tasks, datasets
-from metalearn._utils.checks import at_least
+from metalearn._utils.checks import at_least, pick
 from metalearn.datasets import (
+    BYTES,
     ClassIndex,
     Corruption,
     FewShot,
     HeldOut,
+    HostFewShot,
+    HostHeldOut,
+    HostText,
+    HostTrainingRuns,
     Images,
     Sinusoid,
     Text,
@@ -45,6 +53,7 @@ from metalearn.experiments.build.registry import (
 from metalearn.tasks import check_tasks
 
 SPLITS = ("train", "validation", "test")
+PLACES = {"device": False, "host": True}  # whether the tasks read from the host
 
 
 class Splits(NamedTuple):
@@ -101,19 +110,32 @@ def few_shot(
     shots: int,
     queries: int,
     eval_queries: int,
+    on: str = "device",
     **options: Any,
 ) -> Splits:
     """Make few-shot tasks of the classes of each split."""
+    host = on_host(on)
     shape = {"ways": ways, "shots": shots}
     each = {"train": queries, "validation": eval_queries, "test": eval_queries}
     indices = {split: read(split, **options) for split in SPLITS}
-    train, validation, test = (_few_shot_tasks(s, indices[s], shape, each[s]) for s in SPLITS)
+    train, validation, test = (
+        _few_shot_tasks(s, indices[s], {**shape, "queries": each[s]}, host) for s in SPLITS
+    )
     return of_tasks(train, validation, test)
 
 
-def _few_shot_tasks(split: str, index: ClassIndex, shape: dict[str, int], queries: int) -> FewShot:
+def on_host(on: str) -> bool:
+    """Return whether the examples of a dataset stay on the host; ValueError for another place."""
+    return pick(PLACES, on, "place of a dataset (dataset.on)")
+
+
+def _few_shot_tasks(split: str, index: ClassIndex, shape: dict[str, Any], host: bool) -> Tasks:
     try:
-        return FewShot.create(index, **shape, queries=queries)
+        if not host:
+            return FewShot.create(index, **shape)
+        present = np.arange(np.max(index.counts)) < np.asarray(index.counts)[:, None]
+        examples = jax.tree.map(lambda leaf: np.asarray(leaf)[present], index.examples)
+        return HostFewShot.create(examples, np.nonzero(present)[0], **shape)
     except ValueError as error:
         raise ValueError(f"In the {split} split: {error}") from error
 
@@ -173,6 +195,7 @@ def _text(
     eval_probes: int,
     pieces: int = 1,
     fresh: bool = False,
+    on: str = "device",
 ) -> Splits:
     """Read a text.
 
@@ -187,6 +210,13 @@ def _text(
             "does not read, above 0 and below 1. Take one such as 0.1."
         )
     corrupted = build_corruption(corruption)
+    host = on_host(on)
+    if host and (corrupted or pieces != 1 or probes or eval_probes):
+        raise ValueError(
+            "dataset.on='host' is for a text in one clean piece, and this config has "
+            f"corruption.share={corruption['share']}, pieces={pieces}, probes={probes} and "
+            f"eval_probes={eval_probes}. Set them to 0, 1, 0 and 0, or dataset.on='device'."
+        )
     same: dict[str, Any] = {
         "length": length,
         "batch": batch,
@@ -208,13 +238,22 @@ def _text(
     texts = {split: read_text(tfds, split, feature=feature) for split in SPLITS}
     cuts = {split: round(len(text) * (1 - held_out)) for split, text in texts.items()}
     inner, judge = texts["train"][: cuts["train"]], texts["train"][cuts["train"] :]
-    texts_by_split = {"train": Text.create(inner, judge, **training)}
+    create = _host_text if host else Text.create
+    texts_by_split = {"train": create(inner, judge, **training)}
     for split in SPLITS[1:]:
         text, cut = texts[split], cuts[split]
         parts = (text[:cut], text[cut:]) if fresh else (inner, text)
-        texts_by_split[split] = Text.create(*parts, **evaluation)
-    window = jax.ShapeDtypeStruct((1, texts_by_split["train"].length), jnp.int32)
-    return Splits(**texts_by_split, inputs=window, outputs=texts_by_split["train"].vocabulary)
+        texts_by_split[split] = create(*parts, **evaluation)
+    window = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    return Splits(**texts_by_split, inputs=window, outputs=BYTES.vocabulary)
+
+
+def _host_text(train: str, held_out: str, **options: Any) -> HostText:
+    """Return tasks of texts whose bytes stay on the host, without what they do not have."""
+    for name in ("probes", "pieces", "corruption"):
+        del options[name]
+    tokens = BYTES(train), BYTES(held_out)
+    return HostText.create(*tokens, **options, vocabulary=BYTES.vocabulary)
 
 
 def build_corruption(config: Mapping[str, Any]) -> Corruption | None:
@@ -229,6 +268,7 @@ def training_run(
     label_noise: float,
     noise_seed: int,
     held_out: float = 0.0,
+    on: str = "device",
 ) -> Splits:
     """Read a dataset of images as training runs, for what is learned of one training run.
 
@@ -237,18 +277,26 @@ def training_run(
     all that they see, and is judged by what is held out. The final one trains on the whole
     training split and is judged by the test split.
     """
+    host = on_host(on)
     train, test = (read_images(tfds, split, data_dir=data_dir) for split in ("train", "test"))
     noisy = with_label_noise(train, label_noise, noise_seed).labels
     count = training_examples(len(noisy), held_out)
     images = train.inputs[:count], train.labels[:count]
-    runs = TrainingRuns.create(*images, validation=validation, training_targets=noisy[:count])
+    create = HostTrainingRuns.create if host else TrainingRuns.create
+    runs = create(*images, validation=validation, training_targets=noisy[:count])
     validation_runs = None
     if count < len(noisy):
         unseen = train.inputs[count:], train.labels[count:]
-        validation_runs = HeldOut.create(train.inputs[:count], noisy[:count], *unseen)
-    final = HeldOut.create(train.inputs, noisy, *test)
+        validation_runs = _final_run(host, train.inputs[:count], noisy[:count], *unseen)
+    final = _final_run(host, train.inputs, noisy, *test)
     image = jax.ShapeDtypeStruct((1, *train.inputs.shape[1:]), jnp.float32)
     return Splits(runs, validation_runs, final, image, int(train.labels.max()) + 1)
+
+
+def _final_run(host: bool, inputs: Any, targets: Any, test_inputs: Any, test_targets: Any) -> Tasks:
+    if not host:
+        return HeldOut.create(inputs, targets, test_inputs, test_targets)
+    return HostHeldOut.create(inputs, targets, test_source=test_inputs, test_targets=test_targets)
 
 
 def _optimizer_runs(
@@ -257,6 +305,7 @@ def _optimizer_runs(
     validation: int | float,
     most: int | None,
     held_out: float = 0.0,
+    on: str = "device",
 ) -> Splits:
     """Read a dataset of images: runs on the training split, and on images never seen in those.
 
@@ -264,17 +313,18 @@ def _optimizer_runs(
     initialisations: on the last `held_out` of the training split, and on the test split.
     """
     at_least("dataset", 1, most=most)
+    create: Any = HostTrainingRuns.create if on_host(on) else TrainingRuns.create
 
-    def runs(inputs: Any, labels: Any) -> TrainingRuns:
+    def runs(inputs: Any, labels: Any) -> Tasks:
         images = Images(inputs[:most], labels[:most])
-        return TrainingRuns.create(*images, validation=validation)
+        return create(*images, validation=validation)
 
     images, test = (read_images(tfds, split, data_dir=data_dir) for split in ("train", "test"))
     count = training_examples(len(images.labels), held_out)
     train = runs(images.inputs[:count], images.labels[:count])
     unseen = images.inputs[count:], images.labels[count:]
     validation_runs = runs(*unseen) if len(unseen[1]) else None
-    image = jax.ShapeDtypeStruct((1, *train.inputs.shape[1:]), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *images.inputs.shape[1:]), jnp.float32)
     return Splits(train, validation_runs, runs(*test), image, int(images.labels.max()) + 1)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from metalearn._utils.checks import pick
 from metalearn.experiments.build.datasets import Splits
@@ -36,13 +37,45 @@ from metalearn.models import (
     Equinox,
     Haiku,
     Linen,
+    LoRA,
     Model,
+    Precision,
     haiku_networks,
     linen_networks,
     nnx_networks,
     train_flag,
 )
 from metalearn.models.adapters import Mode, flag_name, flags
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+
+
+def wrapped(network: Model, lora: Mapping[str, Any], precision: Mapping[str, Any]) -> Model:
+    """Return a model with low-rank terms and in other floating-point types, where a config says so.
+
+    Args:
+      network: the model.
+      lora: the arguments of `LoRA`; without a rank there are no terms.
+      precision: the arguments of `Precision`, types by name, and "master_weights", which is for
+        the optimizers.
+    """
+    if lora:
+        check_call("section lora", lora, LoRA, filled=("model",))
+    if lora.get("rank") is not None:
+        network = LoRA(network, **lora)
+    elif lora.get("paths"):
+        raise ValueError(
+            f"lora.paths={lora['paths']!r} chooses matrices for low-rank terms, but lora.rank is "
+            "not set: there are none. Set it, such as --config.lora.rank=4, or leave both."
+        )
+    types = {key: value for key, value in precision.items() if key != "master_weights"}
+    check_call("section precision", types, Precision, filled=("model",))
+    chosen = {
+        key: pick(DTYPES, name, f"floating-point type (precision.{key})")
+        for key, name in types.items()
+        if name is not None
+    }
+    return Precision(network, **chosen) if chosen else network
 
 
 class Library(NamedTuple):

@@ -27,6 +27,7 @@ from metalearn.algorithms import cross_entropy, sgd, squared_error, weighted_cro
 from metalearn.experiments.cli.arguments import renamed
 from metalearn.experiments.cli.import_paths import is_import_path, load
 from metalearn.optimizers import reversible
+from metalearn.optimizers.master_weights import master_weights
 
 ENGINES = {
     "reverse": Reverse,
@@ -163,6 +164,7 @@ def _either(kinds: Sequence[type]) -> str:
     return " or ".join(kind.__name__ for kind in kinds)
 
 
+MASTER = "master_weights"  # a mark in the config of an inner optimizer, set by `algorithm`
 OPTAX = {"optax": optax, "optax.contrib": optax.contrib}
 
 
@@ -173,11 +175,12 @@ def optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
     `optax.contrib.schedule_free`, is a config of one.
     """
     options = without_unset(config)
-    name = options.pop("name")
+    master, name = options.pop(MASTER, False), options.pop("name")
     make = optimizer_function(name)
     check_call(f"optimizer {name!r}", options, make)
     built = make(**{key: _nested(value) for key, value in options.items()})
-    return built if is_optimizer(built) else check_kind(built, name, "optimizer", OPTIMIZER)
+    built = built if is_optimizer(built) else check_kind(built, name, "optimizer", OPTIMIZER)
+    return master_weights(built) if master else built
 
 
 def _nested(value: Any) -> Any:

@@ -33,7 +33,7 @@ from metalearn import (
 from metalearn._utils.checks import above, at_least, counts, is_integer, pick
 from metalearn.experiments.build.algorithms import algorithm, takes_model
 from metalearn.experiments.build.datasets import Splits
-from metalearn.experiments.build.models import model
+from metalearn.experiments.build.models import model, wrapped
 from metalearn.experiments.build.registry import (
     ENGINES,
     SCHEDULES,
@@ -47,6 +47,7 @@ from metalearn.experiments.build.registry import (
     without_unset,
 )
 from metalearn.model import Model
+from metalearn.optimizers.master_weights import master_weights
 from metalearn.sharding.batched_means import check_tasks, most_devices
 from metalearn.sharding.mesh import AXES, MODEL, TANGENTS, TASKS, format_devices, remaining
 from metalearn.sharding.partition import check_rules
@@ -59,14 +60,17 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
         "isolate": False,
         "segment": None,
         "replay": {},
+        "precision": {},
+        "lora": {},
     }  # that configs did not always have
     config = {**added, **config, **config.get("auto", {})}
-    learner = algorithm(config["algorithm"], _network(config, splits))
+    master = config["precision"].get("master_weights", False)
+    learner = algorithm(config["algorithm"], _network(config, splits), master)
     options = {**config.get("engine_options", {}), **_tangent_options(layout)}
     return Trainer(
         learner,
         engine(config["engine"], options),
-        outer_optimizer(config["optimizer"], config["steps"], learner),
+        outer_optimizer(config["optimizer"], config["steps"], learner, master),
         tasks_per_step=config["tasks_per_step"],
         chunk=config["chunk"],
         truncation=truncation(config["truncation"]),
@@ -81,7 +85,7 @@ def _network(config: Mapping[str, Any], splits: Splits) -> Model | None:
     """Build the model of a config; None where there is none and the algorithm takes none."""
     name = config["algorithm"]["name"]
     if config.get("model"):
-        return model(config["model"], splits)
+        return wrapped(model(config["model"], splits), config["lora"], config["precision"])
     if takes_model(name):
         raise ValueError(
             f"The algorithm {name!r} takes a model, and this config has none. Set config.model, "
@@ -139,12 +143,15 @@ def set_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def outer_optimizer(
-    config: Mapping[str, Any], steps: int, learner: Algorithm | None = None
+    config: Mapping[str, Any],
+    steps: int,
+    learner: Algorithm | None = None,
+    master: bool = False,
 ) -> optax.GradientTransformation:
     """Build the outer optimizer, its learning rate on a schedule over the outer steps.
 
     It may be one that the algorithm brings (`Algorithm.outer_rules`), and goes through
-    `Algorithm.outer_optimizer`.
+    `Algorithm.outer_optimizer`. `master`: whether it sums its updates in float32.
     """
     options = without_unset(config)
     schedule = pick(SCHEDULES, options.pop("schedule"), "schedule")
@@ -160,6 +167,7 @@ def outer_optimizer(
     outer = optimizer(_scheduled(options, schedule, steps))
     if clip is not None:
         outer = optax.chain(optax.clip_by_global_norm(clip), outer)
+    outer = master_weights(outer) if master else outer
     return outer if learner is None else learner.outer_optimizer(outer)
 
 

@@ -80,8 +80,8 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested objects as one, by dotted keys.
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested objects as one, by dotted keys; an object without keys is a value.
 
     >>> flat({"seed": 1, "model": {"name": "mlp"}})
     {'seed': 1, 'model.name': 'mlp'}
@@ -89,7 +89,8 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     pairs: dict[str, Any] = {}
     for key, value in nested.items():
         here = f"{prefix}{key}"
-        pairs |= flat(value, f"{here}.") if isinstance(value, dict) else {here: value}
+        has_keys = isinstance(value, Mapping) and value
+        pairs |= flat(value, f"{here}.") if has_keys else {here: value}
     return pairs
 
 

@@ -41,7 +41,19 @@ def maml() -> ml_collections.ConfigDict:
     config.algorithm.learned_rates = placeholder(float)
     config.algorithm.first_order = False
     config.algorithm.adapted = ""  # ANIL: "head"
+    config.algorithm.learned = ""  # a pattern of the parameters that are learned; "": all
     config.algorithm.batch_norm = "transductive"
+
+    # Floating-point types of the model's computation and of its parameters, such as "bfloat16"
+    # (None: its own), and whether inner and outer optimizer sum their updates in float32.
+    config.precision = {
+        "compute": placeholder(str),
+        "params": placeholder(str),
+        "master_weights": False,
+    }
+    # Low-rank terms of `rank` added to the matrices that match `paths`; None: none. Their
+    # parameters are "lora/...", those of the model "base/...".
+    config.lora = {"rank": placeholder(int), "paths": "", "scale": 1.0}
 
     config.optimizer = {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine"}
     config.optimizer.clip = placeholder(
@@ -113,6 +125,7 @@ def learned_optimizer() -> ml_collections.ConfigDict:
     config.dataset = ml_collections.ConfigDict()
     config.dataset.name = "optimizer_runs"
     config.dataset.data_dir = placeholder(str)
+    config.dataset.on = "device"  # or "host": see docs/data.md
     config.dataset.most = placeholder(int)  # number of images in a split; None: all
     # Share of the training split, on which `eval_every` and `checkpoint_best` run.
     config.dataset.held_out = 0.2
@@ -128,6 +141,7 @@ def shakespeare() -> ml_collections.ConfigDict:
     dataset.name = "text"
     dataset.tfds = "tiny_shakespeare"  # or any text of TFDS
     dataset.feature = "text"
+    dataset.on = "device"  # or "host": see docs/data.md
     dataset.length = 64  # S
     dataset.batch = 8
     dataset.pieces = 1
@@ -160,6 +174,7 @@ def fds() -> ml_collections.ConfigDict:
     config.dataset = ml_collections.ConfigDict()
     config.dataset.name = "training_run"
     config.dataset.data_dir = placeholder(str)
+    config.dataset.on = "device"  # or "host": see docs/data.md
     # Share of the training split, on which `eval_every` and `checkpoint_best` are computed, and
     # which meta-training does not use. The final run trains on it too.
     config.dataset.held_out = 0.1

@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset = ml_collections.ConfigDict()
     config.dataset.name = "digits"
     config.dataset.rotations = True
+    config.dataset.on = "device"  # or "host": see docs/data.md
     config.dataset.ways = 5
     config.dataset.shots = 1
     config.dataset.queries = 5

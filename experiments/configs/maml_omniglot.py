@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset.name = "omniglot"
     config.dataset.partition = "vinyals"  # or "maml": 1,100 + 100 characters, 423 to test
     config.dataset.rotations = True
+    config.dataset.on = "device"  # or "host": see docs/data.md
     config.dataset.ways = 5
     config.dataset.shots = 1
     config.dataset.queries = 5

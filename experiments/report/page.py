@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from metalearn._utils import strict_json
 from metalearn._utils.device_memory import show_bytes
-from metalearn.experiments.report.run_logs import RunLog, differing, flattened
+from metalearn.experiments.cli.json_config import flat
+from metalearn.experiments.report.run_logs import RunLog, differing
 
 STYLE = """
 :root { color-scheme: light; }
@@ -137,15 +138,15 @@ def _differences(runs: Sequence[RunLog], labels: Sequence[str]) -> Iterator[str]
     keys = differing([run.config for run in runs])
     if len(runs) == 1 or not keys:
         return
-    flat = [flattened(run.config) for run in runs]
+    configs = [flat(run.config) for run in runs]
     yield "<h2>What differs</h2>"
     yield _table(
-        [["key", *labels], *([key, *(_value(each, key) for each in flat)] for key in keys)]
+        [["key", *labels], *([key, *(_value(each, key) for each in configs)] for key in keys)]
     )
 
 
-def _value(flat: Mapping[str, Any], key: str) -> str:
-    return strict_json.dumps(flat[key]) if key in flat else ""
+def _value(config: Mapping[str, Any], key: str) -> str:
+    return strict_json.dumps(config[key]) if key in config else ""
 
 
 def _costs(labels: Sequence[str], costs: Sequence[Cost]) -> Iterator[list[str]]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from metalearn._utils import strict_json
 from metalearn._utils.intervals import Estimate
+from metalearn.experiments.cli.json_config import flat
 from metalearn.experiments.runs import checkpoints_of, newest_record
 from metalearn.loggers import read_lines
 from metalearn.loggers.console import EVALUATION, INTERVAL
@@ -142,22 +143,11 @@ def _seconds(train: Mapping[str, Curve]) -> float:
     return float(seconds[ends].sum())
 
 
-def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a config by dotted keys."""
-    values: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            values |= flattened(value, f"{prefix}{key}.")
-        else:
-            values[f"{prefix}{key}"] = value
-    return values
-
-
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the dotted keys whose values are not the same in all configs."""
-    flat = [flattened(config) for config in configs]
-    keys = list(dict.fromkeys(key for each in flat for key in each))
-    texts = {key: {strict_json.dumps(each.get(key)) for each in flat} for key in keys}
+    values = [flat(config) for config in configs]
+    keys = list(dict.fromkeys(key for each in values for key in each))
+    texts = {key: {strict_json.dumps(each.get(key)) for each in values} for key in keys}
     return [key for key in keys if len(texts[key]) > 1]
 
 
@@ -167,10 +157,10 @@ def labels(runs: Sequence[RunLog]) -> list[str]:
     Labels are different from each other: runs of one config are told apart by their workdirs.
     """
     keys = differing([run.config for run in runs])
-    flat = [flattened(run.config) for run in runs]
+    configs = [flat(run.config) for run in runs]
     texts = [
         ", ".join(f"{key.rpartition('.')[2]}={each[key]}" for key in keys if key in each)
-        for each in flat
+        for each in configs
     ]
     return [
         text if text and texts.count(text) == 1 and len(text) <= 60 else run.workdir.name

@@ -38,7 +38,7 @@ from metalearn.diagnostics import probe
 from metalearn.diagnostics.probe import Look
 from metalearn.diagnostics.symmetry import Symmetry
 from metalearn.engines.custom_rules import listed
-from metalearn.tasks import Tasks, check_tasks, draw_episode, fetched, label_range, needs_fetch
+from metalearn.tasks import Tasks, check_tasks, draw_episode, label_range
 from metalearn.train_state import TrainState
 
 STEPS = 5  # inner steps of a check: enough to detect every optimizer of optax concerned
@@ -133,12 +133,15 @@ class Probes(NamedTuple):
       look: (eta, tasks, key, zeros, steps) -> what one task shows. Compiled.
       symmetry: (eta, tasks, key) -> the symmetry of the Jacobians of inner gradients.
       task_keys: state -> the keys of the tasks of its next outer step.
+      fetch: (tasks, state, steps) -> the tasks of its next outer step, read from the host where
+        they are there, for the first so many inner steps; None: for those that are differentiated.
       labels_seen: losses, and the outputs of the network that they were traced with.
     """
 
     look: Callable[..., Look]
     symmetry: Callable[..., Symmetry]
     task_keys: Callable[[TrainState], jax.Array]
+    fetch: Callable[[Tasks, TrainState, int | None], Tasks]
     labels_seen: Seen
 
 
@@ -161,7 +164,7 @@ def check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
 
 def _check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
     keys, names = probes.task_keys(state), _names(state.eta)
-    key, tasks = keys[0], _fetched(tasks, keys, state)
+    key, tasks = keys[0], probes.fetch(tasks, state, STEPS)
     look = functools.partial(probes.look, state.eta, tasks, key, steps=STEPS)
     result = look(zeros=probe.AS_THEY_ARE)
     cause = _cause(result, names, _labels(probes, tasks, key, result), look)
@@ -175,17 +178,13 @@ def _check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
     return Report(warnings=(*warnings, *_asymmetric(symmetry)), notes=_not_commuted(symmetry))
 
 
-def _fetched(tasks: Tasks, keys: jax.Array, state: TrainState) -> Tasks:
-    return fetched(tasks, keys, int(state.step) * keys.shape[0]) if needs_fetch(tasks) else tasks
-
-
 def diagnose(probes: Probes, state: TrainState, tasks: Tasks) -> str:
     """Return a sentence: what is not finite in the outer step taken from `state`.
 
     Only the eta, the key and the step of `state` are read.
     """
     names, keys = _names(state.eta), probes.task_keys(state)
-    tasks = _fetched(tasks, keys, state)
+    tasks = probes.fetch(tasks, state, None)
     for i, key in enumerate(keys):
         look = functools.partial(probes.look, state.eta, tasks, key)
         result = look(zeros=probe.AS_THEY_ARE)

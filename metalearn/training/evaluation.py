@@ -1,4 +1,8 @@
-"""Evaluation on held-out tasks: adapt to each, and say how sure the mean is."""
+"""Evaluation on held-out tasks: adapt to each, and say how sure the mean is.
+
+Training runs on data of the host, whose rows may not all fit the device, are evaluated in segments
+of inner steps: the rows of a segment are read while the device computes the one before.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,12 @@ import numpy as np
 from metalearn._utils.checks import MOST_TASKS, at_most, counts
 from metalearn._utils.intervals import Estimate, interval
 from metalearn.algorithm import Algorithm
-from metalearn.engines.base import check_eta
-from metalearn.engines.inner_loop import rollout
-from metalearn.tasks import Tasks, draw_task
-from metalearn.unroll import Eta, Metrics, Unroll
+from metalearn.engines.base import check_eta, outer_loss
+from metalearn.engines.inner_loop import inner_loop, rollout
+from metalearn.tasks import ALL_STEPS, Reads, Tasks, draw_task, needs_fetch
+from metalearn.unroll import Eta, Metrics, Unroll, horizon
 
+SEGMENT = 2**26  # bytes that the inner steps of a segment read
 OURS = {"meta_grad_norm", "meta_update_norm", "tasks_reset", "tasks_left_out", "step_skipped"}
 
 
@@ -42,6 +47,54 @@ def task_metrics(
     task = draw_task(algorithm, tasks, key, transform)
     loss, aux = rollout(task.unroll, eta, task.first_batches(steps))
     return merged({"loss": loss}, aux.metrics)
+
+
+def segments_of(algorithm: Algorithm, tasks: Tasks, count: int) -> list[Reads]:
+    """Return the segments of the inner loops of an evaluation: one, of all steps, if it can be.
+
+    Args:
+      algorithm: to evaluate.
+      tasks: the distribution to draw from.
+      count: tasks that are evaluated at once.
+    """
+    step_bytes = tasks.step_bytes(algorithm) if needs_fetch(tasks) and tasks.reads_steps else 0
+    if not step_bytes:
+        return [ALL_STEPS]
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: draw_task(algorithm, tasks, key).batches(), key)
+    steps = horizon(shapes)
+    most = max(SEGMENT // (count * step_bytes), 1)  # inner steps of a segment
+    length = -(-steps // -(-steps // most))
+    starts = range(0, steps, length)
+    return [Reads(start, min(length, steps - start), start == starts[-1]) for start in starts]
+
+
+def advanced(
+    algorithm: Algorithm,
+    segment: Reads,
+    transform: Callable[[Unroll], Unroll] | None,
+    shared: tuple[Eta, Tasks, jax.Array],
+    run: tuple[jax.Array, Any],
+) -> Any:
+    """Advance a task by a segment: return its inner state, or its metrics after the last segment.
+
+    Args:
+      algorithm: to evaluate.
+      segment: its number of `steps`; `start` 0 for the first segment, `query` for the last.
+      transform: as of `task_metrics`.
+      shared: (the meta-parameters, the distribution, the first inner step of the segment ()).
+      run: (the key of the task, its inner state, which the first segment ignores).
+    """
+    eta, tasks, start = shared
+    key, state = run
+    task = draw_task(algorithm, tasks, key, transform)
+    unroll = task.unroll._replace(init=lambda eta: state) if segment.start else task.unroll
+    batches = task.batches_at(start + jnp.arange(segment.steps, dtype=jnp.int32))
+    state, _ = inner_loop(unroll, eta, batches)
+    if not segment.query:
+        return state
+    loss, metrics = outer_loss(unroll, eta, state)
+    return merged({"loss": loss}, metrics)
 
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,9 @@ The loop in between is `metalearn.training.outer_loop`.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +18,10 @@ from metalearn._utils import disk
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.loggers import Logger
 from metalearn.sharding.distributed import is_first, say
-from metalearn.tasks import Tasks
+from metalearn.tasks import ALL_STEPS, Read, Reads, Tasks
 from metalearn.train_state import TrainState
-from metalearn.training.outer_loop import Fit, Interrupted, OuterLoop, OuterStep
-from metalearn.training.prefetch import tasks_of_steps
+from metalearn.training.outer_loop import Fetch, Fit, Interrupted, OuterLoop, OuterStep
+from metalearn.training.prefetch import prefetching
 from metalearn.training.progress import bars
 from metalearn.training.segmented_unroll import PartialUnroll
 
@@ -70,9 +71,9 @@ def run(
         shown = fit.progress and is_first()
         with (
             bars(fit.steps, first, outer.tasks_per_step, segments is not None, shown) as progress,
-            tasks_of_steps(tasks, _fetch(outer, state), fit.steps) as tasks_at,
+            reading(outer, tasks, state, fit.steps) as reads,
         ):
-            return OuterLoop(fit, outer, tasks_at, loggers, checkpoints, progress).run(state)
+            return OuterLoop(fit, outer, reads, loggers, checkpoints, progress).run(state)
     except Interrupted:
         for logger in loggers:
             with disk.forgiven(f"What {type(logger).__name__} had left"):
@@ -85,11 +86,77 @@ def run(
         raise
 
 
-def _fetch(outer: OuterStep, state: TrainState) -> Callable[[int], Tasks] | None:
-    """Return a function: outer step -> its tasks, from the host; None for those on the device."""
-    if outer.fetch is None:
-        return None
-    # A copy of the key of this process alone: no step of the run has to be waited for.
+@contextlib.contextmanager
+def reading(
+    outer: OuterStep, tasks: Tasks, state: TrainState, steps: int
+) -> Iterator[Callable[[int, TrainState], Read]]:
+    """Yield a function: (outer step from 1, state) -> what reads the tasks of its next program.
+
+    Args:
+      outer: the functions of the trainer.
+      tasks: of the run.
+      state: that the run starts from.
+      steps: outer steps of the run.
+    """
+    fetch = outer.fetch
+    if fetch is None:
+        yield lambda step, state: lambda reads: tasks
+        return
+    if fetch.ahead is None:
+        now, place = fetch.now, fetch.place
+        yield lambda step, state: lambda reads: place(now(state, reads))
+        return
+    cut = outer.segments is not None and fetch.each_program
+    planned = outer.segments.reads() if outer.segments is not None and cut else [[ALL_STEPS]]
+    order = _Order(fetch, _key(state), planned)
+    with prefetching(order.fetched, steps * order.each_step - 1) as read_ahead:
+        yield lambda step, state: order.reader(step, state, read_ahead)
+
+
+class _Order:
+    """What the programs of a run read of tasks on the host, in the order in which it is planned."""
+
+    def __init__(self, fetch: Fetch, key: jax.Array, planned: Sequence[Sequence[Reads]]):
+        """Make the order; `planned`: by program of an outer step."""
+        assert fetch.ahead is not None
+        self._ahead, self._now, self._place, self._key = fetch.ahead, fetch.now, fetch.place, key
+        self._planned = planned
+        self._flat = [reads for program in planned for reads in program]
+        self._starts = [0, *itertools.accumulate(map(len, planned))]
+        self._whole = not fetch.each_program
+        self._placed: tuple[int, Any] = (-1, None)  # the tasks that were read last
+
+    @property
+    def each_step(self) -> int:
+        """How many times an outer step reads."""
+        return len(self._flat)
+
+    def fetched(self, number: int) -> Tasks:
+        """Return the tasks with a number in the order, on the device."""
+        step, index = divmod(number, self.each_step)
+        return self._ahead(self._key, step + 1, self._flat[index])
+
+    def reader(self, step: int, state: TrainState, read_ahead: Callable[[int], Tasks]) -> Read:
+        """Return what reads the tasks of the next program of an outer step."""
+        program = state.inner.programs if isinstance(state.inner, PartialUnroll) else 0
+        counter = itertools.count()
+
+        def read(reads: Reads) -> Tasks:
+            number = (step - 1) * self.each_step
+            if not self._whole:
+                count = next(counter)
+                known = self._planned[program] if program < len(self._planned) else []
+                if count >= len(known) or known[count] != reads:  # another schedule than planned
+                    return self._place(self._now(state, reads))
+                number += self._starts[program] + count
+            if self._placed[0] != number:
+                self._placed = number, self._place(read_ahead(number))
+            return self._placed[1]
+
+        return read
+
+
+def _key(state: TrainState) -> jax.Array:
+    """Return a copy of the key of a run of this process alone: no step has to be waited for."""
     data = jnp.asarray(np.asarray(jax.random.key_data(state.key)))
-    key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(state.key))
-    return functools.partial(outer.fetch, key)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(state.key))

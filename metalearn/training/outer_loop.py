@@ -21,7 +21,7 @@ from metalearn.checkpoints.manager import Checkpoints
 from metalearn.diagnostics.health import DIVERGES, Report
 from metalearn.loggers import Logger
 from metalearn.sharding.distributed import is_first, say
-from metalearn.tasks import Tasks
+from metalearn.tasks import ALL_STEPS, Read, Reads, Tasks
 from metalearn.train_state import TrainState
 from metalearn.training.faults import DivergedError, Faults, NonFiniteError, Watch, broken
 from metalearn.training.progress import Bars, Clock
@@ -50,6 +50,23 @@ class Fit:
         at_most("Trainer.fit", MOST_TASKS, eval_tasks=self.eval_tasks)
 
 
+class Fetch(NamedTuple):
+    """How the tasks of outer steps are read on the host.
+
+    Args:
+      ahead: (key of the run, outer step counted from 1, what a program reads) -> its tasks; known
+        before the run, so a thread may call it. None: they are known from the state alone.
+      now: (state, what a program reads) -> the tasks of its outer step.
+      place: tasks -> the same on all devices.
+      each_program: whether every program of an outer step reads other data.
+    """
+
+    ahead: Callable[[jax.Array, int, Reads], Tasks] | None
+    now: Callable[[TrainState, Reads], Tasks]
+    place: Callable[[Tasks], Tasks]
+    each_program: bool
+
+
 class OuterStep(NamedTuple):
     """The functions of a `Trainer` that the loop calls.
 
@@ -60,9 +77,7 @@ class OuterStep(NamedTuple):
       evaluate: state -> the metrics of held-out tasks.
       check: state -> the health check of the next outer step.
       diagnose: state -> a sentence: what is not finite in the outer step taken from it.
-      fetch: (key of the run, outer step counted from 1) -> its tasks, read on the host; None: the
-        tasks are on the device.
-      place: tasks -> the same on all devices.
+      fetch: reads the tasks of outer steps on the host; None: the tasks are on the device.
     """
 
     tasks_per_step: int
@@ -71,8 +86,7 @@ class OuterStep(NamedTuple):
     evaluate: Callable[[TrainState], dict[str, Estimate]]
     check: Callable[[TrainState], Report]
     diagnose: Callable[[TrainState], str]
-    fetch: Callable[[jax.Array, int], Tasks] | None
-    place: Callable[[Tasks], Tasks]
+    fetch: Fetch | None
 
 
 class Interrupted(Exception):
@@ -104,13 +118,13 @@ class OuterLoop:
         self,
         fit: Fit,
         outer: OuterStep,
-        tasks: Callable[[int], Tasks],
+        reads: Callable[[int, TrainState], Read],
         loggers: Sequence[Logger],
         checkpoints: Checkpoints | None,
         bars: Bars,
     ):
-        """Make the loop; `tasks`: outer step, counted from 1 -> its tasks."""
-        self.fit, self.outer, self.tasks, self.bars = fit, outer, tasks, bars
+        """Make the loop; `reads`: (outer step from 1, state) -> what reads its tasks."""
+        self.fit, self.outer, self.reads, self.bars = fit, outer, reads, bars
         self.loggers, self.checkpoints = loggers, checkpoints
         self._segments = outer.segments
         self._marks: list[Any] = []  # of programs that the device may still be at
@@ -134,14 +148,13 @@ class OuterLoop:
     def _take(self, step: int, state: TrainState) -> TrainState:
         """Take an outer step, or the rest of one, and what is due after it."""
         before, metrics = dataclasses.replace(state, optimizer=None, inner=()), None
-        tasks = self.outer.place(self.tasks(step))
         segments = self._segments
         if segments is None:
-            state, metrics = self.outer.step(state, tasks)
+            state, metrics = self.outer.step(state, self.reads(step, state)(ALL_STEPS))
             self._read_metrics()
         while segments is not None and metrics is None:
             self.bars.stands_at(segments.place, state)
-            state, metrics = segments.take(state, tasks)
+            state, metrics = segments.take_reading(state, self.reads(step, state))
             self._wait_for(segments.mark)
             self._read_metrics()
             if metrics is None:

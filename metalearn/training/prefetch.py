@@ -1,8 +1,10 @@
 """Tasks on the host, fetched ahead in a thread while the device computes.
 
-The keys of all outer steps are known before the run, so the episodes of the next steps are read
-while the device is busy with the current one. Which episodes a step sees depends on its number
-alone: nothing of the thread is saved in a checkpoint, and a resumed run reads the same ones.
+The keys of all outer steps are known before the run, so what the next programs read is fetched
+while the device is busy with the current one. Programs have numbers, in the order in which they
+run: of outer steps, or of the segments of outer steps, whichever direction those go in. What a
+program reads depends on its number alone: nothing of the thread is saved in a checkpoint, and a
+resumed run reads the same.
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ import jax
 
 from metalearn.tasks import Tasks
 
-DEPTH = 2  # outer steps that are read ahead
+DEPTH = 2  # programs whose tasks are read ahead
 
 
 class Prefetch:
-    """Fetches the tasks of outer steps in a thread, up to `DEPTH` steps ahead.
+    """Fetches the tasks of programs in a thread, up to `DEPTH` programs ahead.
 
     Args:
-      fetch: outer step, counted from 1 -> its tasks. Called in the thread, one at a time.
-      last: the last outer step of the run.
+      fetch: number of a program -> its tasks. Called in the thread, one at a time.
+      last: the last number of the run.
     """
 
     def __init__(self, fetch: Callable[[int], Tasks], last: int):
@@ -32,18 +34,18 @@ class Prefetch:
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._futures: dict[int, concurrent.futures.Future[Tasks]] = {}
 
-    def at(self, step: int) -> Tasks:
-        """Return the tasks of a step, and begin to fetch those of the next.
+    def at(self, number: int) -> Tasks:
+        """Return the tasks of a program, and begin to fetch those of the next.
 
         Raises:
-          Exception: whatever fetching the tasks of this step raised.
+          Exception: whatever fetching the tasks of this program raised.
         """
-        if step not in self._futures:  # the first, or after a jump back
+        if number not in self._futures:  # the first, or after a jump back
             self._cancel()
-        for ahead in range(step, min(step + DEPTH, self._last) + 1):
+        for ahead in range(number, min(number + DEPTH, self._last) + 1):
             if ahead not in self._futures:
                 self._futures[ahead] = self._pool.submit(self._fetch_in_thread, ahead)
-        return self._futures.pop(step).result()
+        return self._futures.pop(number).result()
 
     def close(self) -> None:
         """Stop the thread, after the fetch that it is at."""
@@ -54,25 +56,19 @@ class Prefetch:
             future.cancel()
         self._futures.clear()
 
-    def _fetch_in_thread(self, step: int) -> Tasks:
+    def _fetch_in_thread(self, number: int) -> Tasks:
         with jax.enable_x64(self._x64):
-            return self._fetch(step)
+            return self._fetch(number)
 
 
 @contextlib.contextmanager
-def tasks_of_steps(
-    tasks: Tasks, fetch: Callable[[int], Tasks] | None, last: int
-) -> Iterator[Callable[[int], Tasks]]:
-    """Yield a function: outer step, counted from 1 -> its tasks.
+def prefetching(fetch: Callable[[int], Tasks], last: int) -> Iterator[Callable[[int], Tasks]]:
+    """Yield a function: number -> its tasks, which are fetched ahead in a thread.
 
     Args:
-      tasks: of the run.
-      fetch: outer step -> its tasks, read on the host; None: `tasks` are those of all steps.
-      last: the last outer step of the run.
+      fetch: number of a program -> its tasks, read on the host.
+      last: the last number.
     """
-    if fetch is None:
-        yield lambda step: tasks
-        return
     prefetch = Prefetch(fetch, last)
     try:
         yield prefetch.at

@@ -21,6 +21,7 @@ a run whose disk is full, or that is resumed with another budget, goes on with a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -120,6 +121,22 @@ def remaining(position: Position, states: int) -> int:
             programs += advances(end - start, free + number)
         end = start
     return programs
+
+
+def operations(segments: int, states: int) -> Iterator[tuple[str, int]]:
+    """Yield ("advance" or "pull_back", number of the segment) for each program, in their order."""
+    position = beginning(segments, states)
+    while position.target >= 0:
+        if position.live is None:
+            position = restored(position, states)
+        if (live := position.live) == position.target or live is None:
+            yield "pull_back", position.target
+            position = pulled_back(position)
+            continue
+        yield "advance", live
+        position = advanced(position)
+        if keeps(position):
+            position = with_kept(position, states)
 
 
 def advances(segments: int, states: int) -> int:

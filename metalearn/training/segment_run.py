@@ -27,13 +27,14 @@ import numpy as np
 from metalearn.checkpoints.state_files import DamagedStateError
 from metalearn.cost import Cost, cost
 from metalearn.sharding.distributed import say
-from metalearn.tasks import Tasks
+from metalearn.tasks import Read, Reads, Tasks
 from metalearn.train_state import TrainState
 from metalearn.training import replay_schedule as schedule
 from metalearn.training.kept_states import KeptState, KeptStates, Replay, copied, state_bytes
 from metalearn.training.replay_schedule import Position
 from metalearn.training.segmented_unroll import Cut, PartialUnroll, SegmentedUnroll
 
+OUTER_LOSS = Reads(0, 0)  # what a program reads that takes the outer loss alone
 PULL_BACK = 3  # the time to pull cotangents back through a segment, in times to advance it
 
 
@@ -210,6 +211,30 @@ class SegmentPlan(NamedTuple):
     programs: int
 
 
+class _Inputs:
+    """What the programs of one call of `SegmentRun.take_reading` get.
+
+    Attributes:
+      state: the train state, without what is between two programs.
+      latest: the tasks that were read last.
+    """
+
+    def __init__(self, state: TrainState, read: Read):
+        self.state, self._read = state, read
+        self.latest: Any = None
+        self._has: Reads | None = None
+
+    def tasks(self, reads: Reads) -> Tasks:
+        """Return tasks that have what a program reads."""
+        if self._has != reads:
+            self._has, self.latest = reads, self._read(reads)
+        return self.latest
+
+    def shared(self, reads: Reads) -> tuple[Any, ...]:
+        """Return (eta, tasks, key, step)."""
+        return self.state.eta, self.tasks(reads), self.state.key, self.state.step
+
+
 class SegmentRun:
     """Drives the programs of the outer steps of one trainer, on tasks of the same shapes.
 
@@ -246,27 +271,60 @@ class SegmentRun:
 
     def take(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, Any]:
         """Run the next program of an outer step: (state, metrics), None if more follow."""
-        run, state = state.inner, dataclasses.replace(state, inner=())
-        shared = state.eta, tasks, state.key, state.step
-        if not isinstance(run, PartialUnroll):
-            run = self._programs.start(*shared, steps=self.cut.steps)
-            run = dataclasses.replace(run, position=self._beginning(state))
-        run = self._next(state, shared, run)
-        if self._is_done(run):
-            done = dataclasses.replace(run, position=None, programs=0, kept=())
-            return self._programs.outcome(state, tasks, done)
-        return dataclasses.replace(state, inner=run), None
+        return self.take_reading(state, lambda reads: tasks)
 
-    def _next(self, state: TrainState, shared: Any, run: PartialUnroll) -> PartialUnroll:
-        if run.position is not None and run.position.live is None:
-            run = self._with_state(shared, run)
+    def take_reading(self, state: TrainState, read: Read) -> tuple[TrainState, Any]:
+        """Run the next program of an outer step, whose tasks are read as it needs them.
+
+        Args:
+          state: between two programs.
+          read: what a program reads -> tasks that have it; called in the order of `reads`.
+        """
+        run, state = state.inner, dataclasses.replace(state, inner=())
+        if not isinstance(run, PartialUnroll):
+            run = PartialUnroll(position=self._beginning(state))
+        inputs = _Inputs(state, read)
+        run = self._next(inputs, run)
+        if not self._is_done(run):
+            return dataclasses.replace(state, inner=run), None
+        done = dataclasses.replace(run, position=None, programs=0, kept=())
+        tasks = inputs.latest if self._unrolls.goes_back else inputs.tasks(OUTER_LOSS)
+        return self._programs.outcome(state, tasks, done)
+
+    def reads(self) -> list[list[Reads]]:
+        """Return what the programs of an outer step read, program by program, as it is planned."""
+        if not self._unrolls.goes_back:
+            each = [[self._reads(segment)] for segment in range(self.cut.segments)]
+            return [*each[:-1], [*each[-1], OUTER_LOSS]]
+        plan, planned = self.planned(), []
+        kept = plan.device + plan.host + plan.disk
+        for kind, segment in schedule.operations(self.cut.segments, kept):
+            turns = kind == "pull_back" and segment == self.cut.segments - 1
+            again = [OUTER_LOSS] if turns and self._is_even else []
+            planned.append([self._reads(segment), *again])
+        return planned
+
+    def _reads(self, segment: int) -> Reads:
+        alone = self._unrolls.goes_back and segment == self.cut.segments - 1 and not self._is_even
+        return Reads(segment * self.cut.segment, self.cut.length(segment), alone)
+
+    @property
+    def _is_even(self) -> bool:
+        """Whether the programs of the other segments take the last one."""
+        count, length = self.cut.segments, self.cut.segment
+        return count > 1 and self.cut.steps == count * length
+
+    def _next(self, inputs: _Inputs, run: PartialUnroll) -> PartialUnroll:
+        if not jax.tree.leaves(run.stream):
+            run = self._with_state(inputs, run)
         position = run.position
-        assert position is not None
+        assert position is not None and position.live is not None
         run = dataclasses.replace(run, programs=run.programs + 1)
+        shared = inputs.shared(self._reads(position.live))
         if position.live != position.target:
-            return self._advanced(state, shared, run, position)
+            return self._advanced(inputs.state, shared, run, position)
         turns = not jax.tree.leaves(run.cotangents)
-        run = self._turned(shared, run) if turns else self._pulled_back(shared, run)
+        run = self._turned(inputs, run) if turns else self._pulled_back(shared, run)
         return dataclasses.replace(run, stream=(), position=schedule.pulled_back(position))
 
     def _advanced(
@@ -297,24 +355,26 @@ class SegmentRun:
             until=self.cut.until(segment),
         )
 
-    def _turned(self, shared: Any, run: PartialUnroll) -> PartialUnroll:
+    def _turned(self, inputs: _Inputs, run: PartialUnroll) -> PartialUnroll:
         """Take the last segment, the outer loss, and the way back through the segment."""
         segment = self.cut.segments - 1
         first, steps = self._first(segment), self.cut.length(segment)
-        if segment and steps == self.cut.segment:  # by the programs of the other segments
-            before = run.stream
-            ahead, _ = self._advance(
-                shared, dataclasses.replace(run, stream=copied(before)), segment
+        shared = inputs.shared(self._reads(segment))
+        if not self._is_even:
+            ended, self.mark = self._programs.last(
+                *shared, run.stream, run.inner, first, steps=steps
             )
-            judged = self._programs.judge(*shared, ahead.stream)
-            pulled, self.mark = self._programs.pull_back(
-                *shared, before, judged.cotangents, first, steps=steps
+            return dataclasses.replace(
+                run, inner=ended.inner, judged=ended.judged, cotangents=ended.cotangents
             )
-            run = dataclasses.replace(run, inner=ahead.inner)
-            return dataclasses.replace(run, judged=judged.judged, cotangents=pulled.cotangents)
-        ended, self.mark = self._programs.last(*shared, run.stream, run.inner, first, steps=steps)
+        before = run.stream
+        ahead, _ = self._advance(shared, dataclasses.replace(run, stream=copied(before)), segment)
+        judged = self._programs.judge(*inputs.shared(OUTER_LOSS), ahead.stream)
+        pulled, self.mark = self._programs.pull_back(
+            *shared, before, judged.cotangents, first, steps=steps
+        )
         return dataclasses.replace(
-            run, inner=ended.inner, judged=ended.judged, cotangents=ended.cotangents
+            run, inner=ahead.inner, judged=judged.judged, cotangents=pulled.cotangents
         )
 
     def _pulled_back(self, shared: Any, run: PartialUnroll) -> PartialUnroll:
@@ -344,24 +404,29 @@ class SegmentRun:
             return position.live == self.cut.segments
         return position.target < 0
 
-    def _with_state(self, shared: Any, run: PartialUnroll) -> PartialUnroll:
+    def _with_state(self, inputs: _Inputs, run: PartialUnroll) -> PartialUnroll:
         """Read the nearest state before the target, or compute theta_0."""
-        assert self._opened is not None and run.position is not None
-        store, position, kept = self._opened, run.position, run.kept
-        while kept:
+        assert run.position is not None
+        position, kept = run.position, run.kept
+        while kept and self._opened is not None:
             try:
-                stream = store.read(kept[-1])
+                stream = self._opened.read(kept[-1])
                 break
             except DamagedStateError as error:
                 say(f"A kept state is lost ({error}): its segments are run again.")
-                store.drop(kept[-1])
+                self._opened.drop(kept[-1])
                 kept = kept[:-1]
                 position = position._replace(kept=position.kept[:-1])
         else:
-            stream = self._programs.start(*shared, steps=self.cut.steps).stream
+            shared = inputs.shared(self._reads(0))
+            begun = self._programs.start(*shared, steps=self.cut.steps)
+            stream = begun.stream
+            if not jax.tree.leaves(run.inner):  # of the first program
+                return dataclasses.replace(run, stream=stream, inner=begun.inner)
         position = schedule.restored(position, self._most(len(kept)))
         if len(position.kept) < len(kept):
-            store.drop(kept[-1])
+            assert self._opened is not None
+            self._opened.drop(kept[-1])
             kept = kept[:-1]
         return dataclasses.replace(run, stream=stream, position=position, kept=kept)
 

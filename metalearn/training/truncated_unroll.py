@@ -142,6 +142,19 @@ class TruncatedUnroll(FullUnroll):
 
         return jax.jit(jax.vmap(placeholder, (None, None, 0)))(eta, tasks, keys)
 
+    def next_steps(
+        self, carried: CarriedUnroll, keys: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return (whether it is over, key, first step) of each unroll's next truncation.
+
+        Args:
+          carried: where the unrolls stand.
+          keys: of the new tasks that replace those whose horizon is over.
+        """
+        ends = carried.step >= carried.horizon
+        start = select(ends, jnp.zeros_like(carried.step), carried.step)
+        return ends, select(ends, keys, carried.key), start
+
     def mean_gradient(
         self, eta: Eta, tasks: Tasks, keys: jax.Array, carried: Any, first: jax.Array
     ) -> tuple[Eta, Metrics, CarriedUnroll]:
@@ -166,15 +179,13 @@ class TruncatedUnroll(FullUnroll):
         a task that is not finite counts as zero, with finite=False.
         """
         carried, new_key, share = run
-        ends = carried.step >= carried.horizon
-        key = select(ends, new_key, carried.key)
+        ends, key, start = self.next_steps(carried, new_key)
         task = self.draw(tasks, key)
         longest = horizon(jax.eval_shape(task.batches))
         self.truncation.check(longest)
         # 2^31 - 1 is no task's: what is drawn here is drawn from nothing else.
         drawn = self.truncation.draw(jax.random.fold_in(key, 2**31 - 1), longest, share)
         last = select(ends, drawn, carried.horizon)
-        start = select(ends, jnp.zeros_like(carried.step), carried.step)
         batches = task.batches_at(start + jnp.arange(self.truncation.steps, dtype=jnp.int32))
         fresh = self.engine.init(task.engine_key, task.unroll, eta)
         engine = select(ends, fresh, carried.engine)

@@ -93,10 +93,16 @@ def test_what_was_fetched_for_other_keys_is_no_data():
 
 def test_fetched_tasks_have_the_episodes_of_the_tasks_of_a_step():
     device, tasks = both()
-    assert fetched(device, KEYS, 0) is device
-    small = fetched(tasks, KEYS, 0)
+    assert fetched(device, KEYS, 0, trainer().algorithm) is device
+    small = fetched(tasks, KEYS, 0, trainer().algorithm)
     for key in KEYS:
         assert bits(draw_episode(small, key)) == bits(draw_episode(device, key))
+
+
+def test_keys_whose_numbers_depend_on_vmap_are_refused():
+    _, tasks = both()
+    with pytest.raises(ValueError, match="The keys of this run are 'rbg', .* default implementat"):
+        trainer().fit(tasks, 1, key=jax.random.key(0, impl="rbg"), progress=False)
 
 
 def test_host_fed_training_gives_the_eta_of_training_on_the_device():

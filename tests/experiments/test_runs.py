@@ -139,7 +139,7 @@ def test_the_code_of_the_page_runs_on_a_run(workdir, exported, tmp_path, monkeyp
 
 def test_importing_metalearn_imports_neither_experiments_nor_safetensors():
     program = (
-        "import sys, metalearn; metalearn.load_eta; metalearn.save_eta; "
+        "from metalearn import *; import sys; load_eta, save_eta, load_run; "
         "print([name for name in ('safetensors', 'metalearn.experiments') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

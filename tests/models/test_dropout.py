@@ -1,5 +1,6 @@
 """Dropout is off for queries and in evaluation, whatever batch normalisation uses."""
 
+import dataclasses
 import functools
 import re
 
@@ -14,7 +15,8 @@ from flax import nnx
 
 from metalearn import Forward, MixedFlow, Reverse, Trainer
 from metalearn.algorithms import MAML
-from metalearn.models import NNX, Functions, Haiku, Linen
+from metalearn.model import Model
+from metalearn.models import NNX, Functions, Haiku, Linen, Precision
 from tests.cases import TASKS, Float64, to_float64
 from tests.helpers.selection import quick
 
@@ -230,3 +232,25 @@ def test_the_meta_gradient_through_queries_without_dropout_is_that_of_reverse_mo
         functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-12), ours, expected
     )
     assert any(abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(expected))
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutDropout(Model):
+    """A model of a user who did not expect the argument `dropout`."""
+
+    def init(self, key):
+        return jnp.zeros(3), ()
+
+    def apply(self, params, state, inputs, *, train, key=None):
+        return inputs @ params, state
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Precision])
+def test_a_model_without_the_argument_dropout_is_refused_by_its_name(wrap):
+    with pytest.raises(
+        TypeError,
+        match=r"`MAML\(model=\)` computes queries without dropout, but `WithoutDropout.apply` has "
+        r"no argument `dropout`. Define it as `def apply\(self, params, state, inputs, \*, train, "
+        r"dropout=True, key=None\)`",
+    ):
+        MAML(wrap(WithoutDropout()))

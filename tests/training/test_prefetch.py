@@ -1,4 +1,4 @@
-"""Reading the tasks of the next outer steps in a thread."""
+"""Reading the tasks of the next programs in a thread."""
 
 import threading
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from metalearn.training.prefetch import DEPTH, Prefetch, tasks_of_steps
+from metalearn.training.prefetch import DEPTH, Prefetch, prefetching
 
 
 def test_steps_are_fetched_once_each_in_order_and_a_bounded_number_ahead():
@@ -17,7 +17,7 @@ def test_steps_are_fetched_once_each_in_order_and_a_bounded_number_ahead():
         enough.release()
         return step
 
-    with tasks_of_steps(None, fetch, last=5) as at:
+    with prefetching(fetch, last=5) as at:
         assert at(1) == 1
         for _ in range(1 + DEPTH):
             enough.acquire(timeout=10)
@@ -38,7 +38,7 @@ def test_an_error_is_raised_at_its_step_and_the_thread_ends():
             raise OSError("unreadable")
         return step
 
-    with pytest.raises(OSError, match="unreadable"), tasks_of_steps(None, fetch, 9) as at:
+    with pytest.raises(OSError, match="unreadable"), prefetching(fetch, 9) as at:
         assert (at(1), at(2)) == (1, 2)
         at(3)
     assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
