@@ -29,6 +29,7 @@ from metalearn import (
     Forward,
     Layout,
     MixedFlow,
+    Replay,
     Reverse,
     Tasks,
     Trainer,
@@ -277,6 +278,7 @@ def more(directory):
         **tangents(),
         **truncated(layout),
         **segmented(layout),
+        **replayed(layout),
     }
 
 
@@ -311,6 +313,18 @@ def segmented(layout):
         "spread": error(10 * flat(found.optimizer[0].mu), one.gradient),
         "in segments": list(tangents[:2]),
     }
+
+
+def replayed(layout):
+    """Outer steps in segments that go backward, over eight devices, and with a cut eta."""
+    one = run(trainer(None), 2)
+    errors = []
+    for each in (layout, Layout(make_mesh(model=2), RULES)):
+        replay = Replay(states=1, host=0, disk="10MB")
+        made = trainer(each, engine=MixedFlow(), segment=3, replay=replay)
+        ours = run(made, 2)
+        errors.append(max(error(ours.gradient, one.gradient), error(ours.losses, one.losses)))
+    return {"replayed": errors, "recompiled": ours.compiled}
 
 
 def part(directory, port, process):
