@@ -84,6 +84,9 @@ def run(
             with disk.forgiven(f"What {type(logger).__name__} had left"):
                 logger.abandon()
         raise
+    finally:
+        if segments is not None:
+            segments.close()
 
 
 @contextlib.contextmanager

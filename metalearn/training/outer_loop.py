@@ -9,6 +9,7 @@ metrics first, so that no checkpoint is saved after a fault. An outer step of se
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from metalearn.train_state import TrainState
 from metalearn.training.faults import DivergedError, Faults, NonFiniteError, Watch, broken
 from metalearn.training.progress import Bars, Clock
 from metalearn.training.segment_run import SegmentRun
+
+ROW_SECONDS = 30  # between two rows of metrics inside an outer step that is cut into segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +130,8 @@ class OuterLoop:
         self.fit, self.outer, self.reads, self.bars = fit, outer, reads, bars
         self.loggers, self.checkpoints = loggers, checkpoints
         self._segments = outer.segments
-        self._marks: list[Any] = []  # of programs that the device may still be at
+        self._marks: list[tuple[Any, int | None]] = []  # of programs that may still run
+        self._row_at = time.perf_counter()  # when a row was logged last
         self._watch = Watch(fit.faults)
         self._clock = Clock(outer.tasks_per_step)
         self._pending: _Pending | None = None
@@ -155,7 +159,7 @@ class OuterLoop:
         while segments is not None and metrics is None:
             self.bars.stands_at(segments.place, state)
             state, metrics = segments.take_reading(state, self.reads(step, state))
-            self._wait_for(segments.mark)
+            self._wait_for(step, segments.mark, segments.newest_step(state))
             self._read_metrics()
             if metrics is None:
                 self._after_program(segments, step, state)
@@ -163,11 +167,25 @@ class OuterLoop:
         self._after_step(step, state)
         return state
 
-    def _wait_for(self, mark: Any) -> None:
-        """Wait until the device is at the program that was started last."""
-        self._marks.append(mark)
-        if len(self._marks) > 1:
-            jax.block_until_ready(self._marks.pop(0))
+    def _wait_for(self, step: int, mark: Any, inner_step: int | None) -> None:
+        """Wait until the device is at the program that was started last; log a row if due.
+
+        Args:
+          step: the outer step.
+          mark: of the program; see `SegmentRun.mark`.
+          inner_step: that the program has reached for the first time; None: it has not.
+        """
+        self._marks.append((mark, inner_step))
+        if len(self._marks) == 1:
+            return
+        before, reached = self._marks.pop(0)
+        jax.block_until_ready(before)
+        due = time.perf_counter() - self._row_at > ROW_SECONDS
+        if due and reached is not None and self.fit.log_every:
+            row = {"run/inner_step": float(reached), "run/inner_loss": float(before)}
+            for logger in self.loggers:
+                logger.log(step, row)
+            self._row_at = time.perf_counter()
 
     def _after_program(self, segments: SegmentRun, step: int, state: TrainState) -> None:
         """Save and stop, if due, after a program of an outer step."""
@@ -257,7 +275,7 @@ class OuterLoop:
         names = broken(values)
         answer = self._watch.answer(bool(names), float(before.pace))
         if answer == "stop" or self._due(step, self.fit.log_every):
-            row = values | self._clock.row(step)
+            row, self._row_at = values | self._clock.row(step), time.perf_counter()
             for logger in self.loggers:
                 logger.log(step, row)
         if answer == "stop":

@@ -391,6 +391,12 @@ class SegmentRun:
 
     # The states.
 
+    def close(self) -> None:
+        """Let go of the kept states, and of their folder. States that checkpoints name stay."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
     def _beginning(self, state: TrainState) -> Position:
         if not self._unrolls.goes_back:
             return Position(self.cut.segments, 0, self.cut.segments)
@@ -566,6 +572,14 @@ class SegmentRun:
             work,
             work + left + (PULL_BACK - 1) * back,
         )
+
+    def newest_step(self, state: TrainState) -> int | None:
+        """Return the inner step that the last program has reached for the first time, or None."""
+        run = state.inner
+        if not isinstance(run, PartialUnroll) or jax.tree.leaves(run.cotangents):
+            return None
+        assert run.position is not None and run.position.live is not None
+        return min(run.position.live * self.cut.segment, self.cut.steps)
 
     def saved(self, state: TrainState) -> dict[str, Any]:
         """Write the kept states of a state to disk; return a record (JSON) for `restored_shapes`.

@@ -17,6 +17,8 @@ import pytest
 from metalearn import MixedFlow, Replay, Reverse, Trainer
 from metalearn.checkpoints import state_files
 from metalearn.checkpoints.manager import Checkpoints
+from metalearn.loggers import Logger
+from metalearn.training import outer_loop
 from metalearn.training.outer_loop import Interrupted
 from metalearn.training.replay_schedule import replays
 from metalearn.training.segment_run import SegmentRun
@@ -281,6 +283,28 @@ def test_a_disk_that_fills_up_costs_replays_and_nothing_else(kept, monkeypatch, 
     said = capfd.readouterr().out
     assert "could not be written to" in said and "No space left on device" in said
     assert said.count("no further states are kept there") == 1
+
+
+class Rows(Logger):
+    """Remembers the rows of metrics."""
+
+    def __init__(self):
+        self.rows = []
+
+    def log(self, step, metrics):
+        self.rows.append({"step": step, **metrics})
+
+
+def test_inner_losses_are_logged_along_a_long_run(monkeypatch):
+    logger, made = Rows(), trainer()
+    fit(made, 1, loggers=[logger], log_every=1)
+    assert len(logger.rows) == 1  # a run of a second needs no more
+    monkeypatch.setattr(outer_loop, "ROW_SECONDS", 0)
+    fit(made, 1, loggers=[logger], log_every=1)
+    along, last = logger.rows[1:-1], logger.rows[-1]
+    assert [row["run/inner_step"] for row in along] == [2, 4, 6, 8, 10, 12]
+    assert {row["step"] for row in along} == {1} and "loss" in last
+    assert along[0]["run/inner_loss"] > along[-1]["run/inner_loss"] > 0
 
 
 # Bad input.
