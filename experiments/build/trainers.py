@@ -25,6 +25,7 @@ from metalearn import (
     InverseVariance,
     Layout,
     MetaGradient,
+    Replay,
     Trainer,
     Truncation,
     make_mesh,
@@ -58,6 +59,7 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
         "truncation": {"steps": None},
         "isolate": False,
         "segment": None,
+        "replay": {},
         "precision": {},
         "lora": {},
     }  # that configs did not always have
@@ -74,7 +76,8 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
         truncation=truncation(config["truncation"]),
         isolate=config["isolate"],
         layout=layout,
-        segment=config["segment"],
+        segment="auto" if config["segment"] == 0 else config["segment"],
+        replay=replay(config["replay"], config["segment"]),
     )
 
 
@@ -101,6 +104,18 @@ def truncation(config: Mapping[str, Any]) -> Truncation | None:
             "full: truncation.steps is not set. Set it, or leave both."
         )
     return None
+
+
+def replay(config: Mapping[str, Any], segment: int | None) -> Replay:
+    """Build what says where the states between segments are kept."""
+    options = set_options(config)
+    if options and segment is None:
+        raise ValueError(
+            f"replay.{min(options)}={options[min(options)]!r} says where states between segments "
+            "are kept, but an outer step is one program: `segment` is not set. Set it, or leave "
+            "both."
+        )
+    return Replay(**options)
 
 
 def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from metalearn import Tasks, Trainer
+from metalearn import Replay, Tasks, Trainer
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import first_line
 from metalearn._utils.intervals import Estimate
@@ -202,7 +202,7 @@ def export(
 def draw(workdir: pathlib.Path, allow_imports: bool = False) -> None:
     """Draw all pictures of a run at its newest checkpoint; print where each kind of them is."""
     run = load_run(workdir, allow_imports=allow_imports)
-    uncut = dataclasses.replace(run.trainer, segment=None)
+    uncut = dataclasses.replace(run.trainer, segment=None, replay=Replay())
     for kind in pictures.kinds_of(run.algorithm):
         with named(workdir / pictures.FOLDER):
             paths = pictures.draw(kind, workdir, uncut, run.state, run.splits.train)
