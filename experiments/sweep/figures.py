@@ -1,7 +1,7 @@
 """Figures of a sweep, by matplotlib: how its trials fared, and which parameters mattered.
 
 history      the value of each trial in the order they began, and the best so far
-evaluations  the metric by outer step of every trial, those that were pruned in grey
+evaluations  the metric by outer step of every trial; grey: those that were not trained to their end
 by_parameter the value by a parameter
 parallel     every trial as a line through its parameters to its value
 importance   how much of the spread of good trials each parameter explains, by Optuna
@@ -50,7 +50,7 @@ def history(trials: Sequence[TrialLog], metric: str, direction: str) -> Any:
     stopped = [t for t in trials if t.ended != "done" and math.isfinite(t.value)]
     if stopped:
         at = [trial.number for trial in stopped], [trial.value for trial in stopped]
-        ax.plot(*at, "x", color=PRUNED, label="pruned, at its last evaluation")
+        ax.plot(*at, "x", color=PRUNED, label="pruned or diverged, at its last evaluation")
     if done:
         numbers, values = [trial.number for trial in done], [trial.value for trial in done]
         ax.plot(numbers, values, "o", color="C0", label="done")
@@ -110,7 +110,7 @@ def parallel(
     low, high = float(values.min()), float(values.max())
     shades = (values - low) / ((high - low) or 1.0)
     quality = shades if direction == "max" else 1 - shades
-    figure = Figure(figsize=(1.8 + 1.8 * len(space), 4), layout="constrained")
+    figure = Figure(figsize=(max(5.5, 1.8 + 1.8 * len(space)), 4), layout="constrained")
     ax = figure.subplots()
     for i in np.argsort(quality):  # the best on top
         heights = [_height(each, done[i].params[each.key]) for each in space]

@@ -110,12 +110,12 @@ def _figures(study: Study, trials: list[TrialLog]) -> Iterator[tuple[str, str, A
     metric, space = settings.metric, settings.space
     yield "history", "value by trial", drawing.history(trials, metric, settings.direction)
     number = None if best is None else best.number
-    caption = f"{metric} by outer step of every trial; grey: pruned"
+    caption = f"{metric} by outer step of every trial; grey: pruned or diverged"
     yield "evaluations", caption, drawing.evaluations(trials, metric, number)
     for each in space:
         figure = drawing.by_parameter(trials, each, metric)
         yield f"by_{each.key}", f"{metric} by {each.key}", figure
-    if sum(trial.ended == "done" for trial in trials) > 1:
+    if len(space) > 1 and sum(trial.ended == "done" for trial in trials) > 1:
         figure = drawing.parallel(trials, space, metric, settings.direction)
         yield "parallel", "trials as lines through their parameters; light: good", figure
     if shares := importances(study):
