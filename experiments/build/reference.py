@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from metalearn import Faults, Layout, Trainer, Truncation, algorithms, make_mesh
+from metalearn import Faults, Layout, Replay, Trainer, Truncation, algorithms, make_mesh
 from metalearn._utils.checks import nearest
 from metalearn._utils.readable import show
 from metalearn.algorithms import FDS, Hyperparameter, PerParameter, fds_rule
@@ -340,6 +340,7 @@ PARTS: dict[str, Sequence[Any]] = {
     r"mesh": (make_mesh,),
     r"precision": (Precision,),
     r"lora": (LoRA,),
+    r"replay": (Replay,),
     r"engine_options": tuple(ENGINES.values()),
     r"algorithm\.(rule\.base\.)?hyperparameters\.\w+": (Hyperparameter,),
     r"algorithm\.weighting": tuple(WEIGHTINGS.values()),
