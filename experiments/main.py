@@ -8,15 +8,16 @@
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
     metalearn report runs/omniglot runs/other --out=report.html
-    metalearn sweep --config=maml_digits --sweep.optimizer.learning_rate="log(1e-4,1e-1)" \
-        --trials=20 --jobs=2 --metric=eval/accuracy --workdir=runs/rates
+    metalearn sweep --config=maml_digits --sweep.tasks_per_step="[4,8]" --workdir=runs/sweep
     metalearn list maml
     metalearn doctor
 
 `metalearn train --help` shows the options of train, and so for each command; all of them have
 --traceback. train and plan: --config, --config.KEY=VALUE and --budget (such as 40GiB, of
 --config.engine=auto and of the plan; else the memory of the device). adapt: --support and --query,
-each an .npz file with `inputs` and `labels`, or a folder of images by class.
+each an .npz file with `inputs` and `labels`, or a folder of images by class. sweep searches keys of
+a config by trials, and resumes; list shows what a config may name, or the keys of a name; doctor
+tries every engine on this machine, and exits with status 1 where something does not work.
 
 A name that is set, --config.model.name=mlp, brings its own keys with their defaults; keys that
 both names have keep their values. `None`, `null` or nothing behind the equals sign unsets a key

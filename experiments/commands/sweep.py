@@ -1,6 +1,6 @@
 """`metalearn sweep`: search keys of a config by trials, each a run of its own.
 
-    metalearn sweep --config=maml_digits --sweep.optimizer.learning_rate="log(1e-4,1e-1)" \
+    metalearn sweep --config=maml_digits --sweep.optimizer.learning_rate="log(1e-4,1e-1)"
         --trials=20 --jobs=2 --metric=eval/accuracy --workdir=runs/rates
 
 Trials are `metalearn train` in WORKDIR/trials/NNN. They are compared by the last evaluation on
