@@ -317,8 +317,8 @@ class Trainer:
         most = None if self.truncation is None else self.truncation.steps
 
         def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = 0, steps: Any = None):
-            taken = min((n for n in (steps, most) if n is not None), default=None)
-            return look_at(self.unrolls.solve, eta, tasks, key, zeros, taken)
+            count = min((n for n in (steps, most) if n is not None), default=None)
+            return look_at(self.unrolls.solve, eta, tasks, key, zeros, count)
 
         where = None if self.layout is None else self.layout.replicated
         return self._compiled(look, static_argnames="steps", out_shardings=where)

@@ -68,18 +68,18 @@ def flag_name(
         return None
     parameters = inspect.signature(network).parameters.values()
     names = {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
-    found = [word for word in WORDS if word in names | set(fields)]
+    flags = [word for word in WORDS if word in names | set(fields)]
     adapter, _, network_name = what.rstrip(")").partition("(")
     network_name = network_name.rpartition("=")[2]
     if mode is None:
-        if len(found) > 1:
-            both = ", ".join(f"{word!r}: {'' if WORDS[word] else 'not '}train" for word in found)
+        if len(flags) > 1:
+            both = ", ".join(f"{word!r}: {'' if WORDS[word] else 'not '}train" for word in flags)
             raise ValueError(
-                f"`{what}`: {' and '.join(map(repr, found))} would both set its mode of training. "
-                f"Say which: `{adapter}(..., mode={found[0]!r})`; or set both: "
+                f"`{what}`: {' and '.join(map(repr, flags))} would both set its mode of training. "
+                f"Say which: `{adapter}(..., mode={flags[0]!r})`; or set both: "
                 f"`mode=lambda train: {{{both}}}`."
             )
-        name = found[0] if found else None
+        name = flags[0] if flags else None
         LOGGER.debug("%s: its mode of training is set by %s", what, name or "no argument")
         return name
     any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
@@ -89,8 +89,8 @@ def flag_name(
             f"not known. Those of {', '.join(WORDS)} are; another flag takes a function: "
             f"`mode=lambda train: {{{mode!r}: ...}}`."
         )
-    if mode not in found and not any_name:
-        has = f"It has {', '.join(map(repr, found))}." if found else "It has no flag of its mode."
+    if mode not in flags and not any_name:
+        has = f"It has {', '.join(map(repr, flags))}." if flags else "It has no flag of its mode."
         raise ValueError(
             f"`{adapter}(mode={mode!r})`: `{network_name}` has no argument of that name. {has}"
         )

@@ -196,21 +196,21 @@ def with_params(target: Any, params: Any, *, state: Any = None, partial: bool = 
     if isinstance(target, Model):
         params, state = jax.tree.map(jnp.asarray, (params, state))  # on the device, once
         return Pretrained(target, params, state, partial)
-    found = match(target, params)
-    if found.unknown or found.shapes or (found.untouched and not partial):
+    matches = match(target, params)
+    if matches.unknown or matches.shapes or (matches.untouched and not partial):
         way_out = ""
-        if found.untouched and not (found.unknown or found.shapes):
+        if matches.untouched and not (matches.unknown or matches.shapes):
             way_out = " To leave those as they are: `partial=True`."
-        raise ValueError(f"`with_params`: the names do not match. {found}{way_out}")
-    LOGGER.info("with_params: %s", found)
+        raise ValueError(f"`with_params`: the names do not match. {matches}{way_out}")
+    LOGGER.info("with_params: %s", matches)
     values = dict(zip(paths(params), jax.tree.leaves(params), strict=True))
     names = iter(paths(target))
 
     def put(leaf: Any) -> Any:
         name = next(names)
-        if name not in found.matched:
+        if name not in matches.matched:
             return leaf
-        return jnp.asarray(values[found.matched[name]], jnp.result_type(leaf))
+        return jnp.asarray(values[matches.matched[name]], jnp.result_type(leaf))
 
     return jax.tree.map(put, target)
 
@@ -223,12 +223,14 @@ def match(target: Any, params: Any) -> Match:
     starts = ["", *dict.fromkeys(f"{name.partition('/')[0]}/" for name in ours)]
     # The parameters may be one part of the target: take the beginning that most names fit.
     start = max(starts, key=lambda start: sum(start + name in ours for name in plain))
-    found = {start + name: given for name, given in plain.items() if start + name in ours}
-    shapes = {n: (ours[n], theirs[g]) for n, g in found.items() if ours[n] != theirs[g]}
+    matches = {
+        start + name: given_name for name, given_name in plain.items() if start + name in ours
+    }
+    shapes = {n: (ours[n], theirs[g]) for n, g in matches.items() if ours[n] != theirs[g]}
     return Match(
-        {name: found[name] for name in ours if name in found},
-        tuple(name for name in ours if name not in found and name.startswith(start)),
-        tuple(given for name, given in plain.items() if start + name not in ours),
+        {name: matches[name] for name in ours if name in matches},
+        tuple(name for name in ours if name not in matches and name.startswith(start)),
+        tuple(given_name for name, given_name in plain.items() if start + name not in ours),
         shapes,
     )
 

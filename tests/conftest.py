@@ -1,5 +1,6 @@
 """What holds for every test: shapes are strict, caches the session's own, W&B is left ended."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -39,6 +40,14 @@ FLAGS = [
 if jaxlib.version.__version_info__ < (0, 11):  # later ones have these emitters alone
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # a third of the time
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+
+# A tenth of the time: tracebacks in the programs handed to XLA, and a garbage collector that walks
+# all of JAX's caches again and again.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+jax.config.update(
+    "jax_traceback_in_locations_limit", int(os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"])
+)
+gc.set_threshold(100_000, 20, 50)
 
 # Compiled programs are kept from one run of the tests to the next, and for their child processes.
 PROGRAMS = {

@@ -187,9 +187,9 @@ def _learned_optimizer(
     judge: str = LearnedOptimizer.judge,
     cap: float | None = LearnedOptimizer.cap,
 ) -> LearnedOptimizer:
-    made = build_rule(rule)
+    update_rule = build_rule(rule)
     trained = pick(PROBLEMS, problem, "problem")(model, batch)
-    return LearnedOptimizer(trained, made, inner_steps, judge, cap)
+    return LearnedOptimizer(trained, update_rule, inner_steps, judge, cap)
 
 
 def build_rule(config: Mapping[str, Any]) -> UpdateRule:

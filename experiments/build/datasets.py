@@ -78,18 +78,21 @@ def splits(config: Mapping[str, Any]) -> Splits:
 def _own(read: Callable[..., Any], name: str, options: Mapping[str, Any]) -> Splits:
     """Return the tasks of a class or function of the user's own."""
     if "split" in parameters(read):
-        made = [read(split=split, **options) for split in SPLITS]
+        distributions = [read(split=split, **options) for split in SPLITS]
     else:
-        made = [read(**options)] * len(SPLITS)
-    if isinstance(made[0], ClassIndex):
+        distributions = [read(**options)] * len(SPLITS)
+    if isinstance(distributions[0], ClassIndex):
         raise ValueError(
             f"The dataset {name!r} returned a ClassIndex. Say so in its annotation, `def "
             f"{read.__name__}(split, ...) -> ClassIndex:`; its keys are then those of few-shot "
             "tasks too: ways, shots, queries and eval_queries."
         )
-    for each in made:
+    for each in distributions:
         check_kind(each, name, "dataset", (Tasks, Splits))
-    return made[0] if isinstance(made[0], Splits) else of_tasks(made[0], made[1], made[2], name)
+    if isinstance(distributions[0], Splits):
+        return distributions[0]
+    train, validation, test = distributions
+    return of_tasks(train, validation, test, name)
 
 
 def few_shot(
@@ -205,13 +208,13 @@ def _text(
     texts = {split: read_text(tfds, split, feature=feature) for split in SPLITS}
     cuts = {split: round(len(text) * (1 - held_out)) for split, text in texts.items()}
     inner, judge = texts["train"][: cuts["train"]], texts["train"][cuts["train"] :]
-    made = {"train": Text.create(inner, judge, **training)}
+    texts_by_split = {"train": Text.create(inner, judge, **training)}
     for split in SPLITS[1:]:
         text, cut = texts[split], cuts[split]
         parts = (text[:cut], text[cut:]) if fresh else (inner, text)
-        made[split] = Text.create(*parts, **evaluation)
-    window = jax.ShapeDtypeStruct((1, made["train"].length), jnp.int32)
-    return Splits(**made, inputs=window, outputs=made["train"].vocabulary)
+        texts_by_split[split] = Text.create(*parts, **evaluation)
+    window = jax.ShapeDtypeStruct((1, texts_by_split["train"].length), jnp.int32)
+    return Splits(**texts_by_split, inputs=window, outputs=texts_by_split["train"].vocabulary)
 
 
 def build_corruption(config: Mapping[str, Any]) -> Corruption | None:

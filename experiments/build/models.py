@@ -68,7 +68,7 @@ def model(config: Mapping[str, Any], splits: Splits) -> Model:
     else:
         sizes = {name: size for name, size in _sizes(splits).items() if name in takes}
         check_call(f"network {network.__name__!r}", options, network, filled=sizes)
-    return library.adapt(lambda **given: network(**sizes, **options, **given), splits)
+    return library.adapt(lambda **mode: network(**sizes, **options, **mode), splits)
 
 
 FILLED = ("outputs", "inputs", "image", "example")  # arguments that do not come from the config
@@ -121,13 +121,13 @@ def _own(name: str, library: str | None, options: Mapping[str, Any], splits: Spl
         return Equinox(lambda key: build(key=key))
     if library in ("nnx", "haiku"):
         return LIBRARIES[library].adapt(build, splits, None)
-    made = build()
-    if isinstance(made, Model):
-        return made
-    if library_of(made) == "linen":
-        return LIBRARIES["linen"].adapt(lambda: made, splits, None)
+    module = build()
+    if isinstance(module, Model):
+        return module
+    if library_of(module) == "linen":
+        return LIBRARIES["linen"].adapt(lambda: module, splits, None)
     raise ValueError(
-        f"{name!r} is no network: it returned {made!r:.80}. A function returns a `Model` or a "
+        f"{name!r} is no network: it returned {module!r:.80}. A function returns a `Model` or a "
         "linen module; one that builds an NNX module takes `rngs`; for one that builds a Haiku "
         "module, set model.library='haiku'."
     )

@@ -176,8 +176,8 @@ def optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
     name = options.pop("name")
     make = optimizer_function(name)
     check_call(f"optimizer {name!r}", options, make)
-    made = make(**{key: _nested(value) for key, value in options.items()})
-    return made if is_optimizer(made) else check_kind(made, name, "optimizer", OPTIMIZER)
+    built = make(**{key: _nested(value) for key, value in options.items()})
+    return built if is_optimizer(built) else check_kind(built, name, "optimizer", OPTIMIZER)
 
 
 def _nested(value: Any) -> Any:

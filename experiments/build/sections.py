@@ -125,7 +125,7 @@ def _without(takes: Parameters, filled: Iterable[str]) -> Parameters:
 
 
 def _renewed(
-    old: ConfigDict, takes: Parameters, beside: Mapping[str, Any], given: Mapping[str, Any]
+    old: ConfigDict, takes: Parameters, beside: Mapping[str, Any], values: Mapping[str, Any]
 ) -> ConfigDict:
     """Return a section with the keys of another name."""
     new = ConfigDict({"name": old.name})
@@ -134,14 +134,14 @@ def _renewed(
             new[key] = placeholder(old.get_type(key)) if old[key] is None else old[key]
         elif key in beside:
             new[key] = placeholder(float) if beside[key] is None else beside[key]
-        elif takes[key].default is not inspect.Parameter.empty or key in given:
-            _set_default(new, takes[key], given.get(key))
+        elif takes[key].default is not inspect.Parameter.empty or key in values:
+            _set_default(new, takes[key], values.get(key))
     return new
 
 
-def _set_default(section: ConfigDict, parameter: inspect.Parameter, given: Any = None) -> None:
+def _set_default(section: ConfigDict, parameter: inspect.Parameter, value: Any = None) -> None:
     """Add a key with the default of an argument, where a config can hold it."""
-    default, kind = parameter.default, _type(parameter, given)
+    default, kind = parameter.default, _type(parameter, value)
     if default is None or default is inspect.Parameter.empty:
         section[parameter.name] = placeholder(kind)
     elif type(default) in (bool, str) or (type(default) is tuple and all(map(_plain, default))):
@@ -158,16 +158,16 @@ def _plain(value: Any) -> bool:
     return isinstance(value, int | float | str)
 
 
-def _type(parameter: inspect.Parameter, given: Any) -> type:
+def _type(parameter: inspect.Parameter, value: Any) -> type:
     """Return the type of an argument's values, by its annotation, its default or a value."""
     annotation = parameter.annotation
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     for word, kind in TYPES.items():
         if re.search(rf"\b{word}\b", text):
             return kind
-    for value in (parameter.default, given, _literal(given)):
-        if type(value) in (tuple, float, int, bool):
-            return type(value)
+    for candidate in (parameter.default, value, _literal(value)):
+        if type(candidate) in (tuple, float, int, bool):
+            return type(candidate)
     return str
 
 
@@ -181,17 +181,17 @@ def _literal(text: Any) -> Any:
 
 def _renew_engine_options(config: ConfigDict, changes: Mapping[str, Any]) -> None:
     """Unset the options that another engine does not take, and add those of one's own engine."""
-    name, given = changes["engine"], _below("engine_options", changes)
+    name, changed = changes["engine"], _below("engine_options", changes)
     own = is_import_path(name)
     if not own and name not in (*ENGINES, "auto"):
         return
     takes = {} if name == "auto" else parameters(find(ENGINES, name, "engine", (MetaGradient,)))
     for key in config.engine_options:
-        if key not in {*takes, *given}:
+        if key not in {*takes, *changed}:
             config.engine_options[key] = None
     for key in takes if own else ():
         if key not in config.engine_options:
-            _set_default(config.engine_options, takes[key], given.get(key))
+            _set_default(config.engine_options, takes[key], changed.get(key))
 
 
 def _below(section: str, changes: Mapping[str, Any]) -> dict[str, Any]:

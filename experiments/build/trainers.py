@@ -142,10 +142,10 @@ def outer_optimizer(
         check_call(f"outer optimizer {name!r}", options, rules[name], filled=("schedule", "steps"))
         return rules[name](schedule=scale if callable(scale) else None, steps=steps, **options)
     options.pop("clip", None)
-    made = optimizer(_scheduled(options, schedule, steps))
+    outer = optimizer(_scheduled(options, schedule, steps))
     if clip is not None:
-        made = optax.chain(optax.clip_by_global_norm(clip), made)
-    return made if learner is None else learner.outer_optimizer(made)
+        outer = optax.chain(optax.clip_by_global_norm(clip), outer)
+    return outer if learner is None else learner.outer_optimizer(outer)
 
 
 def _scheduled(
@@ -221,12 +221,12 @@ def evaluation_layout(config: Mapping[str, Any]) -> Layout | None:
 def idle_devices(config: Mapping[str, Any], layout: Layout | None) -> str:
     """Say how many devices take no part, and why; "" where all do."""
     config = {**config, **config.get("auto", {})}
-    taken, there = 1 if layout is None else layout.mesh.size, len(jax.devices())
-    if taken == there:
+    used, total = 1 if layout is None else layout.mesh.size, len(jax.devices())
+    if used == total:
         return ""
     chunks = "" if config["chunk"] is None else f" in chunks of {config['chunk']}"
     return (
-        f"devices: {taken} of {there} take part. tasks_per_step={config['tasks_per_step']}{chunks} "
+        f"devices: {used} of {total} take part. tasks_per_step={config['tasks_per_step']}{chunks} "
         "does not divide among more, or config.mesh asks for no more."
     )
 
@@ -271,13 +271,13 @@ def _check(mesh: Mapping[str, Any], config: Mapping[str, Any]) -> None:
 def _most(mesh: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     """Return the most groups of devices that the tasks of a config divide among."""
     each, processes = mesh[MODEL] * mesh[TANGENTS], jax.process_count()
-    there = remaining(len(jax.devices()), mesh[MODEL], mesh[TANGENTS])
+    total = remaining(len(jax.devices()), mesh[MODEL], mesh[TANGENTS])
     step = processes // math.gcd(processes, each)  # as many devices of each process
-    found = most_devices(config["tasks_per_step"], config["chunk"], there, step)
-    if not found:
+    groups = most_devices(config["tasks_per_step"], config["chunk"], total, step)
+    if not groups:
         raise ValueError(
             f"tasks_per_step={config['tasks_per_step']} does not divide among {processes} "
             f"processes with {format_devices(len(jax.devices()))} in all. Take a multiple "
             f"of {step}."
         )
-    return found
+    return groups

@@ -37,21 +37,21 @@ WHOLE = {"algorithm", "dataset", "engine", "steps"}  # keys of a whole config, o
 
 def get_config(path: str, allow_imports: bool = False) -> ml_collections.ConfigDict:
     """Return the packaged config that a JSON file names, with the keys that it sets; or a whole."""
-    given = read(pathlib.Path(path))
-    if "config" not in given and WHOLE <= given.keys():
-        check_json(path, given, allow_imports)
-        return _whole(given)
-    if not isinstance(given.get("config"), str):
+    overrides = read(pathlib.Path(path))
+    if "config" not in overrides and WHOLE <= overrides.keys():
+        check_json(path, overrides, allow_imports)
+        return _whole(overrides)
+    if not isinstance(overrides.get("config"), str):
         raise ValueError(
             f'{path} names no packaged config. Begin it with {{"config": "NAME", where NAME is one '
             f"of: {', '.join(packaged())}."
         )
-    name = given.pop("config")
+    name = overrides.pop("config")
     name = pick({known: known for known in packaged()}, name, "packaged config")
     config = importlib.import_module(f"metalearn.experiments.configs.{name}").get_config()
-    check_json(path, given, allow_imports)
-    sections.renew(config, flat(given))
-    update(config, given)
+    check_json(path, overrides, allow_imports)
+    sections.renew(config, flat(overrides))
+    update(config, overrides)
     return config
 
 
@@ -80,14 +80,14 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def flat(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested objects as one, by dotted keys.
 
     >>> flat({"seed": 1, "model": {"name": "mlp"}})
     {'seed': 1, 'model.name': 'mlp'}
     """
     pairs: dict[str, Any] = {}
-    for key, value in given.items():
+    for key, value in nested.items():
         here = f"{prefix}{key}"
         pairs |= flat(value, f"{here}.") if isinstance(value, dict) else {here: value}
     return pairs
@@ -95,7 +95,7 @@ def flat(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def update(
     config: ml_collections.ConfigDict,
-    given: dict[str, Any],
+    changes: dict[str, Any],
     prefix: str = "",
     whole: ml_collections.ConfigDict | None = None,
 ) -> None:
@@ -103,12 +103,12 @@ def update(
 
     Args:
       config: a part of a config.
-      given: the keys to set in it.
+      changes: the keys to set in it.
       prefix: of the keys of the part, such as "model.".
       whole: the config that it is a part of; None: itself.
     """
     whole = config if whole is None else whole
-    for key, value in given.items():
+    for key, value in changes.items():
         here = f"{prefix}{key}"
         if key not in config:
             elsewhere = [known for known in keys(whole) if known.endswith(f".{key}")]

@@ -54,13 +54,15 @@ def adapt(
     """Adapt to a support set, predict a query set, write the predictions, and say their score."""
     run = load_run(workdir, best, allow_imports)
     algorithm, example = run.algorithm, run.splits.inputs
-    given, asked = read("support", support, example), read("query", query, example, labelled=False)
-    if given.classes and asked.classes:
-        asked = _same_classes(given, asked)
+    examples = read("support", support, example)
+    queries = read("query", query, example, labelled=False)
+    if examples.classes and queries.classes:
+        queries = _same_classes(examples, queries)
     key = build.key_of(run.config["seed"])
-    learner = algorithm.adapt(run.eta, (given.inputs, given.labels), key, steps=inner_steps)
-    outputs = np.asarray(learner.predict(asked.inputs))
-    results, score = _results(given, asked, outputs)
+    episode_support = examples.inputs, examples.labels
+    learner = algorithm.adapt(run.eta, episode_support, key, steps=inner_steps)
+    outputs = np.asarray(learner.predict(queries.inputs))
+    results, score = _results(examples, queries, outputs)
     out = out or workdir / "predictions.npz"
     with named(out), out.open("wb") as file:
         np.savez(file, **results)  # type: ignore[arg-type]
@@ -133,35 +135,35 @@ def _read_arrays(what: str, path: pathlib.Path, labelled: bool) -> Examples:
     return Examples(arrays["inputs"], labels)
 
 
-def _same_classes(given: Examples, asked: Examples) -> Examples:
+def _same_classes(support: Examples, queries: Examples) -> Examples:
     """Return the queries with their labels counted as those of the support set."""
-    unknown = sorted(set(asked.classes) - set(given.classes))
+    unknown = sorted(set(queries.classes) - set(support.classes))
     if unknown:
         raise ValueError(
             f"--query has images of {', '.join(unknown)}, and --support has none to adapt to; it "
-            f"has {', '.join(given.classes)}. Name the folders of the two alike, or put queries "
+            f"has {', '.join(support.classes)}. Name the folders of the two alike, or put queries "
             "of an unknown class into one folder, without folders in it."
         )
-    numbers = np.array([given.classes.index(name) for name in asked.classes], np.int32)
-    return asked._replace(labels=numbers[asked.labels])
+    numbers = np.array([support.classes.index(name) for name in queries.classes], np.int32)
+    return queries._replace(labels=numbers[queries.labels])
 
 
 def _results(
-    given: Examples, asked: Examples, outputs: np.ndarray
+    support: Examples, queries: Examples, outputs: np.ndarray
 ) -> tuple[dict[str, np.ndarray], str]:
     """Return (arrays to write, the score in words; "" without labels)."""
     results = {"outputs": outputs}
-    if asked.files:
-        results["files"] = np.array(asked.files)
-    assert given.labels is not None
-    if given.labels.dtype.kind != "i":
-        if asked.labels is None:
+    if queries.files:
+        results["files"] = np.array(queries.files)
+    assert support.labels is not None
+    if support.labels.dtype.kind != "i":
+        if queries.labels is None:
             return results, ""
-        return results, f"Mean squared error {np.mean((outputs - asked.labels) ** 2):.4g}"
-    seen = outputs[..., : len(given.classes)] if given.classes else outputs
+        return results, f"Mean squared error {np.mean((outputs - queries.labels) ** 2):.4g}"
+    seen = outputs[..., : len(support.classes)] if support.classes else outputs
     results["predictions"] = seen.argmax(-1).astype(np.int32)
-    if given.classes:
-        results["names"] = np.array(given.classes)[results["predictions"]]
-    if asked.labels is None:
+    if support.classes:
+        results["names"] = np.array(support.classes)[results["predictions"]]
+    if queries.labels is None:
         return results, ""
-    return results, f"Accuracy {np.mean(results['predictions'] == asked.labels):.3f}"
+    return results, f"Accuracy {np.mean(results['predictions'] == queries.labels):.3f}"

@@ -244,10 +244,10 @@ def settled(
                 f"is {config['engine']!r}. Add --config.engine=auto, or leave --budget out."
             )
         return config
-    given = sorted(build.set_options(config["engine_options"]))
-    if given:
+    options = sorted(build.set_options(config["engine_options"]))
+    if options:
         raise ValueError(
-            f'engine="auto" chooses the options of the engine too, but engine_options.{given[0]} '
+            f'engine="auto" chooses the options of the engine too, but engine_options.{options[0]} '
             "is set. Leave it unset, or name the engine."
         )
     if config.get("segment") is not None:

@@ -56,9 +56,9 @@ def run(
     loggers = loggers if is_first() else ()
     if checkpoints is not None:
         state, record = checkpoints.restore(state, outer.partway())
-    first, taken = int(state.step), outer.parts_taken(state)
-    if (first or taken) and first < fit.steps:
-        inside = f", inner step {parts[taken - 1].steps} of the next" if taken else ""
+    first, parts_taken = int(state.step), outer.parts_taken(state)
+    if (first or parts_taken) and first < fit.steps:
+        inside = f", inner step {parts[parts_taken - 1].steps} of the next" if parts_taken else ""
         say(f"Going on from outer step {first} of {fit.steps}{inside}.")
     config = checkpoints.config if checkpoints else {}
     try:
