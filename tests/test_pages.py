@@ -18,6 +18,7 @@ from absl import flags
 from jax.flatten_util import ravel_pytree
 
 from metalearn import Forward, MixedFlow, Reverse
+from metalearn.cost import cost
 from metalearn.experiments import main
 from metalearn.experiments.build import sections
 from metalearn.experiments.cli import arguments
@@ -213,6 +214,37 @@ def test_implicit_maml_agrees_with_the_unrolled_loop_where_that_has_converged():
     expected = gradient_of(implicit=False)
     error = jnp.linalg.norm(gradient_of(implicit=True) - expected)
     assert error < 0.02 * jnp.linalg.norm(expected)
+
+
+@pytest.mark.slow
+def test_implicit_maml_saves_no_inner_states_and_reptile_differentiates_no_loop():
+    def compiled(name, **changes):
+        trainer, tasks = recipe(name)
+        algorithm = dataclasses.replace(trainer.algorithm, **changes)
+        gradient = jax.jit(dataclasses.replace(trainer, algorithm=algorithm).task_gradient)
+        arguments = algorithm.init(jax.random.key(0)), tasks, jax.random.key(1)
+        if name == "reptile":
+            return cost(gradient, *arguments).flops
+        return gradient.lower(*arguments).compile().memory_analysis()
+
+    short, long = (compiled("imaml", inner_steps=steps) for steps in (16, 256))
+    grown = long.temp_size_in_bytes - short.temp_size_in_bytes
+    assert grown <= 240 * 16  # what is recorded of a step, and not its state, of 49 numbers
+    unrolled = compiled("imaml", inner_steps=256, implicit=False)
+    assert unrolled.temp_size_in_bytes > 5 * long.temp_size_in_bytes
+
+    one, two = (compiled("reptile", inner_steps=steps) for steps in (1, 2))
+    passes = cost(jax.jit(jax.grad(reptile_error)), *reptile_inputs()).flops
+    assert two - one == passes  # an inner gradient for each step
+
+
+def reptile_error(params, support):
+    return recipe("reptile")[0].algorithm.error(params, support)
+
+
+def reptile_inputs():
+    trainer, tasks = recipe("reptile")
+    return trainer.algorithm.init(jax.random.key(0)), tasks.sample(jax.random.key(1)).support
 
 
 def test_example_weights_find_the_wrong_labels():
