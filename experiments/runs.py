@@ -83,7 +83,7 @@ def _config(workdir: pathlib.Path) -> dict[str, Any]:
         opened = Checkpoints(checkpoints_of(workdir))
         inside = opened.within_at()
         opened.close()
-        where = f": it is {inside[1]} inner steps into its first outer step" if inside else ""
+        where = f": it is at {inside.where} of its first outer step" if inside else ""
         raise ValueError(f"The run in {workdir} has no checkpoint yet{where}. Train it further.")
     if not {"dataset", "algorithm"} <= record["config"].keys():
         raise ValueError(

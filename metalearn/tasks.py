@@ -17,7 +17,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,7 @@ class Reads(NamedTuple):
 
 
 ALL_STEPS = Reads()
+Read: TypeAlias = Callable[[Reads], "Tasks"]  # what a program reads -> tasks that have it
 
 
 @jax.tree_util.register_dataclass

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from metalearn._utils.checks import Count, counts
+from metalearn._utils.compiling import quick_compilation
 from metalearn._utils.fields import check_fields
 from metalearn._utils.intervals import Estimate
 from metalearn._utils.labels import Seen, known
@@ -31,7 +32,7 @@ from metalearn.diagnostics import health, memory
 from metalearn.diagnostics.probe import Look, look_at
 from metalearn.diagnostics.symmetry import Measure
 from metalearn.engines import MetaGradient, MixedFlow
-from metalearn.engines.base import Streaming, check_eta
+from metalearn.engines.base import Backward, Streaming, check_eta
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
 from metalearn.sharding.layout import Layout, abstract
@@ -46,14 +47,18 @@ from metalearn.tasks import (
     needs_fetch,
 )
 from metalearn.train_state import TrainState
+from metalearn.training import segment_run
 from metalearn.training.evaluation import advanced, estimate, segments_of, task_metrics
 from metalearn.training.faults import WATCHED, Faults
 from metalearn.training.fit import run
 from metalearn.training.full_unroll import FullUnroll, step_metrics
-from metalearn.training.outer_loop import Fetch, Fit, OuterStep, Part
+from metalearn.training.kept_states import Replay
+from metalearn.training.outer_loop import Fetch, Fit, OuterStep
 from metalearn.training.prefetch import prefetching
 from metalearn.training.program import Program
-from metalearn.training.segmented_unroll import Segment, SegmentedUnroll, spread, steps_taken
+from metalearn.training.replay_schedule import Position
+from metalearn.training.segment_run import SegmentRun
+from metalearn.training.segmented_unroll import SegmentedUnroll, spread
 from metalearn.training.task_batch import TaskBatch
 from metalearn.training.truncated_unroll import TruncatedUnroll, Truncation
 
@@ -75,8 +80,11 @@ class Trainer:
       isolate: leave non-finite tasks out of the mean, as truncated unrolls always do.
       skip_nonfinite: leave eta unchanged by an outer step that is not finite.
       layout: the devices of a mesh to use; None: one device.
-      segment: inner steps of one compiled program, for engines that stream (`Forward`). The run
-        can be saved and stopped between two programs. None: an outer step is one program.
+      segment: K, inner steps of one compiled program: an outer step is then many programs, which
+        can be watched, saved and stopped between any two. Memory on the device does not grow with
+        the number of segments, only that of the states kept for the backward pass (`replay`). For
+        `Reverse`, `MixedFlow` and `Forward`. "auto": about sqrt(T). None: one program.
+      replay: with a `segment`: where states between segments are kept for the backward pass.
     """
 
     algorithm: Algorithm
@@ -88,10 +96,11 @@ class Trainer:
     isolate: bool = False
     skip_nonfinite: bool = False
     layout: Layout | None = None
-    segment: Count | None = None
+    segment: Count | str | None = None
+    replay: Replay = Replay()
 
     def __post_init__(self) -> None:
-        check_fields(self, "engine", "truncation")
+        check_fields(self, "engine", "truncation", "segment")
         if not isinstance(self.engine, MetaGradient):
             raise TypeError(
                 f"`Trainer(engine=)` takes an engine, such as `MixedFlow()`, not {self.engine!r}. "
@@ -106,12 +115,22 @@ class Trainer:
 
     def _check_segment(self) -> None:
         if self.segment is None:
+            if self.replay != Replay():
+                raise ValueError(
+                    f"`Trainer(replay={self.replay!r})` says where states between segments are "
+                    "kept, but an outer step is one program. Set `segment` too, or leave both."
+                )
             return
-        if not isinstance(self.engine, Streaming):
+        if self.segment != "auto":
+            counts("Trainer", 1, segment=self.segment)
+        if not isinstance(self.engine, Streaming | Backward):
             raise ValueError(
-                f"`Trainer(segment={self.segment})` cuts an outer step into programs, which takes "
-                "an engine that saves no residuals of earlier inner steps: `Forward()`, not "
-                f"`{type(self.engine).__name__}`."
+                f"`Trainer(segment={self.segment})` cuts an outer step into programs that run and "
+                f"differentiate a few inner steps each. `{type(self.engine).__name__}` does not "
+                "differentiate them: it estimates from the losses of inner runs that are taken "
+                "whole, or truncated. Leave `segment`, use "
+                "`Trainer(truncation=Truncation(steps))`, or an engine that is cut: "
+                "`MixedFlow()`, `Reverse()` or `Forward()`."
             )
         if self.truncation is not None:
             raise ValueError(
@@ -195,75 +214,71 @@ class Trainer:
         The number of masked non-finite tasks is `tasks_left_out`, or `tasks_reset` in truncated
         training. `step_skipped` is 1 if `skip_nonfinite` left eta unchanged.
         """
-        return self._compiled(self._step) if self.segment is None else self._in_parts
+        return self._compiled(self._step) if self.segment is None else self._step_in_segments
 
-    def parts(self, tasks: Tasks) -> list[Part]:
-        """Return the programs of an outer step, in their order: one, or one for each segment."""
+    def segments(
+        self, tasks: Tasks, folder: str | os.PathLike[str] | None = None
+    ) -> SegmentRun | None:
+        """Return the programs of an outer step that is cut into segments; None: it is one program.
+
+        Args:
+          tasks: as for `step`, or their shapes.
+          folder: for states that are kept on disk; None: that of `replay`, or a temporary one.
+        """
         if not isinstance(self.unrolls, SegmentedUnroll):
-            return [Part(self.step)]
+            return None
         leaves, treedef = jax.tree.flatten(tasks)
         shapes = treedef, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        if shapes not in self._known_parts:
-            self._known_parts[shapes] = self._cut(self.unrolls, tasks)
-        return self._known_parts[shapes]
+        if (shapes, folder) not in self._known_segments:
+            self._known_segments[shapes, folder] = self._segmented(self.unrolls, tasks, folder)
+        return self._known_segments[shapes, folder]
 
     @functools.cached_property
-    def _known_parts(self) -> dict[Any, list[Part]]:
+    def _known_segments(self) -> dict[Any, SegmentRun]:
         return {}
 
-    def _cut(self, unrolls: SegmentedUnroll, tasks: Tasks) -> list[Part]:
-        state = self.shapes(tasks)
-        return [
-            Part(functools.partial(self._segment, segment=segment), steps, segment.reads(steps))
-            for steps, segment in unrolls.segments(state.eta, tasks, state.key).items()
-        ]
+    def _segmented(
+        self, unrolls: SegmentedUnroll, tasks: Tasks, folder: str | os.PathLike[str] | None
+    ) -> SegmentRun:
+        shapes = self.shapes(tasks)
+        cut = unrolls.cut(shapes.eta, tasks, shapes.key)
 
-    def partway(self, tasks: Tasks) -> TrainState | None:
-        """Return the shapes of a state between two segments; None if there is one program."""
-        parts = self.parts(tasks)
-        if len(parts) == 1:
-            return None
-        state, _ = jax.eval_shape(parts[0].take, self.shapes(tasks), tasks)
-        return state if self.layout is None else abstract(state, self._shardings(state))
+        def partway(position: Position) -> TrainState:
+            shared = shapes.eta, tasks, shapes.key, shapes.step
+            state = segment_run.shapes(self._programs, shapes, shared, cut, position)
+            return state if self.layout is None else abstract(state, self._shardings(state))
 
-    def parts_taken(self, state: TrainState) -> int:
-        """Return how many programs of its outer step a state has completed."""
-        steps = steps_taken(state.inner)
-        if self.segment is None or not steps:
-            return 0
-        if steps % self.segment:
-            raise ValueError(
-                f"This state stands at inner step {steps} of an outer step, which is no number "
-                f"of segments of {self.segment}. Go on with the `segment` that it was made with."
-            )
-        return steps // self.segment
+        path = None if folder is None else pathlib.Path(folder)
+        return SegmentRun(unrolls, cut, self._programs, self.replay, partway, path)
 
-    def _in_parts(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
+    @functools.cached_property
+    def _programs(self) -> segment_run.Programs:
+        unrolls = self.unrolls
+        assert isinstance(unrolls, SegmentedUnroll)
+
+        def updated(state: TrainState, grads: Any, metrics: Any) -> Any:
+            return self._updated(state, grads, metrics, ())
+
+        hooks = segment_run.Hooks(self._compiled, self._keys, self._constrained, updated)
+        return segment_run.compiled(unrolls, hooks)
+
+    def _step_in_segments(
+        self, state: TrainState, tasks: Tasks
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Take an outer step, or the rest of one, program by program."""
-        metrics: Any = None
-        for part in self.parts(tasks)[self.parts_taken(state) :]:
-            state, metrics = part.take(state, self._fetched(tasks, state, part.reads))
+        segments, metrics = self.segments(tasks), None
+        assert segments is not None
+        if needs_fetch(tasks) and not tasks.reads_steps:
+            tasks = self.fetch(tasks, state)  # once, for all programs
+        while metrics is None:
+            now = functools.partial(self._fetched, tasks, state)
+            state, metrics = segments.take_reading(state, now)
         return state, metrics
 
     def _step(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = self.task_keys(state)
         outputs = self.unrolls.mean_gradient(state.eta, tasks, keys, state.inner, state.step == 0)
         return self._updated(state, *outputs)
-
-    @functools.cached_property
-    def _segment(self) -> Callable[..., tuple[TrainState, Any]]:
-        unrolls = self.unrolls
-        assert isinstance(unrolls, SegmentedUnroll)
-
-        def take(state: TrainState, tasks: Tasks, segment: Segment) -> tuple[TrainState, Any]:
-            keys = self.task_keys(state)
-            outputs, inner = unrolls.take(segment, state.eta, tasks, keys, state.inner)
-            if outputs is None:
-                return self._constrained(dataclasses.replace(state, inner=inner)), None
-            grads, metrics = outputs
-            return self._updated(state, grads, metrics, inner)
-
-        return self._compiled(take, static_argnames="segment")
 
     def _updated(
         self, state: TrainState, grads: Any, metrics: dict[str, Any], inner: Any
@@ -331,6 +346,8 @@ class Trainer:
             return tasks
         keys, first = self.task_keys(state), int(state.step) * self.tasks_per_step
         cut = None if self.truncation is None else self.truncation.steps
+        if isinstance(self.unrolls, SegmentedUnroll) and self.unrolls.goes_back:
+            cut = self.unrolls.cut(state.eta, tasks, keys[0]).segment
         counts = [n for n in (steps, cut) if n is not None]
         reads = Reads(0, min(counts, default=None))
         return self.place(fetched(tasks, keys, first, self.algorithm, reads))
@@ -352,20 +369,32 @@ class Trainer:
     @functools.cached_property
     def look(self) -> Callable[..., Look]:
         """Examine one task, for a health check: (eta, tasks, key, zeros, steps). Compiled."""
-        most = None if self.truncation is None else self.truncation.steps
+        return self._look()
+
+    def _look(self, **options: Any) -> Callable[..., Look]:
+        longest = None if self.truncation is None else self.truncation.steps
 
         def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = 0, steps: Any = None):
+            most = longest
+            if isinstance(self.unrolls, SegmentedUnroll) and self.unrolls.goes_back:
+                # One program could not hold the residuals of all steps.
+                most = self.unrolls.cut(eta, tasks, key).segment
             count = min((n for n in (steps, most) if n is not None), default=None)
             return look_at(self.unrolls.solve, eta, tasks, key, zeros, count)
 
         where = None if self.layout is None else self.layout.replicated
-        return self._compiled(look, static_argnames="steps", out_shardings=where)
+        return self._compiled(look, static_argnames="steps", out_shardings=where, **options)
 
     @functools.cached_property
     def _probes(self) -> health.Probes:
         symmetry = Measure(self.algorithm, self.engine)
         return health.Probes(
-            self.look, symmetry, self.task_keys, self._fetched_first, self.labels_seen
+            self.look,
+            self._look(compiler_options=quick_compilation()),
+            symmetry,
+            self.task_keys,
+            self._fetched_first,
+            self.labels_seen,
         )
 
     def check_health(self, state: TrainState, tasks: Tasks) -> health.Report:
@@ -407,7 +436,7 @@ class Trainer:
           faults: the policy on non-finite outer steps and diverging inner loops.
           asked_to_stop: called after every outer step with its number: None, or why the run is to
             stop; it is then saved, and `Interrupted` raised. With `segment`: called after every
-            segment, with the number of segments so far. See `metalearn.training.signals`.
+            program, with the number of programs so far. See `metalearn.training.signals`.
           progress: show a progress bar with the rate and the loss.
           loggers: they get the metrics; left open for a final table (`logger.finish(table)`).
           checkpoints: where the run is saved, and resumed from.
@@ -461,10 +490,13 @@ class Trainer:
             if state is None:
                 assert key is not None
                 state = self.init(key, tasks)
-            outer = trainer._outer_step(tasks, held_out, eval_tasks)
+            folder = None if checkpoints is None else checkpoints.directory / "states"
+            outer = trainer._outer_step(tasks, held_out, eval_tasks, folder)
             return run(fit, outer, state, tasks, loggers, checkpoints)
 
-    def _outer_step(self, tasks: Tasks, held_out: Tasks | None, eval_tasks: int) -> OuterStep:
+    def _outer_step(
+        self, tasks: Tasks, held_out: Tasks | None, eval_tasks: int, folder: pathlib.Path | None
+    ) -> OuterStep:
         """Return the functions that the loop over outer steps calls."""
 
         def evaluate(state: TrainState) -> dict[str, Estimate]:
@@ -474,9 +506,8 @@ class Trainer:
 
         return OuterStep(
             self.tasks_per_step,
-            self.parts(tasks),
-            self.parts_taken,
-            lambda: self.partway(tasks),
+            self.step,
+            self.segments(tasks, folder),
             evaluate,
             lambda state: self.check_health(state, tasks),
             lambda state: health.diagnose(self._probes, state, tasks),
@@ -510,7 +541,9 @@ class Trainer:
         """
         self._check_learned()
         cut = None if self.truncation is None else self.truncation.steps
-        steps, at_once = cut or self.segment, self.batch.at_once
+        least = 1 if self.segment == "auto" else self.segment  # steps whose batches are in memory
+        steps = cut or (None if least is None else int(least))
+        at_once = self.batch.at_once
         memory.check_tasks(self.algorithm, tasks, at_once, steps)
         for each in evaluated:
             runs = self.algorithm.evaluation()

@@ -25,6 +25,7 @@ from metalearn import (
     InverseVariance,
     Layout,
     MetaGradient,
+    Replay,
     Trainer,
     Truncation,
     make_mesh,
@@ -58,6 +59,7 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
         "truncation": {"steps": None},
         "isolate": False,
         "segment": None,
+        "replay": {},
         "precision": {},
         "lora": {},
     }  # that configs did not always have
@@ -74,7 +76,8 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
         truncation=truncation(config["truncation"]),
         isolate=config["isolate"],
         layout=layout,
-        segment=config["segment"],
+        segment="auto" if config["segment"] == 0 else config["segment"],
+        replay=replay(config["replay"], config["segment"]),
     )
 
 
@@ -103,11 +106,22 @@ def truncation(config: Mapping[str, Any]) -> Truncation | None:
     return None
 
 
+def replay(config: Mapping[str, Any], segment: int | None) -> Replay:
+    """Build what says where the states between segments are kept."""
+    options = set_options(config)
+    if options and segment is None:
+        raise ValueError(
+            f"replay.{min(options)}={options[min(options)]!r} says where states between segments "
+            "are kept, but an outer step is one program: `segment` is not set. Set it, or leave "
+            "both."
+        )
+    return Replay(**options)
+
+
 def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
     """Build an engine by its name in `ENGINES`, or its import path, with the options set."""
     values = {key: as_tuple(value) for key, value in set_options(options or {}).items()}
-    build = find(ENGINES, name, "engine", (MetaGradient,))
-    build = _inverse_variance if build is InverseVariance else build
+    build = engine_builder(name)
     try:
         check_call(f"engine {name!r}", values, build)
     except ValueError as error:
@@ -118,7 +132,14 @@ def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
     return check_kind(build(**values), name, "engine", (MetaGradient,))
 
 
+def engine_builder(name: str) -> Callable[..., MetaGradient]:
+    """Return what builds an engine from the options of a config."""
+    build = find(ENGINES, name, "engine", (MetaGradient,))
+    return _inverse_variance if build is InverseVariance else build
+
+
 def _inverse_variance(pairs: int = 4, sigma: float = 0.01) -> InverseVariance:
+    """Build the mixture of `MixedFlow()` and `ES`, whose options these are; see `ES`."""
     return InverseVariance(ES(pairs, sigma))
 
 

@@ -26,6 +26,8 @@ from metalearn.planning.plan import Plan, plan, tasks_at_once
 from metalearn.planning.step_cost import Candidate, Row, StepCosts, changed_fields
 from metalearn.sharding.distributed import broadcast, is_first, say
 
+FLAT = 1.02  # memory of an outer step in segments within this factor does not grow
+
 
 class Largest(NamedTuple):
     """The largest value of a config's key that fits, in doublings of the value it has."""
@@ -65,8 +67,14 @@ def largest(config: dict[str, Any], key: str, value: int, planned: Plan) -> Larg
         return StepCosts(trainer, tasks).row(Candidate(leanest.engine), leanest.chunk)
 
     row = leanest
-    if row_of(2 * value).cost == leanest.cost:
+    more = row_of(2 * value)
+    if more.cost and leanest.cost and more.cost.peak == leanest.cost.peak:
         raise ValueError(f"--largest={key}: memory does not depend on it.")
+    if more.cost and leanest.segments and more.peak < FLAT * leanest.peak:
+        raise ValueError(
+            f"--largest={key}: an outer step is cut into segments, and memory does not depend on "
+            "it. States that are kept are bounded by config.replay, and replays take their place."
+        )
     if planned.fits(leanest):
         while planned.fits(row := row_of(2 * value)):
             value *= 2
@@ -152,6 +160,7 @@ def _row_json(row: Row, planned: Plan) -> dict[str, Any]:
         "exact": row.exact,
         "fits": planned.fits(row),
         "refusal": row.refusal or None,
+        "segments": None if row.segments is None else row.segments._asdict(),
         "cost": _cost_json(row.cost, planned.plain) if row.cost else None,
     }
 
@@ -178,6 +187,8 @@ def table(planned: Plan, trainer: Trainer) -> Iterator[str]:
     rows += [_row_cells(row, planned) for row in planned.rows if not row.refusal]
     yield from _aligned([HEADER, *rows])
     yield ""
+    shown = planned.chosen or planned.leanest
+    yield from _segments(shown) if shown else ()
     for name, refusal in refusals.items():
         yield f"{name} refuses: {refusal.split('. ')[0].rstrip('.')}."
     yield "Plain training: the same inner loops and the outer loss, run forward; no meta-gradient."
@@ -221,6 +232,23 @@ def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join([*left, *right]).rstrip()
 
 
+def _segments(row: Row) -> Iterator[str]:
+    """Yield what an outer step in segments keeps and runs again."""
+    plan = row.segments
+    if plan is None:
+        return
+    where = {"device": plan.device, "host": plan.host, "disk": plan.disk}
+    kept = [
+        f"{count} on the {name} ({show_bytes(count * plan.state_bytes)})"
+        for name, count in where.items()
+        if count
+    ]
+    yield (
+        f"{row.name}: {plan.segments} segments of {plan.segment} inner steps, {plan.programs} "
+        f"programs, {plan.replays} of them replays. States kept: {', '.join(kept) or 'none'}."
+    )
+
+
 AUTO = "auto"
 
 
@@ -249,12 +277,6 @@ def settled(
         raise ValueError(
             f'engine="auto" chooses the options of the engine too, but engine_options.{options[0]} '
             "is set. Leave it unset, or name the engine."
-        )
-    if config.get("segment") is not None:
-        raise ValueError(
-            f'engine="auto" may choose one that keeps what is behind it, and segment='
-            f'{config["segment"]} cuts a run into programs. Name the engine, "forward", or leave '
-            "`segment` unset."
         )
     stored = _recorded(checkpoints).get(AUTO)
     import_paths.check_run(checkpoints.parent, stored or {}, allowed=False)  # plans choose ours
@@ -285,7 +307,7 @@ def abstract(config: Mapping[str, Any]) -> tuple[Trainer, Any]:
 
     train, validation, test = jax.eval_shape(tasks)
     splits = read[-1]._replace(train=train, validation=validation, test=test)
-    open_config = {**config, "engine": "mixed_flow", "engine_options": {}, "segment": None}
+    open_config = {**config, "engine": "mixed_flow", "engine_options": {}}
     return build.trainer(open_config, splits, build.layout(config)), train
 
 

@@ -74,11 +74,14 @@ def maml() -> ml_collections.ConfigDict:
         "staggered": True,
     }
 
-    # Segmented unrolls, for engines that stream ("forward"): inner steps of a program, so that an
-    # outer step of hours shows its progress, and can be stopped and checkpointed between segments
-    # (every `checkpoint_within` segments; 0: only when stopped). None: one program.
+    # Segmented unrolls: inner steps of a program (0: about sqrt(T)), so that an inner run of any
+    # length shows its progress, and can be stopped and checkpointed between any two programs (every
+    # `checkpoint_within` of them; 0: only when stopped). None: an outer step is one program.
     config.segment = placeholder(int)
     config.checkpoint_within = 0
+    # The states between segments that the backward pass reads: at most so many, in so much memory,
+    # such as "4GiB" (unset: a quarter of the host's, 0 of the others); docs/replay.md.
+    config.replay = {"states": placeholder(int), "device": "", "host": "", "disk": "", "folder": ""}
 
     config.health = True  # check one meta-gradient before a run; see metalearn.diagnostics.health
     config.check_every = 0  # and again every so many outer steps; 0: never, here and below

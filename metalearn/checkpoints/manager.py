@@ -18,12 +18,12 @@ import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from metalearn._utils import disk, strict_json
-from metalearn._utils.checks import at_least, is_integer
+from metalearn._utils.checks import at_least, first_line, is_integer
 from metalearn.checkpoints import record as run_record
 from metalearn.checkpoints.record import ChangedConfigError, OtherArraysError, Record
 from metalearn.checkpoints.store import DiskError, SegmentCheckpoints, Store, UnreadableError
@@ -35,6 +35,24 @@ __all__ = ["ChangedConfigError", "Checkpoints", "DamagedError", "OtherArraysErro
 
 class DamagedError(ValueError):
     """No checkpoint of a run can be read."""
+
+
+class Inside(Protocol):
+    """What restores a state inside an outer step: `training.segment_run.SegmentRun`."""
+
+    def restored_shapes(self, record: dict[str, Any]) -> TrainState:
+        """Return the shapes of the state of a record."""
+
+    def restored(self, state: TrainState, record: dict[str, Any] | None) -> TrainState:
+        """Return the state with what was saved beside it; None: it is between two outer steps."""
+
+
+class WithinStep(NamedTuple):
+    """Where a checkpoint inside an outer step stands."""
+
+    step: int  # outer steps taken
+    programs: int  # that the next one has run
+    where: str  # in words
 
 
 class Checkpoints:
@@ -75,6 +93,7 @@ class Checkpoints:
         self._segments = SegmentCheckpoints(self.directory / "within")
         self._reported: set[int] = set()  # damaged steps
         self._writes = False  # whether this process has saved
+        self.saved_within: dict[str, Any] | None = None  # the record of the last save inside a step
 
     def save(
         self,
@@ -95,11 +114,38 @@ class Checkpoints:
         self._save(lambda: self._store.save(step, state, record, metrics or {}))
 
     def save_within(
-        self, state: TrainState, step: int, inner_step: int, loggers: Mapping[str, Any]
+        self,
+        state: TrainState,
+        step: int,
+        inner_step: int,
+        loggers: Mapping[str, Any],
+        where: str = "",
+        run: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        """Start to save a state inside the outer step after `step`."""
-        record = run_record.record(step, self.config, loggers, state) | {"inner_step": inner_step}
-        self._save(lambda: self._segments.save(state, record))
+        """Start to save a state inside the outer step after `step`.
+
+        Args:
+          state: the arrays.
+          step: outer steps taken.
+          inner_step: at which the next one stands.
+          loggers: their records, by class name.
+          where: the same in words.
+          run: () -> the record (JSON) that `Inside.restored` gets. It may write files first.
+        """
+
+        def begin() -> None:
+            try:
+                saved = run()
+            except OSError as error:
+                if not disk.at_fault(error):
+                    raise
+                raise DiskError(first_line(error)) from error
+            record = run_record.record(step, self.config, loggers, state)
+            inside = {"inner_step": inner_step, "where": where, "run": saved}
+            self._segments.save(state, record | inside)
+            self.saved_within = saved
+
+        self._save(begin)
 
     def _save(self, begin: Callable[[], None]) -> None:
         self._writes = True
@@ -110,10 +156,13 @@ class Checkpoints:
         except DiskError as error:
             self._refused(error)
 
-    def within_at(self) -> tuple[int, int] | None:
-        """Return (outer steps, inner steps) of the newest checkpoint inside a step, or None."""
+    def within_at(self) -> WithinStep | None:
+        """Return where the newest checkpoint inside an outer step stands; None if there is none."""
         record = self._record_within()
-        return None if record is None else (record["step"], record["inner_step"])
+        if record is None:
+            return None
+        where = record.get("where") or f"inner step {record['inner_step']}"
+        return WithinStep(record["step"], record.get("run", {}).get("programs", 0), where)
 
     def drop_within(self) -> None:
         """Delete all checkpoints inside outer steps."""
@@ -179,13 +228,13 @@ class Checkpoints:
         return None
 
     def restore(
-        self, state: TrainState, within: TrainState | None = None
+        self, state: TrainState, within: Inside | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         """Return the newest checkpoint as (state, record of the loggers), or (state, {}).
 
         Args:
           state: a state of the same structure and shapes, as `Trainer.init` returns it.
-          within: the shapes of a state inside an outer step, `Trainer.partway(tasks)`; None: do
+          within: of an outer step that is cut into segments, `Trainer.segments(tasks)`; None: do
             not restore checkpoints inside outer steps.
 
         Raises:
@@ -196,6 +245,8 @@ class Checkpoints:
         self.wait()
         if within is not None and (inside := self._restore_within(within)) is not None:
             return inside
+        if within is not None:
+            state = within.restored(state, None)
         restored = self._newest(state, self._check_config)
         return (state, {}) if restored is None else (restored[0], restored[1]["loggers"])
 
@@ -257,25 +308,29 @@ class Checkpoints:
                     return True
         return False
 
-    def _restore_within(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def _restore_within(self, within: Inside) -> tuple[TrainState, dict[str, Any]] | None:
         """Return the checkpoint inside an outer step, if it is the newest and can be resumed."""
         record = self._record_within()
         if record is not None:
             self._check_config(record)
             run_record.check_schema(record, self.directory)
             try:
-                if run_record.same_config(record, self.config):
+                if not isinstance(record.get("run"), dict):
+                    why = "is of an earlier version"
+                elif run_record.same_config(record, self.config):
+                    shapes = within.restored_shapes(record["run"])
                     state = self._state(record, shapes, *self._segments.newest())
                     if int(state.step) != record["step"]:
                         raise UnreadableError(
                             f"its record is of outer step {record['step']}, its arrays of "
                             f"{int(state.step)}"
                         )
-                    return state, record["loggers"]
-                why = "is of another config"
+                    return within.restored(state, record["run"]), record["loggers"]
+                else:
+                    why = "is of another config"
             except UnreadableError as error:
                 self._segments.mark_damaged(error)
-                return self._restore_within(shapes)
+                return self._restore_within(within)
             except OtherArraysError as error:
                 why = f"is of other arrays ({error})"
             say(f"What was saved inside outer step {record['step'] + 1} {why}: it begins anew.")
@@ -361,8 +416,8 @@ class Checkpoints:
         kept, inside = self._store.newest(), self._record_within()
         left = f"the newest one is of outer step {kept}" if kept else "there is none yet"
         if inside is not None:
-            step, inner = inside["step"], inside["inner_step"]
-            left = f"the newest one is of outer step {step} and inner step {inner} of the next"
+            where = inside.get("where") or f"inner step {inside['inner_step']}"
+            left = f"the newest one is of outer step {inside['step']} and {where} of the next"
         say(
             f"A checkpoint could not be written to {self.directory} ({error}): {left}. Training "
             "goes on; make room before the next."

@@ -49,18 +49,19 @@ class Cost(NamedTuple):
         return self.arguments + self.temporaries + self.output - self.aliased
 
 
-def cost(jitted: Any, *args: Any, known: dict[str, Cost] | None = None) -> Cost:
+def cost(jitted: Any, *args: Any, known: dict[str, Cost] | None = None, **static: Any) -> Cost:
     """Compile for these arguments, or for their shapes, and return the cost of a call.
 
     Args:
       jitted: a function from `jax.jit`.
       *args: its arguments: pytrees of arrays, or of `jax.ShapeDtypeStruct`.
       known: costs by program text, read and extended, so that equal programs are compiled once.
+      **static: static arguments by name.
 
     Warns:
       UserWarning: if the number of steps of a loop that contains FLOPs is not known.
     """
-    traced = jitted.trace(*args)
+    traced = jitted.trace(*args, **static)
     lowered = traced.lower()
     known = {} if known is None else known
     program = lowered.as_text()

@@ -105,6 +105,17 @@ class Streaming(Protocol):
         """Return what to pass `advance` as `until`, of T steps: the first that is far enough."""
 
 
+@runtime_checkable
+class Backward(Protocol):
+    """An engine whose backward pass can be taken segment by segment; see `engines.segments`."""
+
+    def advance(self, unroll: Unroll, eta: Any, state: Any, batches: Any) -> tuple[Any, Inner]:
+        """Take the next steps: (inner state, what the loop saw)."""
+
+    def pull_back(self, unroll: Unroll, eta: Any, state: Any, batches: Any, cotangents: Any) -> Any:
+        """Pull `Cotangents` of the state after these steps back to the state before them."""
+
+
 def check_eta(eta: Any) -> None:
     """Raise TypeError where eta has no leaves, or one without a derivative."""
     leaves = jax.tree_util.tree_leaves_with_path(eta)

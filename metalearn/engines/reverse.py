@@ -27,9 +27,11 @@ import jax
 
 from metalearn._utils.checks import Count
 from metalearn._utils.fields import check_fields
+from metalearn.engines import segments
 from metalearn.engines.base import Aux, MetaGradient
+from metalearn.engines.grad_recorder import Inner
 from metalearn.engines.inner_loop import Remat, backpropagate
-from metalearn.unroll import Batch, Eta, Unroll
+from metalearn.unroll import Batch, Eta, InnerState, Unroll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,26 @@ class Reverse(MetaGradient):
     ) -> tuple[tuple[jax.Array, Aux], Eta]:
         """Return ((loss (), aux), meta-gradient like eta)."""
         return backpropagate(unroll, eta, batches, jax.value_and_grad, self._remat())
+
+    def advance(
+        self, unroll: Unroll, eta: Eta, state: InnerState, batches: Batch
+    ) -> tuple[InnerState, Inner]:
+        """Take the inner steps of a segment, without their derivative."""
+        return segments.advance(unroll, eta, state, batches)
+
+    def pull_back(
+        self,
+        unroll: Unroll,
+        eta: Eta,
+        state: InnerState,
+        batches: Batch,
+        cotangents: segments.Cotangents,
+    ) -> segments.Cotangents:
+        """Pull cotangents back through a segment; `remat` holds inside it, and `peel` does not."""
+        remat = dataclasses.replace(self._remat(), peel=False)
+        return segments.pull_back(
+            unroll, eta, state, batches, cotangents, jax.value_and_grad, remat
+        )
 
     def _remat(self) -> Remat:
         return Remat(self.remat, self.segment, self.budget, self.peel)

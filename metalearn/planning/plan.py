@@ -148,8 +148,6 @@ def plan(
     """
     check_tasks("plan(tasks=)", tasks)
     candidates = CANDIDATES if candidates is None else candidates
-    # A segment takes the memory of the full unroll.
-    trainer = dataclasses.replace(trainer, segment=None)
     costs = StepCosts(trainer, jax.eval_shape(lambda tree: tree, tasks))
     chunk = trainer.batch.at_once
     rows = [costs.row(candidate, chunk) for candidate in _compiling(candidates, progress)]
@@ -177,14 +175,7 @@ def choose_engine(
 
     Raises:
       BudgetError: if no exact engine fits, with the least memory that would.
-      ValueError: if the trainer has a `segment`, which engines that save residuals cannot have.
     """
-    if trainer.segment is not None:
-        raise ValueError(
-            "`choose_engine` may choose an engine that saves residuals of earlier inner steps, but "
-            f"`segment={trainer.segment}` cuts an outer step into programs. Leave `segment` unset, "
-            "or choose `Forward()`."
-        )
     allowed = parse_bytes(budget) if isinstance(budget, str) else budget
     chosen = plan(trainer, tasks, budget=allowed, progress=progress)
     row = chosen.choose()

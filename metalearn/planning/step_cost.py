@@ -11,6 +11,7 @@ from metalearn.cost import Cost, cost
 from metalearn.engines import MetaGradient
 from metalearn.trainer import Trainer
 from metalearn.training.evaluation import task_metrics
+from metalearn.training.segment_run import SegmentPlan
 from metalearn.unroll import horizon
 
 HORIZON = "inner_steps"  # the field by which algorithms and tasks set T
@@ -39,6 +40,7 @@ class Row(NamedTuple):
       chunk: tasks unrolled at once.
       cost: of the compiled outer step; None: the engine refuses the problem.
       refusal: the text of its error; "" if there is none.
+      segments: of an outer step that is cut: the states it keeps, and its replays; else None.
     """
 
     engine: MetaGradient
@@ -46,6 +48,7 @@ class Row(NamedTuple):
     chunk: int
     cost: Cost | None
     refusal: str = ""
+    segments: SegmentPlan | None = None
 
     @property
     def name(self) -> str:
@@ -82,13 +85,17 @@ class StepCosts:
     def row(self, candidate: Candidate, chunk: int) -> Row:
         """Return the cost of an outer step with a candidate, or the text of its refusal."""
         engine, exact = candidate
-        trainer = dataclasses.replace(self.trainer, engine=engine, chunk=chunk)
-        state = self._state()
+        state, plan = self._state(), None
         try:
-            step_cost = cost(trainer.step, state, self.tasks, known=self.known)
+            trainer = dataclasses.replace(self.trainer, engine=engine, chunk=chunk)
+            segments = trainer.segments(self.tasks)
+            if segments is None:
+                step_cost = cost(trainer.step, state, self.tasks, known=self.known)
+            else:
+                plan, step_cost = segments.planned(), segments.cost(state, self.tasks, self.known)
         except REFUSALS as error:
             return Row(engine, exact, chunk, None, str(error).strip())
-        return Row(engine, exact, chunk, step_cost)
+        return Row(engine, exact, chunk, step_cost, segments=plan)
 
     def plain(self) -> Cost:
         """Return the cost of plain training: the inner loops and the outer loss, forward only."""

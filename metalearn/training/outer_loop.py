@@ -9,6 +9,7 @@ metrics first, so that no checkpoint is saved after a fault. An outer step of se
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +22,13 @@ from metalearn.checkpoints.manager import Checkpoints
 from metalearn.diagnostics.health import DIVERGES, Report
 from metalearn.loggers import Logger
 from metalearn.sharding.distributed import is_first, say
-from metalearn.tasks import ALL_STEPS, Reads, Tasks
+from metalearn.tasks import ALL_STEPS, Read, Reads, Tasks
 from metalearn.train_state import TrainState
 from metalearn.training.faults import DivergedError, Faults, NonFiniteError, Watch, broken
 from metalearn.training.progress import Bars, Clock
+from metalearn.training.segment_run import SegmentRun
+
+ROW_SECONDS = 30  # between two rows of metrics inside an outer step that is cut into segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,35 +53,21 @@ class Fit:
         at_most("Trainer.fit", MOST_TASKS, eval_tasks=self.eval_tasks)
 
 
-class Part(NamedTuple):
-    """A compiled program of an outer step.
-
-    Args:
-      take: (state, tasks) -> (state, metrics), or (state, None) if more parts follow.
-      steps: inner steps taken after it; None: it is the whole outer step.
-      reads: what it reads of tasks on the host.
-    """
-
-    take: Callable[[TrainState, Tasks], tuple[TrainState, Any]]
-    steps: int | None = None
-    reads: Reads = ALL_STEPS
-
-
 class Fetch(NamedTuple):
     """How the tasks of outer steps are read on the host.
 
     Args:
-      ahead: (key of the run, outer step counted from 1, what a part reads) -> its tasks; known
+      ahead: (key of the run, outer step counted from 1, what a program reads) -> its tasks; known
         before the run, so a thread may call it. None: they are known from the state alone.
-      now: (state, what a part reads) -> the tasks of its outer step.
+      now: (state, what a program reads) -> the tasks of its outer step.
       place: tasks -> the same on all devices.
-      each_part: whether every part of an outer step reads other data.
+      each_program: whether every program of an outer step reads other data.
     """
 
     ahead: Callable[[jax.Array, int, Reads], Tasks] | None
     now: Callable[[TrainState, Reads], Tasks]
     place: Callable[[Tasks], Tasks]
-    each_part: bool
+    each_program: bool
 
 
 class OuterStep(NamedTuple):
@@ -85,9 +75,8 @@ class OuterStep(NamedTuple):
 
     Args:
       tasks_per_step: tasks of an outer step.
-      parts: the programs of an outer step, in their order.
-      parts_taken: state -> how many of them its outer step has taken.
-      partway: () -> the shapes of a state between two parts; None if there is one part.
+      step: (state, tasks) -> (state, metrics), an outer step that is one program.
+      segments: the programs of an outer step that is cut into segments; None: it is one program.
       evaluate: state -> the metrics of held-out tasks.
       check: state -> the health check of the next outer step.
       diagnose: state -> a sentence: what is not finite in the outer step taken from it.
@@ -95,9 +84,8 @@ class OuterStep(NamedTuple):
     """
 
     tasks_per_step: int
-    parts: Sequence[Part]
-    parts_taken: Callable[[TrainState], int]
-    partway: Callable[[], TrainState | None]
+    step: Callable[[TrainState, Tasks], tuple[TrainState, Any]]
+    segments: SegmentRun | None
     evaluate: Callable[[TrainState], dict[str, Estimate]]
     check: Callable[[TrainState], Report]
     diagnose: Callable[[TrainState], str]
@@ -133,15 +121,17 @@ class OuterLoop:
         self,
         fit: Fit,
         outer: OuterStep,
-        tasks: Callable[[int, int, TrainState], Tasks],
+        reads: Callable[[int, TrainState], Read],
         loggers: Sequence[Logger],
         checkpoints: Checkpoints | None,
         bars: Bars,
     ):
-        """Make the loop; `tasks`: (outer step, its part, both from 1, state) -> their tasks."""
-        self.fit, self.outer, self.tasks, self.bars = fit, outer, tasks, bars
+        """Make the loop; `reads`: (outer step from 1, state) -> what reads its tasks."""
+        self.fit, self.outer, self.reads, self.bars = fit, outer, reads, bars
         self.loggers, self.checkpoints = loggers, checkpoints
-        self._parts = outer.parts
+        self._segments = outer.segments
+        self._marks: list[tuple[Any, int | None]] = []  # of programs that may still run
+        self._row_at = time.perf_counter()  # when a row was logged last
         self._watch = Watch(fit.faults)
         self._clock = Clock(outer.tasks_per_step)
         self._pending: _Pending | None = None
@@ -150,45 +140,79 @@ class OuterLoop:
         """Take the remaining outer steps, and return the last state."""
         backs_off = self.fit.faults.nonfinite == "back_off"
         first, step = state if backs_off else None, int(state.step)
-        taken = self.outer.parts_taken(state)
         while step < self.fit.steps:
             step += 1
             try:
-                state, taken = self._take(step, state, taken), 0
+                state = self._take(step, state)
             except _BacksOff:
                 state = self._backed_off(first, state.pace)
-                step, taken = int(state.step), self.outer.parts_taken(state)
+                step = int(state.step)
         return state
 
-    def _take(self, step: int, state: TrainState, taken: int) -> TrainState:
-        """Take an outer step, `taken` of whose parts are done, and what is due after it."""
+    def _take(self, step: int, state: TrainState) -> TrainState:
+        """Take an outer step, or the rest of one, and what is due after it."""
         before, metrics = dataclasses.replace(state, optimizer=None, inner=()), None
-        for number, part in enumerate(self._parts[taken:], taken + 1):
-            if part.steps is not None:  # the bar shows the progress of the device
-                jax.block_until_ready(state.inner)
-                self.bars.inner_done(self._parts[number - 2].steps or 0 if number > 1 else 0)
-            state, metrics = part.take(state, self.tasks(step, number, state))
+        segments = self._segments
+        if segments is None:
+            state, metrics = self.outer.step(state, self.reads(step, state)(ALL_STEPS))
+            self._read_metrics()
+        while segments is not None and metrics is None:
+            self.bars.stands_at(segments.place, state)
+            state, metrics = segments.take_reading(state, self.reads(step, state))
+            self._wait_for(step, segments.mark, segments.newest_step(state))
             self._read_metrics()
             if metrics is None:
-                self._after_part(step, number, state)
+                self._after_program(segments, step, state)
         self._pending = _Pending(step, metrics, before)
         self._after_step(step, state)
         return state
 
-    def _after_part(self, step: int, number: int, state: TrainState) -> None:
-        """Save and stop, if due, after `number` parts of an outer step."""
+    def _wait_for(self, step: int, mark: Any, inner_step: int | None) -> None:
+        """Wait until the device is at the program that was started last; log a row if due.
+
+        Args:
+          step: the outer step.
+          mark: of the program; see `SegmentRun.mark`.
+          inner_step: that the program has reached for the first time; None: it has not.
+        """
+        self._marks.append((mark, inner_step))
+        if len(self._marks) == 1:
+            return
+        before, reached = self._marks.pop(0)
+        jax.block_until_ready(before)
+        due = time.perf_counter() - self._row_at > ROW_SECONDS
+        if due and reached is not None and self.fit.log_every:
+            row = {"run/inner_step": float(reached), "run/inner_loss": float(before)}
+            for logger in self.loggers:
+                logger.log(step, row)
+            self._row_at = time.perf_counter()
+
+    def _after_program(self, segments: SegmentRun, step: int, state: TrainState) -> None:
+        """Save and stop, if due, after a program of an outer step."""
         fit, checkpoints = self.fit, self.checkpoints
-        parts = (step - 1) * len(self._parts) + number
-        reason = fit.asked_to_stop(parts) if fit.asked_to_stop else None
+        programs = state.inner.programs
+        number = (step - 1) * segments.programs_in_all + programs
+        reason = fit.asked_to_stop(number) if fit.asked_to_stop else None
         every = 0 if checkpoints is None else checkpoints.within
-        inner = self._parts[number - 1].steps or 0
-        if checkpoints is not None and (reason or (every and number % every == 0)):
-            checkpoints.save_within(state, step - 1, inner, self._records())
+        if checkpoints is not None and (reason or (every and programs % every == 0)):
+            self._save_within(checkpoints, segments, step, state)
         if reason:
             raise Interrupted(
-                f"{reason} after inner step {inner} of {self._parts[-1].steps} of outer step "
-                f"{step} of {fit.steps}. {self._saved(step - 1, inner)}"
+                f"{reason} after {segments.place(state)} of outer step {step} of {fit.steps}. "
+                f"{self._saved(step - 1, programs)}"
             )
+
+    def _save_within(
+        self, checkpoints: Checkpoints, segments: SegmentRun, step: int, state: TrainState
+    ) -> None:
+        """Save a state between two programs; a full disk does not end the run."""
+        place, arrays = segments.place(state), segments.arrays(state)
+        checkpoints.save_within(
+            *(arrays, step - 1, place.inner_step, self._records()),
+            where=str(place),
+            run=lambda: segments.saved(state),
+        )
+        segments.checkpointed(checkpoints.saved_within)
 
     def _records(self) -> dict[str, Any]:
         """Return the records of the loggers."""
@@ -199,7 +223,8 @@ class OuterLoop:
         fit = self.fit
         evaluates = fit.held_out is not None and self._due(step, fit.eval_every)
         checks = self._due(step, fit.check_every)
-        reason = fit.asked_to_stop(step * len(self._parts)) if fit.asked_to_stop else None
+        programs = 1 if self._segments is None else self._segments.programs_in_all
+        reason = fit.asked_to_stop(step * programs) if fit.asked_to_stop else None
         checkpoints = self.checkpoints
         saves = checkpoints is not None and (
             bool(reason)
@@ -216,21 +241,24 @@ class OuterLoop:
         metrics = self._evaluate(state, step) if evaluates else {}
         if saves and checkpoints is not None:
             checkpoints.save(state, step, self._records(), metrics)
+            if self._segments is not None:
+                self._segments.checkpointed(None)
         if reason:
             saved = self._saved(step)
             raise Interrupted(f"{reason} after outer step {step} of {fit.steps}. {saved}")
 
-    def _saved(self, step: int, inner_step: int = 0) -> str:
+    def _saved(self, step: int, programs: int = 0) -> str:
         """Return a sentence: whether the state of a run that stops here was saved."""
         if self.checkpoints is None:
             return "Nothing is saved."
         self.checkpoints.wait()
         newest, inside = self.checkpoints.latest() or 0, self.checkpoints.within_at()
-        if (step, inner_step) in ((newest, 0), inside):
+        at = None if inside is None else (inside.step, inside.programs)
+        if (step, programs) in ((newest, 0), at):
             return "It is saved, and the same command goes on."
-        where = (
-            f"outer step {newest}" if inside is None else "outer step {}, inner {}".format(*inside)
-        )
+        where = f"outer step {newest}" if inside is None else f"outer step {inside.step}, "
+        if inside is not None:
+            where += inside.where
         return f"It could NOT be saved: the same command goes on from {where}."
 
     def _due(self, step: int, every: int | None) -> bool:
@@ -247,7 +275,7 @@ class OuterLoop:
         names = broken(values)
         answer = self._watch.answer(bool(names), float(before.pace))
         if answer == "stop" or self._due(step, self.fit.log_every):
-            row = values | self._clock.row(step)
+            row, self._row_at = values | self._clock.row(step), time.perf_counter()
             for logger in self.loggers:
                 logger.log(step, row)
         if answer == "stop":

@@ -30,6 +30,10 @@ class Program:
         """Run it."""
         return self.compiled(first, self._with_constants(tasks), *others, **options)
 
+    def trace(self, first: Any, tasks: Tasks, *others: Any, **options: Any) -> Any:
+        """Return it traced for arguments of these shapes, as `jax.jit` does."""
+        return self.compiled.trace(first, self._with_constants(tasks), *others, **options)
+
     def lower(self, first: Any, tasks: Tasks, *others: Any, **options: Any) -> Any:
         """Return it lowered for arguments of these shapes, as `jax.jit` does."""
         return self.compiled.lower(first, self._with_constants(tasks), *others, **options)

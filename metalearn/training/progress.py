@@ -1,38 +1,75 @@
-"""Progress bars, of outer steps and of the inner steps of a segmented one; and their rate."""
+"""Progress bars, of outer steps and of the segments of one; and their rate."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
+from metalearn.train_state import TrainState
+from metalearn.training.segment_run import Place
+
+# What the bar of a segmented outer step says. It counts the work in segments advanced; a segment
+# that cotangents are pulled back through counts as several.
+PHASES = {"forward": "forward", "replay": "replaying", "backward": "backward"}
+
 
 class Bars:
-    """The progress bars of a run."""
+    """The progress bars of a run.
 
-    def __init__(self, outer: tqdm, inner: tqdm | None):
-        self._outer, self._inner = outer, inner
+    Their rates leave out the first step, or its first program, which is compiled: otherwise it
+    would decide, for minutes, when the run is said to end.
+    """
+
+    def __init__(self, outer: tqdm, inner: tqdm | None, compiled: Callable[[], None]):
+        """Hold the bars; `compiled`: called once, when the first step is done."""
+        self._outer, self._inner, self._compiled = outer, inner, compiled
+        self._compiling = True
+        self._shown = -math.inf  # when the inner bar was last set
 
     def step_done(self, loss: float) -> None:
         """Advance the bar of outer steps by one."""
         self._outer.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        self._outer.update()
+        if self._compiling:  # with an inner bar, the rate of that one leaves it out
+            self._first_done(self._outer, self._outer.n + 1)
+        else:
+            self._outer.update()
 
     def back_to(self, step: int) -> None:
         """Set the bar of outer steps back to `step`."""
         self._outer.n = step
 
-    def inner_done(self, steps: int) -> None:
-        """Set the bar of inner steps to `steps` of the current outer step."""
-        if self._inner is None:
+    def stands_at(self, place: Callable[[TrainState], Place], state: TrainState) -> None:
+        """Show where an outer step of several programs stands; `place` says it of a state."""
+        bar, now = self._inner, time.perf_counter()
+        if bar is None or bar.disable or now - self._shown < bar.mininterval:
             return
-        if steps < self._inner.n:
-            self._inner.reset()
-        self._inner.update(steps - self._inner.n)
+        self._shown, stands = now, place(state)
+        bar.total = stands.of_work
+        if stands.work < bar.n:
+            bar.reset(stands.of_work)
+        bar.set_description_str(PHASES[stands.phase], refresh=False)
+        bar.set_postfix_str(f"inner step {stands.inner_step} of {stands.steps}", refresh=False)
+        if self._compiling and stands.work > bar.n:
+            self._first_done(bar, stands.work)
+        else:
+            bar.update(stands.work - bar.n)
+
+    def _first_done(self, bar: tqdm, done: int) -> None:
+        """Set a bar to `done`, and let its rate begin now."""
+        self._compiling = False
+        self._compiled()
+        if bar.disable:
+            return
+        bar.unpause()
+        bar.n = bar.initial = bar.last_print_n = done
+        bar.refresh()
 
 
 class Clock:
@@ -75,7 +112,7 @@ class Clock:
 
 @contextlib.contextmanager
 def bars(
-    steps: int, done: int, tasks: int, inner_steps: int | None = None, shown: bool = True
+    steps: int, done: int, tasks: int, segmented: bool = False, shown: bool = True
 ) -> Iterator[Bars]:
     """Open the bars of a run.
 
@@ -83,7 +120,7 @@ def bars(
       steps: outer steps of the run.
       done: outer steps taken before.
       tasks: tasks of an outer step.
-      inner_steps: inner steps of an outer step that is cut into segments; None: no inner bar.
+      segmented: whether an outer step is cut into segments, which have a bar of their own.
       shown: whether bars are shown at all.
     """
     options: dict[str, Any] = {
@@ -102,9 +139,19 @@ def bars(
             )
         )
         outer.set_postfix_str("compiling the first step")
+        compiled = threading.Event()
+        stack.callback(compiled.set)
+        if shown and sys.stderr.isatty():
+            threading.Thread(target=_tick, args=(outer, compiled), daemon=True).start()
         inner = None
-        if inner_steps is not None:
+        if segmented:
             inner = stack.enter_context(
-                tqdm(total=inner_steps, unit="step", desc="inner steps", leave=False, **options)
+                tqdm(total=1, unit="segment", desc=PHASES["forward"], leave=False, **options)
             )
-        yield Bars(outer, inner)
+        yield Bars(outer, inner, compiled.set)
+
+
+def _tick(bar: tqdm, compiled: threading.Event) -> None:
+    """Show, each second, how long the first step has been compiled."""
+    while not compiled.wait(1.0):
+        bar.refresh()

@@ -1,18 +1,29 @@
-"""Segmented unrolls: a full unroll cut into several compiled programs of K inner steps each.
+"""Segmented unrolls: a full unroll cut into programs of K inner steps each.
 
-Forward mode saves no residuals of earlier steps, so its loop can be interrupted between any two
-steps (`Forward.start`, `advance`, `finish`). Cut into segments of K inner steps, an outer step
-reports its progress, can be checkpointed in mid-trajectory, and can be stopped by a signal. The
-result equals that of the uncut loop, to rounding.
+An outer step that is cut into segments fits in no single program: it reports its progress, can be
+saved and stopped between any two segments, and differentiates runs of any length. The result is
+that of the uncut loop, to rounding. Five small functions serve every engine,
 
-A segment is compiled for its length and for the number of tangents it pushes: tangents that are
-still zero are skipped. There are at most six such numbers (`metalearn.engines.forward.tangents`),
-and so, with the first and the last segment, at most eight programs.
+    start      eta                               -> theta_0, with whatever the engine carries along
+    advance    eta, state, batches [K]           -> state                         once per segment
+    judge      eta, state                        -> outer loss, cotangents of the last state
+    pull_back  eta, state, batches [K], cotangents -> cotangents                  once per segment
+    outcome    eta, cotangents                   -> meta-gradient
+
+each for all tasks of an outer step. `Forward` saves no residuals of earlier steps: after the last
+segment its meta-gradient is there, and nothing is pulled back. `Reverse` and `MixedFlow` need the
+state before each segment for the backward pass (`metalearn.engines.segments`);
+`metalearn.training.segment_run` drives these functions, and says which states are kept.
+
+A segment is compiled for its length. With `Forward`, also for the number of tangents it pushes:
+those that are still zero are skipped (`metalearn.engines.forward.tangents`), at most six numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,128 +32,258 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from metalearn._utils.trees import strong
-from metalearn.engines.base import Streaming
+from metalearn.engines import segments
+from metalearn.engines.base import Aux, Backward, Streaming
 from metalearn.sharding.mesh import TASKS
-from metalearn.tasks import DrawnTask, Reads, Tasks
+from metalearn.tasks import DrawnTask, Tasks
 from metalearn.training.full_unroll import FullUnroll
-from metalearn.unroll import horizon
+from metalearn.training.replay_schedule import Position
+from metalearn.unroll import Eta, horizon
 
 
-class Segment(NamedTuple):
-    """Consecutive inner steps of one program; equal segments share a compiled program."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class PartialUnroll:
+    """An outer step between two of its programs; `TrainState.inner`. Leaves are [tasks, ...].
 
-    steps: int  # the length of the segment
-    first: bool  # whether it is the first of the unroll
-    last: bool  # whether it is the last
-    until: int  # tangents of entries of eta first read at this step or later are skipped
+    Args:
+      stream: the inner states, for `Forward` with their tangents; () where none is at hand.
+      inner: inner losses and norms recorded so far, leaves [tasks, T, ...].
+      cotangents: `engines.segments.Cotangents`; () before the outer loss is known.
+      judged: (outer loss, metrics) of each task; () before they are known.
+      position: where the run stands; not an array.
+      programs: how many programs the outer step has run; not an array.
+      kept: the states that are kept, `kept_states.KeptState`; not arrays.
+    """
 
-    def reads(self, end: int) -> Reads:
-        """Return what it reads of tasks on the host; `end`: inner steps taken after it."""
-        return Reads(end - self.steps, self.steps, self.last)
+    stream: Any = ()
+    inner: Any = ()
+    cotangents: Any = ()
+    judged: Any = ()
+    position: Position | None = dataclasses.field(default=None, metadata={"static": True})
+    programs: int = dataclasses.field(default=0, metadata={"static": True})
+    kept: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
-class PartialUnroll(NamedTuple):
-    """An unroll between two segments. In a train state, leaves are [tasks, ...]."""
+class Cut(NamedTuple):
+    """How an unroll is cut into segments."""
 
-    step: jax.Array  # (), int32: inner steps taken
-    stream: Any  # the engine's state of the loop
-    inner: Any  # inner losses and norms recorded so far, leaves [T, ...]
+    steps: int  # T, the horizon
+    segment: int  # K, inner steps of a segment; the last one may be shorter
+    ends: tuple[int, ...]  # of `Forward`: see `Streaming.ends`
+
+    @property
+    def segments(self) -> int:
+        """The number of segments."""
+        return -(-self.steps // self.segment)
+
+    def length(self, segment: int) -> int:
+        """Return the inner steps of a segment, counted from 0."""
+        return min(self.segment, self.steps - segment * self.segment)
+
+    def until(self, segment: int) -> int | None:
+        """Return before which step an entry of eta is first read whose tangent a segment pushes."""
+        stop = min((segment + 1) * self.segment, self.steps)
+        return next((end for end in self.ends if end >= stop), None)
+
+
+def about_square_root(steps: int) -> int:
+    """Return a length of segments of T steps: about sqrt(T), a divisor of T if there is one near.
+
+    The device then holds about as many states of one segment as there are segments.
+
+    >>> [about_square_root(steps) for steps in (1, 10, 64, 1000, 10_007, 100_000)]
+    [1, 5, 8, 25, 101, 400]
+    """
+    root = math.isqrt(steps - 1) + 1 if steps > 1 else 1
+    near = [n for n in range(-(-root // 2), 2 * root + 1) if steps % n == 0]
+    return min(near, key=lambda n: abs(math.log(n / math.sqrt(steps))), default=root)
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentedUnroll(FullUnroll):
     """Full unrolls, cut into segments.
 
-    segment: inner steps of a segment; the last one may be shorter.
+    segment: inner steps of a segment, the last one may be shorter; "auto": about sqrt(T).
     """
 
-    segment: int
+    segment: int | str
 
-    def segments(self, eta: Any, tasks: Tasks, key: jax.Array) -> dict[int, Segment]:
-        """Return the segments of an unroll, by the number of inner steps taken after each.
+    def cut(self, eta: Eta, tasks: Tasks, key: jax.Array) -> Cut:
+        """Return how the unrolls of tasks are cut. The arguments may be shapes."""
+        cuts: list[Cut] = []
 
-        The arguments may be shapes.
-        """
-        segments: dict[int, Segment] = {}
-
-        def cut(eta: Any, tasks: Tasks, key: jax.Array) -> None:
+        def trace(eta: Eta, tasks: Tasks, key: jax.Array) -> None:
             task = self.draw(tasks, key)
             steps = horizon(jax.eval_shape(task.batches))
-            if self.segment > steps:
+            segment = about_square_root(steps) if self.segment == "auto" else int(self.segment)
+            if segment > steps:
                 raise ValueError(
-                    f"A segment of {self.segment} inner steps is longer than the horizon, which "
+                    f"A segment of {segment} inner steps is longer than the horizon, which "
                     f"is {steps}. Take at most {steps}."
                 )
-            ends = self._engine.ends(task.unroll, eta, steps)
-            for start in range(0, steps, self.segment):
-                stop = min(start + self.segment, steps)
-                until = next(end for end in ends if end >= stop)
-                segments[stop] = Segment(stop - start, start == 0, stop == steps, until)
+            engine = self.engine
+            ends = engine.ends(task.unroll, eta, steps) if isinstance(engine, Streaming) else ()
+            cuts.append(Cut(steps, segment, tuple(ends)))
 
-        jax.eval_shape(cut, eta, tasks, key)
-        return segments
-
-    def take(
-        self, segment: Segment, eta: Any, tasks: Tasks, keys: jax.Array, carried: Any
-    ) -> tuple[Any, Any]:
-        """Advance every task by a segment: (outputs, what is carried to the next segment).
-
-        `outputs` are (meta-gradient, metrics) after the last segment, else None. `carried` is
-        ignored by the first segment, and `()` after the last.
-        """
-
-        def on_run(eta: Any, tasks: Tasks, run: tuple[Any, jax.Array]) -> tuple[Any, Any]:
-            return self._take(segment, eta, self.draw(tasks, run[1]), run[0])
-
-        inputs = () if segment.first else carried, keys
-        means, carried = self.batch.mean_and_each(on_run, (eta, tasks), inputs)
-        return self.of_step(means) if segment.last else None, strong(carried)
-
-    def _take(self, segment: Segment, eta: Any, task: DrawnTask, run: Any) -> tuple[Any, Any]:
-        start, stream, inner = self._first(eta, task) if segment.first else run
-        batches = task.batches_at(start + jnp.arange(segment.steps, dtype=start.dtype))
-        stream, new = self._engine.advance(task.unroll, eta, stream, batches, segment.until)
-
-        def written(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 0)
-
-        inner = jax.tree.map(written, inner, new)
-        if not segment.last:
-            return (), PartialUnroll(start + segment.steps, stream, inner)
-        return self.counted(self._engine.finish(task.unroll, eta, stream, inner)), ()
-
-    def _first(self, eta: Any, task: DrawnTask) -> PartialUnroll:
-        """Return an unroll before its first step."""
-        state = self.engine.init(task.engine_key, task.unroll, eta)
-        stream = self._engine.start(task.unroll, eta, state)
-        shapes = jax.eval_shape(
-            lambda: self._engine.advance(task.unroll, eta, stream, task.batches())[1]
-        )
-        inner = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return PartialUnroll(jnp.zeros((), jnp.int32), stream, inner)
+        jax.eval_shape(trace, eta, tasks, key)
+        return cuts[-1]
 
     @property
-    def _engine(self) -> Streaming:
-        assert isinstance(self.engine, Streaming)
+    def goes_back(self) -> bool:
+        """Whether the engine has a backward pass through the segments."""
+        return not isinstance(self.engine, Streaming)
+
+    def start(self, eta: Eta, tasks: Tasks, keys: jax.Array, steps: int) -> PartialUnroll:
+        """Return the unrolls of all tasks before their first step; `steps`: T."""
+
+        def of_task(eta: Eta, task: DrawnTask) -> PartialUnroll:
+            stream = self._start(eta, task)
+            shapes = jax.eval_shape(
+                lambda: self._advance(eta, task, stream, jnp.zeros((), jnp.int32), 1, None)[1]
+            )
+            inner = jax.tree.map(
+                lambda leaf: jnp.zeros((steps, *leaf.shape[1:]), leaf.dtype), shapes
+            )
+            return PartialUnroll(stream, inner)
+
+        return self._each(of_task, eta, tasks, keys)
+
+    def advance(
+        self,
+        eta: Eta,
+        tasks: Tasks,
+        keys: jax.Array,
+        stream: Any,
+        inner: Any,
+        first: jax.Array,
+        steps: int,
+        until: int | None,
+    ) -> tuple[PartialUnroll, jax.Array]:
+        """Advance every task by a segment: (its unrolls, the mean last inner loss ()).
+
+        Args:
+          eta: the meta-parameters.
+          tasks: where the tasks come from.
+          keys: [tasks].
+          stream: before the segment.
+          inner: what was recorded so far.
+          first: (), int32: the number of the segment's first step.
+          steps: of the segment.
+          until: for `Forward`, see `Cut.until`.
+        """
+
+        def on_run(eta: Eta, tasks: Tasks, first: jax.Array, run: Any) -> tuple[Any, Any]:
+            key, stream, inner = run
+            task = self.draw(tasks, key)
+            stream, new = self._advance(eta, task, stream, first, steps, until)
+
+            def written(old: jax.Array, new: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), first, 0)
+
+            loss = new.losses[-1].mean() if new.losses.size else jnp.zeros(())
+            return loss, PartialUnroll(stream, jax.tree.map(written, inner, new))
+
+        shared = eta, tasks, first
+        loss, each = self.batch.mean_and_each(on_run, shared, (keys, stream, inner))
+        return strong(each), loss
+
+    def judge(self, eta: Eta, tasks: Tasks, keys: jax.Array, stream: Any) -> PartialUnroll:
+        """Return the outer losses, and the cotangents of the last states."""
+
+        def of_task(eta: Eta, task: DrawnTask, state: Any) -> PartialUnroll:
+            judged, cotangents = segments.outer_cotangents(task.unroll, eta, state)
+            return PartialUnroll(judged=judged, cotangents=cotangents)
+
+        return self._each(of_task, eta, tasks, keys, stream)
+
+    def pull_back(
+        self,
+        eta: Eta,
+        tasks: Tasks,
+        keys: jax.Array,
+        stream: Any,
+        cotangents: Any,
+        first: jax.Array,
+        steps: int,
+    ) -> PartialUnroll:
+        """Pull the cotangents after a segment back to the states before it."""
+
+        def on_run(eta: Eta, tasks: Tasks, first: jax.Array, run: Any) -> tuple[Any, Any]:
+            key, state, cotangents = run
+            task = self.draw(tasks, key)
+            batches = task.batches_at(first + jnp.arange(steps, dtype=first.dtype))
+            engine = self._backward
+            pulled = engine.pull_back(task.unroll, eta, state, batches, cotangents)
+            return (), PartialUnroll(cotangents=pulled)
+
+        shared = eta, tasks, first
+        return strong(self.batch.mean_and_each(on_run, shared, (keys, stream, cotangents))[1])
+
+    def outcome(self, eta: Eta, tasks: Tasks, keys: jax.Array, run: PartialUnroll) -> Any:
+        """Return (meta-gradient, metrics) of an outer step."""
+
+        def on_run(eta: Eta, tasks: Tasks, each: Any) -> tuple[Any, tuple[()]]:
+            key, run = each
+            task = self.draw(tasks, key)
+            if isinstance(self.engine, Streaming):
+                result = self.engine.finish(task.unroll, eta, run.stream, run.inner)
+            else:
+                loss, metrics = run.judged
+                grads = segments.through_init(task.unroll, eta, run.cotangents)
+                result = (loss, Aux(metrics, (), run.inner)), grads
+            return self.counted(result), ()
+
+        return self.of_step(self.batch.mean_and_each(on_run, (eta, tasks), (keys, run))[0])
+
+    def _each(
+        self, of_task: Callable[..., Any], eta: Eta, tasks: Tasks, keys: jax.Array, *runs: Any
+    ) -> Any:
+        """Return what `of_task` returns for (eta, task, *runs) of each task."""
+
+        def on_run(eta: Eta, tasks: Tasks, each: Any) -> tuple[tuple[()], Any]:
+            key, *run = each
+            return (), of_task(eta, self.draw(tasks, key), *run)
+
+        return strong(self.batch.mean_and_each(on_run, (eta, tasks), (keys, *runs))[1])
+
+    def _start(self, eta: Eta, task: DrawnTask) -> Any:
+        if isinstance(self.engine, Streaming):
+            state = self.engine.init(task.engine_key, task.unroll, eta)
+            return self.engine.start(task.unroll, eta, state)
+        return task.unroll.init(eta)
+
+    def _advance(
+        self,
+        eta: Eta,
+        task: DrawnTask,
+        stream: Any,
+        first: jax.Array,
+        steps: int,
+        until: int | None,
+    ) -> tuple[Any, Any]:
+        batches = task.batches_at(first + jnp.arange(steps, dtype=first.dtype))
+        if isinstance(self.engine, Streaming):
+            return self.engine.advance(task.unroll, eta, stream, batches, until)
+        return self._backward.advance(task.unroll, eta, stream, batches)
+
+    @property
+    def _backward(self) -> Backward:
+        assert isinstance(self.engine, Backward)
         return self.engine
 
 
 def spread(shardings: Any, engine: Any) -> Any:
     """Return the shardings of a train state, with tangents sharded as the engine says."""
-    if not isinstance(shardings.inner, PartialUnroll):
+    run = shardings.inner
+    if not (isinstance(run, PartialUnroll) and isinstance(engine, Streaming) and run.stream):
         return shardings
-    own = engine.sharding.spec if isinstance(engine.sharding, NamedSharding) else ()
-    stream = shardings.inner.stream
+    sharding = getattr(engine, "sharding", None)
+    own = sharding.spec if isinstance(sharding, NamedSharding) else ()
 
     def along(tree: Any) -> Any:
         return jax.tree.map(lambda where: NamedSharding(where.mesh, P(TASKS, *own)), tree)
 
+    stream = run.stream
     stream = stream._replace(tangents=along(stream.tangents), directions=along(stream.directions))
-    return dataclasses.replace(shardings, inner=shardings.inner._replace(stream=stream))
-
-
-def steps_taken(carried: Any) -> int:
-    """Return how many inner steps of the current outer step a carried state has taken."""
-    if not isinstance(carried, PartialUnroll):
-        return 0
-    return int(carried.step.addressable_shards[0].data[0])
+    return dataclasses.replace(shardings, inner=dataclasses.replace(run, stream=stream))

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import Forward, Layout, Reverse, Trainer, Truncation, make_mesh
+from metalearn import Forward, Layout, MixedFlow, Replay, Reverse, Trainer, Truncation, make_mesh
 from metalearn.algorithms import (
     FDS,
     MAML,
@@ -198,6 +198,8 @@ KINDS = {
     "chunk": {"chunk": 1},
     "truncated": {"truncation": Truncation(4)},
     "segmented": {"segment": 5, "engine": Forward()},
+    "replayed": {"segment": 2, "engine": Reverse(), "replay": Replay(states=1)},
+    "replayed, the last segment shorter": {"segment": 5, "engine": MixedFlow()},
     "mesh": {"layout": Layout(make_mesh())},
 }
 

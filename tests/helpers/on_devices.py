@@ -29,6 +29,7 @@ from metalearn import (
     Forward,
     Layout,
     MixedFlow,
+    Replay,
     Reverse,
     Tasks,
     Trainer,
@@ -277,6 +278,7 @@ def more(directory):
         **tangents(),
         **truncated(layout),
         **segmented(layout),
+        **replayed(layout),
     }
 
 
@@ -302,8 +304,8 @@ def segmented(layout):
     both = Layout(make_mesh(tangents=2))
     engine = Forward(sharding=NamedSharding(both.mesh, P("tangents")))
     spread = trainer(both, Rate(), engine, segment=5)
-    parts, tasks = spread.parts(TASKS), spread.place(TASKS)
-    partway, _ = parts[0].take(spread.init(key(), TASKS), tasks)
+    segments, tasks = spread.segments(TASKS), spread.place(TASKS)
+    partway, _ = segments.take(spread.init(key(), TASKS), tasks)
     found, _ = spread.step(partway, tasks)
     tangents = partway.inner.stream.tangents[0].addressable_shards[0].data.shape
     return {
@@ -311,6 +313,18 @@ def segmented(layout):
         "spread": error(10 * flat(found.optimizer[0].mu), one.gradient),
         "in segments": list(tangents[:2]),
     }
+
+
+def replayed(layout):
+    """Outer steps in segments that go backward, over eight devices, and with a cut eta."""
+    one = run(trainer(None), 2)
+    errors = []
+    for each in (layout, Layout(make_mesh(model=2), RULES)):
+        replay = Replay(states=1, host=0, disk="10MB")
+        made = trainer(each, engine=MixedFlow(), segment=3, replay=replay)
+        ours = run(made, 2)
+        errors.append(max(error(ours.gradient, one.gradient), error(ours.losses, one.losses)))
+    return {"replayed": errors, "recompiled": ours.compiled}
 
 
 def part(directory, port, process):

@@ -8,7 +8,7 @@ import jax
 import optax
 import pytest
 
-from metalearn import Algorithm, Forward, MixedFlow, Reverse, Trainer, choose_engine
+from metalearn import ES, Algorithm, Forward, MixedFlow, Replay, Reverse, Trainer, choose_engine
 from metalearn._utils.device_memory import device_memory, host_memory, parse_bytes, show_bytes
 from metalearn.algorithms import (
     FDS,
@@ -25,7 +25,9 @@ from metalearn.engines import MetaGradient
 from metalearn.planning import plan as planning
 from metalearn.planning.plan import CANDIDATES, BudgetError, Plan, plan
 from metalearn.planning.step_cost import Candidate, Row, StepCosts
+from metalearn.training.replay_schedule import advances, replays
 from tests.cases import ENGINES, MODELS, TASKS
+from tests.helpers.walks import Aims, Walk
 
 WAVES = TASKS["Sinusoid"]
 ADAPTATION = MAML(MODELS["Functions"], squared_error, optax.sgd(0.05), inner_steps=4)
@@ -204,6 +206,7 @@ def test_one_call_returns_the_trainer_with_the_engine_of_the_plan_and_says_why(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_small_budget_has_fewer_tasks_at_once_or_is_refused(monkeypatch):
     monkeypatch.setattr(planning, "CANDIDATES", TWO[:1])
     budget = peak(TRAINER, 1)
@@ -213,9 +216,23 @@ def test_a_small_budget_has_fewer_tasks_at_once_or_is_refused(monkeypatch):
         choose_engine(TRAINER, WAVES, budget="1KiB", progress=False)
 
 
-def test_an_engine_is_not_chosen_for_segments_that_only_some_engines_have():
-    with pytest.raises(ValueError, match=r"`segment=2` cuts an outer step into programs\. Leave"):
-        choose_engine(dataclasses.replace(TRAINER, engine=Forward(), segment=2), WAVES)
+def test_a_plan_of_segments_says_what_is_kept_and_what_is_run_again():
+    trainer = Trainer(Walk(24), MixedFlow(), tasks_per_step=2, segment=2, replay=Replay(states=3))
+    cut = StepCosts(trainer, Aims()).row(Candidate(MixedFlow()), 2)
+    assert cut.segments is not None and cut.cost is not None
+    assert cut.segments.replays == replays(12, 3)
+    assert cut.segments.programs == advances(12, 3) + 12
+    assert (cut.segments.device, cut.segments.host, cut.segments.disk) == (0, 3, 0)
+    assert "differentiate" in StepCosts(trainer, Aims()).row(Candidate(ES()), 2).refusal
+
+
+def test_the_temporaries_of_a_segment_do_not_grow_with_the_horizon():
+    def temporaries(steps):
+        trainer = Trainer(Walk(steps), MixedFlow(), tasks_per_step=2, segment=2)
+        costs = trainer.segments(Aims()).costs(trainer.shapes(), Aims(), KNOWN)
+        return [costs[name].temporaries for name in ("advance 2", "pull_back")]
+
+    assert max(temporaries(24)) > 0 and temporaries(24) == temporaries(24_000)
 
 
 def test_where_not_one_inner_step_fits_that_is_said():

@@ -108,6 +108,7 @@ def test_inner_runs_that_go_on_lie_with_their_tasks(more):
 def test_segments_over_eight_devices_are_whole_steps_on_one(more):
     assert more["in segments"] == [16 // 4, 4 // 2]  # tasks, tangents: 3, and one to fill up
     assert more["segmented"] < 1e-12 and more["spread"] < 1e-12
+    assert max(more["replayed"]) < 1e-12 and more["recompiled"] == 0
 
 
 @pytest.mark.slow

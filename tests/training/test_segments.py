@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import Algorithm, Episode, Faults, Forward, MixedFlow, Tasks, Trainer, Truncation
+from metalearn import ES, Algorithm, Episode, Faults, Forward, Tasks, Trainer, Truncation
 from metalearn.algorithms.fds import schedule as windows
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
 from metalearn.cost import cost
@@ -18,6 +18,8 @@ from metalearn.experiments.runs import load_run
 from metalearn.training.faults import NonFiniteError
 from metalearn.training.outer_loop import Interrupted
 from metalearn.training.progress import Bars, bars
+from metalearn.training.replay_schedule import Position
+from metalearn.training.segment_run import Place
 from metalearn.unroll import Unroll
 from tests.helpers.checkpoints import bits, flip_a_bit
 from tests.helpers.selection import quick
@@ -109,12 +111,14 @@ def test_an_outer_step_in_segments_is_the_one_in_a_single_program(options, x64):
 
 def test_a_step_goes_on_from_where_its_state_stands(x64):
     made = trainer()
-    parts, state = made.parts(Targets()), made.init(KEY, Targets())
-    assert [part.steps for part in parts] == STOPS
+    segments, state = made.segments(Targets()), made.init(KEY, Targets())
+    assert segments.programs_in_all == len(STOPS)
     expected, _ = made.step(state, Targets())
-    for taken, part in enumerate(parts[:2], 1):
-        state, metrics = part.take(state, Targets())
-        assert metrics is None and made.parts_taken(state) == taken and int(state.step) == 0
+    for programs, stop in enumerate(STOPS[:2], 1):
+        state, metrics = segments.take(state, Targets())
+        place = segments.place(state)
+        assert metrics is None and int(state.step) == 0
+        assert (place.programs, place.of, place.inner_step) == (programs, 4, stop)
     found, _ = made.step(state, Targets())
     assert bits(found) == bits(expected)
 
@@ -122,19 +126,17 @@ def test_a_step_goes_on_from_where_its_state_stands(x64):
 @pytest.mark.slow
 def test_segments_of_the_same_length_and_tangents_share_a_program():
     made = trainer(segment=2)
-    parts, state = made.parts(Targets()), made.init(KEY, Targets())
-    assert len(parts) == 15
+    assert made.segments(Targets()).programs_in_all == 15
+    state = made.init(KEY, Targets())
     for _ in range(2):
-        for part in parts:
-            state, _ = part.take(state, Targets())
-    assert made._segment._cache_size() <= 6  # the first, the last, and one for each of four windows
+        state, _ = made.step(state, Targets())
+    assert made._programs.advance._cache_size() <= 4  # one for each of four windows
 
 
 def test_windows_that_have_not_begun_cost_nothing():
-    made = trainer()
-    states = [made.shapes(), *[made.partway(Targets())] * 2]
-    parts = zip(made.parts(Targets()), states, strict=False)
-    flops = [cost(jax.jit(part.take), state, Targets()).flops for part, state in parts]
+    segments = trainer().segments(Targets())
+    states = [segments._shapes(Position(4, live, 4)) for live in range(3)]
+    flops = [cost(jax.jit(segments.take), state, Targets()).flops for state in states]
     assert flops[0] < flops[1] < flops[2]
 
 
@@ -145,7 +147,7 @@ def test_between_outer_steps_nothing_is_kept_of_inner_runs():
 
 def test_the_programs_of_a_step_are_traced_once():
     made = trainer()
-    assert made.parts(Targets()) is made.parts(Targets())
+    assert made.segments(Targets()) is made.segments(Targets())
     assert made.step(made.init(KEY), Targets())[1]["loss"] > 0
 
 
@@ -200,7 +202,7 @@ def test_a_run_that_is_stopped_inside_outer_steps_ends_with_the_same_bits(tmp_pa
 
 def test_a_run_stopped_inside_its_first_outer_step_has_no_eta_to_evaluate_yet(tmp_path):
     stopped(trainer(), tmp_path / "checkpoints", 2)
-    with pytest.raises(ValueError, match="no checkpoint yet: it is 16 inner steps into its first"):
+    with pytest.raises(ValueError, match="it is at inner step 16 of 30 of its first"):
         load_run(tmp_path)
 
 
@@ -237,7 +239,7 @@ def test_another_config_is_refused_inside_a_step_too(tmp_path):
 
 def test_another_segment_does_not_go_on_inside_a_step(tmp_path):
     stopped(trainer(), tmp_path, 1)
-    with pytest.raises(ValueError, match="inner step 8 of an outer step, which is no number of"):
+    with pytest.raises(ValueError, match="step 8 of an outer step that is cut into segments of 8"):
         fit(trainer(segment=5), 3, tmp_path)
 
 
@@ -293,7 +295,7 @@ def test_a_resumed_run_says_where_it_goes_on(tmp_path, capfd):
     stopped(trainer(), tmp_path, 4 + 3)
     fit(trainer(), 3, tmp_path)
     said = capfd.readouterr().out
-    assert "Going on from outer step 1 of 3, inner step 24 of the next." in said
+    assert "Going on from outer step 1 of 3, inner step 24 of 30 of the next." in said
     fit(trainer(), 3, tmp_path)
     assert "Going on" not in capfd.readouterr().out
 
@@ -303,20 +305,25 @@ def test_saves_inside_outer_steps_of_one_program_are_refused(tmp_path):
         fit(trainer(segment=None), 1, tmp_path, within=1)
 
 
-def test_the_bar_of_inner_steps_moves(monkeypatch):
+def test_the_bar_of_segments_moves(monkeypatch):
     shown = []
-    monkeypatch.setattr(Bars, "inner_done", lambda self, steps: shown.append(steps))
+    monkeypatch.setattr(Bars, "stands_at", lambda self, place, state: shown.append(place(state)))
     fit(trainer(), 2, progress=True)
-    assert shown == [0, 8, 16, 24, 0, 8, 16, 24]
+    assert [place.inner_step for place in shown] == [0, 8, 16, 24, 0, 8, 16, 24]
+    assert {place.phase for place in shown} == {"forward"}
 
 
-def test_a_bar_of_inner_steps_is_set_and_begun_anew(capfd):
-    with bars(3, 0, 2, HORIZON) as both:
-        both.inner_done(16)
-        assert both._inner.n == 16
-        both.inner_done(8)
-        assert both._inner.n == 8
-    assert f"/{HORIZON}" in capfd.readouterr().err
+def test_a_bar_of_segments_is_set_and_begun_anew(capfd):
+    def place(work):
+        return Place("replay", 8 * work, 30, work, 4, work, 4)
+
+    with bars(3, 0, 2, segmented=True) as both:
+        both._inner.mininterval = 0
+        for work in (2, 1):
+            both.stands_at(place, work)
+            assert both._inner.n == work and both._inner.total == 4
+    said = capfd.readouterr().err
+    assert "replaying" in said and "inner step 16 of 30" in said
 
 
 # Bad input.
@@ -327,7 +334,7 @@ def test_a_bar_of_inner_steps_is_set_and_begun_anew(capfd):
     [
         ({"segment": 0}, r"segment=0"),
         ({"segment": 2.5}, r"^`Trainer\(segment=2.5\)`: it is an integer, 1 or more\.$"),
-        ({"engine": MixedFlow()}, r"`Forward\(\)`, not `MixedFlow`"),
+        ({"engine": ES()}, r"`ES` does not differentiate them: it estimates from the losses"),
         ({"truncation": Truncation(10)}, "Choose one"),
     ],
 )
@@ -338,4 +345,4 @@ def test_segments_that_cannot_be_are_refused(options, message):
 
 def test_a_segment_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match="longer than the horizon, which is 30"):
-        trainer(segment=31).parts(Targets())
+        trainer(segment=31).segments(Targets())

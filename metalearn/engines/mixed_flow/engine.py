@@ -41,16 +41,24 @@ import jax
 
 from metalearn._utils.checks import Count, pick
 from metalearn._utils.fields import check_fields
-from metalearn.engines import custom_rules
+from metalearn.engines import custom_rules, segments
 from metalearn.engines.base import Aux, MetaGradient
+from metalearn.engines.grad_recorder import Inner
 from metalearn.engines.inner_loop import REMAT, Remat, backpropagate
 from metalearn.engines.mixed_flow import forward_over_reverse as commuted
 from metalearn.engines.mixed_flow import micro_batches
-from metalearn.engines.mixed_flow.reverse_scan import Anchors, in_bfloat16, needs_fetch, sweep
+from metalearn.engines.mixed_flow.reverse_scan import (
+    Anchors,
+    Saved,
+    in_bfloat16,
+    needs_fetch,
+    sweep,
+    sweep_segment,
+)
 from metalearn.unroll import Unroll
 
 RECONSTRUCT = "inexact_reconstruct"
-STORES: dict[str, Any] = {
+STORES: dict[str, Saved | None] = {
     "device": None,  # by `jax.checkpoint`
     "host": needs_fetch(),
     "inexact_bfloat16": in_bfloat16(),
@@ -123,16 +131,40 @@ class MixedFlow(MetaGradient):
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         """Return ((loss (), aux), meta-gradient like eta)."""
-        inner: Any = functools.partial(commuted.value_and_grad, true_rules=self.true_rules)
+        if self._saved is not None:
+            return sweep(unroll, eta, batches, self._inner, self._saved, self.peel)
+        return backpropagate(unroll, eta, batches, self._inner, self._remat())
+
+    def advance(self, unroll: Unroll, eta: Any, state: Any, batches: Any) -> tuple[Any, Inner]:
+        """Take the inner steps of a segment, without their derivative."""
+        inner = jax.value_and_grad if self.micro_batches == 1 else self._inner
+        return segments.advance(unroll, eta, state, batches, inner)
+
+    def pull_back(
+        self, unroll: Unroll, eta: Any, state: Any, batches: Any, cotangents: segments.Cotangents
+    ) -> segments.Cotangents:
+        """Pull cotangents back through a segment.
+
+        `remat`, `store` and `micro_batches` hold inside it, and `peel` does not.
+        """
+        inputs = unroll, eta, state, batches, cotangents, self._inner
+        if self._saved is not None:
+            return sweep_segment(*inputs, self._saved)
+        return segments.pull_back(*inputs, dataclasses.replace(self._remat(), peel=False))
+
+    @property
+    def _inner(self) -> Any:
+        """The inner `value_and_grad`."""
         if self.micro_batches > 1:
-            inner = functools.partial(
+            return functools.partial(
                 micro_batches.value_and_grad, parts=self.micro_batches, true_rules=self.true_rules
             )
-        if self.remat == RECONSTRUCT:
-            return sweep(unroll, eta, batches, inner, Anchors(self.segment or 32), self.peel)
-        if self.store != "device":
-            return sweep(unroll, eta, batches, inner, STORES[self.store], self.peel)
-        return backpropagate(unroll, eta, batches, inner, self._remat())
+        return functools.partial(commuted.value_and_grad, true_rules=self.true_rules)
+
+    @property
+    def _saved(self) -> Saved | None:
+        """What an explicit reverse scan saves; None: `jax.checkpoint` saves residuals."""
+        return Anchors(self.segment or 32) if self.remat == RECONSTRUCT else STORES[self.store]
 
     @property
     def commutes(self) -> bool:

@@ -26,6 +26,7 @@ from metalearn._utils.trees import split
 from metalearn.engines.base import Aux, check_eta, going_backwards, outer_loss
 from metalearn.engines.grad_recorder import OneStep, ValueAndGrad, joined
 from metalearn.engines.inner_loop import depends
+from metalearn.engines.segments import Cotangents
 from metalearn.unroll import Unroll, horizon
 
 
@@ -80,6 +81,23 @@ def _swept(
         _, pull = jax.vjp(lambda eta: split(unroll.init(eta))[0], eta)
         eta_bar = jax.tree.map(jnp.add, eta_bar, *pull(state_bar))
     return (loss, Aux(metrics, theta_T, inner)), eta_bar
+
+
+def sweep_segment(
+    unroll: Unroll,
+    eta: Any,
+    state: Any,
+    batches: Any,
+    cotangents: Cotangents,
+    value_and_grad: ValueAndGrad,
+    saved: Saved,
+) -> Cotangents:
+    """Pull cotangents back through a segment; see `metalearn.engines.segments.pull_back`."""
+    with going_backwards():
+        step = OneStep(unroll, eta, value_and_grad)
+        after, _, residuals = saved.forward(step, state, batches)
+        bars = cotangents.state, cotangents.eta
+        return Cotangents(*saved.back(step, after, batches, residuals, bars))
 
 
 Bars = tuple[list[jax.Array], Any]  # cotangents of the state's float leaves, and of eta

@@ -1,0 +1,413 @@
+"""Where the states between the segments of an inner run are kept: device, host memory, disk.
+
+Kept states are a stack: the state that was kept last is read first. So the states at the bottom,
+which are read last, go to disk, those above to host memory, and those on top stay on the device, as
+the budgets of `Replay` say. A copy from the device to the host, and from there to the disk, is made
+while the device advances the next segment.
+
+A disk that refuses a state (it is full, or gone) does not end the run: that state stays in host
+memory, no further ones are kept, and the schedule goes on with those there are.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metalearn._utils import disk
+from metalearn._utils.checks import Count, first_line
+from metalearn._utils.device_memory import host_memory, parse_bytes, show_bytes
+from metalearn._utils.fields import check_fields
+from metalearn.checkpoints import state_files
+from metalearn.checkpoints.state_files import Folder, StateFile
+from metalearn.sharding.distributed import say
+
+Amount = int | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Where the states between segments are kept, of `Trainer(segment=)` with a backward pass.
+
+    The backward pass reads the inner state before every segment. States that are not kept are
+    computed again ("replayed"), and the fewest segments there can be are run for it
+    (`metalearn.training.replay_schedule`). Amounts are bytes, or texts such as "4GiB", for the
+    states of all tasks of an outer step in a process. Device memory is filled first, then host
+    memory, then the disk.
+
+    Args:
+      states: keep at most so many states at a time; None: as many as the memory holds.
+      device: device memory for kept states.
+      host: host memory for kept states; None: a quarter of the machine's.
+      disk: disk space for kept states, 0 by default.
+      folder: for the states on disk; None: the folder of the run's checkpoints, or a temporary one.
+    """
+
+    states: Count | None = None
+    device: Amount = 0
+    host: Amount | None = None
+    disk: Amount = 0
+    folder: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "device", "host", "disk", "folder")
+        for name in ("device", "host", "disk"):
+            self._bytes(name)
+
+    def _bytes(self, name: str) -> int:
+        amount = getattr(self, name)
+        if amount is None:
+            return host_memory() // 4
+        if isinstance(amount, str):
+            return parse_bytes(amount)
+        if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
+            raise ValueError(
+                f'`Replay({name}={amount!r})`: it is an amount of memory, such as "4GiB", or a '
+                "number of bytes, 0 or more."
+            )
+        return amount
+
+    def places(self, state_bytes: int, boundaries: int) -> Places:
+        """Return how many states are kept where.
+
+        Args:
+          state_bytes: of one state, of all tasks.
+          boundaries: how many states the backward pass reads again, without theta_0.
+
+        Raises:
+          ValueError: if not one state can be kept.
+        """
+        room = [self._bytes(name) // max(state_bytes, 1) for name in ("device", "host", "disk")]
+        if boundaries and not sum(room):
+            allowed = {name: show_bytes(self._bytes(name)) for name in ("device", "host", "disk")}
+            listed = ", ".join(f"{name}={amount}" for name, amount in allowed.items())
+            raise ValueError(
+                f"`Replay` keeps no state: one takes {show_bytes(state_bytes)}, and the budget is "
+                f"{listed}. Raise one of them to that at least."
+            )
+        left = min(boundaries, math.inf if self.states is None else self.states)
+        counts = []
+        for each in room:
+            counts.append(int(min(each, left)))
+            left -= counts[-1]
+        return Places(*counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """How many states are kept on the device, in host memory and on disk."""
+
+    device: int
+    host: int
+    disk: int
+
+    @property
+    def all(self) -> int:
+        """Return the number of all of them."""
+        return self.device + self.host + self.disk
+
+    def of(self, depth: int) -> str:
+        """Return where the state is kept that `depth` others are kept before."""
+        if depth < self.disk:
+            return "disk"
+        return "host" if depth < self.disk + self.host else "device"
+
+
+def state_bytes(shapes: Any) -> int:
+    """Return the bytes that a state takes in this process, from the shapes of its leaves."""
+    return sum(_Leaf.of(leaf).nbytes for leaf in jax.tree.leaves(shapes))
+
+
+@dataclasses.dataclass(eq=False)
+class KeptState:
+    """A state that is kept.
+
+    Args:
+      boundary: the number of segments before it.
+      place: "device", "host" or "disk".
+      name: of its file.
+      arrays: the state on the device, or the arrays of its shards on the host; None: on disk alone.
+      file: on disk; None: it is not there.
+      writing: the file that is being written.
+    """
+
+    boundary: int
+    place: str
+    name: str
+    arrays: Any = None
+    file: StateFile | None = None
+    writing: concurrent.futures.Future[StateFile] | None = None
+
+
+class KeptStates:
+    """The kept states of the inner runs of one trainer.
+
+    Attributes:
+      most: how many states can be kept at a time; negative after a disk has refused one.
+      planned: how many could be at the beginning.
+    """
+
+    def __init__(self, replay: Replay, shapes: Any, boundaries: int, run: str, folder: Any = None):
+        """Make an empty store.
+
+        Args:
+          replay: the budgets.
+          shapes: of a state, with the shardings of its leaves.
+          boundaries: how many states the backward pass reads again, without theta_0.
+          run: a text that tells the run from others.
+          folder: for the states on disk; None: that of `replay`, or a temporary one.
+        """
+        leaves, self._treedef = jax.tree.flatten(shapes)
+        self._leaves = [_Leaf.of(leaf) for leaf in leaves]
+        self.places = replay.places(state_bytes(shapes), boundaries)
+        self.most = self.planned = self.places.all
+        self._run, self._where = run, replay.folder or folder
+        self._opened: Folder | None = None
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="states")
+        self._copying: KeptState | None = None  # to the host
+        self._writing: list[KeptState] = []  # to disk
+        self._saved: deque[set[str]] = deque(maxlen=2)  # names that the last checkpoints refer to
+        self._outdated: set[pathlib.Path] = set()  # not needed but by those checkpoints
+        if self.places.disk:
+            self._folder()  # refused before the run, not in the middle of it
+
+    def keep(self, boundary: int, state: Any, depth: int, name: str) -> KeptState:
+        """Keep a copy of a state.
+
+        Args:
+          boundary: the number of segments before it.
+          state: on the device; its buffers may be donated afterwards.
+          depth: how many states are kept before it.
+          name: of its file.
+        """
+        self.settle()
+        kept = KeptState(boundary, self.places.of(depth), name, copied(state))
+        if kept.place != "device":
+            for leaf in jax.tree.leaves(kept.arrays):
+                _data(leaf).copy_to_host_async()
+            self._copying = kept
+        return kept
+
+    def settle(self) -> None:
+        """Let the copies that were begun go on from the device to the host, and to the disk."""
+        kept, self._copying = self._copying, None
+        if kept is not None:
+            kept.arrays = self._on_host(kept.arrays)
+            if kept.place == "disk":
+                self._await_files(most=1)
+                path = self._folder().path / kept.name
+                kept.writing = self._writer.submit(state_files.write, path, kept.arrays)
+                self._writing.append(kept)
+        self._await_files(most=1, wait=False)
+
+    def _await_files(self, most: int = 0, wait: bool = True) -> None:
+        """Wait until no more than `most` files are being written."""
+        for kept in list(self._writing):
+            assert kept.writing is not None
+            if not kept.writing.done() and (not wait or len(self._writing) <= most):
+                break
+            self._writing.remove(kept)
+            try:
+                kept.file, kept.arrays = kept.writing.result(), None
+            except OSError as error:
+                self._refused(kept, error)
+            kept.writing = None
+
+    def _refused(self, kept: KeptState, error: OSError) -> None:
+        """Go on without the disk: the state stays in host memory."""
+        if not disk.at_fault(error) or jax.process_count() > 1:
+            raise error
+        kept.place = "host"
+        if not self.places.disk:  # another one that was being written
+            return
+        fewer = dataclasses.replace(self.places, disk=0)
+        self.places, self.most = fewer, -1  # what is kept now, and no more
+        say(
+            f"The state before segment {kept.boundary} could not be written to "
+            f"{self._folder().path} ({first_line(error)}): no further states are kept there, and "
+            "more segments are run again instead."
+        )
+
+    def limit(self, kept: int) -> int:
+        """Return how many states may be kept, `kept` of which are."""
+        self._await_files(wait=False, most=10**9)
+        if self.most < 0:
+            self.most = max(kept, self.places.all)
+        return self.most
+
+    def read(self, kept: KeptState) -> Any:
+        """Return a copy of a kept state on the device, which may be donated.
+
+        Raises:
+          DamagedStateError: if its file is missing or is not what was written.
+        """
+        self.settle()
+        self._await_files()
+        if kept.place == "device":
+            return copied(kept.arrays)
+        arrays = kept.arrays
+        if arrays is None:
+            assert kept.file is not None
+            arrays = state_files.read(kept.file, [s for leaf in self._leaves for s in leaf.shards])
+        return copied(self._on_device(arrays))
+
+    def drop(self, kept: KeptState) -> None:
+        """Keep a state no longer."""
+        self._await_files()
+        kept.arrays = None
+        if self._copying is kept:
+            self._copying = None
+        if kept.file is not None:
+            self._outdated.add(kept.file.path)
+            kept.file = None
+        self._delete_outdated()
+
+    def _delete_outdated(self) -> None:
+        names = set().union(*self._saved)
+        for path in [path for path in self._outdated if path.name not in names]:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            self._outdated.discard(path)
+
+    def written(self, states: Sequence[KeptState]) -> list[dict[str, Any]]:
+        """Write the states that are not on disk, for a checkpoint; return a record of all (JSON).
+
+        OSError if the disk refuses.
+        """
+        self.settle()
+        self._await_files()
+        for kept in states:
+            if kept.file is None:
+                arrays = self._on_host(kept.arrays) if kept.place == "device" else kept.arrays
+                kept.file = state_files.write(self._folder().path / kept.name, arrays)
+        return [
+            {"boundary": each.boundary, "file": each.file.path.name, "digest": each.file.digest}
+            for each in states
+            if each.file is not None
+        ]
+
+    def checkpointed(self, record: Sequence[dict[str, Any]]) -> None:
+        """Delete the files that neither the newest checkpoint nor the one before it refers to."""
+        self._saved.append({each["file"] for each in record})
+        self._delete_outdated()
+
+    def restored(self, record: Sequence[dict[str, Any]]) -> list[KeptState]:
+        """Return the states of the record of a checkpoint, and delete all other files."""
+        self._saved.append({each["file"] for each in record})
+        if not record and self._opened is None:
+            return []
+        folder = self._folder()
+        folder.keep_only({each["file"] for each in record})
+        return [
+            KeptState(
+                each["boundary"],
+                "disk",
+                each["file"],
+                file=StateFile(folder.path / each["file"], each["digest"]),
+            )
+            for each in record
+            if (folder.path / each["file"]).is_file()
+        ]
+
+    def close(self) -> None:
+        """Let go of the folder. States that checkpoints refer to stay in it."""
+        self._writer.shutdown()
+        if self._opened is not None:
+            self._opened.close()
+
+    def _folder(self) -> Folder:
+        if self._opened is None:
+            if self._where is None:
+                self._where = tempfile.mkdtemp(prefix="metalearn-states-")
+                weakref.finalize(self, shutil.rmtree, self._where, ignore_errors=True)
+            path = pathlib.Path(self._where).absolute()
+            if jax.process_count() > 1:
+                path = path / str(jax.process_index())
+            self._opened = Folder(path, self._run)
+            if not self._saved:  # no checkpoint refers to what an earlier run has left
+                self._opened.keep_only(set())
+        return self._opened
+
+    def _on_host(self, state: Any) -> list[np.ndarray]:
+        return [
+            np.asarray(shard.data)
+            for leaf in jax.tree.leaves(state)
+            for shard in _data(leaf).addressable_shards
+        ]
+
+    def _on_device(self, arrays: Sequence[np.ndarray]) -> Any:
+        rest = iter(arrays)
+        return jax.tree.unflatten(
+            self._treedef,
+            [leaf.on_device([next(rest) for _ in leaf.shards]) for leaf in self._leaves],
+        )
+
+
+@jax.jit
+def copied(state: Any) -> Any:
+    """Return a copy of a state on the device: programs may use the buffers of the other."""
+
+    def copy(leaf: jax.Array) -> jax.Array:
+        if not _is_key(leaf):
+            return jnp.copy(leaf)
+        data = jnp.copy(jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+
+    return jax.tree.map(copy, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A leaf of a state: of which shards it consists in this process."""
+
+    shape: tuple[int, ...]
+    sharding: jax.sharding.Sharding | None  # None: on the default device, committed to none
+    shards: list[Any]  # the shape and dtype of each
+    key_impl: Any  # of a leaf of PRNG keys, which are saved as their data; else None
+
+    @classmethod
+    def of(cls, leaf: Any) -> _Leaf:
+        where = getattr(leaf, "sharding", None)
+        data, impl = leaf, None
+        if _is_key(leaf):
+            impls: list[Any] = []
+            jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), leaf)
+            data, impl = jax.eval_shape(jax.random.key_data, leaf), impls[0]
+        shape = data.shape if where is None else where.shard_shape(data.shape)
+        count = 1 if where is None else len(where.addressable_devices)
+        return cls(data.shape, where, [jax.ShapeDtypeStruct(shape, data.dtype)] * count, impl)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(each.shape) * each.dtype.itemsize for each in self.shards)
+
+    def on_device(self, arrays: Sequence[np.ndarray]) -> jax.Array:
+        if self.sharding is None:
+            data = jax.device_put(arrays[0])
+        else:
+            devices = self.sharding.addressable_devices_indices_map(self.shape)
+            single = [jax.device_put(a, d) for a, d in zip(arrays, devices, strict=True)]
+            data = jax.make_array_from_single_device_arrays(self.shape, self.sharding, single)
+        return data if self.key_impl is None else jax.random.wrap_key_data(data, impl=self.key_impl)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _data(leaf: jax.Array) -> jax.Array:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf

@@ -1,0 +1,369 @@
+"""Outer steps cut into segments with a backward pass: the same gradient within any budget."""
+
+import dataclasses
+import functools
+import hashlib
+import random
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metalearn import MixedFlow, Replay, Reverse, Trainer
+from metalearn.checkpoints import state_files
+from metalearn.checkpoints.manager import Checkpoints
+from metalearn.loggers import Logger
+from metalearn.training import outer_loop
+from metalearn.training.outer_loop import Interrupted
+from metalearn.training.replay_schedule import replays
+from metalearn.training.segment_run import SegmentRun
+from tests import cases
+from tests.helpers.checkpoints import bits
+from tests.helpers.selection import quick
+from tests.helpers.walks import MIXED, Aims, Walk, trainer_of
+
+KEY, AIMS = jax.random.key(0), Aims()
+STEPS, SEGMENT = 13, 2  # the last of seven segments has one step
+
+
+@functools.cache  # and with a trainer its compiled programs
+def trainer(engine=MIXED, segment=SEGMENT, **options):
+    return trainer_of(Walk(options.pop("steps", STEPS)), engine, segment, **options)
+
+
+def with_replay(made, replay, folder=None, tasks=AIMS):
+    """The programs of a trainer, with states kept elsewhere."""
+    run = made.segments(tasks)
+    return SegmentRun(run._unrolls, run.cut, run._programs, replay, run._shapes, folder)
+
+
+def taken(run, state, tasks=AIMS):
+    """Take an outer step: (state, metrics, the phases of its programs)."""
+    phases, metrics = [], None
+    of = run.place(state).of
+    while metrics is None:
+        place = run.place(state)
+        assert (place.programs, place.of) == (len(phases), of)
+        phases.append(place.phase)
+        state, metrics = run.take(state, tasks)
+    assert len(phases) == of
+    return state, metrics, phases
+
+
+def assert_close(found, expected, tolerance=1e-10):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+# The same meta-gradient.
+
+
+@functools.cache
+def uncut():
+    with jax.enable_x64(True):
+        whole = trainer(Reverse(), None)
+        return whole.step(whole.init(KEY), Aims())
+
+
+ENGINES = {
+    name: engine
+    for name, engine in (cases.ENGINES | {"reconstruct": MixedFlow(store="host")}).items()
+    if not name.startswith("Forward")
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "segment"),
+    quick(
+        [(name, segment) for name in ENGINES for segment in (1, 2, 6, 13)],
+        lambda name, segment: (name, segment) in [("MixedFlow", 2), ("Reverse-nested", 6)],
+    ),
+)
+def test_an_outer_step_in_segments_is_the_one_in_a_single_program(engine, segment, x64):
+    made, (expected, seen) = trainer(ENGINES[engine], segment), uncut()
+    state, metrics = made.step(made.init(KEY), Aims())
+    assert_close(state.eta, expected.eta)
+    assert_close(metrics, seen)
+    assert jnp.abs(state.eta["rate"] - made.init(KEY).eta["rate"]).min() > 1e-3
+
+
+ALGORITHMS = quick(
+    [
+        (name, engine, segment)
+        for name in cases.ALGORITHMS
+        for engine in ("Reverse-step", "Forward", "MixedFlow")
+        for segment in (1, 2)
+    ],
+    lambda name, engine, segment: (name, engine, segment) == ("running", "MixedFlow", 2),
+)
+
+
+@pytest.mark.parametrize(("name", "engine", "segment"), ALGORITHMS)
+def test_every_algorithm_is_cut_as_it_is(name, engine, segment, x64):
+    algorithm, tasks = cases.ALGORITHMS[name].problem("linen")
+    whole = Trainer(algorithm, Reverse(), optax.sgd(1.0), tasks_per_step=2)
+    cut = dataclasses.replace(whole, engine=cases.ENGINES[engine], segment=segment)
+    state = whole.init(KEY)
+    expected, seen = whole.step(state, tasks)
+    found, metrics = cut.step(state, tasks)
+    assert_close(found.eta, expected.eta)
+    seen.pop("inner_tangent_norm", None), metrics.pop("inner_tangent_norm", None)
+    assert_close(metrics, seen)
+
+
+BUDGETS = {
+    **{f"{count} states": Replay(states=count) for count in (1, 2, 3, 5, 100)},
+    "device": Replay(device="1MB", host=0),
+    "disk": Replay(host=0, disk="1MB"),
+    "all three": Replay(device=150, host=150, disk="1MB"),
+}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_every_budget_and_store_gives_the_same_bits(name, x64):
+    made, run = trainer(), with_replay(trainer(), BUDGETS[name])
+    expected, _ = made.step(made.init(KEY), Aims())
+    state, metrics, phases = taken(run, made.init(KEY))
+    assert bits(state) == bits(expected)
+    states = min(BUDGETS[name].states or 100, 5)
+    assert phases.count("replay") == replays(7, states)
+    assert phases.count("backward") == 6 and phases.count("forward") == 7
+    assert metrics["inner_finite"] == 1
+
+
+def test_states_spill_from_the_device_to_the_host_and_the_disk():
+    run = with_replay(trainer(), Replay(device=60, host=60, disk="1MB"))  # a state: 50
+    state = trainer().init(KEY)
+    while len(getattr(state.inner, "kept", ())) < 5:
+        state, _ = run.take(state, Aims())
+    assert [each.place for each in state.inner.kept] == ["disk"] * 3 + ["host", "device"]
+    while state.inner != ():
+        state, _ = run.take(state, Aims())
+    assert not [path for path in run._opened._folder().path.iterdir() if path.name != "lock"]
+
+
+def test_two_programs_serve_every_horizon_and_a_third_a_shorter_last_segment():
+    for steps, last in ((12, 0), (13, 1)):
+        made = trainer(Reverse(), steps=steps)
+        for _ in range(2):
+            made.step(made.init(KEY), Aims())
+        programs = made._programs
+        sizes = [programs.advance._cache_size(), programs.pull_back._cache_size()]
+        assert sizes == [1, 1] and programs.last._cache_size() == last
+
+
+# Saved, stopped and gone on from.
+
+
+class Asked:
+    """Asks a run to stop after so many programs, once."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def __call__(self, number):
+        return "SIGTERM" if number == self.at else None
+
+
+def fit(made, steps, directory=None, **options):
+    keeps = None
+    if directory is not None:
+        keeps = Checkpoints(directory, every=1, within=options.pop("within", 0))
+    try:
+        return made.fit(Aims(), steps, key=KEY, checkpoints=keeps, progress=False, **options)
+    finally:
+        if keeps is not None:
+            keeps.close()
+
+
+PLACES = {
+    2: "inner step 4 of 13 of",
+    7: "inner step 12 of 13, replaying of",  # the outer loss is known
+    8: "inner step 10 of 13, going backward of",
+    11: "inner step 4 of 13, replaying of",
+}
+
+
+@functools.cache
+def two_states():
+    return dataclasses.replace(trainer(), replay=Replay(states=2))
+
+
+@pytest.mark.parametrize("at", PLACES)
+def test_a_run_stopped_in_any_direction_goes_on_with_the_same_bits(at, tmp_path):
+    made = two_states()
+    with pytest.raises(Interrupted) as caught:
+        fit(made, 2, tmp_path, asked_to_stop=Asked(at))
+    message = str(caught.value)
+    assert PLACES[at] in message and "It is saved, and the same command goes on" in message
+    asked = []
+    found = fit(made, 2, tmp_path, asked_to_stop=lambda number: asked.append(number))
+    assert asked[0] == at + 1
+    assert bits(found) == bits(fit(made, 2))
+    assert not list((tmp_path / "states").glob("*.state*"))
+
+
+def in_a_process(directory, *arguments):
+    """Run `helpers.killed_replays`: (exit status, what it printed)."""
+    command = [sys.executable, "-m", "tests.helpers.killed_replays", directory, *arguments]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert ended.returncode in (0, -signal.SIGKILL), ended.stderr
+    return ended.returncode, ended.stdout
+
+
+# Programs of an outer step: 6 go forward, then the outer loss; 8 and from 11 on there are replays.
+MOMENTS = {"forward": range(1, 6), "replay": (7, 10, 11), "backward": (8, 9, 12)}
+
+
+@pytest.mark.parametrize(
+    ("phase", "kills"), quick([(p, 20) for p in MOMENTS] + [("replay", 1)], lambda p, n: n == 1)
+)
+def test_a_run_that_is_killed_in_any_phase_ends_with_the_same_bits(phase, kills, tmp_path):
+    made = trainer_of(Walk(), replay=Replay(states=2, host=0, disk="1MB"))
+    expected = hashlib.sha256(repr(bits(fit(made, 2))).encode()).hexdigest()
+    moments = random.Random(phase)
+    for kill in range(kills):
+        if kill % 4 == 0:  # up to four kills of one run
+            directory = tmp_path / str(kill)
+        status, _ = in_a_process(directory, moments.choice(MOMENTS[phase]) + 13 * (kill % 2), kill)
+        if status == 0 or kill % 4 == 3 or kill == kills - 1:
+            assert expected in in_a_process(directory)[1]
+
+
+def test_a_run_is_saved_every_so_many_programs_and_keeps_the_files_of_two_saves(tmp_path):
+    with pytest.raises(Interrupted):
+        fit(two_states(), 1, tmp_path, asked_to_stop=Asked(11), within=3)
+    names = sorted(path.name for path in (tmp_path / "states").glob("*"))
+    # Saves after 9 and after 11 programs: the state before segment 4 was dropped after the first.
+    assert names == ["0-1.state", "0-2.state", "0-4.state", "lock"]
+
+
+def test_a_lost_state_is_computed_again(tmp_path, capfd):
+    with pytest.raises(Interrupted):
+        fit(two_states(), 1, tmp_path, asked_to_stop=Asked(6))
+    (first, second) = sorted((tmp_path / "states").glob("*.state"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    found = fit(two_states(), 1, tmp_path)
+    assert bits(found) == bits(fit(two_states(), 1))
+    said = capfd.readouterr().out
+    assert "1 of the kept states are lost: their segments are run again." in said
+    assert "A kept state is lost (0-4.state is too short): its segments are run again." in said
+
+
+def test_another_segment_does_not_go_on_inside_a_step(tmp_path):
+    with pytest.raises(Interrupted):
+        fit(two_states(), 1, tmp_path, asked_to_stop=Asked(8))
+    with pytest.raises(ValueError, match="step 10 of an outer step that is cut into segments of 2"):
+        fit(trainer(segment=6), 1, tmp_path)
+
+
+@pytest.mark.parametrize("kept", range(4))
+def test_a_disk_that_fills_up_costs_replays_and_nothing_else(kept, monkeypatch, capfd, x64):
+    run = with_replay(trainer(), Replay(host=0, disk="1MB"))
+    real, written = state_files.write, []
+
+    def write(path, arrays):
+        written.append(path)
+        if len(written) > kept:
+            raise OSError(28, "No space left on device")
+        return real(path, arrays)
+
+    monkeypatch.setattr(state_files, "write", write)
+    state, metrics = trainer().init(KEY), None
+    while metrics is None:
+        state, metrics = run.take(state, Aims())
+    assert bits(state) == bits(trainer().step(trainer().init(KEY), Aims())[0])
+    said = capfd.readouterr().out
+    assert "could not be written to" in said and "No space left on device" in said
+    assert said.count("no further states are kept there") == 1
+
+
+class Rows(Logger):
+    """Remembers the rows of metrics."""
+
+    def __init__(self):
+        self.rows = []
+
+    def log(self, step, metrics):
+        self.rows.append({"step": step, **metrics})
+
+
+def test_inner_losses_are_logged_along_a_long_run(monkeypatch):
+    logger, made = Rows(), trainer()
+    fit(made, 1, loggers=[logger], log_every=1)
+    assert len(logger.rows) == 1  # a run of a second needs no more
+    monkeypatch.setattr(outer_loop, "ROW_SECONDS", 0)
+    fit(made, 1, loggers=[logger], log_every=1)
+    along, last = logger.rows[1:-1], logger.rows[-1]
+    assert [row["run/inner_step"] for row in along] == [2, 4, 6, 8, 10, 12]
+    assert {row["step"] for row in along} == {1} and "loss" in last
+    assert along[0]["run/inner_loss"] > along[-1]["run/inner_loss"] > 0
+
+
+# Bad input.
+
+
+def test_a_budget_below_one_state_is_refused():
+    made = dataclasses.replace(trainer(), replay=Replay(host=10))
+    with pytest.raises(ValueError, match=r"one takes 50 B, and the budget is device=0 B, host=10 "):
+        made.step(made.init(KEY), Aims())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"states": 0}, r"`Replay\(states=0\)`: it is an integer, 1 or more"),
+        ({"host": -1}, r'`Replay\(host=-1\)`: it is an amount of memory, such as "4GiB"'),
+        ({"disk": "a lot"}, "'a lot' is no amount of memory"),
+        ({"device": 1.5}, r"`Replay\(device=1.5\)`: it is an amount of memory"),
+    ],
+)
+def test_amounts_that_are_none_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Replay(**options)
+
+
+def test_a_replay_without_segments_is_refused():
+    with pytest.raises(ValueError, match="but an outer step is one program. Set `segment` too"):
+        trainer(segment=None, replay=Replay(states=3))
+
+
+def kept_in(folder):
+    """Open a store on disk in a folder."""
+    return with_replay(trainer(), Replay(host=0, disk="1MB", folder=folder))._states(
+        trainer().init(KEY)
+    )
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="which cannot be written to"):
+        kept_in(tmp_path / "file" / "states")
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"holds other files \(thesis.tex\)"):
+        kept_in(tmp_path)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    (tmp_path / "lock").write_text("run 1234")
+    (tmp_path / "0-1.state").touch()
+    with pytest.raises(ValueError, match="holds the states of another run. Delete them if"):
+        kept_in(tmp_path)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    store = kept_in(tmp_path)
+    with pytest.raises(ValueError, match="Another process keeps the states of its inner run in"):
+        kept_in(tmp_path)
+    store.close()
+    kept_in(tmp_path)
