@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metalearn._utils.checks import Count, counts
+from metalearn._utils.checks import counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.intervals import Estimate
 from metalearn._utils.labels import Seen, known
@@ -95,7 +95,7 @@ class Trainer:
     isolate: bool = False
     skip_nonfinite: bool = False
     layout: Layout | None = None
-    segment: Count | str | None = None
+    segment: int | str | None = None
     replay: Replay = Replay()
 
     def __post_init__(self) -> None:
