@@ -228,9 +228,10 @@ class Trainer:
             return None
         leaves, treedef = jax.tree.flatten(tasks)
         shapes = treedef, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        if (shapes, folder) not in self._known_segments:
-            self._known_segments[shapes, folder] = self._segmented(self.unrolls, tasks, folder)
-        return self._known_segments[shapes, folder]
+        known = shapes, folder, bool(jax.config.read("jax_enable_x64"))
+        if known not in self._known_segments:
+            self._known_segments[known] = self._segmented(self.unrolls, tasks, folder)
+        return self._known_segments[known]
 
     @functools.cached_property
     def _known_segments(self) -> dict[Any, SegmentRun]:
