@@ -1,7 +1,7 @@
 # make train   set up and train the first experiment    make test      the check before a commit
 # make format  let ruff mend what it can                make test-all  the slow tests too
-# make lint    ruff and mypy                            make lock      renew requirements/*.lock
-# make clean   remove the environment
+# make lint    ruff and mypy                            make docs      the site, into site/
+# make clean   remove the environment                   make lock      renew requirements/*.lock
 #
 # Python >= 3.11 and make are all it takes. PYTHON=python3.12 picks the interpreter; an
 # environment made with another version is made anew, so VENV=.venv312 keeps two side by side.
@@ -19,7 +19,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint format lock clean
+.PHONY: help train test test-all lint docs format lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +39,10 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+# Strict: a dead link, or a page that is not in the navigation, is an error.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
 format: $(VENV)/.test
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
@@ -49,16 +53,18 @@ COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 -
 
 lock: $(VENV)/.python-$(VERSION)
 	$(PIP) install -qq uv
-	$(COMPILE) --output-file requirements/train.lock
-	$(COMPILE) --extra test --output-file requirements/test.lock
+	$(COMPILE) --no-emit-package pyarrow --output-file requirements/train.lock
+	$(COMPILE) --extra test --extra docs --output-file requirements/test.lock
 
 clean:
 	rm -rf $(VENV)
 
-# Stamps: installed again only when the lock file or setup.cfg has changed.
+# Stamps: installed again only when the lock file or setup.cfg has changed. A lock file is complete,
+# so nothing is resolved; and modules are compiled when they are first imported, most of them never.
+# train.lock leaves out pyarrow, 176 MB that TensorFlow Datasets imports for Parquet files alone.
 $(VENV)/.train $(VENV)/.test: $(VENV)/.%: requirements/%.lock setup.cfg $(VENV)/.python-$(VERSION)
-	@echo 'Installing $< and this project into $(VENV), a minute or so'
-	@$(PIP) install -qq --requirement $<
+	@echo 'Installing $< and this project into $(VENV), up to a minute'
+	@$(PIP) install -qq --no-deps --no-compile --requirement $<
 	@$(PIP) install -qq --no-deps --editable .
 	@touch $@
 

@@ -254,7 +254,7 @@ def _damaged_part(builder: Any, what: str, why: str) -> DamagedDatasetError:
 def _damaged(name: str, folder: Any, root: Any, what: str, why: str) -> DamagedDatasetError:
     return DamagedDatasetError(
         f"The dataset {name!r} in {folder} is damaged: {what} cannot be read ({why}). Delete that "
-        f"directory and prepare it again, with: {_command(name, root)}."
+        f"directory and prepare it again, with: {prepare_command(name, root)}."
     )
 
 
@@ -276,16 +276,17 @@ def check_prepared(builder: Any) -> None:
         raise DatasetNotPreparedError(
             f"The dataset {name!r} in {where} is stored as {builder.info.file_format.value}, which "
             f"only TensorFlow reads; metalearn reads array_record. Prepare it a second time, into "
-            f"another directory: {_command(name, 'ANOTHER_DIR')}, and pass data_dir=ANOTHER_DIR."
+            f"another directory: {prepare_command(name, 'ANOTHER_DIR')}, and pass "
+            "data_dir=ANOTHER_DIR."
         )
     raise DatasetNotPreparedError(
         f"The dataset {name!r} is not prepared: there is no {builder.data_dir}. Prepare it once "
-        f"with: {_command(name, where)}; or, if it is elsewhere, pass data_dir= or set the "
+        f"with: {prepare_command(name, where)}; or, if it is elsewhere, pass data_dir= or set the "
         f"environment variable TFDS_DATA_DIR before Python starts."
     )
 
 
-def _command(name: str, data_dir: Any) -> str:
+def prepare_command(name: str, data_dir: Any) -> str:
     """Return the command that prepares a dataset."""
     if name in PREPARED_HERE:
         return f"python -m metalearn.datasets.prepare {name} --data-dir={data_dir}"

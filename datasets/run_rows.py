@@ -161,7 +161,7 @@ class RowNumbers:
         self, programs: _Programs, key: np.ndarray, impl: Any, block: int, length: int
     ) -> np.ndarray:
         """Return the rows of the steps of a block, [length, batch], from the cache or computed."""
-        name = id(programs), key.tobytes(), length, block
+        name = programs, key.tobytes(), length, block  # programs compare by identity
         if name not in self._blocks:
             first = np.int32(block * length)
             rows = programs.rows_of(key, first, length=length, impl=impl)

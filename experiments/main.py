@@ -1,4 +1,4 @@
-"""The command line: `metalearn plan`, `train`, `eval`, `adapt`, `export` and `draw`.
+"""The command line: `metalearn train`, `plan`, `eval` and the other commands.
 
     metalearn plan  --config=maml_omniglot --budget=4GiB
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
@@ -8,11 +8,16 @@
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
     metalearn report runs/omniglot runs/other --out=report.html
+    metalearn sweep --config=maml_digits --sweep.tasks_per_step="[4,8]" --workdir=runs/sweep
+    metalearn list maml
+    metalearn doctor
 
 `metalearn train --help` shows the options of train, and so for each command; all of them have
 --traceback. train and plan: --config, --config.KEY=VALUE and --budget (such as 40GiB, of
 --config.engine=auto and of the plan; else the memory of the device). adapt: --support and --query,
-each an .npz file with `inputs` and `labels`, or a folder of images by class.
+each an .npz file with `inputs` and `labels`, or a folder of images by class. sweep searches keys of
+a config by trials, and resumes; list shows what a config may name, or the keys of a name; doctor
+tries every engine on this machine, and exits with status 1 where something does not work.
 
 A name that is set, --config.model.name=mlp, brings its own keys with their defaults; keys that
 both names have keep their values. `None`, `null` or nothing behind the equals sign unsets a key
@@ -31,6 +36,7 @@ not end a run: what could not be written is named, the score is printed, and the
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shlex
 import sys
@@ -45,8 +51,9 @@ from metalearn.experiments.build import sections
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.cli.compilation_cache import kept_programs
 from metalearn.experiments.commands import adapt as adaptation
-from metalearn.experiments.commands import plan, run
+from metalearn.experiments.commands import doctor, listing, plan, run
 from metalearn.experiments.commands import report as reporting
+from metalearn.experiments.commands import sweep as sweeping
 from metalearn.sharding import distributed as processes
 from metalearn.training.outer_loop import Interrupted
 from metalearn.training.signals import EXIT_STATUS
@@ -77,23 +84,39 @@ _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes share t
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Find the processes: SLURM, clouds.")
 _CACHE = flags.DEFINE_bool("compilation_cache", True, "Compile all programs again.")
+_TEST = flags.DEFINE_bool("test", True, "Evaluate no test tasks at the end.")
+_TRIALS = flags.DEFINE_integer("trials", None, "How many; else 20, or all of a grid.")
+_JOBS = flags.DEFINE_integer("jobs", 1, "Trials at a time, which share the machine.")
+_METRIC = flags.DEFINE_string(
+    "metric", "eval/loss", 'To compare trials by, such as eval/accuracy or "max eval/my_score".'
+)
+_SAMPLER = flags.DEFINE_string("sampler", "tpe", "tpe, random or grid.")
+_PRUNER = flags.DEFINE_string("pruner", "none", "none, or hyperband: stop bad trials early.")
+_SAMPLER_SEED = flags.DEFINE_integer("sampler_seed", 0, "The same seed suggests the same trials.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
+
+WITHOUT_DEVICES = ("list", "sweep")  # which neither look for a device nor compile anything
+WITH_DEVICES = ("plan", "train", "eval", "adapt", "export", "draw", "report", "doctor")
 
 # Options of some commands alone; all others are of every command.
 OPTIONS = {
-    "config": ("plan", "train"),
-    "workdir": ("train", "eval", "adapt", "export", "draw"),
+    "config": ("plan", "train", "sweep"),
+    "workdir": ("train", "eval", "adapt", "export", "draw", "sweep"),
     "tasks": ("eval",),
     "out": ("adapt", "export", "report"),
     "support": ("adapt",),
     "query": ("adapt",),
     "inner_steps": ("adapt",),
     "budget": ("plan", "train"),
-    "json": ("plan",),
+    "json": ("plan", "list"),
     "largest": ("plan",),
     "progress": ("train",),
     "allow_config_change": ("train",),
     "best": ("eval", "adapt", "export"),
+    "test": ("train",),
+    **dict.fromkeys(("trials", "jobs", "metric", "sampler", "pruner", "sampler_seed"), ("sweep",)),
+    **dict.fromkeys(("coordinator", "processes", "process", "distributed"), WITH_DEVICES),
+    "compilation_cache": (*WITH_DEVICES, "sweep"),
 }
 
 # What a user can mend. Anything else is a bug of ours and keeps its traceback.
@@ -103,7 +126,8 @@ REPORTED = (ValueError, TypeError, FloatingPointError, OSError, flags.Error)
 def train() -> None:
     """Train the config in the workdir, resuming what is there; then evaluate on test tasks."""
     command = shlex.join(["metalearn", *sys.argv[1:]])
-    run.train(_config("train"), _workdir(), _PROGRESS.value, _CHANGE.value, _budget(), command)
+    options = _PROGRESS.value, _CHANGE.value, _budget(), command, _TEST.value
+    run.train(_config("train"), _workdir(), *options)
 
 
 def evaluate() -> None:
@@ -142,7 +166,35 @@ def report(*workdirs: str) -> None:
     print(reporting.report([*map(pathlib.Path, workdirs)], out, allow_imports=_IMPORTS.value))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+def sweep() -> None:
+    """Search keys of a config by trials, each a run in WORKDIR/trials; the command resumes it.
+
+    --sweep.KEY=VALUES, once for each key, says what is tried: log(1e-4,1e-1), uniform(0,1),
+    int(1,8), or [a,b,c].
+    """
+    (words, swept), workdir = arguments.of_sweep(sys.argv), _workdir()
+    options = sweeping.Options(
+        _METRIC.value,
+        _TRIALS.value,
+        _JOBS.value,
+        _SAMPLER.value,
+        _PRUNER.value,
+        _SAMPLER_SEED.value,
+    )
+    sweeping.sweep(_config("sweep"), words, swept, workdir, options)
+
+
+def show_names(*names: str) -> None:
+    """List what a config may name, or the keys of one name: `metalearn list`, `list maml`."""
+    listing.show(names, _JSON.value)
+
+
+def diagnose() -> int:
+    """Say what this machine has, and compute a meta-gradient in every engine on it."""
+    return doctor.diagnose()
+
+
+COMMANDS: dict[str, Callable[..., int | None]] = {
     "plan": show_plan,
     "train": train,
     "eval": evaluate,
@@ -150,8 +202,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "draw": draw,
     "report": report,
+    "sweep": sweep,
+    "list": show_names,
+    "doctor": diagnose,
 }
-TAKES_WORKDIRS = ("report",)  # as arguments without a name
+TAKES_ARGUMENTS = ("report", "list")  # without a name
 
 
 def _config(command: str) -> Any:
@@ -188,31 +243,46 @@ def _flags() -> list[flags.Flag]:
     return [flags.FLAGS[value.name] for value in values]
 
 
+def _options_of(command: str) -> list[flags.Flag]:
+    return [flag for flag in _flags() if command in OPTIONS.get(flag.name, COMMANDS)]
+
+
+def help_of(command: str) -> str:
+    """Return what `metalearn COMMAND --help` prints: what the command does, and its options."""
+    return arguments.usage(command, COMMANDS[command].__doc__ or "", _options_of(command))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run a command line, and return its exit status.
 
-    That is 0, 2 for what the user can mend, 75 for a run that was asked to stop and has saved.
+    That is 0, 1 where `doctor` finds what must work and does not, 2 for what the user can mend, 75
+    for a run that was asked to stop and has saved.
     """
     try:
         command = arguments.command(argv, COMMANDS, __doc__ or "")
         if command is None:
             return 0
-        own = [flag for flag in _flags() if command in OPTIONS.get(flag.name, COMMANDS)]
         if arguments.asks_for_help(argv):
-            print(arguments.usage(command, COMMANDS[command].__doc__ or "", own))
+            print(help_of(command))
             return 0
-        arguments.check_options(argv, command, OPTIONS, own)
-        left = flags.FLAGS(arguments.expanded(argv, sections.renew, sections.nullable))[1:]
-        if left and command not in TAKES_WORKDIRS:
+        known = {**OPTIONS, "sweep": ("sweep",)}
+        arguments.check_options(argv, command, known, _options_of(command))
+        rest, _ = arguments.swept(argv)
+        left = flags.FLAGS(arguments.expanded(rest, sections.renew, sections.nullable))[1:]
+        if left and command not in TAKES_ARGUMENTS:
             raise ValueError(
                 f"{left[0]!r} is not an option: those begin with two dashes, such as "
                 "--config.seed=1."
             )
+        if command in WITHOUT_DEVICES:
+            return COMMANDS[command](*left) or 0
         processes.start(
             *(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value), detect=_DISTRIBUTED.value
         )
         with kept_programs(_CACHE.value):
-            COMMANDS[command](*left)
+            return COMMANDS[command](*left) or 0
+    except BrokenPipeError:  # of `metalearn list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes from the last checkpoint.", file=sys.stderr)
         return 130

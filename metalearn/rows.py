@@ -113,7 +113,9 @@ class StepRows:
             )
         steps = steps - self.start
         inside = (steps >= 0) & (steps < count)
-        positions = self.positions[jnp.clip(steps, 0, max(count - 1, 0))]
+        if not count:
+            return jnp.full((len(steps), batch), ABSENT, jnp.int32)
+        positions = self.positions[jnp.clip(steps, 0, count - 1)]
         return jnp.where(inside[:, None], positions, ABSENT)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from metalearn._utils.checks import counts
+from metalearn._utils.compiling import quick_compilation
 from metalearn._utils.fields import check_fields
 from metalearn._utils.intervals import Estimate
 from metalearn._utils.labels import Seen, known
@@ -369,6 +370,9 @@ class Trainer:
     @functools.cached_property
     def look(self) -> Callable[..., Look]:
         """Examine one task, for a health check: (eta, tasks, key, zeros, steps). Compiled."""
+        return self._look()
+
+    def _look(self, **options: Any) -> Callable[..., Look]:
         longest = None if self.truncation is None else self.truncation.steps
 
         def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = 0, steps: Any = None):
@@ -380,13 +384,18 @@ class Trainer:
             return look_at(self.unrolls.solve, eta, tasks, key, zeros, count)
 
         where = None if self.layout is None else self.layout.replicated
-        return self._compiled(look, static_argnames="steps", out_shardings=where)
+        return self._compiled(look, static_argnames="steps", out_shardings=where, **options)
 
     @functools.cached_property
     def _probes(self) -> health.Probes:
         symmetry = Measure(self.algorithm, self.engine)
         return health.Probes(
-            self.look, symmetry, self.task_keys, self._fetched_first, self.labels_seen
+            self.look,
+            self._look(compiler_options=quick_compilation()),
+            symmetry,
+            self.task_keys,
+            self._fetched_first,
+            self.labels_seen,
         )
 
     def check_health(self, state: TrainState, tasks: Tasks) -> health.Report:

@@ -148,10 +148,12 @@ class Masked(NamedTuple):
 class ExampleMean:
     """The mean over a batch of a loss per example: theta, examples, *shared -> loss ().
 
-    `loss(theta, example, *shared)` returns the loss () of one example, or that and an aux;
-    it is vmapped over the leading axis of the leaves of `examples`, [batch, ...]. What all
-    examples read alike goes into `shared`. With an aux the result is (loss (), aux), the
-    leaves of aux [batch, ...], for `grad(..., has_aux=True)`.
+    What all examples read alike goes into `shared`. With an aux the result is (loss (), aux),
+    the leaves of aux [batch, ...], for `grad(..., has_aux=True)`.
+
+    Args:
+      loss: theta, example, *shared -> the loss () of one example, or that and an aux. Vmapped over
+        the leading axis of the leaves of `examples`, [batch, ...].
     """
 
     loss: Callable[..., Any]

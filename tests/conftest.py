@@ -47,7 +47,7 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 jax.config.update(
     "jax_traceback_in_locations_limit", int(os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"])
 )
-gc.set_threshold(100_000, 20, 50)
+gc.set_threshold(50_000, 10, 10)
 
 # Compiled programs are kept from one run of the tests to the next, and for their child processes.
 PROGRAMS = {

@@ -91,6 +91,10 @@ FEATURES = {
     "lists and streams of episodes": ("datasets/given.py", "GivenTasks"),
     "tasks of unequal size": ("datasets/unequal.py", "UnequalFewShot"),
     "folders of images": ("datasets/folders.py", "read_folder"),
+    "sweeps": ("experiments/commands/sweep.py", "sweep"),
+    "what is searched by a sweep": ("experiments/sweep/space.py", "space"),
+    "names and keys of configs": ("experiments/build/reference.py", "described"),
+    "whether this machine works": ("experiments/commands/doctor.py", "diagnose"),
 }
 
 # Folders inside metalearn, from those that import to those that are imported.

@@ -236,7 +236,17 @@ class FDS(Algorithm):
         schedule: optax.Schedule | None = None,
         steps: int | None = None,
     ) -> optax.GradientTransformation:
-        """Return `fds_rule`; that of arXiv:2007.07869 where it is not `guarded`."""
+        """Return `fds_rule`; that of arXiv:2007.07869 where it is not `guarded`.
+
+        Args:
+          share: see `fds_rule`, here and below where nothing else is said.
+          grow: the factor of a step size when the sign stays the same.
+          tolerance: how much the outer loss may rise before an update is reverted.
+          guarded: whether updates may be reverted, and the last one is.
+          clip: unset: signs have no norm to clip.
+          schedule: number of the update -> factor of its steps.
+          steps: the number of outer steps.
+        """
         if clip is not None:
             raise ValueError("`fds_rule` takes signs, which no clip changes: leave `clip` unset.")
         if not guarded:

@@ -143,6 +143,7 @@ def _learning_rates(
     initial: float = LearningRates.initial,
     mean_over_examples: bool = LearningRates.mean_over_examples,
 ) -> Algorithm:
+    """Build `LearningRates` around a model; the optimizer's own rate is one."""
     options = {
         "optimizer": {**optimizer, "learning_rate": 1.0},  # the rates are what is learned
         "objective": objective,
@@ -162,7 +163,18 @@ def _fds(
     batch: int,
     eval_steps: int | None = None,
 ) -> FDS:
-    """Build FDS around a model; options of the optimizer that are not learned are fixed."""
+    """Build FDS around a model; options of the optimizer that are not learned are fixed.
+
+    Args:
+      model: see `FDS`, here and below where nothing else is said.
+      optimizer: the name of the inner optimizer, and those of its arguments that are fixed.
+      objective: the name of the inner and of the outer loss.
+      augment: of the inner batches: "none" or "jitter".
+      hyperparameters: low, high, start, windows, space and shape of each, by name.
+      inner_steps: T.
+      batch: examples of an inner step.
+      eval_steps: inner steps of an evaluation; None: `inner_steps`.
+    """
     make = partial_optimizer(optimizer)
     loss = objective_function(objective)
     augmentation = pick(AUGMENTATIONS, augment, "augmentation")
@@ -203,6 +215,17 @@ def _loss_weights(
     normalize: str,
     through_features: bool,
 ) -> Algorithm:
+    """Build `LossWeights` around a model.
+
+    Args:
+      model: the network that is trained.
+      optimizer: the name of the inner optimizer, and its arguments.
+      weighting: "domain", "example" or "token", and its options.
+      squash: scores to weights: "bounded", which limits their ratio, or "unbounded".
+      normalize: weights of a batch to weights: "mean_one" or "none".
+      through_features: whether the meta-gradient includes the path from eta through theta to the
+        features of an example, for one more forward pass per step.
+    """
     values = {
         "optimizer": optimizer,
         "weighting": build_weighting(weighting),
@@ -230,6 +253,17 @@ def _learned_optimizer(
     judge: str = LearnedOptimizer.judge,
     cap: float | None = LearnedOptimizer.cap,
 ) -> LearnedOptimizer:
+    """Build `LearnedOptimizer` around a model.
+
+    Args:
+      model: the network that the learned optimizer trains.
+      rule: "per_parameter", "tuned" or "hypergradient", and its options.
+      problem: "supervised", a whole dataset in shuffled epochs, or "streamed", batches of a text.
+      batch: examples of an inner step of the problem "supervised".
+      inner_steps: T.
+      judge: the outer loss: "training" or "validation".
+      cap: the upper bound of a training loss in the outer loss; None: no bound.
+    """
     update_rule = build_rule(rule)
     trained = pick(PROBLEMS, problem, "problem")(model, batch)
     return LearnedOptimizer(trained, update_rule, inner_steps, judge, cap)

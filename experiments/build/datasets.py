@@ -113,7 +113,17 @@ def few_shot(
     on: str = "device",
     **options: Any,
 ) -> Splits:
-    """Make few-shot tasks of the classes of each split."""
+    """Make few-shot tasks of the classes of each split.
+
+    Args:
+      read: a split, **options -> its classes.
+      ways: classes in a task.
+      shots: support examples per class.
+      queries: query examples per class, of tasks to train on.
+      eval_queries: query examples per class, of tasks to evaluate on.
+      **options: of `read`.
+      on: "device", or "host": examples stay on the host, and the rows of a step are read from it.
+    """
     host = on_host(on)
     shape = {"ways": ways, "shots": shots}
     each = {"train": queries, "validation": eval_queries, "test": eval_queries}
@@ -133,7 +143,8 @@ def _few_shot_tasks(split: str, index: ClassIndex, shape: dict[str, Any], host: 
     try:
         if not host:
             return FewShot.create(index, **shape)
-        present = np.arange(np.max(index.counts)) < np.asarray(index.counts)[:, None]
+        most = jax.tree.leaves(index.examples)[0].shape[1]  # beyond a count there is padding
+        present = np.arange(most) < np.asarray(index.counts)[:, None]
         examples = jax.tree.map(lambda leaf: np.asarray(leaf)[present], index.examples)
         return HostFewShot.create(examples, np.nonzero(present)[0], **shape)
     except ValueError as error:
@@ -175,6 +186,13 @@ def _shown(leaf: Any) -> str:
 
 
 def _sinusoid(shots: int, queries: int, eval_queries: int) -> Splits:
+    """Make sine waves with random amplitudes and phases, which never repeat.
+
+    Args:
+      shots: support points of a task.
+      queries: query points of a task to train on.
+      eval_queries: query points of a task to evaluate on.
+    """
     train = Sinusoid(shots, queries)
     held_out = Sinusoid(shots, eval_queries)  # waves never repeat
     return Splits(train, held_out, held_out, jax.ShapeDtypeStruct((1, 1), jnp.float32), 1)
@@ -197,12 +215,29 @@ def _text(
     fresh: bool = False,
     on: str = "device",
 ) -> Splits:
-    """Read a text.
+    """Read a text of TFDS, for language models.
 
     The inner loop always reads the training split, but for its last `held_out` share: that
     is what the outer loss of training reads. Validation and test read their own split, and
     train for `eval_steps`. Where what is learned is how to train (`fresh`), they train on their
     own split too, but for its last `held_out` share, which the outer loss reads.
+
+    Args:
+      tfds: the name of a text of TFDS.
+      feature: of its records that is the text.
+      held_out: the share of the training text that the outer loss reads.
+      corruption: share, kinds, probability and seed: of pieces of the training text.
+      length: S, tokens in a window.
+      inner_steps: T, of training.
+      eval_steps: inner steps of an evaluation.
+      batch: windows in an inner step.
+      queries: held-out windows of a task to train on.
+      eval_queries: held-out windows of a task to evaluate on.
+      probes: corrupted held-out windows of a task to train on, for metrics.
+      eval_probes: corrupted held-out windows of a task to evaluate on, for metrics.
+      pieces: the number of pieces of the text, each a source.
+      fresh: whether validation and test runs train on their own split.
+      on: "device", or "host": examples stay on the host, and the rows of a step are read from it.
     """
     if not 0 < held_out < 1:
         raise ValueError(
@@ -276,6 +311,15 @@ def training_run(
     neither to train on nor to judge by. A validation run is the final run in small: it trains on
     all that they see, and is judged by what is held out. The final one trains on the whole
     training split and is judged by the test split.
+
+    Args:
+      tfds: the name of a dataset of images: "digits", or one of TFDS.
+      data_dir: the directory of datasets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      validation: the examples of the outer loss of a run: a number, or a share of all.
+      label_noise: the share of wrong labels in the inner loop.
+      noise_seed: decides which labels are wrong.
+      held_out: the share of the training split for evaluations during training; 0: none of it.
+      on: "device", or "host": examples stay on the host, and the rows of a step are read from it.
     """
     host = on_host(on)
     train, test = (read_images(tfds, split, data_dir=data_dir) for split in ("train", "test"))
@@ -311,6 +355,14 @@ def _optimizer_runs(
 
     What is learned is how to train, so validation and test runs train too, from fresh
     initialisations: on the last `held_out` of the training split, and on the test split.
+
+    Args:
+      tfds: the name of a dataset of images: "digits", or one of TFDS.
+      data_dir: the directory of datasets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      validation: the examples by which a run is judged: a number, or a share of all.
+      most: images of a split at most; None: all.
+      held_out: the share of the training split for evaluations during training; 0: none of it.
+      on: "device", or "host": examples stay on the host, and the rows of a step are read from it.
     """
     at_least("dataset", 1, most=most)
     create: Any = HostTrainingRuns.create if on_host(on) else TrainingRuns.create

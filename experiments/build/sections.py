@@ -66,7 +66,7 @@ def renew(config: ConfigDict, changes: Mapping[str, Any]) -> None:
         old, name = _at(config, section), changes.get(f"{section}.name")
         if not isinstance(old, ConfigDict) or not isinstance(name, str) or name == old.get("name"):
             continue
-        takes = _parameters(section, name, config, changes)
+        takes = keys_of(section, name, _library(config, changes))
         if takes is not None:
             parent = _at(config, section.rpartition(".")[0])
             beside = BESIDE.get(section, {})
@@ -85,7 +85,7 @@ def nullable(config: ConfigDict, key: str) -> bool:
         return True
     if section not in SECTIONS:
         return False
-    takes = _parameters(section, _at(config, section).get("name"), config, {}) or {}
+    takes = keys_of(section, _at(config, section).get("name"), _library(config, {})) or {}
     return last in takes and _takes_none(takes[last])
 
 
@@ -93,10 +93,21 @@ def _takes_none(parameter: inspect.Parameter) -> bool:
     return parameter.default is None or "None" in str(parameter.annotation)
 
 
-def _parameters(
-    section: str, name: Any, config: ConfigDict, changes: Mapping[str, Any]
-) -> Parameters | None:
-    """Return the arguments that are keys of a name; None for a name that is not known here."""
+def _library(config: ConfigDict, changes: Mapping[str, Any]) -> Any:
+    """Return the model library of a config, once changed."""
+    model = _at(config, "model")
+    now = model.get("library") if isinstance(model, ConfigDict) else None
+    return changes.get("model.library", now)
+
+
+def keys_of(section: str, name: Any, library: Any = "linen") -> Parameters | None:
+    """Return the arguments that are keys of a name in a section; None for an unknown name.
+
+    Args:
+      section: one of `SECTIONS`, such as "algorithm".
+      name: in that section, such as "maml", or an import path.
+      library: of a model.
+    """
     own = is_import_path(name)
     if section == "algorithm" and (own or name in ALGORITHMS):
         return _without(parameters(find(ALGORITHMS, name, "algorithm", (Algorithm,))), ("model",))
@@ -105,7 +116,6 @@ def _parameters(
         shape = parameters(few_shot) if returns(read, ClassIndex) else {}
         return _without({**shape, **parameters(read)}, ("read", "split"))
     if section == "model":
-        library = changes.get("model.library", config.model.get("library"))
         known = isinstance(library, str) and library in LIBRARIES
         networks = LIBRARIES[library].networks if known else {}
         if not own and name not in networks:
@@ -141,7 +151,7 @@ def _renewed(
 
 def _set_default(section: ConfigDict, parameter: inspect.Parameter, value: Any = None) -> None:
     """Add a key with the default of an argument, where a config can hold it."""
-    default, kind = parameter.default, _type(parameter, value)
+    default, kind = parameter.default, type_of(parameter, value)
     if default is None or default is inspect.Parameter.empty:
         section[parameter.name] = placeholder(kind)
     elif type(default) in (bool, str) or (type(default) is tuple and all(map(_plain, default))):
@@ -158,7 +168,7 @@ def _plain(value: Any) -> bool:
     return isinstance(value, int | float | str)
 
 
-def _type(parameter: inspect.Parameter, value: Any) -> type:
+def type_of(parameter: inspect.Parameter, value: Any = None) -> type:
     """Return the type of an argument's values, by its annotation, its default or a value."""
     annotation = parameter.annotation
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)

@@ -121,8 +121,7 @@ def replay(config: Mapping[str, Any], segment: int | None) -> Replay:
 def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
     """Build an engine by its name in `ENGINES`, or its import path, with the options set."""
     values = {key: as_tuple(value) for key, value in set_options(options or {}).items()}
-    build = find(ENGINES, name, "engine", (MetaGradient,))
-    build = _inverse_variance if build is InverseVariance else build
+    build = engine_builder(name)
     try:
         check_call(f"engine {name!r}", values, build)
     except ValueError as error:
@@ -133,7 +132,14 @@ def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
     return check_kind(build(**values), name, "engine", (MetaGradient,))
 
 
+def engine_builder(name: str) -> Callable[..., MetaGradient]:
+    """Return what builds an engine from the options of a config."""
+    build = find(ENGINES, name, "engine", (MetaGradient,))
+    return _inverse_variance if build is InverseVariance else build
+
+
 def _inverse_variance(pairs: int = 4, sigma: float = 0.01) -> InverseVariance:
+    """Build the mixture of `MixedFlow()` and `ES`, whose options these are; see `ES`."""
     return InverseVariance(ES(pairs, sigma))
 
 

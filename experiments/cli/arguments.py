@@ -116,7 +116,8 @@ def check_options(
         match = re.match(r"--?(?:no)?(\w+)(?=[=.]|$)", argument)
         others = commands_of.get(match[1], ()) if match else ()
         if match and others and command not in others:
-            those = " and ".join(f"`metalearn {other}`" for other in others)
+            *first, last = (f"`metalearn {other}`" for other in others)
+            those = f"{', '.join(first)} and {last}" if first else last
             names = ", ".join(f"--{_dashed(flag.name)}" for flag in options)
             raise ValueError(
                 f"--{_dashed(match[1])} is an option of {those}, not of `metalearn {command}`. "
@@ -159,6 +160,52 @@ def expanded(
             _check_values(rest, config)
             break
     return rest
+
+
+SWEPT = re.compile(r"--?sweep\.([^=]+)(?:=(.*))?", re.DOTALL)
+OF_TRIALS = re.compile(
+    r"--?(no)?(config([.=].*)?|(allow_imports|compilation_cache)(=.*)?)", re.DOTALL
+)
+
+
+def swept(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return (argv without them, the text of each `--sweep.KEY=TEXT` or `--sweep.KEY TEXT`)."""
+    rest, texts, words = [], {}, iter(argv)
+    for word in words:
+        match = SWEPT.fullmatch(word)
+        if match is None:
+            rest.append(word)
+            continue
+        if match[1] in texts:
+            raise ValueError(f"--sweep.{match[1]} is there twice. Leave one of them out.")
+        texts[match[1]] = next(words, "") if match[2] is None else match[2]
+    return rest, texts
+
+
+def of_trials(argv: Sequence[str]) -> list[str]:
+    """Return the options of a command line that are those of its trials: the config, imports.
+
+    >>> of_trials(["metalearn", "sweep", "--jobs=2", "--config", "maml_digits", "--config.seed=1"])
+    ['--config', 'maml_digits', '--config.seed=1']
+    """
+    words = [_with_underscores(word) for word in argv[2:]]
+    chosen: list[str] = []
+    for i, word in enumerate(words):
+        follows = i > 0 and words[i - 1] in chosen[-1:] and "=" not in words[i - 1]
+        if OF_TRIALS.fullmatch(word) or (follows and not word.startswith("--")):
+            chosen.append(word)
+    return chosen
+
+
+def of_sweep(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return (the options that are those of the trials, the text of each `--sweep.KEY`)."""
+    rest, texts = swept(argv)
+    return of_trials(rest), texts
+
+
+def settings(argv: Sequence[str]) -> dict[str, str]:
+    """Return the text of each `--config.KEY=TEXT` of a command line."""
+    return {key: text for _, key, text in _settings(argv)}
 
 
 def _with_underscores(argument: str) -> str:
@@ -259,13 +306,14 @@ def _check_values(arguments: Sequence[str], config: ml_collections.ConfigDict) -
         match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
         if match is None:
             continue
-        kind = _kind(config, match[1])
+        kind = kind_of(config, match[1])
         text = following if match[2] is None and kind is not bool else match[2]
         if text is not None:
             values.check_text(match[1], text, kind)
 
 
-def _kind(config: ml_collections.ConfigDict, key: str) -> type:
+def kind_of(config: ml_collections.ConfigDict, key: str) -> type:
+    """Return the type of the values of a dotted key."""
     *parents, last = key.split(".")
     for parent in parents:
         config = config[parent]

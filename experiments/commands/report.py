@@ -8,7 +8,6 @@ differ. The pictures are files too, in a folder beside the page.
 
 from __future__ import annotations
 
-import io
 import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,12 @@ from metalearn._utils.checks import first_line
 from metalearn.experiments import build
 from metalearn.experiments.commands.pictures import draw
 from metalearn.experiments.commands.plan import abstract
-from metalearn.experiments.report.figures import curve_figure, metrics_of
+from metalearn.experiments.report.figures import curve_figure, metrics_of, save_png
 from metalearn.experiments.report.page import Cost, Picture, page
 from metalearn.experiments.report.run_logs import RunLog, labels, read_run
 from metalearn.experiments.runs import load_run
+from metalearn.experiments.sweep.page import report_of
+from metalearn.experiments.sweep.study import is_sweep
 from metalearn.planning.step_cost import Candidate, StepCosts, short_repr
 from metalearn.sharding.distributed import say
 
@@ -38,7 +39,7 @@ def report(
     """Write the report of runs; return the page's path.
 
     Args:
-      workdirs: of the runs, ended or not.
+      workdirs: of the runs, ended or not; or of one sweep.
       out: the page; None: report.html, in the workdir of a single run, else in this folder.
       costs: compile an outer step of each config, for shapes, to count its memory and FLOPs.
       allow_imports: see `load_run`.
@@ -46,6 +47,8 @@ def report(
     Raises:
       ValueError: where a workdir has no run, or there is no workdir.
     """
+    if any(map(is_sweep, workdirs)):
+        return _of_sweep(workdirs, out)
     if not workdirs:
         raise ValueError(
             "A report is of runs: name their workdirs, `metalearn report runs/one runs/two`."
@@ -56,7 +59,7 @@ def report(
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     curves = [
-        Picture(f"{name} by outer step", _png(curve_figure(name, runs, names), folder, name))
+        Picture(f"{name} by outer step", save_png(curve_figure(name, runs, names), folder, name))
         for name in metrics_of(runs)
     ]
     learned = [
@@ -68,6 +71,16 @@ def report(
     text = page(runs, names, curves, learned, counted, [command_of(run) for run in runs])
     disk.write(out, text)
     return out
+
+
+def _of_sweep(workdirs: Sequence[pathlib.Path], out: pathlib.Path | None) -> pathlib.Path:
+    if len(workdirs) > 1:
+        sweep = next(filter(is_sweep, workdirs))
+        raise ValueError(
+            f"{sweep} is a sweep, which has a page of its own: `metalearn report {sweep}`. Its "
+            f"trials are runs and can be reported beside others: {sweep}/trials/000."
+        )
+    return report_of(workdirs[0], out)
 
 
 def _learned(run: RunLog, allow_imports: bool) -> list[pathlib.Path]:
@@ -87,18 +100,6 @@ def _learned(run: RunLog, allow_imports: bool) -> list[pathlib.Path]:
         say(f"What {run.workdir} has learned is not drawn: {first_line(error)}")
         return []
     return [path for path in paths if path.suffix == ".png"]
-
-
-def _png(figure: Any, folder: pathlib.Path, name: str) -> bytes:
-    """Save a figure in a folder; return its bytes."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    disk.write(folder / f"{_file(name)}.png", content.getvalue())
-    return content.getvalue()
-
-
-def _file(name: str) -> str:
-    return name.replace("/", "_")
 
 
 def command_of(run: RunLog) -> str:

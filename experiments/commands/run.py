@@ -50,6 +50,7 @@ def train(
     allow_change: bool = False,
     budget: int | None = None,
     command: str | None = None,
+    test_tasks: bool = True,
 ) -> dict[str, Estimate]:
     """Train, or go on training, in `workdir`; evaluate on test tasks; write both down.
 
@@ -60,6 +61,8 @@ def train(
       allow_change: resume though the config is another.
       budget: bytes that `engine="auto"` chooses an engine for; None: the memory of the device.
       command: the command line that begins and resumes the run, to be printed.
+      test_tasks: evaluate on test tasks at the end. Trials of a sweep do not: they are compared on
+        validation tasks, and the score of the best on test tasks is `metalearn eval`'s.
 
     Raises:
       Interrupted: where a signal asked to stop, once the run is saved.
@@ -73,7 +76,7 @@ def train(
             "and eval_every is 0. Set it, to outer steps from one to the next."
         )
     with held(workdir) if is_first() else contextlib.nullcontext():
-        return _train(plain, workdir, progress, allow_change, command)
+        return _train(plain, workdir, progress, allow_change, command, test_tasks)
 
 
 def _train(
@@ -82,6 +85,7 @@ def _train(
     progress: bool,
     allow_change: bool,
     command: str | None,
+    test_tasks: bool,
 ) -> dict[str, Estimate]:
     layout = build.layout(plain)
     if left := build.idle_devices(plain, layout):
@@ -128,8 +132,9 @@ def _train(
             checkpoints.close()
     estimates: dict[str, Estimate] = {}
     try:
-        estimates = test(trainer, state, splits, plain["seed"], plain["test_tasks"])
-        if is_first():
+        if test_tasks:
+            estimates = test(trainer, state, splits, plain["seed"], plain["test_tasks"])
+        if is_first() and test_tasks:
             with disk.forgiven(f"{workdir / 'test.json'}"):
                 _write(workdir / "test.json", estimates)
         if is_first() and not ended:
@@ -206,6 +211,7 @@ def draw(workdir: pathlib.Path, allow_imports: bool = False) -> None:
 
 def check(trainer: Trainer, state: TrainState, tasks: Tasks) -> None:
     """Print what a health check finds, one line where that is nothing; HealthError if bad."""
+    say("Health: compiling one meta-gradient, to check it before training.")
     report = trainer.check_health(state, tasks)
     report.raise_errors()
     say(str(report))

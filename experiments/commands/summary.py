@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from metalearn import Trainer
+from metalearn._utils import disk
 from metalearn._utils.version import __version__
 from metalearn.experiments import build
 from metalearn.planning.step_cost import StepCosts, short_repr
-from metalearn.sharding.distributed import is_first, say
+from metalearn.sharding.distributed import is_first
 
 WANDB = {
     "auto": "auto: online where you are logged in, else offline",
@@ -36,12 +37,17 @@ WANDB = {
 
 
 def show(title: str, rows: Mapping[str, str]) -> None:
+    """Print a title and rows below it, in the first of several processes."""
+    if is_first():
+        print_rows(title, rows)
+
+
+def print_rows(title: str, rows: Mapping[str, str]) -> None:
     """Print a title and rows below it: in colour in a terminal, plain lines elsewhere."""
-    if not is_first():
-        return
     if not sys.stdout.isatty():
         width = max(map(len, rows))
-        say("\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]))
+        lines = [title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]
+        disk.tell("\n".join(lines))
         return
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():

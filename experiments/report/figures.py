@@ -6,11 +6,14 @@ interval over tasks; the score on test tasks a point with its interval, at the e
 
 from __future__ import annotations
 
+import io
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from metalearn._utils import disk
 from metalearn.algorithms.pictures import row_of_panels, scale
 from metalearn.experiments.report.run_logs import Curve, RunLog
 
@@ -105,3 +108,11 @@ def _draw(ax: Any, name: str, run: RunLog, label: str, colour: str) -> None:
             [run.steps], [mean], [interval], color=colour, marker="D", capsize=4, linestyle="",
             label=f"{prefix}test {mean:.4g}",
         )  # fmt: skip
+
+
+def save_png(figure: Any, folder: pathlib.Path, name: str) -> bytes:
+    """Save a figure in a folder; return its bytes."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    disk.write(folder / f"{name.replace('/', '_')}.png", content.getvalue())
+    return content.getvalue()

@@ -86,23 +86,28 @@ def page(
     """
     title = "Report of " + ", ".join(run.workdir.name for run in runs)
     parts = [
-        f"<h1>{_text(title)}</h1>",
-        _table(_overview(runs, labels)),
+        f"<h1>{escaped(title)}</h1>",
+        table(_overview(runs, labels)),
         *_differences(runs, labels),
         "<h2>Learning curves</h2>",
         '<p class="note">train: mean over the tasks of one outer step. validation: mean over '
         "held-out tasks, with its 95% interval. test: the final score, with its 95% interval.</p>",
-        _figures(curves),
-        *(["<h2>What was learned</h2>", _figures(learned)] if learned else []),
+        figures(curves),
+        *(["<h2>What was learned</h2>", figures(learned)] if learned else []),
         "<h2>Cost of an outer step</h2>",
-        _table(_costs(labels, costs)),
+        table(_costs(labels, costs)),
         "<h2>How to run it again</h2>",
         *_reproduction(runs, labels, commands),
     ]
+    return document(title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """Return a page of HTML with parts below each other."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escaped(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -127,7 +132,7 @@ def _overview(runs: Sequence[RunLog], labels: Sequence[str]) -> Iterator[list[st
             label,
             str(run.config["algorithm"]["name"]),
             f"{run.steps:,}" if run.steps == run.config["steps"] else steps,
-            _time(run.seconds),
+            duration(run.seconds),
             "" if rate is None else f"{sorted(rate.values)[len(rate.values) // 2]:.3g}",
             *scores,
         ]
@@ -140,7 +145,7 @@ def _differences(runs: Sequence[RunLog], labels: Sequence[str]) -> Iterator[str]
         return
     configs = [flat(run.config) for run in runs]
     yield "<h2>What differs</h2>"
-    yield _table(
+    yield table(
         [["key", *labels], *([key, *(_value(each, key) for each in configs)] for key in keys)]
     )
 
@@ -165,16 +170,16 @@ def _reproduction(
     for run, label, command in zip(runs, labels, commands, strict=True):
         config = strict_json.dumps(run.config, indent=2)
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-        yield f"<h3>{_text(label)}</h3>" if len(runs) > 1 else ""
-        yield f"<pre>{_text(command)}</pre>"
-        yield f'<p class="note">{_text(versions)}</p>'
-        yield f"<details><summary>The whole config</summary><pre>{_text(config)}</pre></details>"
+        yield f"<h3>{escaped(label)}</h3>" if len(runs) > 1 else ""
+        yield f"<pre>{escaped(command)}</pre>"
+        yield f'<p class="note">{escaped(versions)}</p>'
+        yield f"<details><summary>The whole config</summary><pre>{escaped(config)}</pre></details>"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Format a duration.
 
-    >>> _time(42.3), _time(754), _time(7300), _time(float("nan"))
+    >>> duration(42.3), duration(754), duration(7300), duration(float("nan"))
     ('42 s', '12 min 34 s', '2 h 1 min', '')
     """
     if math.isnan(seconds):
@@ -186,25 +191,28 @@ def _time(seconds: float) -> str:
     return f"{hours} h {left} min" if hours else f"{minutes} min {rest} s"
 
 
-def _table(rows: Sequence[Sequence[str]] | Iterator[list[str]]) -> str:
+def table(rows: Sequence[Sequence[str]] | Iterator[list[str]]) -> str:
+    """Return a table as HTML; the first row is its header."""
     header, *body = rows
-    cells = [f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in body]
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
+    cells = [f"<tr>{''.join(f'<td>{escaped(cell)}</td>' for cell in row)}</tr>" for row in body]
+    head = "".join(f"<th>{escaped(cell)}</th>" for cell in header)
     return (
         f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(cells)}</tbody></table></div>"
     )
 
 
-def _figures(pictures: Sequence[Picture]) -> str:
+def figures(pictures: Sequence[Picture]) -> str:
+    """Return pictures as HTML, side by side where the page is wide enough."""
     cards = [
-        f'<figure class="card"><img alt="{_text(caption)}" '
+        f'<figure class="card"><img alt="{escaped(caption)}" '
         f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
+        f"<figcaption>{escaped(caption)}</figcaption></figure>"
         for caption, png in pictures
     ]
     return f'<div class="figures">{"".join(cards)}</div>'
 
 
-def _text(value: str) -> str:
+def escaped(value: str) -> str:
+    """Return a text as HTML."""
     return html.escape(value)

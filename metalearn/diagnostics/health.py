@@ -130,7 +130,9 @@ class Probes(NamedTuple):
     """The functions of a `Trainer` that a health check calls; see `Trainer.check_health`.
 
     Args:
-      look: (eta, tasks, key, zeros, steps) -> what one task shows. Compiled.
+      look: (eta, tasks, key, zeros) -> what one task shows. Compiled.
+      first_steps: (eta, tasks, key, zeros, steps) -> what its first inner steps show. Compiled
+        quickly, to run a few times.
       symmetry: (eta, tasks, key) -> the symmetry of the Jacobians of inner gradients.
       task_keys: state -> the keys of the tasks of its next outer step.
       fetch: (tasks, state, steps) -> the tasks of its next outer step, read from the host where
@@ -139,6 +141,7 @@ class Probes(NamedTuple):
     """
 
     look: Callable[..., Look]
+    first_steps: Callable[..., Look]
     symmetry: Callable[..., Symmetry]
     task_keys: Callable[[TrainState], jax.Array]
     fetch: Callable[[Tasks, TrainState, int | None], Tasks]
@@ -165,7 +168,7 @@ def check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
 def _check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
     keys, names = probes.task_keys(state), _names(state.eta)
     key, tasks = keys[0], probes.fetch(tasks, state, STEPS)
-    look = functools.partial(probes.look, state.eta, tasks, key, steps=STEPS)
+    look = functools.partial(probes.first_steps, state.eta, tasks, key, steps=STEPS)
     result = look(zeros=probe.AS_THEY_ARE)
     cause = _cause(result, names, _labels(probes, tasks, key, result), look)
     if cause and not _outer_finite(result):

@@ -14,6 +14,7 @@ that g is the gradient with respect to, and for the other inputs of the loss.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import get_opaque_trace_state
 
+from metalearn._utils.compiling import quick_compilation
 from metalearn._utils.trees import is_differentiable, split
 from metalearn.algorithm import Algorithm
 from metalearn.engines import MetaGradient
@@ -73,7 +75,7 @@ class Measure:
         rules = tuple({str(rule): rule for rule in traced.rules}.values())
         if not traced.tolerances:
             return Symmetry(rules)
-        worst = float(lowered.compile()(eta, tasks, key))
+        worst = float(lowered.compile(quick_compilation())(eta, tasks, key))
         return Symmetry(rules, worst * max(traced.tolerances), max(traced.tolerances))
 
 
@@ -147,15 +149,20 @@ def _measured(call: Call, plan: Plan) -> tuple[jax.Array, float]:
 
         return jax.grad(value, (0, 1))(theta, floats)
 
-    u = _random(call.theta, 0)
-    _, pushed = jax.jvp(lambda theta: gradient(theta, floats), (call.theta,), (u,))
+    def along(direction: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Return the product of the Jacobian with a direction of (theta, floats)."""
+        return jax.jvp(gradient, (call.theta, floats), direction)[1]
+
     zeros = jax.tree.map(jnp.zeros_like, (call.theta, floats))
-    directions = (_random(call.theta, 1), zeros[1]), (zeros[0], _random(floats, 2))
+    u, v, w = _random(call.theta, 0), _random(call.theta, 1), _random(floats, 2)
+    directions = (u, zeros[1]), (v, zeros[1]), (zeros[0], w)
+    # A loop, so that the derivative is compiled once and not for each direction.
+    products = jax.lax.map(along, jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions))
+    of_u, *of_others = (jax.tree.map(operator.itemgetter(i), products) for i in range(3))
     asymmetries = []
-    for v in directions:
-        _, (along, _) = jax.jvp(gradient, (call.theta, floats), v)
-        ours, our_size = _product(u, along)
-        theirs, their_size = _product(v, pushed)
+    for direction, (of_theta, _) in zip(directions[1:], of_others, strict=True):
+        ours, our_size = _product(u, of_theta)
+        theirs, their_size = _product(direction, of_u)
         size = our_size + their_size
         asymmetries.append(
             jnp.where(size > 0, abs(ours - theirs) / jnp.where(size > 0, size, 1), 0)

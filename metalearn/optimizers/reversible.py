@@ -1,10 +1,10 @@
-"""Inner optimizers whose step can be undone, without the gradient it was last_update with.
+"""Inner optimizers whose step can be undone, without the gradient that it took.
 
 Adam's update is a function of its moments after the step, so the parameters before it are
 
     theta_t = theta_{t+1} - u(m_{t+1}, v_{t+1})
 
-and with the gradient g_t last_update there again, m_t = (m_{t+1} - (1 - b1) g_t) / b1 and v_t
+and with the gradient g_t computed there again, m_t = (m_{t+1} - (1 - b1) g_t) / b1 and v_t
 likewise. An inner loop then need not save its states for the backward pass
 (`MixedFlow(remat="inexact_reconstruct")`): memory is flat in T. But 1 / b1 > 1: what rounding
 adds grows geometrically, step by step back, so the states are kept again every so often.
@@ -39,7 +39,15 @@ def adam(
     eps: float = 1e-8,
     eps_root: float = 0.0,
 ) -> Reversible:
-    """Return `optax.adam` without its further options, its step reversible."""
+    """Return `optax.adam` without its further options, its step reversible.
+
+    Args:
+      learning_rate: a number, or a function of the step.
+      b1: the decay of the mean of gradients, between 0 and 1.
+      b2: the decay of the mean of squared gradients, between 0 and 1.
+      eps: added to the root of the mean of squares.
+      eps_root: added under that root.
+    """
     if not (0 < b1 < 1 and 0 < b2 < 1):
         raise ValueError(
             "A reversible Adam divides its moments by b1 and b2, which therefore lie between 0 "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,16 +21,25 @@ PHASES = {"forward": "forward", "replay": "replaying", "backward": "backward"}
 
 
 class Bars:
-    """The progress bars of a run."""
+    """The progress bars of a run.
 
-    def __init__(self, outer: tqdm, inner: tqdm | None):
-        self._outer, self._inner = outer, inner
+    Their rates leave out the first step, or its first program, which is compiled: otherwise it
+    would decide, for minutes, when the run is said to end.
+    """
+
+    def __init__(self, outer: tqdm, inner: tqdm | None, compiled: Callable[[], None]):
+        """Hold the bars; `compiled`: called once, when the first step is done."""
+        self._outer, self._inner, self._compiled = outer, inner, compiled
+        self._compiling = True
         self._shown = -math.inf  # when the inner bar was last set
 
     def step_done(self, loss: float) -> None:
         """Advance the bar of outer steps by one."""
         self._outer.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        self._outer.update()
+        if self._compiling:  # with an inner bar, the rate of that one leaves it out
+            self._first_done(self._outer, self._outer.n + 1)
+        else:
+            self._outer.update()
 
     def back_to(self, step: int) -> None:
         """Set the bar of outer steps back to `step`."""
@@ -46,7 +56,20 @@ class Bars:
             bar.reset(stands.of_work)
         bar.set_description_str(PHASES[stands.phase], refresh=False)
         bar.set_postfix_str(f"inner step {stands.inner_step} of {stands.steps}", refresh=False)
-        bar.update(stands.work - bar.n)
+        if self._compiling and stands.work > bar.n:
+            self._first_done(bar, stands.work)
+        else:
+            bar.update(stands.work - bar.n)
+
+    def _first_done(self, bar: tqdm, done: int) -> None:
+        """Set a bar to `done`, and let its rate begin now."""
+        self._compiling = False
+        self._compiled()
+        if bar.disable:
+            return
+        bar.unpause()
+        bar.n = bar.initial = bar.last_print_n = done
+        bar.refresh()
 
 
 class Clock:
@@ -116,9 +139,19 @@ def bars(
             )
         )
         outer.set_postfix_str("compiling the first step")
+        compiled = threading.Event()
+        stack.callback(compiled.set)
+        if shown and sys.stderr.isatty():
+            threading.Thread(target=_tick, args=(outer, compiled), daemon=True).start()
         inner = None
         if segmented:
             inner = stack.enter_context(
                 tqdm(total=1, unit="segment", desc=PHASES["forward"], leave=False, **options)
             )
-        yield Bars(outer, inner)
+        yield Bars(outer, inner, compiled.set)
+
+
+def _tick(bar: tqdm, compiled: threading.Event) -> None:
+    """Show, each second, how long the first step has been compiled."""
+    while not compiled.wait(1.0):
+        bar.refresh()

@@ -28,6 +28,16 @@ def asked_to_stop() -> Iterator[Callable[[int], str | None]]:
     if jax.process_count() > 1:  # whose SIGTERM JAX listens for, if nobody else does
         yield _agreed
         return
+    with heard_signals() as heard:
+        yield lambda step: signal.Signals(heard[0]).name if heard else None
+
+
+@contextlib.contextmanager
+def heard_signals() -> Iterator[list[int]]:
+    """Yield a list that a signal which asks to stop is appended to; the next has its usual effect.
+
+    Signal handlers can be installed from the main thread only. No device is looked for.
+    """
     heard: list[int] = []
 
     def hear(number: int, frame: Any) -> None:
@@ -40,11 +50,8 @@ def asked_to_stop() -> Iterator[Callable[[int], str | None]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def asked(step: int) -> str | None:
-        return signal.Signals(heard[0]).name if heard else None
-
     try:
-        yield asked
+        yield heard
     finally:
         restore()
 

@@ -181,6 +181,7 @@ class Centred(Model):
         return (inputs - mean) @ params, 0.5 * state + 0.5 * mean
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_it_weights_the_examples_of_a_classifier_with_batch_statistics_too():
     def rows(*shape):

@@ -335,6 +335,7 @@ print("latest", checkpoints.latest())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits to the size of a file")
 def test_a_disk_that_is_full_does_not_end_the_run(tmp_path):
     command = [sys.executable, "-c", FULL, str(tmp_path / "run")]

@@ -419,6 +419,7 @@ def finished(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 def test_the_command_line_says_of_another_optimizer_that_it_is_another_configuration(
     finished, capsys

@@ -130,6 +130,16 @@ def test_truncated_runs_read_from_a_step_of_their_own_each():
         assert bits(data_of(algorithm, small, key, steps)) == expected
 
 
+def test_a_program_of_the_outer_loss_alone_reads_the_query_and_knows_the_horizon():
+    small = fetched(on_host(), KEYS, 0, fds(), Reads(T, 0))
+    assert small.data[0].shape == (30, 4, 4, 1)  # three queries
+    assert draw_task(fds(), small, KEYS[1]).batches()[1].shape == (T, BATCH)
+    _, query = data_of(fds(), small, KEYS[1], jnp.arange(1))
+    assert bits(query) == bits(data_of(fds(), on_device(), KEYS[1], jnp.arange(1))[1])
+    neither = fetched(on_host(), KEYS, 0, fds(), Reads(0, 0, query=False))
+    assert neither.data[0].shape == (1, 4, 4, 1)
+
+
 def test_only_the_rows_of_a_segment_are_read_each_once():
     source = Pairs(PIXELS, LABELS)
     tasks = on_host(source, None)

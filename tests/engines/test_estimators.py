@@ -260,6 +260,7 @@ def test_a_new_state_begins_a_new_run_whatever_was_carried():
     jax.tree.map(np.testing.assert_array_equal, solve(left), solve(new))
 
 
+@pytest.mark.slow
 def test_persistent_particles_on_a_whole_unroll_are_evolution_strategies():
     (loss, aux), grads, (es_loss, es_aux), es_grads = (
         part
@@ -339,6 +340,7 @@ def mixture(function, eta=0.3, engine=None):
     return aux.metrics["pathwise_weight"], grads, alone
 
 
+@pytest.mark.slow
 def test_on_a_smooth_loss_the_weight_is_pathwise():
     weight, grads, _ = mixture(jnp.sin)
     assert weight > 0.999
@@ -374,6 +376,7 @@ def test_pathwise_gradients_take_over_where_the_estimates_are_not_finite():
     assert not jnp.isfinite(found)  # nothing is made up
 
 
+@pytest.mark.slow
 def test_a_mixture_has_less_variance_than_its_parts_and_next_to_no_bias():
     """At sigma=1.5 a sine gives both about the same variance."""
     unroll, estimator = one_step(jnp.sin), ES(pairs=32, sigma=1.5)

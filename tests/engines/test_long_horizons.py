@@ -44,6 +44,7 @@ FEWER = LEARNED | {"learning_rate": Hyperparameter(0.0, 1.0, 0.1, windows=2)}
 # Streams.
 
 
+@pytest.mark.slow
 def test_a_stream_that_was_saved_in_mid_trajectory_goes_on_as_if_it_had_not_been(tmp_path):
     algorithm, engine, episode = make(FEWER, 30), Forward(), make_episode()
     eta = algorithm.init(KEY)
@@ -127,6 +128,7 @@ def test_begins_of_another_shape_are_refused():
             Forward().value_and_grad(wrong, eta, algorithm.batches(episode, KEY))
 
 
+@pytest.mark.slow
 def test_batches_may_be_numpy_arrays():
     algorithm, episode = make(FEWER, 7), make_episode()
     eta = algorithm.init(KEY)
@@ -174,6 +176,7 @@ def test_memory_of_forward_mode_does_not_grow_with_the_horizon_but_for_indices()
     assert temporaries[1] - temporaries[0] <= indices[1]
 
 
+@pytest.mark.slow
 def test_a_decay_of_one_is_exact_and_of_zero_sees_the_last_step_alone():
     algorithm = make(FEWER, 2)
     eta = algorithm.init(KEY)

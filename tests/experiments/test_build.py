@@ -76,7 +76,8 @@ def test_a_packaged_config_builds_and_takes_a_step(name):
     takes_a_step(config)
 
 
-@pytest.mark.parametrize("library", quick(build.LIBRARIES, lambda library: library == "linen"))
+@pytest.mark.slow
+@pytest.mark.parametrize("library", build.LIBRARIES)
 def test_digits_train_and_evaluate_with_every_model_library(library):
     config = small("maml_digits", **{"model.library": library, "engine": "reverse"})
     trainer, data, state = takes_a_step(config)
@@ -193,7 +194,9 @@ def grey_images(root):
     return root
 
 
-@pytest.mark.parametrize("name", sorted(build.DATASETS.keys() - RUNS))
+@pytest.mark.parametrize(
+    "name", quick(sorted(build.DATASETS.keys() - RUNS), lambda name: name != "omniglot")
+)
 def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name, tmp_path):
     skip_without(name)
     config = {"name": name, "shots": 1, "queries": 2, "eval_queries": 3}

@@ -18,7 +18,6 @@ from metalearn.experiments.cli import arguments, json_config
 from tests.helpers import config_cases
 from tests.helpers.config_cases import Case
 from tests.helpers.refused_configs import KEPT
-from tests.helpers.selection import quick
 from tests.helpers.small_configs import skip_without
 
 NAMES = sorted(arguments.packaged(), reverse=True)  # what comes first is tried most: MAML is quick
@@ -66,7 +65,8 @@ def test_many_changed_configs_run_or_are_refused_in_our_words(tmp_path):
     assert outcomes["stepped"] >= 10 and accepted >= 80 and outcomes["refused"] >= 100
 
 
-@pytest.mark.parametrize("name", quick(arguments.packaged(), lambda name: name == "maml_sinusoid"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", arguments.packaged())
 def test_every_integer_of_a_config_is_a_count_that_fits_or_is_refused(name, tmp_path):
     skip_without(BASES[name].dataset.name, BASES[name].dataset.get("tfds"))
     seen = set()

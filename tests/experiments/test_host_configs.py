@@ -86,13 +86,13 @@ def test_low_rank_terms_precision_and_master_weights_are_keys_of_a_config():
             "precision.compute": "bfloat16",
             "precision.master_weights": True,
             "algorithm.adapted": "^lora",
-            "algorithm.learned": "^lora",
+            "algorithm.learned": "lora|base",
         },
     )
     model = trainer.algorithm.model
     assert isinstance(model, Precision) and isinstance(model.model, LoRA)
     assert model.params == model.compute == jnp.bfloat16 and model.model.rank == 2
-    assert trainer.algorithm.learned == trainer.algorithm.adapted == "^lora"
+    assert (trainer.algorithm.adapted, trainer.algorithm.learned) == ("^lora", "lora|base")
     state = trainer.init(KEY, splits.train)
     leaves = jax.tree.leaves(state.eta.params)
     assert leaves and all(leaf.dtype == jnp.bfloat16 for leaf in leaves)

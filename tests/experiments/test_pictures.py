@@ -81,6 +81,7 @@ def test_tangents_are_those_of_the_hypergradient_of_the_next_outer_step(workdir,
     assert drawing.tangent_figure(lines, 3).get_suptitle() == "outer step 3"
 
 
+@pytest.mark.slow
 def test_a_command_draws_a_run_again(workdir, capsys):
     before = {path: path.read_bytes() for path in (workdir / "pictures").iterdir()}
     for path in before:

@@ -126,6 +126,7 @@ def test_a_budget_that_nothing_fits_ends_with_status_2_after_the_table(capsys):
     assert captured.err.startswith("\nmetalearn: No exact engine fits 1000 B. The leanest, ")
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_fits_is_json_too(capsys):
     assert call(*PLAN, "--budget=1kB", "--json", "--config.tasks_per_step=1") == 2
     found = json.loads(capsys.readouterr().out)
@@ -191,6 +192,7 @@ def test_a_resumed_run_keeps_its_engine_on_a_device_of_another_size(
     assert choice_of(workdir) == choice_of(trained)
 
 
+@pytest.mark.slow
 def test_auto_on_a_device_that_nothing_fits_is_refused(refused, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(device_memory, "host_memory", lambda: 1)
     message = refused(*AUTO, f"--workdir={tmp_path / 'run'}")

@@ -83,7 +83,7 @@ def refused(message):
     return pytest.raises(ValueError, match=re.escape(message))
 
 
-@pytest.mark.parametrize("name", one_of_each(TUNERS))
+@pytest.mark.parametrize("name", one_of_each(TUNERS, ("RandomSearch", "prodigy")))
 def test_a_tuner_finds_an_eta_in_its_ranges(name):
     for found in tuned_once(name):
         low, high = TuningProblem(found.algorithm, None, None).bounds

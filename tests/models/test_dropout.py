@@ -213,7 +213,7 @@ def test_the_mode_of_a_model_is_said_in_words():
     ("library", "engine"),
     quick(
         [(library, engine) for library in LIBRARIES for engine in (MixedFlow(), Forward())],
-        lambda library, engine: (library, engine) == ("haiku", MixedFlow()),
+        lambda library, engine: (library, engine) == ("linen", MixedFlow()),
     ),
     ids=str,
 )

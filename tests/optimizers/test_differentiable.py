@@ -205,12 +205,12 @@ def after_eight_steps(optimizer, params, weight):
     return ((jax.lax.scan(step, start, None, 8)[0][0] - 1) ** 2).sum()
 
 
-@pytest.fixture(scope="module")
-def sampled():
-    """Return by sample: derivatives of the optimizer wrapped, and as it is; and differences."""
+@functools.cache
+def sampled(name):
+    """Return of a sample: derivatives of the optimizer wrapped, and as it is; and differences."""
+    optimizer, weight = SAMPLES[name]
 
-    def one(name, params, shift):
-        optimizer, weight = SAMPLES[name]
+    def derivatives(params, shift):
         gradient = [
             jax.grad(functools.partial(after_eight_steps, chosen), argnums=(0, 1))
             for chosen in (differentiable_at_zero(optimizer), optimizer)
@@ -224,16 +224,14 @@ def sampled():
         return (*(g(params, at) for g in gradient), (by_params / (2 * eps), by_weight / (2 * eps)))
 
     with jax.enable_x64(True):
-        params, shift = jnp.array([0.3, 0.6]), jnp.zeros(())
-        program = jax.jit(
-            lambda params, shift: {name: one(name, params, shift) for name in SAMPLES}
-        )
-        return program(params, shift)
+        return jax.jit(derivatives)(jnp.array([0.3, 0.6]), jnp.zeros(()))
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_derivatives_are_right_where_those_of_the_optimizer_are_nan(sampled, name):
-    ours, as_it_is, differences = sampled[name]
+@pytest.mark.parametrize(
+    "name", quick(SAMPLES, lambda name: name in ("radam", "clip_by_global_norm", "lamb"))
+)
+def test_derivatives_are_right_where_those_of_the_optimizer_are_nan(name):
+    ours, as_it_is, differences = sampled(name)
     assert jnp.isnan(as_it_is[0]).any() or jnp.isnan(as_it_is[1])
     np.testing.assert_allclose(ours[0], differences[0], rtol=1e-6, atol=1e-8)
     assert jnp.isfinite(ours[1]) and jnp.abs(ours[0]).min() > 1e-2
@@ -241,8 +239,8 @@ def test_derivatives_are_right_where_those_of_the_optimizer_are_nan(sampled, nam
         np.testing.assert_allclose(ours[1], differences[1], rtol=1e-4)
 
 
-def test_radam_has_the_meta_gradient_of_its_loop(sampled):
-    np.testing.assert_allclose(sampled["radam"][0][0], [0.26809, -0.68673], atol=5e-6)
+def test_radam_has_the_meta_gradient_of_its_loop():
+    np.testing.assert_allclose(sampled("radam")[0][0], [0.26809, -0.68673], atol=5e-6)
 
 
 def norm(g):

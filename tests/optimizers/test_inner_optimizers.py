@@ -152,7 +152,7 @@ PATHS = [(n, kind) for n in NETWORKS for kind in (KINDS if n == "functions" else
     quick(
         [(*path, adapt) for adapt in ("", "head") for path in PATHS],
         lambda network, kind, adapt: (
-            (network == "functions") == (adapt == "")
+            (network, adapt) in (("functions", ""), ("linen", "head"))
             and (network == "functions" or kind == "tree of labels")
         ),
     ),
@@ -268,9 +268,7 @@ def loop_of(optimizer, steps=2, judged=lambda params, state: params, given=("val
     ("name", "engine"),
     quick(
         itertools.product(WANTING, ENGINES[:3]),
-        lambda name, engine: (
-            name == "polyak_sgd" or (engine == MixedFlow() and name != "momo_adam")
-        ),
+        lambda name, engine: engine == MixedFlow() and name in ("polyak_sgd", "masked"),
     ),
     ids=str,
 )
@@ -349,7 +347,7 @@ def wanting_value(name):
             "example-weights",
             "token-weights",
         ],
-        lambda name: name in ("MAML", "LearningRates"),
+        lambda name: name == "LearningRates",
     ),
 )
 def test_every_algorithm_passes_the_loss_its_gradient_is_of(name):
@@ -490,7 +488,7 @@ FREE = {
 @pytest.mark.parametrize(
     "engine", quick(ENGINES[:3], lambda engine: engine == MixedFlow()), ids=IDS[:3]
 )
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", quick(FREE, lambda name: name == "in a chain"))
 def test_schedule_free_is_judged_at_its_average(name, engine):
     optimizer, inside = FREE[name]
 
@@ -513,7 +511,7 @@ def test_schedule_free_of_some_parameters_averages_those():
 
 @pytest.mark.parametrize(
     "name",
-    quick(["LearningRates", "token-weights", "FDS"], lambda name: name != "token-weights"),
+    quick(["LearningRates", "token-weights", "FDS"], lambda name: name == "FDS"),
 )
 def test_every_algorithm_is_judged_where_its_optimizer_says(name):
     algorithm, tasks = ALGORITHMS[name].problem("linen")
@@ -608,7 +606,9 @@ def trained(optimizer, steps=4):
     return trainer, trainer.fit(TASKS["Sinusoid"], steps, key=KEY, progress=False)
 
 
-@pytest.mark.parametrize("name", OUTER)
+@pytest.mark.parametrize(
+    "name", quick(OUTER, lambda name: name in ("polyak_sgd", "sam in a chain", "lbfgs"))
+)
 def test_outer_optimizers_get_the_loss_where_they_take_it(name):
     algorithm, optimizer = Bowl(), OUTER[name]
 

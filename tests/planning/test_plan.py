@@ -206,6 +206,7 @@ def test_one_call_returns_the_trainer_with_the_engine_of_the_plan_and_says_why(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_small_budget_has_fewer_tasks_at_once_or_is_refused(monkeypatch):
     monkeypatch.setattr(planning, "CANDIDATES", TWO[:1])
     budget = peak(TRAINER, 1)

@@ -161,9 +161,7 @@ def test_two_programs_serve_every_horizon_and_a_third_a_shorter_last_segment():
 def test_a_segment_may_be_chosen_by_the_horizon():
     run = trainer(segment="auto", steps=10_000).segments(AIMS)
     assert (run.cut.segment, run.cut.segments) == (100, 100)
-    with pytest.raises(
-        ValueError, match=r"`Trainer\(segment=often\)`: it is an integer"
-    ):
+    with pytest.raises(ValueError, match=r"`Trainer\(segment=often\)`: it is an integer"):
         trainer(segment="often")
 
 

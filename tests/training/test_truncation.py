@@ -116,7 +116,7 @@ def run(trainer, steps, tasks=Bowls()):
 
 
 # The other two are quick in the pairs of `test_every_algorithm_runs_in_truncations...`.
-WHOLE = quick([Reverse(), Forward(), MixedFlow()], lambda engine: engine == Forward())
+WHOLE = quick([Reverse(), Forward(), MixedFlow()], lambda engine: engine == MixedFlow())
 
 
 @pytest.mark.parametrize("engine", WHOLE, ids=str)
@@ -367,7 +367,7 @@ class Narrow(Descent):
 LEARNERS = ("MAML-adam", "LearningRates", "token-weights", "FDS", "LearnedOptimizer")
 PAIRS = quick(
     [(name, engine) for name in LEARNERS for engine in ("Reverse-nested", "Forward", "MixedFlow")],
-    lambda *pair: pair in [("MAML-adam", "Reverse-nested"), ("LearningRates", "MixedFlow")],
+    lambda *pair: pair in [("MAML-adam", "Reverse-nested"), ("LearningRates", "Forward")],
 )
 
 

@@ -85,6 +85,7 @@ def test_all_engines_give_the_same_hypergradient_through_a_long_run(name):
     assert error < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_one_reverse_pass_without_sharing_gives_every_window_size():
     learned = {
@@ -115,6 +116,7 @@ def test_a_gradient_that_is_exactly_zero_leaves_the_hypergradient_finite():
     assert jnp.isfinite(flat(grads)).all() and jnp.abs(flat(grads)).max() > 0
 
 
+@pytest.mark.slow
 def test_augmentation_strength_has_a_hypergradient():
     images = jax.random.uniform(jax.random.key(2), (30, 4, 4, 1))
     targets = jnp.arange(30) % 3

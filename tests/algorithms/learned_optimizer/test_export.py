@@ -545,6 +545,7 @@ def only_our_errors(load):
     return "loaded"
 
 
+@pytest.mark.slow
 def test_a_mutated_rule_is_loaded_or_refused_with_a_value_error(tmp_path):
     assert fuzzed_rules(tmp_path, 150)["refused"] > 50
 

@@ -117,6 +117,7 @@ def test_truncations_judge_each_part_by_the_losses_of_its_own_steps():
     assert losses[0] > losses[1] > losses[2]
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_mixture_are_capped_one_by_one():
     steep = Quadratics(2, curvature=(9.0, 10.0))
     both = SideBySide({"a": steep, "b": Quadratics(2)})
