@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metalearn._utils.checks import Count, counts
+from metalearn._utils.checks import counts
 from metalearn._utils.compiling import quick_compilation
 from metalearn._utils.fields import check_fields
 from metalearn._utils.intervals import Estimate
@@ -96,7 +96,7 @@ class Trainer:
     isolate: bool = False
     skip_nonfinite: bool = False
     layout: Layout | None = None
-    segment: Count | str | None = None
+    segment: int | str | None = None
     replay: Replay = Replay()
 
     def __post_init__(self) -> None:
@@ -229,9 +229,10 @@ class Trainer:
             return None
         leaves, treedef = jax.tree.flatten(tasks)
         shapes = treedef, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        if (shapes, folder) not in self._known_segments:
-            self._known_segments[shapes, folder] = self._segmented(self.unrolls, tasks, folder)
-        return self._known_segments[shapes, folder]
+        known = shapes, folder, bool(jax.config.read("jax_enable_x64"))
+        if known not in self._known_segments:
+            self._known_segments[known] = self._segmented(self.unrolls, tasks, folder)
+        return self._known_segments[known]
 
     @functools.cached_property
     def _known_segments(self) -> dict[Any, SegmentRun]:

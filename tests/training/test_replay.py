@@ -158,6 +158,13 @@ def test_two_programs_serve_every_horizon_and_a_third_a_shorter_last_segment():
         assert sizes == [1, 1] and programs.last._cache_size() == last
 
 
+def test_a_segment_may_be_chosen_by_the_horizon():
+    run = trainer(segment="auto", steps=10_000).segments(AIMS)
+    assert (run.cut.segment, run.cut.segments) == (100, 100)
+    with pytest.raises(ValueError, match=r"`Trainer\(segment=often\)`: it is an integer"):
+        trainer(segment="often")
+
+
 # Saved, stopped and gone on from.
 
 
