@@ -73,7 +73,12 @@ def run(
             bars(fit.steps, first, outer.tasks_per_step, segments is not None, shown) as progress,
             reading(outer, tasks, state, fit.steps) as reads,
         ):
-            return OuterLoop(fit, outer, reads, loggers, checkpoints, progress).run(state)
+            state = OuterLoop(fit, outer, reads, loggers, checkpoints, progress).run(state)
+        if segments is not None and checkpoints is not None:
+            checkpoints.wait()
+            if checkpoints.within_at() is None:  # all is saved: kept states are of no use any more
+                segments.clear()
+        return state
     except Interrupted:
         for logger in loggers:
             with disk.forgiven(f"What {type(logger).__name__} had left"):

@@ -323,6 +323,12 @@ class KeptStates:
             if (folder.path / each["file"]).is_file()
         ]
 
+    def clear(self) -> None:
+        """Delete all states on disk."""
+        if self._opened is not None:
+            self._await_files()
+            self._opened.keep_only(set())
+
     def close(self) -> None:
         """Let go of the folder. States that checkpoints refer to stay in it."""
         self._writer.shutdown()

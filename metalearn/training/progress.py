@@ -53,6 +53,7 @@ class Bars:
         self._shown, stands = now, place(state)
         bar.total = stands.of_work
         if stands.work < bar.n:
+            bar.initial = 0
             bar.reset(stands.of_work)
         bar.set_description_str(PHASES[stands.phase], refresh=False)
         bar.set_postfix_str(f"inner step {stands.inner_step} of {stands.steps}", refresh=False)

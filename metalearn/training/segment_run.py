@@ -397,6 +397,11 @@ class SegmentRun:
             self._opened.close()
             self._opened = None
 
+    def clear(self) -> None:
+        """Delete all states on disk: no checkpoint refers to them."""
+        if self._opened is not None:
+            self._opened.clear()
+
     def _beginning(self, state: TrainState) -> Position:
         if not self._unrolls.goes_back:
             return Position(self.cut.segments, 0, self.cut.segments)

@@ -249,6 +249,8 @@ def test_a_run_is_saved_every_so_many_programs_and_keeps_the_files_of_two_saves(
     names = sorted(path.name for path in (tmp_path / "states").glob("*"))
     # Saves after 9 and after 11 programs: the state before segment 4 was dropped after the first.
     assert names == ["0-1.state", "0-2.state", "0-4.state", "lock"]
+    fit(two_states(), 1, tmp_path, within=1)
+    assert [path.name for path in (tmp_path / "states").glob("*")] == ["lock"]
 
 
 def test_a_lost_state_is_computed_again(tmp_path, capfd):
