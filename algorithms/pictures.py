@@ -3,8 +3,8 @@
 adaptation  MAML and its relatives: the loss on the query sets of a few held-out tasks by inner
             step; for regressions of one number, the functions before and after, too
 rates       learned rates: their distribution in every parameter of the model
-weights     loss weights: their distribution over the examples or tokens of a trained task's
-            batches, by source
+weights     loss weights: their distribution over the examples or tokens of a trained task, clean
+            and corrupted where that is known, else by source
 updates     learned optimizers: the update by the gradient, when the same gradient comes again
 
 Those of schedules are in `metalearn.algorithms.fds.pictures`.
@@ -29,6 +29,7 @@ from metalearn.unroll import horizon
 
 TASKS = 20  # of a picture of adaptation
 FUNCTIONS = 3  # of them whose functions are drawn
+SOURCES = 8  # of weights that are drawn each on its own, at most
 POINTS = 8  # inner steps at which a loss is computed, at most
 LOG_RATIO = 30.0  # positive values with a larger ratio are drawn on a log scale
 PICTURES = 3**9  # folded into the key of a run: tasks that training and evaluation do not draw
@@ -117,11 +118,16 @@ def rates(
 def weights(
     trainer: Trainer, state: TrainState, tasks: Tasks, workdir: pathlib.Path
 ) -> dict[str, Any]:
-    """Draw the weights that examples or tokens have once the model of a task is trained."""
+    """Draw the weights that examples or tokens have once the model of a task is trained.
+
+    Of the query set, clean and corrupted, where the tasks flag which is which; else of the
+    support set, by source.
+    """
     del workdir
     algorithm: Any = trainer.algorithm
     eta, key = trainer.learned(state), jax.random.fold_in(state.key, PICTURES)
-    support = algorithm.support_set(tasks.sample(key).support)
+    episode: Any = tasks.sample(key)
+    support, query = algorithm.support_set(episode.support), episode.query
     learner = algorithm.adapt(eta, support, key)
 
     @jax.jit
@@ -130,16 +136,38 @@ def weights(
         losses = algorithm.losses_of(learner.predict(batch.inputs), batch)
         return jnp.broadcast_to(algorithm.weights(eta, losses, batch), losses.shape)
 
-    values = np.asarray(of_batch(support))  # [T, batch, S]
+    if len(query) > 2 and query.corrupted is not None:  # (inputs, targets) have no flags
+        values = np.asarray(of_batch(jax.tree.map(lambda leaf: leaf[None], query)))[0]
+        flags = np.asarray(query.corrupted)
+        groups = {"clean": values[~flags], "corrupted": values[flags]}
+    else:
+        groups = by_source(np.asarray(of_batch(support)), support.source)
     figure, (ax,) = row_of_panels(1)
-    bins = np.linspace(values.min(), max(values.max(), values.min() + 1e-6), 40)
-    sources = np.zeros(values.shape[:2], int) if support.source is None else support.source
-    for source in np.unique(np.asarray(sources)):
-        of_source = values[np.asarray(sources) == source].ravel()
-        ax.hist(of_source, bins, alpha=0.6, density=True, label=f"source {source}")
+    low = min(group.min() for group in groups.values())
+    high = max(group.max() for group in groups.values())
+    bins = np.linspace(low, max(high, low + 1e-6), 40)
+    for name, group in groups.items():
+        ax.hist(group.ravel(), bins, alpha=0.6, density=True, label=name)
     ax.set(xlabel="weight", ylabel="density")
     ax.legend(fontsize="small")
     return {"weights.png": figure}
+
+
+def by_source(values: np.ndarray, source: Any) -> dict[str, np.ndarray]:
+    """Return the weights of each source, or the mean of each where there are many.
+
+    Args:
+      values: [T, batch, S].
+      source: [T, batch] int; None: there is one.
+    """
+    if source is None:
+        return {"all examples": values}
+    sources = np.asarray(source)
+    groups = {f"source {n}": values[sources == n] for n in np.unique(sources)}
+    if len(groups) <= SOURCES:
+        return groups
+    means = np.array([group.mean() for group in groups.values()])
+    return {f"means of {len(groups)} sources": means}
 
 
 def updates(
