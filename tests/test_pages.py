@@ -36,7 +36,7 @@ def python_blocks(page):
 OWN_TESTS = ("custom_rules", "few_shot_by_friday", "own_classes", "use_what_was_learned")
 MINUTES = (  # or a good part of one, on a busy machine
     *("adapt", "choosing_engine", "coming_from", "learned_optimizers", "long_runs", "models"),
-    *("nan", "own_algorithm", "quickstart", "schedules", "tracking", "scaling", "runs"),
+    *("nan", "own_algorithm", "quickstart", "schedules", "tracking", "scaling", "runs", "replay"),
 )
 SEVERAL_DEVICES = "devices"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if python_blocks(path.stem))
@@ -78,10 +78,11 @@ def test_a_command_of_a_page_has_options_and_keys_that_exist(page, line, monkeyp
     own = {value.name for value in values if command in main.OPTIONS.get(value.name, main.COMMANDS)}
     for option in options:
         name = re.match(r"--(?:no)?([\w-]+)", option)
-        if name and not option.startswith("--config"):
+        if name and not option.startswith(("--config", "--sweep.")):
             assert name[1].replace("-", "_") in own or name[0][2:].replace("-", "_") in own, option
     of_ones_own = re.compile(r"--config=(C$|.*[./])|.*=mine:")  # files that are not there
     if not any(map(of_ones_own.match, options)):
+        words = [word for word in words if not word.startswith("--sweep.")]  # ranges, not values
         arguments.expanded(words, sections.renew, sections.nullable)
 
 
