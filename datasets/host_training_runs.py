@@ -38,6 +38,20 @@ from metalearn.tasks import Reads, Tasks, episode_keys, number_of
 from metalearn.unroll import Episode
 
 
+class _FetchedBySteps(Tasks):
+    """Tasks on the host, of which a program reads the rows of its own inner steps."""
+
+    @property
+    def needs_fetch(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def reads_steps(self) -> bool:
+        """True."""
+        return True
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FetchedRuns(Tasks):
@@ -77,7 +91,7 @@ class FetchedRuns(Tasks):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class HostTrainingRuns(Tasks):
+class HostTrainingRuns(_FetchedBySteps):
     """Training runs on random splits of a dataset on the host.
 
     Create it with `HostTrainingRuns.create`. A pytree without leaves. Its runs are those of
@@ -140,16 +154,6 @@ class HostTrainingRuns(Tasks):
         numbers = RowNumbers(lambda key: random_split(key, n, count))
         return cls(RunTable(data, told), numbers, count, labels)
 
-    @property
-    def needs_fetch(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def reads_steps(self) -> bool:
-        """True."""
-        return True
-
     def label_range(self) -> tuple[int, int] | None:
         """Return the least and the largest target of an array; None for those of items."""
         return self.labels
@@ -184,7 +188,7 @@ class HostTrainingRuns(Tasks):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class HostHeldOut(Tasks):
+class HostHeldOut(_FetchedBySteps):
     """The final run on a training set on the host, evaluated on a test set on the device.
 
     Create it with `HostHeldOut.create`. A pytree whose leaves are the test set. Its run is that of
@@ -251,16 +255,6 @@ class HostHeldOut(Tasks):
         labels = None if targets is None else _label_range(targets, test_columns[1])
         test_inputs, test_targets = map(jnp.asarray, test_columns[:2])
         return cls(test_inputs, test_targets, RunTable(data), numbers, labels)
-
-    @property
-    def needs_fetch(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def reads_steps(self) -> bool:
-        """True."""
-        return True
 
     def label_range(self) -> tuple[int, int] | None:
         """Return the least and the largest target of arrays; None for those of items."""

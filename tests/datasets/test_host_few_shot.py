@@ -283,31 +283,21 @@ def test_a_host_fed_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
 
 
 LARGE = """
-import pathlib, sys, threading
+import sys
 import jax, numpy as np
 from metalearn.datasets import HostFewShot
+from tests.helpers.anonymous_memory import printed_peak
 from tests.helpers.few_shot_data import SIZES, linear, trainer
 from metalearn.algorithms import MAML
 from metalearn import Trainer
 
-peak, done = [0], threading.Event()
-
-def watch():
-    while not done.wait(0.01):
-        status = pathlib.Path("/proc/self/status").read_text().split()
-        peak.append(int(status[status.index("RssAnon:") + 1]) * 1024)
-
-thread = threading.Thread(target=watch)
-thread.start()
-rows = 2 * 10**9 // 784
-file = np.memmap(sys.argv[1], np.uint8, "r", shape=(rows, 28, 28, 1))
-tasks = HostFewShot.create(file, np.arange(rows) % 10_000, **SIZES)
-learner = Trainer(MAML(linear(width=784)), tasks_per_step=32)
-state = learner.fit(tasks, 20, key=jax.random.key(0), progress=False)
-learner.evaluate(state.eta, tasks, jax.random.key(1), 100)
-done.set()
-thread.join()
-print(max(peak))
+with printed_peak():
+    rows = 2 * 10**9 // 784
+    file = np.memmap(sys.argv[1], np.uint8, "r", shape=(rows, 28, 28, 1))
+    tasks = HostFewShot.create(file, np.arange(rows) % 10_000, **SIZES)
+    learner = Trainer(MAML(linear(width=784)), tasks_per_step=32)
+    state = learner.fit(tasks, 20, key=jax.random.key(0), progress=False)
+    learner.evaluate(state.eta, tasks, jax.random.key(1), 100)
 """
 
 

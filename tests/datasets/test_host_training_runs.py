@@ -366,35 +366,25 @@ def test_the_range_of_labels_is_known_of_arrays():
 
 
 LARGE = """
-import functools, pathlib, sys, threading
+import sys
 import jax, numpy as np
 from metalearn import Forward, Trainer
 from metalearn.algorithms import FDS, Hyperparameter
 from metalearn.datasets import HostHeldOut, HostTrainingRuns
+from tests.helpers.anonymous_memory import printed_peak
 from tests.helpers.few_shot_data import linear
 
-peak, done = [0], threading.Event()
-
-def watch():
-    while not done.wait(0.01):
-        status = pathlib.Path("/proc/self/status").read_text().split()
-        peak.append(int(status[status.index("RssAnon:") + 1]) * 1024)
-
-thread = threading.Thread(target=watch)
-thread.start()
-rows = 2 * 10**9 // 3072
-file = np.memmap(sys.argv[1], np.uint8, "r", shape=(rows, 32, 32, 3))
-labels = np.arange(rows, dtype=np.int32) % 10
-runs = HostTrainingRuns.create(file, labels, validation=1000)
-final = HostHeldOut.create(file, labels, test_source=file[:1000], test_targets=labels[:1000])
-rate = Hyperparameter(1e-3, 1.0, 0.01)
-algorithm = FDS(linear(outputs=10, width=3072), {"learning_rate": rate}, 4000, 64)
-learner = Trainer(algorithm, Forward(), tasks_per_step=1, segment=200)
-state = learner.fit(runs, 1, key=jax.random.key(0), progress=False)
-learner.evaluate(state.eta, final, jax.random.key(1), 1)
-done.set()
-thread.join()
-print(max(peak))
+with printed_peak():
+    rows = 2 * 10**9 // 3072
+    file = np.memmap(sys.argv[1], np.uint8, "r", shape=(rows, 32, 32, 3))
+    labels = np.arange(rows, dtype=np.int32) % 10
+    runs = HostTrainingRuns.create(file, labels, validation=1000)
+    final = HostHeldOut.create(file, labels, test_source=file[:1000], test_targets=labels[:1000])
+    rate = Hyperparameter(1e-3, 1.0, 0.01)
+    algorithm = FDS(linear(outputs=10, width=3072), {"learning_rate": rate}, 4000, 64)
+    learner = Trainer(algorithm, Forward(), tasks_per_step=1, segment=200)
+    state = learner.fit(runs, 1, key=jax.random.key(0), progress=False)
+    learner.evaluate(state.eta, final, jax.random.key(1), 1)
 """
 
 
