@@ -21,7 +21,7 @@ from metalearn.engines.inner_loop import inner_loop, rollout
 from metalearn.tasks import ALL_STEPS, Reads, Tasks, draw_task, needs_fetch
 from metalearn.unroll import Eta, Metrics, Unroll, horizon
 
-SEGMENT = 2**26  # bytes that the inner steps of a segment read
+SEGMENT = 2**24  # bytes that the inner steps of a segment read; a few segments are in memory
 OURS = {"meta_grad_norm", "meta_update_norm", "tasks_reset", "tasks_left_out", "step_skipped"}
 
 

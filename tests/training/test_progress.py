@@ -8,6 +8,7 @@ import tqdm.std
 
 from metalearn.training import progress
 from metalearn.training.progress import bars
+from metalearn.training.segment_run import Place
 
 
 class Terminal(io.StringIO):
@@ -20,11 +21,17 @@ def clock(monkeypatch):
     """A clock of the bars that the test moves: `clock(5)` is five seconds later."""
     now = [1000.0]
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
 
     def later(seconds):
         now[0] += seconds
 
     return later
+
+
+def stands(work):
+    """Return what says of a state that so many of 40 segments have been advanced."""
+    return lambda state: Place("forward", work, 40, work, 40, work, 40)
 
 
 def rate(bar):
@@ -62,20 +69,20 @@ def test_the_rate_of_a_resumed_run_leaves_out_the_compiled_step(clock):
 
 
 def test_the_rate_of_inner_steps_leaves_out_the_compiled_segment(clock):
-    with bars(3, 0, 2, inner_steps=40) as both:
-        both.inner_done(0)
+    with bars(3, 0, 2, segmented=True) as both:
+        both.stands_at(stands(0), None)
         clock(600.0)
-        both.inner_done(8)
+        both.stands_at(stands(8), None)
         for done in (16, 24, 32):
-            clock(4.0)
-            both.inner_done(done)
+            clock(6.0)
+            both.stands_at(stands(done), None)
         assert both._inner.n == 32
-        assert rate(both._inner) == pytest.approx(2.0, rel=0.05)
+        assert rate(both._inner) == pytest.approx(8 / 6, rel=0.05)
 
 
 def test_bars_that_are_not_shown_take_steps_too(capfd):
-    with bars(3, 1, 2, inner_steps=8, shown=False) as both:
-        both.inner_done(8)
+    with bars(3, 1, 2, segmented=True, shown=False) as both:
+        both.stands_at(stands(8), None)
         both.step_done(1.0)
     assert capfd.readouterr().err == ""
 
