@@ -208,6 +208,9 @@ class HostHeldOut(_FetchedBySteps):
     numbers: RowNumbers = dataclasses.field(metadata={"static": True}, repr=False)
     labels: tuple[int, int] | None = dataclasses.field(metadata={"static": True}, repr=False)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @classmethod
     def create(
         cls,

@@ -35,7 +35,15 @@ def python_blocks(page):
 
 OWN_TESTS = ("custom_rules", "few_shot_by_friday", "own_classes", "use_what_was_learned")
 MINUTES = (  # or a good part of one, on a busy machine
-    *("adapt", "choosing_engine", "coming_from", "learned_optimizers", "long_runs", "models"),
+    *(
+        "adapt",
+        "choosing_engine",
+        "data",
+        "coming_from",
+        "learned_optimizers",
+        "long_runs",
+        "models",
+    ),
     *("nan", "own_algorithm", "quickstart", "schedules", "tracking", "scaling", "runs", "replay"),
 )
 SEVERAL_DEVICES = "devices"

@@ -683,6 +683,7 @@ class Nothing:
         return "Nothing()"
 
 
+NO_USERS = ("WithConstants", "FetchedRuns")  # made by the trainer
 INSTANCES = {
     "ES": metalearn.ES(),
     "PES": metalearn.PES(),
@@ -722,7 +723,7 @@ INSTANCES = {
     "TokenWeights": TokenWeights(),
     "TunedRule": algorithms.TunedRule(optax.sgd, RATE),
     "Corruption": datasets.Corruption(),
-    **{name: cases.TASKS[name] for name in cases.TASKS if name != "WithConstants"},  # no user's
+    **{name: cases.TASKS[name] for name in cases.TASKS if name not in NO_USERS},
     "NNX": NNX(NNXNet),
     "Architecture": models.Architecture(9, 4, 1, 2),
     "BlockedAttention": models.BlockedAttention(3),
@@ -732,6 +733,7 @@ INSTANCES = {
     "Equinox": models.Equinox(lambda key: None),
     "LoRA": models.LoRA(linear(3), 1),
     "Precision": models.Precision(linear(3)),
+    "Replay": metalearn.Replay(),
     "Pretrained": cases.MODELS["Pretrained"],
     "Trainable": cases.MODELS["Trainable"],
 }

@@ -65,6 +65,10 @@ class Replay:
 
     def __post_init__(self) -> None:
         check_fields(self, "device", "host", "disk", "folder")
+        if not isinstance(self.folder, str | os.PathLike | None):
+            raise TypeError(
+                f"`Replay(folder={self.folder!r})`: it is the path of a folder, or None."
+            )
         for name in ("device", "host", "disk"):
             self._bytes(name)
 
@@ -73,7 +77,10 @@ class Replay:
         if amount is None:
             return host_memory() // 4
         if isinstance(amount, str):
-            return parse_bytes(amount)
+            try:
+                return parse_bytes(amount)
+            except ValueError as error:
+                raise ValueError(f"`Replay({name}={amount!r})`: {error}") from None
         if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
             raise ValueError(
                 f'`Replay({name}={amount!r})`: it is an amount of memory, such as "4GiB", or a '

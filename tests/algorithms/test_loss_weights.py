@@ -352,14 +352,8 @@ def test_a_task_that_does_not_know_what_is_corrupted_reports_no_separation():
     assert aux.metrics.keys() == {"weight_min", "weight_mean"}
 
 
-@pytest.mark.parametrize(
-    "weighting",
-    quick(
-        [DomainWeights(8), ExampleWeights()],
-        lambda weighting: isinstance(weighting, DomainWeights),
-    ),
-    ids=["domain", "net"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("weighting", [DomainWeights(8), ExampleWeights()], ids=["domain", "net"])
 def test_it_learns_to_leave_noise_out(weighting):
     tasks = Text.create(
         *("abcd" * 100, "abcd" * 50),

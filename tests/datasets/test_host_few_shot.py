@@ -113,6 +113,7 @@ def test_host_fed_training_gives_the_eta_of_training_on_the_device():
     assert differences(etas[0], trainer().init(KEY).eta) > 1e-3
 
 
+@pytest.mark.slow
 def test_evaluations_and_a_single_step_read_from_the_host_too():
     device, tasks = both()
     learner = trainer()
@@ -269,6 +270,7 @@ def program(source, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_host_fed_run_that_is_killed_resumes_to_the_same_bits(tmp_path):
     process = program(RUN, str(tmp_path / "killed"))
     assert process.returncode == -signal.SIGKILL, process.stderr

@@ -144,6 +144,7 @@ def test_unknown_names_are_refused_with_those_there_are(asked, message):
         omniglot(asked[0], partition=asked[1])
 
 
+@pytest.mark.slow
 def test_the_real_splits_have_their_sizes_and_share_no_image(real):
     seen: set[bytes] = set()
     for split, size in SIZES["vinyals"].items():

@@ -89,7 +89,6 @@ PAIRS = quick(
     lambda engine, activation: (
         engine == MixedFlow()
         or (activation is jnp.tanh and not isinstance(engine, MixedFlow | InverseVariance))
-        or (activation is jnp.tanh and engine == MixedFlow("none"))
     ),
 )
 

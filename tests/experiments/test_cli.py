@@ -307,6 +307,7 @@ def test_a_process_with_a_mistake_ends_with_status_2_and_a_message_alone(tmp_pat
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 3
 
 
+@pytest.mark.slow
 def test_an_unprepared_omniglot_is_refused_at_once_with_the_command_that_prepares_it(tmp_path):
     nowhere = tmp_path / "tfds"
     nowhere.mkdir()

@@ -28,6 +28,7 @@ def rows(workdir):
     return logged(workdir), (workdir / "test.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing_and_gives_the_same_numbers(cache, tmp_path):
     entries = []
     for number in (1, 2):

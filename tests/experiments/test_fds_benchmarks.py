@@ -85,6 +85,7 @@ def test_the_noise_benchmark_writes_a_table_a_csv_and_a_picture(measured):
     assert float(rows["1"]["ratio"]) == 1
 
 
+@pytest.mark.slow
 def test_the_error_of_a_window_is_that_of_the_mean_over_it(measured):
     _, rows, arrays = measured
     exact = arrays["exact"]
@@ -128,6 +129,7 @@ def test_the_greedy_hypergradient_is_that_of_a_run_that_ends_there(measured):
     assert (abs(greedy[:, 0] / exact[:, 0] - 1) > 0.1).all()
 
 
+@pytest.mark.slow
 def test_hypergradients_of_steps_add_up_to_that_of_one_rate_for_all():
     inputs = jax.random.normal(jax.random.key(1), (60, 64))
     tasks = TrainingRuns.create(inputs, (inputs[:, 0] > 0).astype(int), validation=20)

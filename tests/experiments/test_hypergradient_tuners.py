@@ -9,7 +9,6 @@ from metalearn import Forward, MixedFlow, Reverse
 from metalearn.algorithms import Hyperparameter
 from metalearn.experiments.tuners.fds import Hypergradients
 from metalearn.experiments.tuners.online import Online, constant
-from tests.helpers.selection import quick
 from tests.helpers.tuning import KEY, T, problem, problem_of
 
 
@@ -40,7 +39,8 @@ def test_hypergradients_raise_a_learning_rate_that_is_too_small():
     assert after < before
 
 
-@pytest.mark.parametrize("decay", quick([0.0, 1.0], lambda decay: decay == 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [0.0, 1.0])
 def test_an_online_run_answers_with_the_value_of_every_step(decay):
     tuned = slow_start()
     found = list(Online(decay, rates=(1e-2, 1.0)).tune(tuned, 1e9, KEY))

@@ -143,6 +143,7 @@ def test_a_json_config_runs_no_python_file_even_where_one_is_named(refused, tmp_
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_is_set_on_top_of_a_json_config(write, tmp_path):
     mine = write({"config": "maml_sinusoid", "seed": 7, "model": {"hidden": [3, 5]}, "steps": 9})
     options = [word for word in SINUSOID if not word.startswith(("train", "--config="))]

@@ -32,6 +32,7 @@ def workdir(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_of_the_config_carries_inner_runs_and_reports_on_images_it_never_saw(workdir):
     restored = load_run(workdir)
     assert restored.trainer.truncation == Truncation(2)

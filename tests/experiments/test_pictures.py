@@ -50,6 +50,7 @@ def found(workdir):
     return load_run(workdir)
 
 
+@pytest.mark.slow
 def test_a_run_draws_what_its_config_names_and_logs_it(workdir):
     drawn = sorted(workdir.glob("pictures/*.png"))
     assert [path.stem for path in drawn] == DRAWN

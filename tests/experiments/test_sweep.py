@@ -452,6 +452,7 @@ def words_of(workdir, *more):
     return ("sweep", *SINUSOID[1:], f"--workdir={workdir}", *more)
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_its_trials_and_tests_none(tmp_path, capsys):
     workdir = tmp_path / "sweep"
     rate = "--sweep.optimizer.learning_rate=log(1e-4,1e-2)"

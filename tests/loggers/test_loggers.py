@@ -338,6 +338,7 @@ def test_a_resumed_wandb_run_keeps_its_id(wandb, tmp_path):
     assert list(tmp_path.glob("wandb/offline-run-*/run-kept.wandb"))
 
 
+@pytest.mark.slow
 def test_where_the_wandb_server_does_not_answer_the_run_is_logged_offline(
     wandb, tmp_path, monkeypatch, capsys
 ):
@@ -454,6 +455,7 @@ def test_a_wandb_logger_that_never_started_has_nothing_to_record_or_finish():
     assert logger.record() == {}
 
 
+@pytest.mark.slow
 def test_online_mode_without_a_login_is_refused_and_asks_nothing(nobody, tmp_path):
     script = ANSWER_NOTHING.replace("directory", "mode='online', directory")
     command = [sys.executable, "-c", script, str(tmp_path / "run")]

@@ -217,6 +217,7 @@ def test_transformed_functions_of_equinox_are_plain_functions():
     assert model.apply(jnp.full((), 2.0), (), ROWS, train=True)[0].shape == ROWS.shape
 
 
+@pytest.mark.slow
 def test_models_import_without_equinox_and_the_adapter_says_what_to_install():
     program = """
         import sys

@@ -165,6 +165,7 @@ def test_one_task_at_a_time_is_looked_at_when_asked_for():
 # Where little fits.
 
 
+@pytest.mark.slow
 def test_where_not_all_tasks_fit_the_most_that_do_are_taken():
     one, two, all_at_once = (peak(TRAINER, n) for n in (1, 2, 4))
     assert one < two < all_at_once

@@ -62,6 +62,7 @@ def parts(tmp_path_factory):
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(parts):
     for part in parts:
         assert part["devices"] == [4, 8]
@@ -209,12 +210,13 @@ def test_slurm_with_a_number_that_is_none_is_an_unknown_layout():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
         (SLURM | {"SLURM_PROCID": "x"}, "some of it is no number, or no list of nodes"),
-        pytest.param({"SLURM_JOB_ID": "12"}, "found SLURM_JOB_ID=12; ", marks=pytest.mark.slow),
-        pytest.param({}, "--distributed found no cluster", marks=pytest.mark.slow),
+        ({"SLURM_JOB_ID": "12"}, "found SLURM_JOB_ID=12; "),
+        ({}, "--distributed found no cluster"),
     ],
 )
 def test_the_command_line_says_so(variables, message):

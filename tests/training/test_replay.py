@@ -100,7 +100,7 @@ ALGORITHMS = quick(
         for engine in ("Reverse-step", "Forward", "MixedFlow")
         for segment in (1, 2)
     ],
-    lambda name, engine, segment: (name, engine, segment) == ("running", "MixedFlow", 2),
+    lambda name, engine, segment: (name, engine, segment) == ("Meta-SGD", "MixedFlow", 2),
 )
 
 

@@ -188,6 +188,7 @@ def test_a_field_that_a_file_is_too_old_to_have_takes_its_default(saved):
 # What a script elsewhere does with it.
 
 
+@pytest.mark.slow
 def test_a_script_that_imports_the_loader_alone_trains_models_of_every_library(saved, tmp_path):
     imports = [
         node for node in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(node, ast.ImportFrom)
