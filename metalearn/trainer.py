@@ -132,6 +132,11 @@ class Trainer:
                 "`Trainer(truncation=Truncation(steps))`, or an engine that is cut: "
                 "`MixedFlow()`, `Reverse()` or `Forward()`."
             )
+        if isinstance(self.engine, Streaming) and self.replay != Replay():
+            raise ValueError(
+                f"`Trainer(replay={self.replay!r})` says where states between segments are kept for "
+                f"a backward pass, and `{type(self.engine).__name__}` has none. Leave `replay`."
+            )
         if self.truncation is not None:
             raise ValueError(
                 "`Trainer(segment=..., truncation=...)`: unrolls are full and take several "

@@ -49,7 +49,7 @@ def mean_and_each(
         summed, each = _sum_and_each(function, inputs)
         return jax.tree.map(jnp.add, total, summed), each
 
-    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), inputs)
+    chunks = jax.tree.map(lambda x: x.reshape(count // chunk, chunk, *x.shape[1:]), inputs)
     first = jax.tree.map(lambda x: x[0], chunks)
     shapes, _ = jax.eval_shape(lambda inputs: _sum_and_each(function, inputs), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

@@ -140,6 +140,9 @@ class OuterLoop:
         """Take the remaining outer steps, and return the last state."""
         backs_off = self.fit.faults.nonfinite == "back_off"
         first, step = state if backs_off else None, int(state.step)
+        if first is not None and self._segments is not None:
+            # A resumed run may be inside of an outer step. Going back begins that step anew.
+            first = dataclasses.replace(first, inner=())
         while step < self.fit.steps:
             step += 1
             try:

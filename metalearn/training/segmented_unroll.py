@@ -251,7 +251,7 @@ class SegmentedUnroll(FullUnroll):
         if isinstance(self.engine, Streaming):
             state = self.engine.init(task.engine_key, task.unroll, eta)
             return self.engine.start(task.unroll, eta, state)
-        return task.unroll.init(eta)
+        return jax.tree.map(jnp.asarray, task.unroll.init(eta))  # a state may hold Python's numbers
 
     def _advance(
         self,

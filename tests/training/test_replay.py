@@ -14,11 +14,12 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import MixedFlow, Replay, Reverse, Trainer
+from metalearn import Faults, Forward, MixedFlow, Replay, Reverse, Trainer
 from metalearn.checkpoints import state_files
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.loggers import Logger
 from metalearn.training import outer_loop
+from metalearn.training.faults import NonFiniteError
 from metalearn.training.outer_loop import Interrupted
 from metalearn.training.replay_schedule import replays
 from metalearn.training.segment_run import SegmentRun
@@ -156,6 +157,33 @@ def test_two_programs_serve_every_horizon_and_a_third_a_shorter_last_segment():
         programs = made._programs
         sizes = [programs.advance._cache_size(), programs.pull_back._cache_size()]
         assert sizes == [1, 1] and programs.last._cache_size() == last
+
+
+def test_tasks_in_chunks_are_cut_as_all_at_once(x64):
+    made = dataclasses.replace(trainer(), chunk=1)
+    (state, metrics), (expected, seen) = made.step(made.init(KEY), Aims()), uncut()
+    assert_close((state.eta, metrics), (expected.eta, seen))
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers(Walk):
+    """A walk whose first state has a number of Python's, which is no array."""
+
+    def unroll(self, episode, key):
+        walk = super().unroll(episode, key)
+
+        def step(eta, state, batch, grad):
+            return {**walk.step(eta, state, batch, grad), "rate": state["rate"]}
+
+        return walk._replace(init=lambda eta: {**walk.init(eta), "rate": 0.1}, step=step)
+
+
+def test_a_number_in_the_first_state_is_an_array_of_it():
+    made = Trainer(Numbers(3), MIXED, optax.sgd(1.0), tasks_per_step=1, segment=2)
+    _, metrics = made.step(made.init(KEY), Aims())
+    whole = dataclasses.replace(made, segment=None)
+    _, expected = whole.step(whole.init(KEY), Aims())
+    assert_close(metrics, expected, 1e-5)
 
 
 def test_a_segment_may_be_chosen_by_the_horizon():
@@ -337,6 +365,23 @@ def test_a_budget_below_one_state_is_refused():
 def test_amounts_that_are_none_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Replay(**options)
+
+
+def test_a_run_resumed_inside_a_step_backs_off(tmp_path):
+    def explodes(grads, state, eta=None):
+        return jax.tree.map(lambda x: jnp.full_like(x, 1e38), grads), state
+
+    optimizer = optax.GradientTransformation(lambda eta: (), explodes)
+    made = dataclasses.replace(two_states(), optimizer=optimizer)
+    with pytest.raises(Interrupted):
+        fit(made, 2, tmp_path, asked_to_stop=Asked(6))
+    with pytest.raises(NonFiniteError, match="after 2 times of backing off"):
+        fit(made, 2, tmp_path, faults=Faults(nonfinite="back_off", most=2))
+
+
+def test_forward_mode_keeps_no_states():
+    with pytest.raises(ValueError, match="for a backward pass, and `Forward` has none. Leave"):
+        trainer(Forward(), replay=Replay(states=3))
 
 
 def test_a_replay_without_segments_is_refused():
