@@ -134,8 +134,8 @@ class Trainer:
             )
         if isinstance(self.engine, Streaming) and self.replay != Replay():
             raise ValueError(
-                f"`Trainer(replay={self.replay!r})` says where states between segments are kept for "
-                f"a backward pass, and `{type(self.engine).__name__}` has none. Leave `replay`."
+                f"`Trainer(replay={self.replay!r})` says where states between segments are kept "
+                f"for a backward pass, and `{type(self.engine).__name__}` has none. Leave `replay`."
             )
         if self.truncation is not None:
             raise ValueError(
