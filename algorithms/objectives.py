@@ -66,9 +66,12 @@ def squared_error(
     """Squared error: outputs and targets [n, ...] -> mean squared error (), no metrics."""
     values, mean = unmasked(targets)
     if outputs.shape != values.shape:
+        way_out = "For classes take `cross_entropy`."
+        if outputs.shape == (*values.shape, 1):
+            way_out = "Give the targets that axis too: `targets[..., None]`."
         raise ValueError(
             f"`squared_error` takes outputs and targets of one shape, not "
-            f"{list(outputs.shape)} and {list(values.shape)}. For classes take `cross_entropy`."
+            f"{list(outputs.shape)} and {list(values.shape)}. {way_out}"
         )
     return mean((outputs - values) ** 2), {}
 

@@ -201,6 +201,11 @@ def with_params(target: Any, params: Any, *, state: Any = None, partial: bool = 
         way_out = ""
         if matches.untouched and not (matches.unknown or matches.shapes):
             way_out = " To leave those as they are: `partial=True`."
+        if matches.shapes and not matches.unknown:
+            way_out = (
+                " Leave those of another shape, such as a head of other classes, out of what you "
+                "give, with `partial=True`: they stay as the target has them."
+            )
         raise ValueError(f"`with_params`: the names do not match. {matches}{way_out}")
     LOGGER.info("with_params: %s", matches)
     values = dict(zip(paths(params), jax.tree.leaves(params), strict=True))
@@ -216,7 +221,15 @@ def with_params(target: Any, params: Any, *, state: Any = None, partial: bool = 
 
 
 def match(target: Any, params: Any) -> Match:
-    """Return which names of `params` have a place in `target`, a pytree of arrays or shapes."""
+    """Return which names of `params` have a place in `target`.
+
+    Args:
+      target: a `Model`, whose parameters it stands for; or a pytree of arrays or shapes.
+      params: a pytree of arrays, or a flat dictionary.
+    """
+    if isinstance(target, Model):
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        target, _ = jax.eval_shape(target.init, key)
     theirs = dict(zip(paths(params), map(np.shape, jax.tree.leaves(params)), strict=True))
     ours = dict(zip(paths(target), map(np.shape, jax.tree.leaves(target)), strict=True))
     plain = {name if name in ours else name.replace(".", "/"): name for name in theirs}

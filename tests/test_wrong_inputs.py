@@ -785,6 +785,16 @@ def is_wrong(name, field, value):
     return True
 
 
+def test_targets_without_the_axis_of_the_outputs_are_told_of_it():
+    outputs = np.zeros((6, 1), np.float32)
+    with said(
+        ValueError, "not [6, 1] and [6]. Give the targets that axis too: `targets[..., None]`"
+    ):
+        algorithms.squared_error(outputs, outputs[:, 0])
+    with said(ValueError, "not [6, 1] and [3]. For classes take `cross_entropy`."):
+        algorithms.squared_error(outputs, outputs[:3, 0])
+
+
 FUZZ = [(name, field) for name in INSTANCES for field in fields(name)]
 
 

@@ -75,7 +75,7 @@ def adapt(
 
 
 def read(what: str, path: pathlib.Path, example: Any, labelled: bool = True) -> Examples:
-    """Read a support or query set from an .npz file or a folder of images.
+    """Read a support or query set from an .npz file, or a folder of images, which are resized.
 
     Args:
       what: the flag that names it: "support".
@@ -88,8 +88,8 @@ def read(what: str, path: pathlib.Path, example: Any, labelled: bool = True) -> 
     """
     shape = example.shape[1:]
     if path.is_dir():
-        channels = shape[-1] if len(shape) == 3 else None
-        folder = read_folder(path, channels=channels, training=False)
+        size, channels = (shape[:2], shape[-1]) if len(shape) == 3 else (None, None)
+        folder = read_folder(path, size=size, channels=channels, training=False)
         examples = Examples(folder.images, folder.labels, folder.classes, folder.files)
         if labelled and examples.labels is None:
             raise ValueError(

@@ -6,8 +6,9 @@ Reproduces   the optimizer of learned_optimizer_digits on text: a byte-level tra
 Command      metalearn train --config=learned_optimizer_shakespeare --workdir=runs/lo_shakespeare
              metalearn plan --config=learned_optimizer_shakespeare: memory and FLOPs by engine
              The dataset: tfds build tiny_shakespeare --file_format=array_record
-Takes        not measured; its outer step was compiled for a CPU, see docs/results.md
-Expect       not measured
+Takes        16 minutes of CPU time on 2 cores
+Expect       2.765 +- 0.026 mean training loss over 16 test runs of 100 steps (seed 0), 2.472 +- 0.029
+             on held-out text; see docs/results.md
 """
 
 import ml_collections

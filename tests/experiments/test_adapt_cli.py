@@ -1,5 +1,6 @@
 """`metalearn adapt`: a finished run predicts a query set of files."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +8,7 @@ from PIL import Image
 from metalearn.datasets import digits
 from metalearn.experiments import build
 from metalearn.experiments.commands import run
+from metalearn.experiments.commands.adapt import read
 from metalearn.experiments.runs import load_run
 from tests.helpers.command_line import SINUSOID, call
 from tests.helpers.small_configs import small
@@ -83,6 +85,17 @@ def test_folders_of_images_are_adapted_to_predicted_and_scored(
     result = np.load(workdir / "predictions.npz")
     np.testing.assert_allclose(result["outputs"], expected(workdir, images, steps=4), rtol=1e-5)
     assert "labelled" not in capsys.readouterr().out
+
+
+def test_images_of_folders_are_resized_to_those_of_the_model(images, tmp_path):
+    for name, pixels in images.items():
+        (tmp_path / name).mkdir()
+        for number, height in enumerate((8, 16, 24)):
+            large = np.kron(pixels[number, ..., 0], np.ones((height // 8, 2), np.uint8))
+            Image.fromarray(large).save(tmp_path / name / f"{number}.png")
+    example = jax.ShapeDtypeStruct((1, 8, 8, 1), "float32")
+    examples = read("support", tmp_path, example)
+    assert examples.inputs.shape == (15, 8, 8, 1) and 0 < examples.inputs.max() <= 1
 
 
 def test_arrays_of_a_file_are_adapted_to_and_predicted(workdir, images, tmp_path):

@@ -60,7 +60,9 @@ MISMATCHES = {
     ),
     "another shape": (
         {**VALUES, "head": np.ones(4)},
-        "3 of 3 parameters were given. Of another shape: head is [3], given [4].",
+        "3 of 3 parameters were given. Of another shape: head is [3], given [4]. Leave those of "
+        "another shape, such as a head of other classes, out of what you give, with "
+        "`partial=True`: they stay as the target has them.",
     ),
     "a missing one": (
         {"body": VALUES["body"]},
@@ -87,6 +89,11 @@ def test_a_part_of_the_parameters_is_enough_where_that_is_said(caplog):
     equal(result["body"]["bias"], jnp.ones(3))
     assert "2 of 3 parameters were given. Not given: head." in caplog.text
     assert match(TREE, {"head": np.ones(3)}).matched == {"head": "head"}
+
+
+def test_a_report_may_be_of_a_model():
+    model = Functions(lambda key: TREE, lambda p, x: x)
+    assert str(match(model, VALUES)) == "3 of 3 parameters were given."
 
 
 def test_a_long_report_counts_what_it_leaves_out():
