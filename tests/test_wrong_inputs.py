@@ -786,7 +786,7 @@ def is_wrong(name, field, value):
 
 
 def test_targets_without_the_axis_of_the_outputs_are_told_of_it():
-    outputs = np.zeros((6, 1), np.float32)
+    outputs = jnp.zeros((6, 1))
     with said(
         ValueError, "not [6, 1] and [6]. Give the targets that axis too: `targets[..., None]`"
     ):

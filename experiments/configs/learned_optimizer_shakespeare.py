@@ -7,8 +7,8 @@ Command      metalearn train --config=learned_optimizer_shakespeare --workdir=ru
              metalearn plan --config=learned_optimizer_shakespeare: memory and FLOPs by engine
              The dataset: tfds build tiny_shakespeare --file_format=array_record
 Takes        16 minutes of CPU time on 2 cores
-Expect       2.765 +- 0.026 mean training loss over 16 test runs of 100 steps (seed 0), 2.472 +- 0.029
-             on held-out text; see docs/results.md
+Expect       2.765 +- 0.026 mean training loss over 16 test runs of 100 steps (seed 0), 2.472 +-
+             0.029 on held-out text; see docs/results.md
 """
 
 import ml_collections
