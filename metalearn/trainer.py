@@ -652,9 +652,10 @@ class Trainer:
         outputs: Any = ()  # inner states; of the last segment metrics
         with prefetching(read, len(segments) - 1) as tasks_of:
             for number, segment in enumerate(segments):
-                runs = keys, outputs
+                read_tasks = self.place(tasks_of(number))
+                jax.block_until_ready(outputs)  # or the rows of all segments would wait in memory
                 outputs = self._evaluate_segment(
-                    *(eta, self.place(tasks_of(number)), runs, np.int32(segment.start)),
+                    *(eta, read_tasks, (keys, outputs), np.int32(segment.start)),
                     segment=segment._replace(start=min(number, 1)),
                 )
         return outputs
