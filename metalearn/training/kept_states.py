@@ -189,8 +189,9 @@ class KeptStates:
         self._writing: list[KeptState] = []  # to disk
         self._saved: deque[set[str]] = deque(maxlen=2)  # names that the last checkpoints refer to
         self._outdated: set[pathlib.Path] = set()  # not needed but by those checkpoints
+        self._is_swept = False  # whether files that an earlier run has left are deleted
         if self.places.disk:
-            self._folder()  # refused before the run, not in the middle of it
+            self._open()  # refused before the run, not in the middle of it
 
     def keep(self, boundary: int, state: Any, depth: int, name: str) -> KeptState:
         """Keep a copy of a state.
@@ -318,7 +319,6 @@ class KeptStates:
         if not record and self._opened is None:
             return []
         folder = self._folder()
-        folder.keep_only({each["file"] for each in record})
         return [
             KeptState(
                 each["boundary"],
@@ -343,6 +343,15 @@ class KeptStates:
             self._opened.close()
 
     def _folder(self) -> Folder:
+        """Return the folder, in which no states are but those that checkpoints refer to."""
+        folder = self._open()
+        if not self._is_swept:
+            folder.keep_only(set().union(*self._saved))
+            self._is_swept = True
+        return folder
+
+    def _open(self) -> Folder:
+        """Lock the folder, and check whose it is. Deletes nothing: `restored` may follow."""
         if self._opened is None:
             if self._where is None:
                 self._where = tempfile.mkdtemp(prefix="metalearn-states-")
@@ -351,8 +360,6 @@ class KeptStates:
             if jax.process_count() > 1:
                 path = path / str(jax.process_index())
             self._opened = Folder(path, self._run)
-            if not self._saved:  # no checkpoint refers to what an earlier run has left
-                self._opened.keep_only(set())
         return self._opened
 
     def _on_host(self, state: Any) -> list[np.ndarray]:

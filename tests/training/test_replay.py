@@ -202,6 +202,16 @@ def two_states():
     return dataclasses.replace(trainer(), replay=Replay(states=2))
 
 
+def test_a_run_goes_on_with_the_states_that_are_on_disk(tmp_path, capfd):
+    made = dataclasses.replace(trainer(), replay=Replay(states=2, host=0, disk="1MB"))
+    with pytest.raises(Interrupted):
+        fit(made, 1, tmp_path, asked_to_stop=Asked(6))
+    asked = []
+    found = fit(made, 1, tmp_path, asked_to_stop=lambda number: asked.append(number))
+    assert len(asked) == 10 and "lost" not in capfd.readouterr().out
+    assert bits(found) == bits(fit(two_states(), 1))
+
+
 @pytest.mark.parametrize("at", PLACES)
 def test_a_run_stopped_in_any_direction_goes_on_with_the_same_bits(at, tmp_path):
     made = two_states()
