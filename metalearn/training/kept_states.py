@@ -164,8 +164,10 @@ class KeptStates:
     """The kept states of the inner runs of one trainer.
 
     Attributes:
-      most: how many states can be kept at a time; negative after a disk has refused one.
+      places: how many states are kept where.
+      most: how many states can be kept at a time.
       planned: how many could be at the beginning.
+      disk_refused: whether the disk has refused a state; none is written to it any more.
     """
 
     def __init__(self, replay: Replay, shapes: Any, boundaries: int, run: str, folder: Any = None):
@@ -182,6 +184,7 @@ class KeptStates:
         self._leaves = [_Leaf.of(leaf) for leaf in leaves]
         self.places = replay.places(state_bytes(shapes), boundaries)
         self.most = self.planned = self.places.all
+        self.disk_refused = False
         self._run, self._where = run, replay.folder or folder
         self._opened: Folder | None = None
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="states")
@@ -203,6 +206,7 @@ class KeptStates:
           name: of its file.
         """
         self.settle()
+        self.limit(depth + 1)
         kept = KeptState(boundary, self.places.of(depth), name, copied(state))
         if kept.place != "device":
             for leaf in jax.tree.leaves(kept.arrays):
@@ -240,10 +244,10 @@ class KeptStates:
         if not disk.at_fault(error) or jax.process_count() > 1:
             raise error
         kept.place = "host"
-        if not self.places.disk:  # another one that was being written
+        if self.disk_refused:  # another one that was being written
             return
-        fewer = dataclasses.replace(self.places, disk=0)
-        self.places, self.most = fewer, -1  # what is kept now, and no more
+        self.disk_refused, self.places = True, dataclasses.replace(self.places, disk=0)
+        self.most = self.places.all
         say(
             f"The state before segment {kept.boundary} could not be written to "
             f"{self._folder().path} ({first_line(error)}): no further states are kept there, and "
@@ -253,8 +257,9 @@ class KeptStates:
     def limit(self, kept: int) -> int:
         """Return how many states may be kept, `kept` of which are."""
         self._await_files(wait=False, most=10**9)
-        if self.most < 0:
-            self.most = max(kept, self.places.all)
+        if self.disk_refused and kept > self.most:  # those that are kept already, and no more
+            self.most = kept
+            self.places = dataclasses.replace(self.places, host=kept - self.places.device)
         return self.most
 
     def read(self, kept: KeptState) -> Any:

@@ -304,6 +304,24 @@ def test_a_disk_that_fills_up_costs_replays_and_nothing_else(kept, monkeypatch, 
     assert said.count("no further states are kept there") == 1
 
 
+@pytest.mark.parametrize("device", [0, 1])
+def test_states_that_a_full_disk_refuses_stay_in_host_memory(device, monkeypatch):
+    def write(path, arrays):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state_files, "write", write)
+    run = with_replay(trainer(), Replay(device=50 * device, host=0, disk="1MB"))  # a state: 50
+    state, places = trainer().init(KEY), []
+    for _ in range(2):  # outer steps
+        metrics = None
+        while metrics is None:
+            state, metrics = run.take(state, Aims())
+            places.append([each.place for each in getattr(state.inner, "kept", ())])
+    assert max(each.count("device") for each in places) == device
+    assert max(each.count("host") for each in places) >= 1
+    assert run._opened.disk_refused and run._opened.most == max(map(len, places))
+
+
 class Rows(Logger):
     """Remembers the rows of metrics."""
 
