@@ -135,10 +135,11 @@ class Folder:
 
     def keep_only(self, names: set[str]) -> None:
         """Delete all states but those of these names, and what was not written to its end."""
-        for path in self.path.iterdir():
-            if path.name != "lock" and path.name not in names:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        with contextlib.suppress(OSError):  # the folder may be gone
+            for path in list(self.path.iterdir()):
+                if path.name != "lock" and path.name not in names:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
 
 def _ours(path: pathlib.Path) -> bool:

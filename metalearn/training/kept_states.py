@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn._utils import disk
 from metalearn._utils.checks import Count, first_line
 from metalearn._utils.device_memory import host_memory, parse_bytes, show_bytes
 from metalearn._utils.fields import check_fields
@@ -241,7 +240,7 @@ class KeptStates:
 
     def _refused(self, kept: KeptState, error: OSError) -> None:
         """Go on without the disk: the state stays in host memory."""
-        if not disk.at_fault(error) or jax.process_count() > 1:
+        if jax.process_count() > 1:  # others may have no error: let this one end the run
             raise error
         kept.place = "host"
         if self.disk_refused:  # another one that was being written
@@ -342,9 +341,11 @@ class KeptStates:
             self._opened.keep_only(set())
 
     def close(self) -> None:
-        """Let go of the folder. States that checkpoints refer to stay in it."""
+        """Let go of the folder. States that checkpoints refer to stay in it, no others."""
         self._writer.shutdown()
         if self._opened is not None:
+            if self._is_swept:  # otherwise it is not known which they are
+                self._opened.keep_only(set().union(*self._saved))
             self._opened.close()
 
     def _folder(self) -> Folder:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,39 @@ def test_a_run_goes_on_with_the_states_that_are_on_disk(tmp_path, capfd):
     assert bits(found) == bits(fit(two_states(), 1))
 
 
+def test_a_run_that_fails_leaves_the_states_of_its_checkpoints_and_no_others(tmp_path):
+    made = dataclasses.replace(trainer(), replay=Replay(states=2, host=0, disk="1MB"))
+
+    def fails(number):
+        if number == 12:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(made, 1, tmp_path / "not saved", asked_to_stop=fails)
+    assert names_in(tmp_path / "not saved" / "states") == ["lock"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(made, 1, tmp_path / "saved", asked_to_stop=fails, within=5)
+    assert names_in(tmp_path / "saved" / "states") == ["0-1.state", "0-4.state", "lock"]
+
+
+@pytest.mark.parametrize("disk", ["1MB", 0])
+def test_states_that_a_killed_run_has_left_are_deleted(disk, tmp_path):
+    (tmp_path / "states").mkdir()
+    for name in ("0-3.state", "0-3.state.part"):
+        (tmp_path / "states" / name).touch()
+    with pytest.raises(Interrupted):
+        fit(
+            dataclasses.replace(trainer(), replay=Replay(states=2, host=100, disk=disk)),
+            *(1, tmp_path),
+            asked_to_stop=Asked(6),
+        )
+    assert names_in(tmp_path / "states") == ["0-1.state", "0-4.state", "lock"]
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.mark.parametrize("at", PLACES)
 def test_a_run_stopped_in_any_direction_goes_on_with_the_same_bits(at, tmp_path):
     made = two_states()
@@ -302,6 +336,18 @@ def test_a_disk_that_fills_up_costs_replays_and_nothing_else(kept, monkeypatch, 
     said = capfd.readouterr().out
     assert "could not be written to" in said and "No space left on device" in said
     assert said.count("no further states are kept there") == 1
+
+
+def test_a_folder_that_is_lost_costs_replays_and_nothing_else(tmp_path, capfd, x64):
+    run = with_replay(trainer(), Replay(host=0, disk="1MB", folder=tmp_path / "states"))
+    state, metrics = trainer().init(KEY), None
+    while metrics is None:
+        state, metrics = run.take(state, Aims())
+        if metrics is None and state.inner.programs == 3:
+            shutil.rmtree(tmp_path / "states")
+    run.close()
+    assert bits(state) == bits(trainer().step(trainer().init(KEY), Aims())[0])
+    assert "([Errno 2] No such file or directory" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("device", [0, 1])
