@@ -32,7 +32,8 @@ from metalearn._utils.checks import Count, first_line
 from metalearn._utils.device_memory import host_memory, parse_bytes, show_bytes
 from metalearn._utils.fields import check_fields
 from metalearn.checkpoints import state_files
-from metalearn.checkpoints.state_files import Folder, StateFile
+from metalearn.checkpoints.state_files import Folder, StateFile, UnwritableFolderError
+from metalearn.checkpoints.store import DiskError
 from metalearn.sharding.distributed import say
 
 Amount = int | str
@@ -298,14 +299,17 @@ class KeptStates:
     def written(self, states: Sequence[KeptState]) -> list[dict[str, Any]]:
         """Write the states that are not on disk, for a checkpoint; return a record of all (JSON).
 
-        OSError if the disk refuses.
+        DiskError if the disk refuses, or has lost the folder.
         """
         self.settle()
         self._await_files()
         for kept in states:
             if kept.file is None:
                 arrays = self._on_host(kept.arrays) if kept.place == "device" else kept.arrays
-                kept.file = state_files.write(self._folder().path / kept.name, arrays)
+                try:
+                    kept.file = state_files.write(self._folder().path / kept.name, arrays)
+                except (OSError, UnwritableFolderError) as error:
+                    raise DiskError(first_line(error)) from error
         return [
             {"boundary": each.boundary, "file": each.file.path.name, "digest": each.file.digest}
             for each in states

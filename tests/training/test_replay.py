@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import pathlib
 import random
 import shutil
 import signal
@@ -203,8 +204,13 @@ def two_states():
     return dataclasses.replace(trainer(), replay=Replay(states=2))
 
 
+@functools.cache
+def two_states_on_disk():
+    return dataclasses.replace(trainer(), replay=Replay(states=2, host=0, disk="1MB"))
+
+
 def test_a_run_goes_on_with_the_states_that_are_on_disk(tmp_path, capfd):
-    made = dataclasses.replace(trainer(), replay=Replay(states=2, host=0, disk="1MB"))
+    made = two_states_on_disk()
     with pytest.raises(Interrupted):
         fit(made, 1, tmp_path, asked_to_stop=Asked(6))
     asked = []
@@ -214,7 +220,7 @@ def test_a_run_goes_on_with_the_states_that_are_on_disk(tmp_path, capfd):
 
 
 def test_a_run_that_fails_leaves_the_states_of_its_checkpoints_and_no_others(tmp_path):
-    made = dataclasses.replace(trainer(), replay=Replay(states=2, host=0, disk="1MB"))
+    made = two_states_on_disk()
 
     def fails(number):
         if number == 12:
@@ -228,17 +234,14 @@ def test_a_run_that_fails_leaves_the_states_of_its_checkpoints_and_no_others(tmp
     assert names_in(tmp_path / "saved" / "states") == ["0-1.state", "0-4.state", "lock"]
 
 
-@pytest.mark.parametrize("disk", ["1MB", 0])
-def test_states_that_a_killed_run_has_left_are_deleted(disk, tmp_path):
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_states_that_a_killed_run_has_left_are_deleted(on_disk, tmp_path):
     (tmp_path / "states").mkdir()
     for name in ("0-3.state", "0-3.state.part"):
         (tmp_path / "states" / name).touch()
     with pytest.raises(Interrupted):
-        fit(
-            dataclasses.replace(trainer(), replay=Replay(states=2, host=100, disk=disk)),
-            *(1, tmp_path),
-            asked_to_stop=Asked(6),
-        )
+        made = two_states_on_disk() if on_disk else two_states()
+        fit(made, 1, tmp_path, asked_to_stop=Asked(6))
     assert names_in(tmp_path / "states") == ["0-1.state", "0-4.state", "lock"]
 
 
@@ -350,6 +353,33 @@ def test_a_folder_that_is_lost_costs_replays_and_nothing_else(tmp_path, capfd, x
     assert "([Errno 2] No such file or directory" in capfd.readouterr().out
 
 
+def test_a_disk_that_is_full_at_a_save_inside_a_step_does_not_end_the_run(
+    tmp_path, monkeypatch, capfd
+):
+    real = pathlib.Path.mkdir
+
+    def mkdir(path, *args, **options):
+        if path.name == "states":
+            raise OSError(28, "No space left on device")
+        real(path, *args, **options)
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", mkdir)
+    found = fit(two_states(), 1, tmp_path, within=5)
+    said = capfd.readouterr().out
+    assert "A checkpoint could not be written" in said and "No space left on device" in said
+    assert bits(found) == bits(fit(two_states(), 1))
+
+
+def test_a_folder_that_is_lost_before_a_save_does_not_end_the_run(tmp_path, capfd):
+    def asked(number):
+        if number == 4:
+            shutil.rmtree(tmp_path / "states")
+
+    found = fit(two_states(), 1, tmp_path, within=3, asked_to_stop=asked)
+    assert "A checkpoint could not be written" in capfd.readouterr().out
+    assert bits(found) == bits(fit(two_states(), 1))
+
+
 @pytest.mark.parametrize("device", [0, 1])
 def test_states_that_a_full_disk_refuses_stay_in_host_memory(device, monkeypatch):
     def write(path, arrays):
@@ -442,6 +472,20 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     (tmp_path / "0-1.state").touch()
     with pytest.raises(ValueError, match="holds the states of another run. Delete them if"):
         kept_in(tmp_path)
+
+
+def test_a_folder_of_another_run_of_the_same_seed_is_refused(tmp_path):
+    def opened(name):
+        replay = Replay(host=0, disk=100, folder=tmp_path / "shared")
+        run = with_replay(trainer(), replay, tmp_path / name)
+        return run._states(trainer().init(KEY))
+
+    opened("a").close()
+    (tmp_path / "shared" / "0-1.state").touch()
+    with pytest.raises(ValueError, match="holds the states of another run. Delete them if"):
+        opened("b")
+    opened("a").close()
+    assert names_in(tmp_path / "shared") == ["0-1.state", "lock"]
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
