@@ -25,6 +25,10 @@ class DamagedStateError(ValueError):
     """A file of a state is missing, or is not what was written."""
 
 
+class UnwritableFolderError(ValueError):
+    """A folder for states cannot be made, or not be written to."""
+
+
 class StateFile(NamedTuple):
     """A state on disk."""
 
@@ -88,7 +92,8 @@ class Folder:
       run: a text that tells the run from others.
 
     Raises:
-      ValueError: if the folder cannot be written to, holds other files, or is another run's.
+      UnwritableFolderError: if the folder cannot be written to.
+      ValueError: if it holds other files, or is another run's.
     """
 
     def __init__(self, path: pathlib.Path, run: str):
@@ -97,7 +102,7 @@ class Folder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ValueError(
+            raise UnwritableFolderError(
                 f"The states of an inner run are to be kept in {path}, which cannot be written to "
                 f"({error.strerror}). Name another folder: `Replay(folder=...)`."
             ) from error
@@ -135,10 +140,11 @@ class Folder:
 
     def keep_only(self, names: set[str]) -> None:
         """Delete all states but those of these names, and what was not written to its end."""
-        for path in self.path.iterdir():
-            if path.name != "lock" and path.name not in names:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        with contextlib.suppress(OSError):  # the folder may be gone
+            for path in list(self.path.iterdir()):
+                if path.name != "lock" and path.name not in names:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
 
 def _ours(path: pathlib.Path) -> bool:

@@ -28,12 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalearn._utils import disk
 from metalearn._utils.checks import Count, first_line
 from metalearn._utils.device_memory import host_memory, parse_bytes, show_bytes
 from metalearn._utils.fields import check_fields
 from metalearn.checkpoints import state_files
-from metalearn.checkpoints.state_files import Folder, StateFile
+from metalearn.checkpoints.state_files import Folder, StateFile, UnwritableFolderError
+from metalearn.checkpoints.store import DiskError
 from metalearn.sharding.distributed import say
 
 Amount = int | str
@@ -164,8 +164,10 @@ class KeptStates:
     """The kept states of the inner runs of one trainer.
 
     Attributes:
-      most: how many states can be kept at a time; negative after a disk has refused one.
+      places: how many states are kept where.
+      most: how many states can be kept at a time.
       planned: how many could be at the beginning.
+      disk_refused: whether the disk has refused a state; none is written to it any more.
     """
 
     def __init__(self, replay: Replay, shapes: Any, boundaries: int, run: str, folder: Any = None):
@@ -182,6 +184,7 @@ class KeptStates:
         self._leaves = [_Leaf.of(leaf) for leaf in leaves]
         self.places = replay.places(state_bytes(shapes), boundaries)
         self.most = self.planned = self.places.all
+        self.disk_refused = False
         self._run, self._where = run, replay.folder or folder
         self._opened: Folder | None = None
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="states")
@@ -189,8 +192,9 @@ class KeptStates:
         self._writing: list[KeptState] = []  # to disk
         self._saved: deque[set[str]] = deque(maxlen=2)  # names that the last checkpoints refer to
         self._outdated: set[pathlib.Path] = set()  # not needed but by those checkpoints
+        self._is_swept = False  # whether files that an earlier run has left are deleted
         if self.places.disk:
-            self._folder()  # refused before the run, not in the middle of it
+            self._open()  # refused before the run, not in the middle of it
 
     def keep(self, boundary: int, state: Any, depth: int, name: str) -> KeptState:
         """Keep a copy of a state.
@@ -202,6 +206,7 @@ class KeptStates:
           name: of its file.
         """
         self.settle()
+        self.limit(depth + 1)
         kept = KeptState(boundary, self.places.of(depth), name, copied(state))
         if kept.place != "device":
             for leaf in jax.tree.leaves(kept.arrays):
@@ -236,13 +241,13 @@ class KeptStates:
 
     def _refused(self, kept: KeptState, error: OSError) -> None:
         """Go on without the disk: the state stays in host memory."""
-        if not disk.at_fault(error) or jax.process_count() > 1:
+        if jax.process_count() > 1:  # others may have no error: let this one end the run
             raise error
         kept.place = "host"
-        if not self.places.disk:  # another one that was being written
+        if self.disk_refused:  # another one that was being written
             return
-        fewer = dataclasses.replace(self.places, disk=0)
-        self.places, self.most = fewer, -1  # what is kept now, and no more
+        self.disk_refused, self.places = True, dataclasses.replace(self.places, disk=0)
+        self.most = self.places.all
         say(
             f"The state before segment {kept.boundary} could not be written to "
             f"{self._folder().path} ({first_line(error)}): no further states are kept there, and "
@@ -252,8 +257,9 @@ class KeptStates:
     def limit(self, kept: int) -> int:
         """Return how many states may be kept, `kept` of which are."""
         self._await_files(wait=False, most=10**9)
-        if self.most < 0:
-            self.most = max(kept, self.places.all)
+        if self.disk_refused and kept > self.most:  # those that are kept already, and no more
+            self.most = kept
+            self.places = dataclasses.replace(self.places, host=kept - self.places.device)
         return self.most
 
     def read(self, kept: KeptState) -> Any:
@@ -293,14 +299,17 @@ class KeptStates:
     def written(self, states: Sequence[KeptState]) -> list[dict[str, Any]]:
         """Write the states that are not on disk, for a checkpoint; return a record of all (JSON).
 
-        OSError if the disk refuses.
+        DiskError if the disk refuses, or has lost the folder.
         """
         self.settle()
         self._await_files()
         for kept in states:
             if kept.file is None:
                 arrays = self._on_host(kept.arrays) if kept.place == "device" else kept.arrays
-                kept.file = state_files.write(self._folder().path / kept.name, arrays)
+                try:
+                    kept.file = state_files.write(self._folder().path / kept.name, arrays)
+                except (OSError, UnwritableFolderError) as error:
+                    raise DiskError(first_line(error)) from error
         return [
             {"boundary": each.boundary, "file": each.file.path.name, "digest": each.file.digest}
             for each in states
@@ -318,7 +327,6 @@ class KeptStates:
         if not record and self._opened is None:
             return []
         folder = self._folder()
-        folder.keep_only({each["file"] for each in record})
         return [
             KeptState(
                 each["boundary"],
@@ -337,12 +345,23 @@ class KeptStates:
             self._opened.keep_only(set())
 
     def close(self) -> None:
-        """Let go of the folder. States that checkpoints refer to stay in it."""
+        """Let go of the folder. States that checkpoints refer to stay in it, no others."""
         self._writer.shutdown()
         if self._opened is not None:
+            if self._is_swept:  # otherwise it is not known which they are
+                self._opened.keep_only(set().union(*self._saved))
             self._opened.close()
 
     def _folder(self) -> Folder:
+        """Return the folder, in which no states are but those that checkpoints refer to."""
+        folder = self._open()
+        if not self._is_swept:
+            folder.keep_only(set().union(*self._saved))
+            self._is_swept = True
+        return folder
+
+    def _open(self) -> Folder:
+        """Lock the folder, and check whose it is. Deletes nothing: `restored` may follow."""
         if self._opened is None:
             if self._where is None:
                 self._where = tempfile.mkdtemp(prefix="metalearn-states-")
@@ -351,8 +370,6 @@ class KeptStates:
             if jax.process_count() > 1:
                 path = path / str(jax.process_index())
             self._opened = Folder(path, self._run)
-            if not self._saved:  # no checkpoint refers to what an earlier run has left
-                self._opened.keep_only(set())
         return self._opened
 
     def _on_host(self, state: Any) -> list[np.ndarray]:

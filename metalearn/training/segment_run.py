@@ -16,6 +16,8 @@ checkpoint saves. With `Forward` there is no way back: the outcome follows the l
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -451,7 +453,11 @@ class SegmentRun:
             key = np.asarray(jax.random.key_data(state.key)).tobytes().hex()
             shapes = self._shapes(Position(self.cut.segments - 1, 0, 0)).inner.stream
             boundaries = max(self.cut.segments - 2, 0)  # the state before the last segment is live
-            inputs = self._replay, shapes, boundaries, f"run {key}"
+            run = f"run {key}"
+            if self._replay.folder and self._folder:  # runs of the same seed may share it
+                place = os.path.abspath(self._folder)
+                run += f", saved in {hashlib.blake2b(place.encode()).hexdigest()[:32]}"
+            inputs = self._replay, shapes, boundaries, run
             self._opened = KeptStates(*inputs, self._folder)
         return self._opened
 
@@ -589,7 +595,7 @@ class SegmentRun:
     def saved(self, state: TrainState) -> dict[str, Any]:
         """Write the kept states of a state to disk; return a record (JSON) for `restored_shapes`.
 
-        OSError if the disk refuses.
+        DiskError if the disk refuses.
         """
         run = state.inner
         kept = self._states(state).written(run.kept) if run.kept else []

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import hashlib
+import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +232,51 @@ def two_states():
     return dataclasses.replace(trainer(), replay=Replay(states=2))
 
 
+@functools.cache
+def two_states_on_disk():
+    return dataclasses.replace(trainer(), replay=Replay(states=2, host=0, disk="1MB"))
+
+
+def test_a_run_goes_on_with_the_states_that_are_on_disk(tmp_path, capfd):
+    made = two_states_on_disk()
+    with pytest.raises(Interrupted):
+        fit(made, 1, tmp_path, asked_to_stop=Asked(6))
+    asked = []
+    found = fit(made, 1, tmp_path, asked_to_stop=lambda number: asked.append(number))
+    assert len(asked) == 10 and "lost" not in capfd.readouterr().out
+    assert bits(found) == bits(fit(two_states(), 1))
+
+
+def test_a_run_that_fails_leaves_the_states_of_its_checkpoints_and_no_others(tmp_path):
+    made = two_states_on_disk()
+
+    def fails(number):
+        if number == 12:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(made, 1, tmp_path / "not saved", asked_to_stop=fails)
+    assert names_in(tmp_path / "not saved" / "states") == ["lock"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(made, 1, tmp_path / "saved", asked_to_stop=fails, within=5)
+    assert names_in(tmp_path / "saved" / "states") == ["0-1.state", "0-4.state", "lock"]
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_states_that_a_killed_run_has_left_are_deleted(on_disk, tmp_path):
+    (tmp_path / "states").mkdir()
+    for name in ("0-3.state", "0-3.state.part"):
+        (tmp_path / "states" / name).touch()
+    with pytest.raises(Interrupted):
+        made = two_states_on_disk() if on_disk else two_states()
+        fit(made, 1, tmp_path, asked_to_stop=Asked(6))
+    assert names_in(tmp_path / "states") == ["0-1.state", "0-4.state", "lock"]
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.mark.parametrize("at", PLACES)
 def test_a_run_stopped_in_any_direction_goes_on_with_the_same_bits(at, tmp_path):
     made = two_states()
@@ -320,6 +367,63 @@ def test_a_disk_that_fills_up_costs_replays_and_nothing_else(kept, monkeypatch, 
     said = capfd.readouterr().out
     assert "could not be written to" in said and "No space left on device" in said
     assert said.count("no further states are kept there") == 1
+
+
+def test_a_folder_that_is_lost_costs_replays_and_nothing_else(tmp_path, capfd, x64):
+    run = with_replay(trainer(), Replay(host=0, disk="1MB", folder=tmp_path / "states"))
+    state, metrics = trainer().init(KEY), None
+    while metrics is None:
+        state, metrics = run.take(state, Aims())
+        if metrics is None and state.inner.programs == 3:
+            shutil.rmtree(tmp_path / "states")
+    run.close()
+    assert bits(state) == bits(trainer().step(trainer().init(KEY), Aims())[0])
+    assert "([Errno 2] No such file or directory" in capfd.readouterr().out
+
+
+def test_a_disk_that_is_full_at_a_save_inside_a_step_does_not_end_the_run(
+    tmp_path, monkeypatch, capfd
+):
+    real = pathlib.Path.mkdir
+
+    def mkdir(path, *args, **options):
+        if path.name == "states":
+            raise OSError(28, "No space left on device")
+        real(path, *args, **options)
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", mkdir)
+    found = fit(two_states(), 1, tmp_path, within=5)
+    said = capfd.readouterr().out
+    assert "A checkpoint could not be written" in said and "No space left on device" in said
+    assert bits(found) == bits(fit(two_states(), 1))
+
+
+def test_a_folder_that_is_lost_before_a_save_does_not_end_the_run(tmp_path, capfd):
+    def asked(number):
+        if number == 4:
+            shutil.rmtree(tmp_path / "states")
+
+    found = fit(two_states(), 1, tmp_path, within=3, asked_to_stop=asked)
+    assert "A checkpoint could not be written" in capfd.readouterr().out
+    assert bits(found) == bits(fit(two_states(), 1))
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_states_that_a_full_disk_refuses_stay_in_host_memory(device, monkeypatch):
+    def write(path, arrays):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state_files, "write", write)
+    run = with_replay(trainer(), Replay(device=50 * device, host=0, disk="1MB"))  # a state: 50
+    state, places = trainer().init(KEY), []
+    for _ in range(2):  # outer steps
+        metrics = None
+        while metrics is None:
+            state, metrics = run.take(state, Aims())
+            places.append([each.place for each in getattr(state.inner, "kept", ())])
+    assert max(each.count("device") for each in places) == device
+    assert max(each.count("host") for each in places) >= 1
+    assert run._opened.disk_refused and run._opened.most == max(map(len, places))
 
 
 class Rows(Logger):
@@ -413,6 +517,20 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     (tmp_path / "0-1.state").touch()
     with pytest.raises(ValueError, match="holds the states of another run. Delete them if"):
         kept_in(tmp_path)
+
+
+def test_a_folder_of_another_run_of_the_same_seed_is_refused(tmp_path):
+    def opened(name):
+        replay = Replay(host=0, disk=100, folder=tmp_path / "shared")
+        run = with_replay(trainer(), replay, tmp_path / name)
+        return run._states(trainer().init(KEY))
+
+    opened("a").close()
+    (tmp_path / "shared" / "0-1.state").touch()
+    with pytest.raises(ValueError, match="holds the states of another run. Delete them if"):
+        opened("b")
+    opened("a").close()
+    assert names_in(tmp_path / "shared") == ["0-1.state", "lock"]
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
