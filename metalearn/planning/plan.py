@@ -150,11 +150,11 @@ def plan(
     candidates = CANDIDATES if candidates is None else candidates
     costs = StepCosts(trainer, jax.eval_shape(lambda tree: tree, tasks))
     chunk = trainer.batch.at_once
-    rows = [costs.row(candidate, chunk) for candidate in _compiling(candidates, progress)]
+    rows = [costs.row(each, chunk) for each in _compiling(candidates, chunk, progress)]
     budget = device_memory() if budget is None else budget
     result = Plan(rows, costs.plain(), budget, costs.inner_steps())
     if chunk > 1 and (all_chunks or result.chosen is None):
-        rows = rows + [costs.row(candidate, 1) for candidate in _compiling(candidates, progress)]
+        rows = rows + [costs.row(each, 1) for each in _compiling(candidates, 1, progress)]
         result = dataclasses.replace(result, rows=rows)
     return _with_largest(result, costs, chunk)
 
@@ -185,11 +185,11 @@ def choose_engine(
     return dataclasses.replace(trainer, engine=row.engine, chunk=chunk)
 
 
-def _compiling(candidates: Sequence[Candidate], progress: bool) -> Iterator[Candidate]:
-    """Yield the candidates, and show which one is being compiled."""
+def _compiling(candidates: Sequence[Candidate], chunk: int, progress: bool) -> Iterator[Candidate]:
+    """Yield the candidates, and show which one is being compiled, with how many tasks at once."""
     with tqdm(
         candidates,
-        desc="compiling engines",
+        desc=f"compiling engines, {tasks_at_once(chunk)}",
         unit="engine",
         leave=False,
         disable=not progress,

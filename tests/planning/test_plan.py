@@ -23,7 +23,7 @@ from metalearn.algorithms import (
 from metalearn.cost import Cost, cost
 from metalearn.engines import MetaGradient
 from metalearn.planning import plan as planning
-from metalearn.planning.plan import CANDIDATES, BudgetError, Plan, plan
+from metalearn.planning.plan import CANDIDATES, BudgetError, Plan, plan, tasks_at_once
 from metalearn.planning.step_cost import Candidate, Row, StepCosts
 from metalearn.training.replay_schedule import advances, replays
 from tests.cases import ENGINES, MODELS, TASKS
@@ -202,7 +202,9 @@ def test_one_call_returns_the_trainer_with_the_engine_of_the_plan_and_says_why(
     expected = plan(TRAINER, WAVES, candidates=TWO, budget=2**30)
     trainer = choose_engine(dataclasses.replace(TRAINER, engine=MixedFlow()), WAVES, budget="1GiB")
     assert trainer.engine == expected.choose().engine and trainer.chunk is None
-    assert capsys.readouterr().out == f"engine: {expected.reason()}.\n"
+    printed = capsys.readouterr()
+    assert printed.out == f"engine: {expected.reason()}.\n"
+    assert f"compiling engines, {tasks_at_once(TRAINER.batch.at_once)}" in printed.err
     assert choose_engine(TRAINER, WAVES, progress=False).engine == trainer.engine
     assert capsys.readouterr() == ("", "")
 
