@@ -290,9 +290,9 @@ LARGE = {
 def test_a_rule_larger_than_its_weights_is_refused_before_it_is_built(saved, rule, message):
     text = rule if isinstance(rule, str) else json.dumps(rule)
     rewrite(saved, metadata=lambda m: {**m, "rule": text})
-    began = time.perf_counter()
+    began = time.process_time()
     refused(saved, f"{message}.*It was not written by `save_optimizer`")
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 5  # to build one takes minutes, or all memory
 
 
 def test_empty_arrays_with_a_long_axis_do_not_vouch_for_a_wide_network(saved):
