@@ -38,8 +38,12 @@ from metalearn.tasks import Reads, Tasks, episode_keys, number_of
 from metalearn.unroll import Episode
 
 
-class _FetchedBySteps(Tasks):
-    """Tasks on the host, of which a program reads the rows of its own inner steps."""
+class _HostRuns(Tasks):
+    """Runs on a table of the host, of which a program reads the rows of its own inner steps."""
+
+    table: RunTable
+    numbers: RowNumbers
+    labels: tuple[int, int] | None
 
     @property
     def needs_fetch(self) -> bool:
@@ -50,6 +54,21 @@ class _FetchedBySteps(Tasks):
     def reads_steps(self) -> bool:
         """True."""
         return True
+
+    def label_range(self) -> tuple[int, int] | None:
+        """Return the least and the largest target of arrays; None for those of items."""
+        return self.labels
+
+    def step_bytes(self, algorithm: Algorithm) -> int:
+        """Return the bytes of the rows of an inner step."""
+        return self.numbers.batch_of(algorithm) * self.table.row_bytes
+
+    def fetch(self, keys: jax.Array, first: int) -> Tasks:
+        """Refuse: which rows are read depends on the algorithm. See `fetch_steps`."""
+        raise TypeError(
+            "Which rows a training run reads depends on the algorithm and its inner steps: call "
+            "`fetch_steps(keys, first, algorithm, reads)`, or `metalearn.tasks.fetched`."
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -78,20 +97,20 @@ class FetchedRuns(Tasks):
     def sample(self, key: jax.Array) -> Episode:
         """Return the episode of `key`."""
         number, present = number_of(self.keys, key)
-        inputs, targets, told = (ReadColumn(column) for column in self.data)
+        inputs, targets, inner_targets = (ReadColumn(column) for column in self.data)
         if self.query_data is not None:
             inputs_of_query, targets = (ReadColumn(column) for column in self.query_data)
         else:
             inputs_of_query = inputs
         positions = jnp.where(present, self.positions[number], ABSENT)
         query = jnp.where(present, self.query[number], ABSENT)
-        support = inputs, told, StepRows(positions, self.start[number])
+        support = inputs, inner_targets, StepRows(positions, self.start[number])
         return Episode(support, (inputs_of_query, targets, query))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class HostTrainingRuns(_FetchedBySteps):
+class HostTrainingRuns(_HostRuns):
     """Training runs on random splits of a dataset on the host.
 
     Create it with `HostTrainingRuns.create`. A pytree without leaves. Its runs are those of
@@ -149,14 +168,10 @@ class HostTrainingRuns(_FetchedBySteps):
         data = pairs_of(what, source, targets, inputs, target, threads)
         _check_inputs(what, data)
         count, n = validation_examples(what, validation, data.count), data.count
-        told = _told(what, training_targets, n)
+        inner_targets = _inner_targets(what, training_targets, n)
         labels = _label_range(targets, training_targets)
         numbers = RowNumbers(lambda key: random_split(key, n, count))
-        return cls(RunTable(data, told), numbers, count, labels)
-
-    def label_range(self) -> tuple[int, int] | None:
-        """Return the least and the largest target of an array; None for those of items."""
-        return self.labels
+        return cls(RunTable(data, inner_targets), numbers, count, labels)
 
     def sample(self, key: jax.Array) -> Episode:
         """Draw one split of the rows; the data are read by callbacks.
@@ -166,16 +181,8 @@ class HostTrainingRuns(_FetchedBySteps):
           the arrays of the data.
         """
         train, held_out = random_split(key, self.table.count, self.validation)
-        inputs, targets, told = (HostColumn(self.table, part) for part in range(3))
-        return Episode((inputs, told, train), (inputs, targets, held_out))
-
-    def step_bytes(self, algorithm: Algorithm) -> int:
-        """Return the bytes of the rows of an inner step."""
-        return self.numbers.batch_of(algorithm) * self.table.row_bytes
-
-    def fetch(self, keys: jax.Array, first: int) -> Tasks:
-        """Refuse: which rows are read depends on the algorithm. See `fetch_steps`."""
-        raise TypeError(_NO_STEPS)
+        inputs, targets, inner_targets = (HostColumn(self.table, part) for part in range(3))
+        return Episode((inputs, inner_targets, train), (inputs, targets, held_out))
 
     def fetch_steps(
         self, keys: jax.Array, first: int, algorithm: Algorithm, reads: Reads
@@ -188,7 +195,7 @@ class HostTrainingRuns(_FetchedBySteps):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class HostHeldOut(_FetchedBySteps):
+class HostHeldOut(_HostRuns):
     """The final run on a training set on the host, evaluated on a test set on the device.
 
     Create it with `HostHeldOut.create`. A pytree whose leaves are the test set. Its run is that of
@@ -259,27 +266,15 @@ class HostHeldOut(_FetchedBySteps):
         test_inputs, test_targets = map(jnp.asarray, test_columns[:2])
         return cls(test_inputs, test_targets, RunTable(data), numbers, labels)
 
-    def label_range(self) -> tuple[int, int] | None:
-        """Return the least and the largest target of arrays; None for those of items."""
-        return self.labels
-
     def sample(self, key: jax.Array) -> Episode:
         """Return the only task; the training set is read by callbacks."""
         del key
-        inputs, _, told = (HostColumn(self.table, part) for part in range(3))
+        inputs, _, inner_targets = (HostColumn(self.table, part) for part in range(3))
         rows, test_rows = (
             jnp.arange(n, dtype=jnp.int32) for n in (self.table.count, len(self.test_targets))
         )
         query = self.test_inputs, self.test_targets, test_rows
-        return Episode((inputs, told, rows), query)
-
-    def step_bytes(self, algorithm: Algorithm) -> int:
-        """Return the bytes of the rows of an inner step."""
-        return self.numbers.batch_of(algorithm) * self.table.row_bytes
-
-    def fetch(self, keys: jax.Array, first: int) -> Tasks:
-        """Refuse: which rows are read depends on the algorithm. See `fetch_steps`."""
-        raise TypeError(_NO_STEPS)
+        return Episode((inputs, inner_targets, rows), query)
 
     def fetch_steps(
         self, keys: jax.Array, first: int, algorithm: Algorithm, reads: Reads
@@ -289,12 +284,6 @@ class HostHeldOut(_FetchedBySteps):
         query = np.tile(np.arange(len(self.test_targets), dtype=np.int32), (len(keys), 1))
         test = self.test_inputs, self.test_targets
         return _fetched(self.table, self.numbers, keys, algorithm, reads, query, test)
-
-
-_NO_STEPS = (
-    "Which rows a training run reads depends on the algorithm and its inner steps: call "
-    "`fetch_steps(keys, first, algorithm, reads)`, or `metalearn.tasks.fetched`."
-)
 
 
 def _fetched(
@@ -354,7 +343,7 @@ def _check_inputs(what: str, data: Rows) -> None:
     )
 
 
-def _told(what: str, targets: Any, n: int) -> ArrayRows | None:
+def _inner_targets(what: str, targets: Any, n: int) -> ArrayRows | None:
     if targets is None:
         return None
     rows = ArrayRows(one_array(what, "training_targets", targets, "[n]"), what)

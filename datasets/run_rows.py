@@ -50,8 +50,8 @@ class RunTable:
         """Take what reads the columns, of equal length."""
         self._data, self._training, self.count = data, training_targets, data.count
         inputs, targets = data.example
-        told = targets if training_targets is None else training_targets.example
-        self.example = inputs, targets, told
+        inner_targets = targets if training_targets is None else training_targets.example
+        self.example = inputs, targets, inner_targets
         self._digests: collections.OrderedDict[int, bytes] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -68,8 +68,8 @@ class RunTable:
           ValueError: if the source has become shorter, or has other data in a row than before.
         """
         inputs, targets = self._data.read(rows)
-        told = targets if self._training is None else self._training.read(rows)
-        columns = inputs, targets, told
+        inner_targets = targets if self._training is None else self._training.read(rows)
+        columns = inputs, targets, inner_targets
         self._compare(rows, columns)
         return columns
 

@@ -131,9 +131,12 @@ def take(column: Any, rows: jax.Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[rows], column)
 
 
+def absent_value(dtype: Any) -> Any:
+    """Return what stands for a value that was not read: NaN, the largest integer, or True."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).max
+    return jnp.nan if jnp.issubdtype(dtype, jnp.inexact) else True
+
+
 def _at_or_absent(leaf: jax.Array, positions: jax.Array) -> jax.Array:
-    if jnp.issubdtype(leaf.dtype, jnp.integer):
-        fill: Any = jnp.iinfo(leaf.dtype).max
-    else:
-        fill = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else True
-    return leaf.at[positions].get(mode="fill", fill_value=fill)
+    return leaf.at[positions].get(mode="fill", fill_value=absent_value(leaf.dtype))

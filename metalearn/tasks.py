@@ -26,6 +26,7 @@ import numpy as np
 from metalearn._utils.checks import first_line
 from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
+from metalearn.rows import absent_value
 from metalearn.unroll import Batch, Episode, Unroll, horizon, task_keys
 
 
@@ -152,11 +153,9 @@ def number_of(keys: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def only_if(present: jax.Array, leaf: jax.Array) -> jax.Array:
     """Return a leaf of an episode, or where it is not present what cannot pass for data."""
-    if jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return jnp.where(present, leaf, jnp.asarray(jnp.nan, leaf.dtype))
-    if jnp.issubdtype(leaf.dtype, jnp.integer):
-        return jnp.where(present, leaf, jnp.asarray(jnp.iinfo(leaf.dtype).max, leaf.dtype))
-    return leaf
+    if not jnp.issubdtype(leaf.dtype, jnp.number):
+        return leaf
+    return jnp.where(present, leaf, jnp.asarray(absent_value(leaf.dtype), leaf.dtype))
 
 
 def fetched(

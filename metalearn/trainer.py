@@ -351,12 +351,16 @@ class Trainer:
         if not needs_fetch(tasks):
             return tasks
         keys, first = self.task_keys(state), int(state.step) * self.tasks_per_step
-        cut = None if self.truncation is None else self.truncation.steps
-        if isinstance(self.unrolls, SegmentedUnroll) and self.unrolls.goes_back:
-            cut = self.unrolls.cut(state.eta, tasks, keys[0]).segment
-        counts = [n for n in (steps, cut) if n is not None]
-        reads = Reads(0, min(counts, default=None))
+        reads = Reads(0, self._most_steps(steps, state.eta, tasks, keys[0]))
         return self.place(fetched(tasks, keys, first, self.algorithm, reads))
+
+    def _most_steps(self, steps: int | None, eta: Any, tasks: Tasks, key: jax.Array) -> int | None:
+        """Return `steps`, or those that one program differentiates if they are fewer; None: all."""
+        most = None if self.truncation is None else self.truncation.steps
+        if isinstance(self.unrolls, SegmentedUnroll) and self.unrolls.goes_back:
+            # One program could not hold the residuals of all steps.
+            most = self.unrolls.cut(eta, tasks, key).segment
+        return min((n for n in (steps, most) if n is not None), default=None)
 
     def task_gradient(
         self, eta: Any, tasks: Tasks, key: jax.Array
@@ -378,14 +382,8 @@ class Trainer:
         return self._look()
 
     def _look(self, **options: Any) -> Callable[..., Look]:
-        longest = None if self.truncation is None else self.truncation.steps
-
         def look(eta: Any, tasks: Tasks, key: jax.Array, zeros: Any = 0, steps: Any = None):
-            most = longest
-            if isinstance(self.unrolls, SegmentedUnroll) and self.unrolls.goes_back:
-                # One program could not hold the residuals of all steps.
-                most = self.unrolls.cut(eta, tasks, key).segment
-            count = min((n for n in (steps, most) if n is not None), default=None)
+            count = self._most_steps(steps, eta, tasks, key)
             return look_at(self.unrolls.solve, eta, tasks, key, zeros, count)
 
         where = None if self.layout is None else self.layout.replicated
@@ -627,7 +625,6 @@ class Trainer:
     @functools.cached_property
     def _evaluate(self) -> Callable[..., dict[str, jax.Array]]:
         algorithm, transform = self._evaluation, self.batch.transform
-        each = None if self.layout is None else self.layout.each
 
         def on_tasks(shared: Any, keys: jax.Array) -> dict[str, jax.Array]:
             eta, tasks = shared
@@ -636,8 +633,7 @@ class Trainer:
             )(keys)
 
         def on_keys(eta: Any, tasks: Tasks, keys: jax.Array) -> dict[str, jax.Array]:
-            shared = eta, tasks
-            return on_tasks(shared, keys) if each is None else each(on_tasks, shared, keys)
+            return self._over_devices(on_tasks, (eta, tasks), keys)
 
         return self._compiled(on_keys)
 
@@ -663,7 +659,6 @@ class Trainer:
     @functools.cached_property
     def _evaluate_segment(self) -> Callable[..., Any]:
         algorithm, transform = self._evaluation, self.batch.transform
-        each = None if self.layout is None else self.layout.each
 
         def take(eta: Any, tasks: Tasks, runs: Any, start: jax.Array, segment: Reads) -> Any:
             def on_runs(shared: Any, runs: Any) -> Any:
@@ -671,7 +666,12 @@ class Trainer:
                     runs
                 )
 
-            shared = eta, tasks, start
-            return on_runs(shared, runs) if each is None else each(on_runs, shared, runs)
+            return self._over_devices(on_runs, (eta, tasks, start), runs)
 
         return self._compiled(take, static_argnames="segment")
+
+    def _over_devices(self, function: Callable[[Any, Any], Any], shared: Any, inputs: Any) -> Any:
+        """Return function(shared, inputs [n, ...]), computed by all devices of the layout."""
+        if self.layout is None:
+            return function(shared, inputs)
+        return self.layout.each(function, shared, inputs)

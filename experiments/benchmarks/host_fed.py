@@ -141,7 +141,7 @@ INNER_STEPS, SEGMENT, BATCH = 2000, 100, 128
 
 
 def large_runs(folder: pathlib.Path, gib: float) -> tuple[float, int]:
-    """Train whole runs on a sparse file; return (inner steps per second, peak RssAnon in bytes)."""
+    """Train full unrolls on a sparse file; return (inner steps/s, peak RssAnon in bytes)."""
     rows = int(gib * 2**30) // 3072
     path = folder / "pictures"
     path.touch()

@@ -18,6 +18,7 @@ import jax
 from metalearn import Trainer
 from metalearn._utils import strict_json
 from metalearn._utils.device_memory import show_bytes
+from metalearn._utils.readable import aligned
 from metalearn.cost import Cost
 from metalearn.experiments import build
 from metalearn.experiments.cli import import_paths
@@ -185,7 +186,7 @@ def table(planned: Plan, trainer: Trainer) -> Iterator[str]:
     refusals = {row.name: row.refusal for row in planned.rows if row.refusal}
     rows = [("", "plain training", str(chunk), *_cells(planned.plain, planned.plain), "")]
     rows += [_row_cells(row, planned) for row in planned.rows if not row.refusal]
-    yield from _aligned([HEADER, *rows])
+    yield from aligned([HEADER, *rows], left=2)
     yield ""
     shown = planned.chosen or planned.leanest
     yield from _segments(shown) if shown else ()
@@ -222,14 +223,6 @@ def _si(count: float) -> str:
     prefixes = ("", " k", " M", " G", " T", " P")
     power = next((i for i in range(len(prefixes)) if count < 1000 ** (i + 1)), len(prefixes) - 1)
     return f"{count / 1000**power:.{1 if power else 0}f}{prefixes[power]}"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        yield "  ".join([*left, *right]).rstrip()
 
 
 def _segments(row: Row) -> Iterator[str]:

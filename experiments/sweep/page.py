@@ -14,6 +14,7 @@ from typing import Any
 
 from metalearn._utils import disk
 from metalearn._utils.checks import first_line
+from metalearn._utils.readable import aligned
 from metalearn.experiments.report.figures import save_png
 from metalearn.experiments.report.page import (
     Picture,
@@ -174,9 +175,4 @@ def _rows(study: Study) -> Iterator[list[str]]:
 
 def table(study: Study) -> list[str]:
     """Return the lines of the table of trials, for a terminal."""
-    rows = list(_rows(study))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    return aligned(list(_rows(study)))

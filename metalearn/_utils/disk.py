@@ -60,9 +60,19 @@ def write(path: pathlib.Path, data: str | bytes) -> None:
     if path.exists() and not path.is_file():  # such as /dev/stdout
         path.write_bytes(content)
         return
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield the path of a file to write, which takes the place of `path` once it is complete.
+
+    On OSError the old content is unchanged, and nothing is left of the new one.
+    """
     temporary = path.with_name(f"{path.name}.part")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

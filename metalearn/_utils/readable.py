@@ -6,6 +6,8 @@ differs from process to process. `readable`, over a dataclass, shows the name of
 
     >>> described(optax.sgd, 0.4)
     sgd(0.4)
+
+And tables of text, `aligned`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import optax
@@ -95,3 +97,24 @@ class _Shown(NamedTuple):
 
     def __repr__(self) -> str:
         return show(self.value)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int | None = None) -> list[str]:
+    """Return the lines of a table.
+
+    Args:
+      rows: of cells, all of one length.
+      left: how many columns are aligned to the left, the others to the right; None: all.
+
+    >>> aligned([("name", "n"), ("a", "10")], left=1)
+    ['name   n', 'a     10']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = list(zip(row, widths, strict=True))
+        split = len(cells) if left is None else left
+        padded = [cell.ljust(width) for cell, width in cells[:split]]
+        padded += [cell.rjust(width) for cell, width in cells[split:]]
+        lines.append("  ".join(padded).rstrip())
+    return lines

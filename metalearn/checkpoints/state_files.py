@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metalearn._utils import disk
+
 ENDING = ".state"
 
 
@@ -38,18 +40,12 @@ class StateFile(NamedTuple):
 
 def write(path: pathlib.Path, arrays: Sequence[np.ndarray]) -> StateFile:
     """Write arrays to a file. OSError if the disk refuses: nothing is left of it then."""
-    temporary, digest = path.with_name(f"{path.name}.part"), hashlib.blake2b()
-    try:
-        with temporary.open("wb") as file:
-            for array in arrays:
-                data = _bytes(array)
-                digest.update(data)
-                file.write(data)
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    digest = hashlib.blake2b()
+    with disk.replacing(path) as temporary, temporary.open("wb") as file:
+        for array in arrays:
+            data = _bytes(array)
+            digest.update(data)
+            file.write(data)
     return StateFile(path, digest.hexdigest())
 
 

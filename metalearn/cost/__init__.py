@@ -15,12 +15,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
-
+from metalearn._utils.compiling import quick_compilation
 from metalearn.cost import hlo, jaxpr
-
-# On a CPU most of the compile time is LLVM's, after XLA has assigned the buffers.
-QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 class Cost(NamedTuple):
@@ -71,7 +67,7 @@ def cost(jitted: Any, *args: Any, known: dict[str, Cost] | None = None, **static
 
 
 def _cost(traced: Any, lowered: Any) -> Cost:
-    compiled = lowered.compile(QUICK if jax.default_backend() == "cpu" else None)
+    compiled = lowered.compile(quick_compilation())  # buffers are assigned before LLVM begins
     memory = compiled.memory_analysis()
     try:
         flops, counted_on = hlo.flops(compiled.as_text()), "program"

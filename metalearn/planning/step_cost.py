@@ -92,7 +92,7 @@ class StepCosts:
             if segments is None:
                 step_cost = cost(trainer.step, state, self.tasks, known=self.known)
             else:
-                plan, step_cost = segments.planned(), segments.cost(state, self.tasks, self.known)
+                plan, step_cost = segments.planned, segments.cost(state, self.tasks, self.known)
         except REFUSALS as error:
             return Row(engine, exact, chunk, None, str(error).strip())
         return Row(engine, exact, chunk, step_cost, segments=plan)

@@ -111,8 +111,8 @@ def reading(
         yield lambda step, state: lambda reads: tasks
         return
     if fetch.ahead is None:
-        now, place = fetch.now, fetch.place
-        yield lambda step, state: lambda reads: place(now(state, reads))
+        now = fetch.now
+        yield lambda step, state: lambda reads: now(state, reads)
         return
     cut = outer.segments is not None and fetch.each_program
     planned = outer.segments.reads() if outer.segments is not None and cut else [[ALL_STEPS]]
@@ -155,7 +155,7 @@ class _Order:
                 count = next(counter)
                 known = self._planned[program] if program < len(self._planned) else []
                 if count >= len(known) or known[count] != reads:  # another schedule than planned
-                    return self._place(self._now(state, reads))
+                    return self._now(state, reads)
                 number += self._starts[program] + count
             if self._placed[0] != number:
                 self._placed = number, self._place(read_ahead(number))

@@ -166,7 +166,6 @@ class KeptStates:
     Attributes:
       places: how many states are kept where.
       most: how many states can be kept at a time.
-      planned: how many could be at the beginning.
       disk_refused: whether the disk has refused a state; none is written to it any more.
     """
 
@@ -183,7 +182,7 @@ class KeptStates:
         leaves, self._treedef = jax.tree.flatten(shapes)
         self._leaves = [_Leaf.of(leaf) for leaf in leaves]
         self.places = replay.places(state_bytes(shapes), boundaries)
-        self.most = self.planned = self.places.all
+        self.most = self.places.all
         self.disk_refused = False
         self._run, self._where = run, replay.folder or folder
         self._opened: Folder | None = None

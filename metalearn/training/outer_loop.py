@@ -59,8 +59,8 @@ class Fetch(NamedTuple):
     Args:
       ahead: (key of the run, outer step counted from 1, what a program reads) -> its tasks; known
         before the run, so a thread may call it. None: they are known from the state alone.
-      now: (state, what a program reads) -> the tasks of its outer step.
-      place: tasks -> the same on all devices.
+      now: (state, what a program reads) -> the tasks of its outer step, on all devices.
+      place: tasks of `ahead` -> the same on all devices.
       each_program: whether every program of an outer step reads other data.
     """
 

@@ -10,12 +10,13 @@ Which states are kept is decided by `metalearn.training.replay_schedule`, where 
 `metalearn.training.kept_states`, and what a program computes by
 `metalearn.training.segmented_unroll`. Two large programs are compiled, and a third if the last
 segment is shorter. Between any two programs a `PartialUnroll` holds all there is: it is what a
-checkpoint saves. With `Forward` there is no way back: the outcome follows the last segment.
+checkpoint saves. `Forward` has no backward pass: the outcome follows the last segment.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -298,7 +299,7 @@ class SegmentRun:
         if not self._unrolls.goes_back:
             each = [[self._reads(segment)] for segment in range(self.cut.segments)]
             return [*each[:-1], [*each[-1], OUTER_LOSS]]
-        plan, planned = self.planned(), []
+        plan, planned = self.planned, []
         kept = plan.device + plan.host + plan.disk
         for kind, segment in schedule.operations(self.cut.segments, kept):
             turns = kind == "pull_back" and segment == self.cut.segments - 1
@@ -358,7 +359,7 @@ class SegmentRun:
         )
 
     def _turned(self, inputs: _Inputs, run: PartialUnroll) -> PartialUnroll:
-        """Take the last segment, the outer loss, and the way back through the segment."""
+        """Take the last segment, the outer loss, and the backward pass through the segment."""
         segment = self.cut.segments - 1
         first, steps = self._first(segment), self.cut.length(segment)
         shared = inputs.shared(self._reads(segment))
@@ -502,8 +503,9 @@ class SegmentRun:
             for name, (*args, static) in calls.items()
         }
 
+    @functools.cached_property
     def planned(self) -> SegmentPlan:
-        """Return the states that an outer step keeps, and the segments that it runs again."""
+        """The states that an outer step keeps, and the segments that it runs again."""
         count = self.cut.segments
         shapes = self._shapes(Position(count - 1, 0, 0)).inner.stream
         each = state_bytes(shapes)
@@ -521,7 +523,7 @@ class SegmentRun:
 
         The states that are kept on the device count as arguments. See `costs`.
         """
-        costs, plan = self.costs(state, tasks, known), self.planned()
+        costs, plan = self.costs(state, tasks, known), self.planned
         calls = dict.fromkeys(costs, 1)
         even = "judge" in costs  # the last segment is taken by the programs of the others
         if self._unrolls.goes_back:
@@ -540,10 +542,7 @@ class SegmentRun:
     @property
     def programs_in_all(self) -> int:
         """How many programs an outer step has, as was known before the first."""
-        if not self._unrolls.goes_back:
-            return self.cut.segments
-        most = self._opened.planned if self._opened else 0
-        return schedule.advances(self.cut.segments, most) + self.cut.segments
+        return self.planned.programs
 
     def arrays(self, state: TrainState) -> TrainState:
         """Return a copy of a state for a checkpoint: without the states that are kept."""

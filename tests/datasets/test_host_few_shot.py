@@ -2,9 +2,7 @@
 
 import contextlib
 import os
-import pathlib
 import signal
-import subprocess
 import sys
 import threading
 
@@ -18,6 +16,7 @@ from metalearn.datasets import FewShot, HostFewShot
 from metalearn.tasks import draw_episode, fetched
 from tests.helpers.checkpoints import bits
 from tests.helpers.few_shot_data import SIZES, Pairs, Records, differences, images, trainer
+from tests.helpers.processes import program
 from tests.helpers.selection import quick
 
 KEY = jax.random.key(0)
@@ -254,20 +253,6 @@ checkpoints = Checkpoints(directory, every=3)
 trainer().fit(tasks, 12, key=jax.random.key(0), progress=False, checkpoints=checkpoints,
               asked_to_stop=kill)
 """
-
-
-def program(source, *arguments):
-    """Run a program in a process of its own."""
-    root = pathlib.Path(__file__).parents[2]
-    path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH")) if p)
-    return subprocess.run(
-        [sys.executable, "-c", source, *arguments],
-        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import pathlib
-import subprocess
 import sys
 import threading
 
@@ -31,6 +29,7 @@ from metalearn.tasks import Reads, draw_episode, draw_task, fetched
 from metalearn.training import evaluation
 from tests.helpers.checkpoints import bits
 from tests.helpers.few_shot_data import Pairs, Records, differences, images, linear
+from tests.helpers.processes import program
 from tests.helpers.selection import quick
 
 KEY = jax.random.key(0)
@@ -396,15 +395,6 @@ with printed_peak():
 def test_runs_on_a_file_of_2_gb_take_less_than_1_gb_of_anonymous_memory(tmp_path):
     (tmp_path / "data").touch()
     os.truncate(tmp_path / "data", 2 * 10**9)  # sparse
-    root = pathlib.Path(__file__).parents[2]
-    path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH")) if p)
-    process = subprocess.run(
-        [sys.executable, "-c", LARGE, str(tmp_path / "data")],
-        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
+    process = program(LARGE, str(tmp_path / "data"), timeout=1200)
     assert process.returncode == 0, process.stderr
     assert 10**8 < int(process.stdout) < 10**9

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import ES, Algorithm, Episode, Faults, Forward, Tasks, Trainer, Truncation
+from metalearn import ES, Algorithm, Faults, Forward, Trainer, Truncation
 from metalearn.algorithms.fds import schedule as windows
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints
 from metalearn.cost import cost
@@ -23,20 +23,11 @@ from metalearn.training.segment_run import Place
 from metalearn.unroll import Unroll
 from tests.helpers.checkpoints import bits, flip_a_bit
 from tests.helpers.selection import quick
+from tests.helpers.walks import MIX, Aims
 
 KEY = jax.random.key(0)
 HORIZON, SEGMENT = 30, 8  # the last segment has 6 steps
 STOPS = [8, 16, 24, 30]
-MIX = np.array([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.0, 0.0, 2.0]], np.float32)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Targets(Tasks):
-    """Points to go to."""
-
-    def sample(self, key):
-        return Episode(None, jax.random.normal(key, (3,)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +91,10 @@ OPTIONS = {
 )
 def test_an_outer_step_in_segments_is_the_one_in_a_single_program(options, x64):
     whole, cut = trainer(**{**options, "segment": None}), trainer(**options)
-    expected, found = (made.init(KEY, Targets()) for made in (whole, cut))
+    expected, found = (made.init(KEY, Aims()) for made in (whole, cut))
     for _ in range(2):
-        expected, seen = whole.step(expected, Targets())
-        found, metrics = cut.step(found, Targets())
+        expected, seen = whole.step(expected, Aims())
+        found, metrics = cut.step(found, Aims())
         close((found.eta, found.optimizer), (expected.eta, expected.optimizer))
         close(metrics, seen)
     assert metrics.keys() == seen.keys() and int(found.step) == 2
@@ -111,44 +102,44 @@ def test_an_outer_step_in_segments_is_the_one_in_a_single_program(options, x64):
 
 def test_a_step_goes_on_from_where_its_state_stands(x64):
     made = trainer()
-    segments, state = made.segments(Targets()), made.init(KEY, Targets())
+    segments, state = made.segments(Aims()), made.init(KEY, Aims())
     assert segments.programs_in_all == len(STOPS)
-    expected, _ = made.step(state, Targets())
+    expected, _ = made.step(state, Aims())
     for programs, stop in enumerate(STOPS[:2], 1):
-        state, metrics = segments.take(state, Targets())
+        state, metrics = segments.take(state, Aims())
         place = segments.place(state)
         assert metrics is None and int(state.step) == 0
         assert (place.programs, place.of, place.inner_step) == (programs, 4, stop)
-    found, _ = made.step(state, Targets())
+    found, _ = made.step(state, Aims())
     assert bits(found) == bits(expected)
 
 
 @pytest.mark.slow
 def test_segments_of_the_same_length_and_tangents_share_a_program():
     made = trainer(segment=2)
-    assert made.segments(Targets()).programs_in_all == 15
-    state = made.init(KEY, Targets())
+    assert made.segments(Aims()).programs_in_all == 15
+    state = made.init(KEY, Aims())
     for _ in range(2):
-        state, _ = made.step(state, Targets())
+        state, _ = made.step(state, Aims())
     assert made._programs.advance._cache_size() <= 4  # one for each of four windows
 
 
 def test_windows_that_have_not_begun_cost_nothing():
-    segments = trainer().segments(Targets())
+    segments = trainer().segments(Aims())
     states = [segments._shapes(Position(4, live, 4)) for live in range(3)]
-    flops = [cost(jax.jit(segments.take), state, Targets()).flops for state in states]
+    flops = [cost(jax.jit(segments.take), state, Aims()).flops for state in states]
     assert flops[0] < flops[1] < flops[2]
 
 
 def test_between_outer_steps_nothing_is_kept_of_inner_runs():
-    state, _ = trainer().step(trainer().init(KEY), Targets())
+    state, _ = trainer().step(trainer().init(KEY), Aims())
     assert state.inner == ()
 
 
 def test_the_programs_of_a_step_are_traced_once():
     made = trainer()
-    assert made.segments(Targets()) is made.segments(Targets())
-    assert made.step(made.init(KEY), Targets())[1]["loss"] > 0
+    assert made.segments(Aims()) is made.segments(Aims())
+    assert made.step(made.init(KEY), Aims())[1]["loss"] > 0
 
 
 # On the way.
@@ -170,9 +161,7 @@ def fit(made, steps, directory=None, config=None, **options):
         given = {name: options.pop(name) for name in ("within", "allow_change") if name in options}
         keeps = Checkpoints(directory, config or {}, every=1, **given)
     try:
-        return made.fit(
-            Targets(), steps, key=KEY, checkpoints=keeps, **{"progress": False, **options}
-        )
+        return made.fit(Aims(), steps, key=KEY, checkpoints=keeps, **{"progress": False, **options})
     finally:
         if keeps is not None:
             keeps.close()
@@ -346,4 +335,4 @@ def test_segments_that_cannot_be_are_refused(options, message):
 
 def test_a_segment_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match="longer than the horizon, which is 30"):
-        trainer(segment=31).segments(Targets())
+        trainer(segment=31).segments(Aims())
