@@ -272,6 +272,12 @@ class Trainer:
         self, state: TrainState, tasks: Tasks
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Take an outer step, or the rest of one, program by program."""
+        if isinstance(state.key, jax.core.Tracer):
+            raise TypeError(
+                "An outer step in segments is several programs, which the host runs one after "
+                "another: it can be no part of a program of yours (`jit`, `vmap`, `eval_shape`). "
+                "Call `trainer.step` outside, or make the trainer without `segment`."
+            )
         segments, metrics = self.segments(tasks), None
         assert segments is not None
         if needs_fetch(tasks) and not tasks.reads_steps:

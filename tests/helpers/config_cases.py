@@ -20,6 +20,7 @@ import jax
 import ml_collections
 
 import metalearn
+from metalearn import Replay
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import build
 from metalearn.experiments.build import algorithms
@@ -218,6 +219,9 @@ def _run(case: Case, workdir: pathlib.Path, takes_a_step: bool | None) -> str:
         jax.block_until_ready(trainer.step(state, splits.train))
     else:
         state = jax.eval_shape(trainer.init, key, splits.train)
+        if segments := trainer.segments(splits.train):  # driven by the host, so not traced
+            assert segments.planned.segments >= 1
+            trainer = dataclasses.replace(trainer, segment=None, replay=Replay())
         jax.eval_shape(trainer.step, state, splits.train)
     evaluated = trainer.algorithm.evaluation()
     jax.eval_shape(

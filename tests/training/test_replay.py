@@ -487,6 +487,12 @@ def test_forward_mode_keeps_no_states():
         trainer(Forward(), replay=Replay(states=3))
 
 
+def test_a_step_in_segments_inside_a_program_is_refused():
+    made = trainer()
+    with pytest.raises(TypeError, match=r"can be no part of a program of yours \(`jit`, `vmap`"):
+        jax.eval_shape(made.step, made.init(KEY), AIMS)
+
+
 def test_a_replay_without_segments_is_refused():
     with pytest.raises(ValueError, match="but an outer step is one program. Set `segment` too"):
         trainer(segment=None, replay=Replay(states=3))
