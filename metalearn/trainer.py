@@ -155,7 +155,9 @@ class Trainer:
         if self.truncation is not None:
             return TruncatedUnroll(*fields, self.truncation)
         if self.segment is not None:
-            return SegmentedUnroll(*fields, self.segment)
+            all_at_once = self.batch.at_once == self.batch.share
+            gradients = all_at_once or self.replay.keeps_gradients
+            return SegmentedUnroll(*fields, self.segment, gradients)
         return FullUnroll(*fields)
 
     def init(self, key: jax.Array, tasks: Tasks | None = None) -> TrainState:
@@ -249,9 +251,9 @@ class Trainer:
         shapes = self.shapes(tasks)
         cut = unrolls.cut(shapes.eta, tasks, shapes.key)
 
-        def partway(position: Position) -> TrainState:
+        def partway(position: Position, gradients: bool = False) -> TrainState:
             shared = shapes.eta, tasks, shapes.key, shapes.step
-            state = segment_run.shapes(self._programs, shapes, shared, cut, position)
+            state = segment_run.shapes(self._programs, shapes, shared, cut, position, gradients)
             return state if self.layout is None else abstract(state, self._shardings(state))
 
         path = None if folder is None else pathlib.Path(folder)

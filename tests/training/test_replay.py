@@ -119,11 +119,16 @@ def test_every_algorithm_is_cut_as_it_is(name, engine, segment, x64):
     assert_close(metrics, seen)
 
 
+GRADIENTS = 2 * SEGMENT * 3 * 8  # bytes of a segment: two tasks, two steps, three float64
 BUDGETS = {
     **{f"{count} states": Replay(states=count) for count in (1, 2, 3, 5, 100)},
     "device": Replay(device="1MB", host=0),
     "disk": Replay(host=0, disk="1MB"),
     "all three": Replay(device=150, host=150, disk="1MB"),
+    "all gradients": Replay(gradients="1MB"),
+    "gradients of 3": Replay(gradients=3 * GRADIENTS),
+    "gradients on both": Replay(device=5 * 74 + 2 * GRADIENTS, gradients=5 * GRADIENTS),
+    "a state, and gradients of 2": Replay(states=1, gradients=2 * GRADIENTS),
 }
 
 
@@ -137,6 +142,53 @@ def test_every_budget_and_store_gives_the_same_bits(name, x64):
     assert phases.count("replay") == replays(7, states)
     assert phases.count("backward") == 6 and phases.count("forward") == 7
     assert metrics["inner_finite"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "again"),
+    [("5 states", 6), ("all gradients", 0), ("gradients of 3", 3), ("gradients on both", 1)],
+)
+def test_segments_whose_gradients_are_not_kept_are_advanced_once_more(name, again, x64):
+    made, advanced = trainer(), []
+
+    def advance(*args, **options):
+        advanced.append(int(args[6]) // SEGMENT)
+        return made._programs.advance(*args, **options)
+
+    run = with_replay(made, BUDGETS[name])
+    run._programs = run._programs._replace(advance=advance)
+    taken(run, made.init(KEY))
+    assert run.planned.recomputed == again
+    assert len(advanced) == run.planned.programs - 7 + again
+    assert advanced[6:] == list(range(again))[::-1]  # those that are kept are the last ones
+
+
+def test_inner_gradients_spill_from_the_device_to_the_host(x64):
+    run, state = with_replay(trainer(), BUDGETS["gradients on both"]), trainer().init(KEY)
+    for _ in range(6):
+        state, _ = run.take(state, Aims())
+    kept = [(each.segment, each.place) for each in state.inner.kept_gradients]
+    assert kept == [(1, "device"), (2, "device"), (3, "host"), (4, "host"), (5, "host")]
+    state.inner.kept_gradients[3].arrays = None  # lost
+    while state.inner != ():
+        state, _ = run.take(state, Aims())
+    assert bits(state) == bits(trainer().step(trainer().init(KEY), Aims())[0])
+
+
+def test_inner_gradients_of_tasks_in_chunks_are_handed_out_only_to_be_kept(x64):
+    made = dataclasses.replace(trainer(), chunk=1)
+    assert made.segments(AIMS).planned.gradient_bytes == 0
+    kept = dataclasses.replace(made, replay=Replay(gradients="1MB"))
+    assert kept.segments(AIMS).planned.gradient_bytes == GRADIENTS
+    (found, _), (expected, _) = (each.step(each.init(KEY), Aims()) for each in (kept, made))
+    assert_close(found.eta, expected.eta)
+
+
+@pytest.mark.parametrize("engine", ["Reverse-step", "MixedFlow-host", "MixedFlow-segments"])
+def test_an_engine_that_does_not_save_all_inner_gradients_reads_none(engine):
+    made = trainer(ENGINES[engine], replay=Replay(gradients="1MB"))
+    plan = made.segments(AIMS).planned
+    assert plan.gradient_bytes == plan.recomputed == plan.host_gradients == 0
 
 
 def test_states_spill_from_the_device_to_the_host_and_the_disk():
@@ -325,6 +377,15 @@ def test_a_run_is_saved_every_so_many_programs_and_keeps_the_files_of_two_saves(
     assert names == ["0-1.state", "0-2.state", "0-4.state", "lock"]
     fit(two_states(), 1, tmp_path, within=1)
     assert [path.name for path in (tmp_path / "states").glob("*")] == ["lock"]
+
+
+def test_a_resumed_run_computes_inner_gradients_again_and_keeps_those_to_come(tmp_path):
+    made = dataclasses.replace(trainer(), replay=Replay(gradients="1MB"))
+    for at in (4, 9):
+        with pytest.raises(Interrupted):
+            fit(made, 1, tmp_path / str(at), asked_to_stop=Asked(at))
+        found = fit(made, 1, tmp_path / str(at))
+        assert bits(found) == bits(fit(trainer(), 1))
 
 
 def test_a_lost_state_is_computed_again(tmp_path, capfd):
