@@ -328,6 +328,17 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.parametrize("at", [6, 10])
+def test_a_resumed_run_compiles_each_program_once(at, tmp_path):
+    made = two_states_on_disk()
+    with pytest.raises(Interrupted):
+        fit(made, 2, tmp_path, asked_to_stop=Asked(at))
+    resumed = dataclasses.replace(made)  # with programs of its own
+    fit(resumed, 2, tmp_path)
+    compiled = {name: each._cache_size() for name, each in resumed._programs._asdict().items()}
+    assert compiled.pop("judge") == 0 and set(compiled.values()) == {1}, compiled
+
+
 @pytest.mark.parametrize("at", PLACES)
 def test_a_run_stopped_in_any_direction_goes_on_with_the_same_bits(at, tmp_path):
     made = two_states()
