@@ -442,7 +442,8 @@ class Trainer:
           faults: the policy on non-finite outer steps and diverging inner loops.
           asked_to_stop: called after every outer step with its number: None, or why the run is to
             stop; it is then saved, and `Interrupted` raised. With `segment`: called after every
-            program, with the number of programs so far. See `metalearn.training.signals`.
+            program, with the number of programs so far, of those that were planned: while more are
+            run because states were lost, it stands still. See `metalearn.training.signals`.
           progress: show a progress bar with the rate and the loss.
           loggers: they get the metrics; left open for a final table (`logger.finish(table)`).
           checkpoints: where the run is saved, and resumed from.

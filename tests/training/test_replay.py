@@ -412,6 +412,18 @@ def test_a_lost_state_is_computed_again(tmp_path, capfd):
     assert "A kept state is lost (0-4.state is too short): its segments are run again." in said
 
 
+def test_the_number_of_programs_does_not_fall_where_lost_states_are_computed_again(tmp_path):
+    made, asked = two_states(), []
+    with pytest.raises(Interrupted):
+        fit(made, 2, tmp_path, asked_to_stop=Asked(6))
+    for each in (tmp_path / "states").glob("*.state"):
+        each.unlink()
+    fit(made, 2, tmp_path, asked_to_stop=lambda number: asked.append(number))
+    planned = made.segments(Aims()).programs_in_all
+    assert asked[0] == 7 and asked == sorted(asked) and asked[-1] == 2 * planned
+    assert asked.count(planned - 1) > 1  # more programs ran than were planned
+
+
 def test_another_segment_does_not_go_on_inside_a_step(tmp_path):
     with pytest.raises(Interrupted):
         fit(two_states(), 1, tmp_path, asked_to_stop=Asked(8))
