@@ -44,6 +44,18 @@ Amount = int | str
 AMOUNTS = "device", "host", "disk", "gradients"  # fields of `Replay`
 
 
+class ReleasedError(ValueError):
+    """A train state inside an outer step was stepped from before."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This train state stands inside an outer step, and a step was taken from it before: "
+            "its arrays were donated to that program, or the inner states that it keeps were "
+            "released when they had been read. Step from the state that was returned, or begin "
+            "the outer step anew, from `dataclasses.replace(state, inner=())`."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Replay:
     """Where the states between segments are kept, of `Trainer(segment=)` with a backward pass.
@@ -188,6 +200,7 @@ class KeptState:
       arrays: the state on the device, or the arrays of its shards on the host; None: on disk alone.
       file: on disk; None: it is not there.
       writing: the file that is being written.
+      on_host: whether `arrays` are those on the host.
     """
 
     boundary: int
@@ -196,6 +209,7 @@ class KeptState:
     arrays: Any = None
     file: StateFile | None = None
     writing: concurrent.futures.Future[StateFile] | None = None
+    on_host: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -207,12 +221,14 @@ class KeptGradients:
       place: "device" or "host".
       leaves: what they consist of.
       arrays: on the device, or the arrays of their shards on the host; None: they are dropped.
+      on_host: whether `arrays` are those on the host.
     """
 
     segment: int
     place: str
     leaves: list[_Leaf]
     arrays: Any = None
+    on_host: bool = False
 
 
 class KeptStates:
@@ -294,9 +310,7 @@ class KeptStates:
         """Return kept inner gradients on the device, and keep them no longer; [] if none are."""
         self.settle()
         arrays, kept.arrays = kept.arrays, None
-        if arrays is None or kept.place == "device":
-            return arrays or []
-        return _on_device(kept.leaves, arrays)
+        return _on_device(kept.leaves, arrays) if arrays and kept.on_host else arrays or []
 
     def _begin_copy(self, kept: KeptState | KeptGradients) -> None:
         """Begin to copy arrays to the host, unless they stay on the device."""
@@ -309,7 +323,7 @@ class KeptStates:
         """Let the copies that were begun go on from the device to the host, and to the disk."""
         copying, self._copying = self._copying, []
         for kept in copying:
-            kept.arrays = _on_host(kept.arrays)
+            kept.arrays, kept.on_host = _on_host(kept.arrays), True
             if isinstance(kept, KeptState) and kept.place == "disk":
                 self._await_files(most=1)
                 path = self._folder().path / kept.name
@@ -358,14 +372,16 @@ class KeptStates:
 
         Raises:
           DamagedStateError: if its file is missing or is not what was written.
+          ReleasedError: if it is kept no longer.
         """
         self.settle()
         self._await_files()
-        if kept.place == "device":
-            return copied(kept.arrays)
         arrays = kept.arrays
+        if arrays is not None and not kept.on_host:
+            return copied(arrays)
         if arrays is None:
-            assert kept.file is not None
+            if kept.file is None:
+                raise ReleasedError
             arrays = state_files.read(kept.file, [s for leaf in self._leaves for s in leaf.shards])
         return copied(jax.tree.unflatten(self._treedef, _on_device(self._leaves, arrays)))
 
@@ -396,7 +412,9 @@ class KeptStates:
         self._await_files()
         for kept in states:
             if kept.file is None:
-                arrays = _on_host(kept.arrays) if kept.place == "device" else kept.arrays
+                if kept.arrays is None:
+                    raise ReleasedError
+                arrays = kept.arrays if kept.on_host else _on_host(kept.arrays)
                 try:
                     kept.file = state_files.write(self._folder().path / kept.name, arrays)
                 except (OSError, UnwritableFolderError) as error:

@@ -37,7 +37,14 @@ from metalearn.sharding.distributed import say
 from metalearn.tasks import Read, Reads, Tasks
 from metalearn.train_state import TrainState
 from metalearn.training import replay_schedule as schedule
-from metalearn.training.kept_states import KeptState, KeptStates, Replay, copied, state_bytes
+from metalearn.training.kept_states import (
+    KeptState,
+    KeptStates,
+    ReleasedError,
+    Replay,
+    copied,
+    state_bytes,
+)
 from metalearn.training.replay_schedule import Position
 from metalearn.training.segmented_unroll import Cut, PartialUnroll, SegmentedUnroll
 
@@ -315,7 +322,11 @@ class SegmentRun:
         """
         run, state = state.inner, dataclasses.replace(state, inner=())
         if not isinstance(run, PartialUnroll):
-            run = PartialUnroll(position=self._beginning(state))
+            run = PartialUnroll(position=self._beginning(state)._replace(live=None))
+        if any(map(_is_deleted, jax.tree.leaves(run))):
+            raise ReleasedError
+        if self._unrolls.goes_back:
+            self._states(state)  # a state inside an outer step may come from a closed run
         inputs = _Inputs(state, read)
         run = self._next(inputs, run)
         if not self._is_done(run):
@@ -348,7 +359,7 @@ class SegmentRun:
         return count > 1 and self.cut.steps == count * length
 
     def _next(self, inputs: _Inputs, run: PartialUnroll) -> PartialUnroll:
-        if not jax.tree.leaves(run.stream):
+        if run.position is not None and run.position.live is None:
             run = self._with_state(inputs, run)
         position = run.position
         assert position is not None and position.live is not None
@@ -491,7 +502,8 @@ class SegmentRun:
         """Read the nearest state before the target, or compute theta_0."""
         assert run.position is not None
         position, kept = run.position, run.kept
-        while kept and self._opened is not None:
+        while kept:
+            assert self._opened is not None
             try:
                 stream = self._opened.read(kept[-1])
                 break
@@ -505,7 +517,9 @@ class SegmentRun:
             begun = self._programs.start(*shared, steps=self.cut.steps)
             stream = begun.stream
             if not jax.tree.leaves(run.inner):  # of the first program
-                return dataclasses.replace(run, stream=stream, inner=begun.inner)
+                run = dataclasses.replace(run, inner=begun.inner)
+        if not self._unrolls.goes_back:
+            return dataclasses.replace(run, stream=stream, position=position._replace(live=0))
         position = schedule.restored(position, self._most(len(kept)))
         if len(position.kept) < len(kept):
             assert self._opened is not None
@@ -719,6 +733,11 @@ class SegmentRun:
         return dataclasses.replace(
             state, inner=dataclasses.replace(run, position=position, kept=tuple(kept))
         )
+
+
+def _is_deleted(leaf: Any) -> bool:
+    """Return whether a program has used the buffers of an array for its own results."""
+    return not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
 
 
 def _without_empty(tree: Any) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import Faults, Forward, MixedFlow, Replay, Reverse, Trainer
+from metalearn import Faults, Forward, MixedFlow, Replay, Reverse, Trainer, Unroll
 from metalearn.checkpoints import state_files
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.loggers import Logger
@@ -531,7 +531,47 @@ def test_inner_losses_are_logged_along_a_long_run(monkeypatch):
     assert along[0]["run/inner_loss"] > along[-1]["run/inner_loss"] > 0
 
 
+def test_a_run_goes_on_with_another_store_than_its_states_were_kept_in(x64):
+    for replay in (Replay(states=2), Replay(states=2, host=0, disk="1MB", gradients="1MB")):
+        run, (state, metrics) = with_replay(trainer(), replay), (trainer().init(KEY), None)
+        while metrics is None:
+            state, metrics = run.take(state, Aims())
+            if metrics is None and state.inner.programs in (3, 8, 12):
+                run.close()  # states on disk are deleted: no checkpoint refers to them
+        assert bits(state) == bits(trainer().step(trainer().init(KEY), Aims())[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Still(Walk):
+    """An inner loop whose state has no leaves."""
+
+    def unroll(self, episode, key):
+        def loss(eta, state):
+            return jnp.sum((eta["start"] - episode.query) ** 2) * eta["rate"].sum(), {}
+
+        return Unroll(lambda eta: (), lambda eta, state, batch, grad: state, loss)
+
+
+@pytest.mark.parametrize("engine", [MIXED, Reverse(), Forward()])
+def test_a_state_without_leaves_is_cut_as_any_other(engine):
+    made = trainer_of(Still(5), engine)
+    whole = dataclasses.replace(made, segment=None)
+    (found, metrics), (expected, seen) = (each.step(each.init(KEY), AIMS) for each in (made, whole))
+    assert_close((found.eta, metrics), (expected.eta, seen), 1e-5)
+
+
 # Bad input.
+
+
+def test_a_state_inside_a_step_is_stepped_from_once():
+    run, state, fewer = with_replay(trainer(), Replay(states=2)), trainer().init(KEY), False
+    while not fewer:
+        before, (state, _) = state, run.take(state, Aims())
+        fewer = len(getattr(before.inner, "kept", ())) > len(state.inner.kept)
+    with pytest.raises(ValueError, match="a step was taken from it before: its arrays"):
+        run.take(before, Aims())
+    with pytest.raises(ValueError, match="or begin the outer step anew, from `dataclasses"):
+        run.saved(before)
 
 
 def test_a_budget_below_one_state_is_refused():
