@@ -101,15 +101,26 @@ def built(folders: Sequence[pathlib.Path], build: Callable[[], T]) -> T:
     raise errors[0]
 
 
-def missing(workdir: pathlib.Path, config: Mapping[str, Any], folders: Sequence[Any]) -> str:
-    """Return the beginning of a message: the data of a run cannot be read."""
+def missing(
+    workdir: pathlib.Path, config: Mapping[str, Any], folders: Sequence[Any], described: bool
+) -> str:
+    """Return the beginning of a message: the data of a run cannot be read.
+
+    `described`: whether the workdir says the sizes of the data, so that the rest needs none.
+    """
     dataset = {key: value for key, value in config["dataset"].items() if key != "name"}
     words = [f"{key}={value!r}" for key, value in dataset.items() if isinstance(value, str)]
     named = f"{config['dataset']['name']!r}" + (f" ({', '.join(words)})" if words else "")
+    need = (
+        "Evaluating and training need them; `run.eta`, `metalearn export` and `metalearn adapt` do "
+        "not."
+        if described
+        else f"The workdir has no {FILE} that describes them, so they are read for the sizes of "
+        "the model."
+    )
     return (
         f"The data of the run in {workdir} cannot be read: dataset {named}, from the folder "
-        f"{' or '.join(map(str, folders))}. Evaluating and training need them; `run.eta`, "
-        "`metalearn export` and `metalearn adapt` do not."
+        f"{' or '.join(map(str, folders))}. {need}"
     )
 
 

@@ -127,7 +127,7 @@ def load_run(
     known = run_data.read(workdir, config["dataset"])
     trusted = allow_imports or import_paths.known_in(known.folder, config)
     folders = known.folders() if trusted else [pathlib.Path.cwd()]
-    tasks = read_data(workdir, config, folders) if known.sizes is None else None
+    tasks = None if known.sizes else read_data(workdir, config, folders, described=False)
     sizes = known.sizes if tasks is None else tasks.sizes
     assert sizes is not None
     layout = build.evaluation_layout(config)
@@ -140,13 +140,24 @@ def load_run(
 
 
 def read_data(
-    workdir: pathlib.Path, config: Mapping[str, Any], folders: Sequence[pathlib.Path]
+    workdir: pathlib.Path,
+    config: Mapping[str, Any],
+    folders: Sequence[pathlib.Path],
+    described: bool = True,
 ) -> build.Splits:
-    """Return the tasks of a run's config; ValueError, which names the dataset, if it cannot."""
+    """Return the tasks of a run's config; ValueError, which names the dataset, if it cannot.
+
+    Args:
+      workdir: of the run, for messages.
+      config: of the run.
+      folders: in which relative paths may begin.
+      described: whether the workdir says the sizes of the data.
+    """
     try:
         return run_data.built(folders, lambda: build.splits(config["dataset"]))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{run_data.missing(workdir, config, folders)}\n{error}") from error
+        message = run_data.missing(workdir, config, folders, described)
+        raise ValueError(f"{message}\n{error}") from error
 
 
 def _config(workdir: pathlib.Path) -> dict[str, Any]:
