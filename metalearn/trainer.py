@@ -174,9 +174,16 @@ class Trainer:
         init = jax.jit(self._init, out_shardings=where)
         return init(key, self.place(tasks), self.constants)
 
-    def shapes(self, tasks: Tasks | None = None) -> TrainState:
-        """Return the shapes and shardings of a state; nothing is allocated."""
-        shapes = jax.eval_shape(self._init, jax.eval_shape(lambda: jax.random.key(0)), tasks)
+    def shapes(self, tasks: Tasks | None = None, *, carried: bool = True) -> TrainState:
+        """Return the shapes and shardings of a state; nothing is allocated.
+
+        Args:
+          tasks: that are trained on; truncated unrolls need them.
+          carried: with the inner states that truncated unrolls carry. False: `inner` is `()`, and
+            no tasks are needed.
+        """
+        init = self._init if carried else self._without_carried
+        shapes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), tasks)
         return shapes if self.layout is None else abstract(shapes, self._shardings(shapes))
 
     @functools.cached_property
@@ -195,19 +202,27 @@ class Trainer:
     def _init(
         self, key: jax.Array, tasks: Tasks | None = None, constants: Any = None
     ) -> TrainState:
+        state = self._without_carried(key, tasks, constants)
+        if tasks is not None and jax.tree.leaves(constants):
+            tasks = WithConstants(tasks, constants)
+        inner = self.unrolls.begin(state.eta, tasks, self.task_keys(state))
+        return dataclasses.replace(state, inner=strong(inner))
+
+    def _without_carried(
+        self, key: jax.Array, tasks: Tasks | None = None, constants: Any = None
+    ) -> TrainState:
+        """Return an initial state without the inner states that truncated unrolls carry."""
+        del tasks
         init_key, run_key = jax.random.split(key)
         if jax.tree.leaves(constants):
             algorithm = self.algorithm
             eta = jax.jit(lambda arrays, key: algorithm.bind(arrays).init(key))(constants, init_key)
-            tasks = None if tasks is None else WithConstants(tasks, constants)
         else:
             eta = jax.jit(self.algorithm.init)(init_key)
         check_eta(eta)
         eta = strong(eta)
         optimizer = strong(start_outer(self.optimizer, eta))
-        state = TrainState(jnp.zeros((), jnp.int32), eta, optimizer, run_key)
-        inner = self.unrolls.begin(eta, tasks, self.task_keys(state))
-        return dataclasses.replace(state, inner=strong(inner))
+        return TrainState(jnp.zeros((), jnp.int32), eta, optimizer, run_key)
 
     @functools.cached_property
     def step(self) -> Callable[[TrainState, Tasks], tuple[TrainState, dict[str, jax.Array]]]:
@@ -579,7 +594,8 @@ class Trainer:
 
         Args:
           directory: of the checkpoints, or the workdir of a run, which has them in `checkpoints`.
-          tasks: that were trained on; truncated unrolls and segments need them.
+          tasks: that were trained on. Truncated unrolls are resumed with them alone: without, the
+            inner states that they carry are not read, and `inner` of the state is `()`.
           best: the best checkpoint, of `Checkpoints(best=...)`; not the newest.
 
         Raises:
@@ -592,7 +608,8 @@ class Trainer:
             raise ValueError(f"`Trainer.restore` found no checkpoints in {directory}.")
         opened = Checkpoints(path)
         try:
-            return opened.read(self.shapes(tasks), best)[0]
+            carried = tasks is not None
+            return opened.read(self.shapes(tasks, carried=carried), best, carried)[0]
         finally:
             opened.close()
 

@@ -67,6 +67,7 @@ FEATURES = {
     ),
     "what was learned, in a file": ("metalearn/eta_file.py", "load_eta"),
     "reading back a run": ("experiments/runs.py", "load_run"),
+    "reading back a run without its data": ("experiments/run_data.py", "read"),
     "which names a config may use": ("experiments/build/registry.py", "check_call"),
     "a class of one's own, named in a config": ("experiments/cli/import_paths.py", "load"),
     "from a config to an algorithm": ("experiments/build/algorithms.py", "algorithm"),

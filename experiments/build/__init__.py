@@ -6,7 +6,7 @@ it takes (`registry`).
 """
 
 from metalearn.experiments.build.algorithms import ALGORITHMS, algorithm
-from metalearn.experiments.build.datasets import DATASETS, Splits, splits
+from metalearn.experiments.build.datasets import DATASETS, Sizes, Splits, splits
 from metalearn.experiments.build.models import LIBRARIES, model
 from metalearn.experiments.build.registry import (
     ENGINES,
@@ -36,6 +36,7 @@ __all__ = [
     "OBJECTIVES",
     "OPTIMIZERS",
     "SCHEDULES",
+    "Sizes",
     "Splits",
     "algorithm",
     "engine",

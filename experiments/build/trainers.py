@@ -32,7 +32,7 @@ from metalearn import (
 )
 from metalearn._utils.checks import above, at_least, counts, is_integer, pick
 from metalearn.experiments.build.algorithms import algorithm, takes_model
-from metalearn.experiments.build.datasets import Splits
+from metalearn.experiments.build.datasets import Sizes, Splits
 from metalearn.experiments.build.models import model, wrapped
 from metalearn.experiments.build.registry import (
     ENGINES,
@@ -53,8 +53,16 @@ from metalearn.sharding.mesh import AXES, MODEL, TANGENTS, TASKS, format_devices
 from metalearn.sharding.partition import check_rules
 
 
-def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = None) -> Trainer:
-    """Build the trainer that a config describes, with what `engine="auto"` chose if it did."""
+def trainer(
+    config: Mapping[str, Any], sizes: Sizes | Splits, layout: Layout | None = None
+) -> Trainer:
+    """Build the trainer that a config describes, with what `engine="auto"` chose if it did.
+
+    Args:
+      config: of a run.
+      sizes: of the data, which the network is sized by; the data are not needed.
+      layout: of the trainer.
+    """
     added = {
         "truncation": {"steps": None},
         "isolate": False,
@@ -65,7 +73,7 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
     }  # that configs did not always have
     config = {**added, **config, **config.get("auto", {})}
     master = config["precision"].get("master_weights", False)
-    learner = algorithm(config["algorithm"], _network(config, splits), master)
+    learner = algorithm(config["algorithm"], _network(config, sizes), master)
     options = {**config.get("engine_options", {}), **_tangent_options(layout)}
     return Trainer(
         learner,
@@ -81,11 +89,11 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
     )
 
 
-def _network(config: Mapping[str, Any], splits: Splits) -> Model | None:
+def _network(config: Mapping[str, Any], sizes: Sizes | Splits) -> Model | None:
     """Build the model of a config; None where there is none and the algorithm takes none."""
     name = config["algorithm"]["name"]
     if config.get("model"):
-        return wrapped(model(config["model"], splits), config["lora"], config["precision"])
+        return wrapped(model(config["model"], sizes), config["lora"], config["precision"])
     if takes_model(name):
         raise ValueError(
             f"The algorithm {name!r} takes a model, and this config has none. Set config.model, "

@@ -25,7 +25,7 @@ import platform
 import shutil
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -225,17 +225,21 @@ def wandb_state(environment: Mapping[str, str]) -> str:
 def engines() -> Iterator[Finding]:
     """Yield how the meta-gradient of each engine compares, and how long it took."""
     with jax.enable_x64(True):
-        expected = None
+        try:
+            problem, expected = small_problem(), None
+        except Exception as error:  # any failure is what this command is for
+            yield Finding("engines", f"{type(error).__name__}: {first_line(error)}", works=False)
+            return
         for name, build in sorted(ENGINES.items(), key=lambda item: item[0] != "reverse"):
             engine = _with_pairs(build())
             try:
-                gradient = meta_gradient(engine)
-            except Exception as error:  # any failure is what this command is for
+                gradient = meta_gradient(engine, problem)
+            except Exception as error:
                 yield Finding(name, f"{type(error).__name__}: {first_line(error)}", works=False)
                 continue
             if name == "reverse":
                 expected = gradient.grads
-                text, works = _against_differences(expected)
+                text, works = _against_differences(expected, problem)
             elif expected is None:
                 text, works = "there is no gradient of reverse to compare with", False
             else:
@@ -268,22 +272,26 @@ def relative_error(value: jax.Array, expected: jax.Array) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _against_differences(grads: jax.Array) -> tuple[str, bool]:
+def _against_differences(grads: jax.Array, problem: Problem) -> tuple[str, bool]:
     """Compare a gradient with central differences of the outer loss along a random direction."""
-    loss, eta, _ = _problem()
-    direction = jax.random.normal(jax.random.key(2), eta.shape)
+    direction = jax.random.normal(jax.random.key(2), problem.eta.shape)
     step = 1e-5
-    high, low = (loss(eta + sign * step * direction) for sign in (1, -1))
+    high, low = (problem.loss(problem.eta + sign * step * direction) for sign in (1, -1))
     slope = (high - low) / (2 * step)
     error = relative_error((grads @ direction)[None], slope[None])
     return f"differs from central differences by {error:.0e}", error < EXACT
 
 
-def _problem() -> tuple[Any, jax.Array, Any]:
-    """Return (eta [n] -> outer loss (), eta [n], engine -> eta [n] -> gradient [n]).
+class Problem(NamedTuple):
+    """A small problem to compare engines by."""
 
-    Two inner steps of MAML on ten points of a sine wave, with a tanh network of 25 parameters.
-    """
+    loss: Callable[[jax.Array], jax.Array]  # eta [n] -> outer loss (), compiled
+    eta: jax.Array  # [n]
+    gradient: Callable[[MetaGradient], Any]  # engine -> (eta [n] -> (loss, gradient [n])), jitted
+
+
+def small_problem() -> Problem:
+    """Return two inner steps of MAML on ten points of a sine wave, with 25 parameters."""
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
         first, bias, last = jax.random.normal(key, (3, 8))
@@ -312,16 +320,15 @@ def _problem() -> tuple[Any, jax.Array, Any]:
 
         return jax.jit(solve)
 
-    return loss, eta, gradient
+    return Problem(loss, eta, gradient)
 
 
-def meta_gradient(engine: MetaGradient) -> Gradient:
+def meta_gradient(engine: MetaGradient, problem: Problem) -> Gradient:
     """Compile and run the meta-gradient of an engine on a small problem."""
-    _, eta, gradient = _problem()
     start = time.perf_counter()
-    compiled = gradient(engine).lower(eta).compile()
+    compiled = problem.gradient(engine).lower(problem.eta).compile()
     compiling = time.perf_counter() - start
-    jax.block_until_ready(compiled(eta))
+    jax.block_until_ready(compiled(problem.eta))
     start = time.perf_counter()
-    loss, grads = jax.block_until_ready(compiled(eta))
+    loss, grads = jax.block_until_ready(compiled(problem.eta))
     return Gradient(grads, loss, compiling, time.perf_counter() - start)

@@ -160,8 +160,9 @@ class TruncatedUnroll(FullUnroll):
     ) -> tuple[Eta, Metrics, CarriedUnroll]:
         if not isinstance(carried, CarriedUnroll):
             raise ValueError(
-                "This state has no inner runs to go on with: it is not of truncated training. "
-                "Begin with `Trainer.init(key, tasks)` of this trainer."
+                "This state has no inner runs to go on with: it is not of truncated training, or "
+                "was read without its tasks. Begin with `Trainer.init(key, tasks)` of this "
+                "trainer, or read it by `Trainer.restore(directory, tasks)`."
             )
         shares = self.truncation.shares(self.batch.size, first)
         inputs = carried, keys, shares

@@ -83,7 +83,6 @@ TABLES = {  # of `name`, by the part before it
     "wandb": ("a name",),
 }
 BASES: dict[str, dict[str, Any]] = {  # where SMALL is not enough, or the data is not there
-    "fds_cifar10": {"dataset.tfds": "digits", "model.depth": 10, "dataset.validation": 0.1},
     "fds_fashion_mnist": {"dataset.tfds": "digits", "model.name": "conv_net"},
 }
 # Of the configs that compile in seconds, one case in so many takes its step. The others are traced

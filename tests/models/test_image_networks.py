@@ -185,6 +185,11 @@ def test_a_depth_that_is_not_6n_plus_4_is_refused_with_the_nearest(depth, near):
         wide_blocks(depth, 1)
 
 
+def test_a_depth_that_no_memory_holds_is_refused():
+    with refused("`WideResNet(depth=600000004)`: it is 60"):
+        wide_blocks(6 * 10**8 + 4, 1)
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_library_refuses_a_wrong_depth(library):
     with pytest.raises(ValueError, match=r"^`WideResNet` got depth=12, .*depth=10 or 16\."):
