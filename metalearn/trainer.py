@@ -155,7 +155,9 @@ class Trainer:
         if self.truncation is not None:
             return TruncatedUnroll(*fields, self.truncation)
         if self.segment is not None:
-            return SegmentedUnroll(*fields, self.segment)
+            all_at_once = self.batch.at_once == self.batch.share
+            gradients = all_at_once or self.replay.keeps_gradients
+            return SegmentedUnroll(*fields, self.segment, gradients)
         return FullUnroll(*fields)
 
     def init(self, key: jax.Array, tasks: Tasks | None = None) -> TrainState:
@@ -249,9 +251,9 @@ class Trainer:
         shapes = self.shapes(tasks)
         cut = unrolls.cut(shapes.eta, tasks, shapes.key)
 
-        def partway(position: Position) -> TrainState:
+        def partway(position: Position, gradients: bool = False) -> TrainState:
             shared = shapes.eta, tasks, shapes.key, shapes.step
-            state = segment_run.shapes(self._programs, shapes, shared, cut, position)
+            state = segment_run.shapes(self._programs, shapes, shared, cut, position, gradients)
             return state if self.layout is None else abstract(state, self._shardings(state))
 
         path = None if folder is None else pathlib.Path(folder)
@@ -440,7 +442,8 @@ class Trainer:
           faults: the policy on non-finite outer steps and diverging inner loops.
           asked_to_stop: called after every outer step with its number: None, or why the run is to
             stop; it is then saved, and `Interrupted` raised. With `segment`: called after every
-            program, with the number of programs so far. See `metalearn.training.signals`.
+            program, with the number of programs so far, of those that were planned: while more are
+            run because states were lost, it stands still. See `metalearn.training.signals`.
           progress: show a progress bar with the rate and the loss.
           loggers: they get the metrics; left open for a final table (`logger.finish(table)`).
           checkpoints: where the run is saved, and resumed from.

@@ -240,6 +240,12 @@ def _segments(row: Row) -> Iterator[str]:
         f"{row.name}: {plan.segments} segments of {plan.segment} inner steps, {plan.programs} "
         f"programs, {plan.replays} of them replays. States kept: {', '.join(kept) or 'none'}."
     )
+    if plan.gradient_bytes:
+        most = plan.device_gradients + plan.host_gradients
+        yield (
+            f"Inner gradients kept: of {most} segments ({show_bytes(most * plan.gradient_bytes)}); "
+            f"computed again: of {plan.recomputed}."
+        )
 
 
 AUTO = "auto"

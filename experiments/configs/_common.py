@@ -82,6 +82,7 @@ def maml() -> ml_collections.ConfigDict:
     # The states between segments that the backward pass reads: at most so many, in so much memory,
     # such as "4GiB" (unset: a quarter of the host's, 0 of the others); docs/replay.md.
     config.replay = {"states": placeholder(int), "device": "", "host": "", "disk": "", "folder": ""}
+    config.replay.update({"gradients": ""})  # of inner gradients beside the states: 0 if unset
 
     config.health = True  # check one meta-gradient before a run; see metalearn.diagnostics.health
     config.check_every = 0  # and again every so many outer steps; 0: never, here and below

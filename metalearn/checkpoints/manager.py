@@ -15,12 +15,15 @@ save is skipped, with a message.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import at_least, first_line, is_integer
@@ -385,10 +388,17 @@ class Checkpoints:
         store = store or self._store
         number = record["step"] if number is None else number
         try:
-            return TrainState(**store.read_state(number, _fields(record, shapes)))
+            restored = TrainState(**store.read_state(number, _fields(record, shapes)))
         except UnreadableError:
             self._check_nodes(record, shapes, store, number)
             raise
+        return dataclasses.replace(
+            restored,
+            **{
+                name: jax.tree.map(_uncommitted_as, part, getattr(restored, name))
+                for name, part in _fields(record, state).items()
+            },
+        )
 
     def _check_nodes(self, record: Record, shapes: TrainState, store: Store, number: int) -> None:
         """Raise OtherArraysError if the stored tree is not that of a state."""
@@ -433,6 +443,21 @@ def _wanted(leaf: Any) -> jax.ShapeDtypeStruct:
     """Return the shape of a leaf with its sharding now, not the sharding it was saved with."""
     where = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def _uncommitted_as(leaf: Any, restored: jax.Array) -> jax.Array:
+    """Return a restored array, uncommitted to its device if `leaf` is.
+
+    Orbax commits arrays to devices. `jax.jit` compiles a program once more for a committed
+    argument, and so would a resumed run, for each mixture with arrays that it computes anew.
+    """
+    committed = leaf.committed if isinstance(leaf, jax.Array) else leaf.sharding is not None
+    if committed or not isinstance(restored, jax.Array):
+        return restored
+    if jax.dtypes.issubdtype(restored.dtype, jax.dtypes.prng_key):
+        data = jnp.array(np.asarray(jax.random.key_data(restored)))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(restored))
+    return jnp.array(np.asarray(restored))
 
 
 def _best(text: str) -> tuple[str, str]:

@@ -109,11 +109,24 @@ class Streaming(Protocol):
 class Backward(Protocol):
     """An engine whose backward pass can be taken segment by segment; see `engines.segments`."""
 
-    def advance(self, unroll: Unroll, eta: Any, state: Any, batches: Any) -> tuple[Any, Inner]:
-        """Take the next steps: (inner state, what the loop saw)."""
+    def advance(
+        self, unroll: Unroll, eta: Any, state: Any, batches: Any
+    ) -> tuple[Any, Inner, list[jax.Array]]:
+        """Take the next steps: (inner state, what the loop saw, `InnerGradients` or [])."""
 
-    def pull_back(self, unroll: Unroll, eta: Any, state: Any, batches: Any, cotangents: Any) -> Any:
-        """Pull `Cotangents` of the state after these steps back to the state before them."""
+    def pull_back(
+        self,
+        unroll: Unroll,
+        eta: Any,
+        state: Any,
+        batches: Any,
+        gradients: list[jax.Array],
+        cotangents: Any,
+    ) -> Any:
+        """Pull `Cotangents` of the state after these steps back to the state before them.
+
+        `gradients`: what `advance` returned of these steps.
+        """
 
 
 def check_eta(eta: Any) -> None:

@@ -193,8 +193,9 @@ class OuterLoop:
     def _after_program(self, segments: SegmentRun, step: int, state: TrainState) -> None:
         """Save and stop, if due, after a program of an outer step."""
         fit, checkpoints = self.fit, self.checkpoints
-        programs = state.inner.programs
-        number = (step - 1) * segments.programs_in_all + programs
+        programs, planned = state.inner.programs, segments.programs_in_all
+        # More may run than are planned, if states are lost; the last one is `_after_step`'s.
+        number = (step - 1) * planned + min(programs, planned - 1)
         reason = fit.asked_to_stop(number) if fit.asked_to_stop else None
         every = 0 if checkpoints is None else checkpoints.within
         if checkpoints is not None and (reason or (every and programs % every == 0)):
