@@ -13,11 +13,12 @@ Each contender has a process of its own. Its numbers are
 
     plain         seconds of the same training alone, in the same process
     seconds       training and scores, compiled or warm: the median, and in times of `plain`
-    compile       what the first call takes longer
+    compile       what the first call takes longer, and that in CPU time
     peak          the largest resident memory of the process, imports and compilation included
 
-Ratios are medians of the ratios within rounds, in which both programs run in turn. bergson runs in
-an environment of its own, with its defaults (states every sqrt(T) steps, on disk), set up by
+Ratios are medians of the ratios within rounds, in which both programs run in turn; those in CPU
+time tell as much on a machine that is busy with other things. bergson runs in an environment of its
+own, with its defaults (states every sqrt(T) steps, on disk), set up by
 
     python -m venv .venv-bergson
     .venv-bergson/bin/pip install -r experiments/benchmarks/pytorch_bergson.lock
@@ -260,9 +261,14 @@ def scoring(contender: Contender, algorithm: ExampleWeights, tasks: OneTask) -> 
 
 def seconds(call: Callable[[], Any]) -> float:
     """Return the time of a call."""
-    began = time.perf_counter()
+    return timed(call)[0]
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """Return the time of a call, and its CPU time in all threads."""
+    began = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - began
+    return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
 def peak_mib() -> float:
@@ -276,28 +282,35 @@ def measure(name: str, folder: pathlib.Path, steps: int, segment: int, rounds: i
     contender = contenders(segment)[name]
     algorithm, tasks = workload(folder, steps, contender.block)
     call = scoring(contender, algorithm, tasks)
-    first = seconds(call)
-    times = [seconds(call)]
+    first = timed(call)
+    times = [timed(call)]
     peak = peak_mib()
     plain = plain_training(algorithm, tasks)
     plain()
-    plains = [seconds(plain)]
+    plains = [timed(plain)]
     for _ in range(rounds - 1):
-        times.append(seconds(call))
-        plains.append(seconds(plain))
+        times.append(timed(call))
+        plains.append(timed(plain))
     np.save(folder / "scores.npy", call())
-    print(strict_json.dumps(row(first, times, plains, peak)))
+    print(strict_json.dumps({**row(first, times, plains), "peak_mib": peak}))
 
 
-def row(first: float, times: list[float], plains: list[float], peak: float) -> dict[str, float]:
+Times = tuple[float, float]  # wall-clock, and CPU time in all threads
+
+
+def row(first: Times, times: list[Times], plains: list[Times]) -> dict[str, float]:
     """Return the numbers of a contender."""
-    median = statistics.median(times)
+    wall, cpu = (
+        statistics.median(a[i] / b[i] for a, b in zip(times, plains, strict=True)) for i in (0, 1)
+    )
+    median = statistics.median(wall for wall, _ in times)
     return {
-        "plain": statistics.median(plains),
+        "plain": statistics.median(wall for wall, _ in plains),
         "seconds": median,
-        "ratio": statistics.median(a / b for a, b in zip(times, plains, strict=True)),
-        "compile": first - median,
-        "peak_mib": peak,
+        "ratio": wall,
+        "cpu_ratio": cpu,
+        "compile": first[0] - median,
+        "compile_cpu": first[1] - statistics.median(cpu for _, cpu in times),
     }
 
 
@@ -335,13 +348,15 @@ def compare(steps: int, segment: int, rounds: int, python: str | None) -> None:
             one = [*own, f"--T={steps}", f"--segment={segment}", f"--measure={name}"]
             rows[name], scores[name] = run(one, folder, env=environment)
     print(f"\nT={steps}, segments of {segment}\n")
-    print("| | / plain | seconds | plain | compile | peak MiB | correlation |\n" + "|---" * 7 + "|")
+    columns = "/ plain", "in CPU time", "seconds", "plain", "compile", "in CPU time", "peak MiB"
+    print(f"| | {' | '.join(columns)} | correlation |\n|{'---|' * (len(columns) + 2)}")
     reference = next(iter(scores))
     for name, got in rows.items():
         agreement = np.corrcoef(scores[name], scores[reference])[0, 1]
         print(
-            f"| {name} | {got['ratio']:.2f} | {got['seconds']:.2f} | {got['plain']:.2f} | "
-            f"{got['compile']:.1f} | {got['peak_mib']:.0f} | {agreement:.6f} |",
+            f"| {name} | {got['ratio']:.2f} | {got['cpu_ratio']:.2f} | {got['seconds']:.2f} | "
+            f"{got['plain']:.2f} | {got['compile']:.1f} | {got['compile_cpu']:.1f} | "
+            f"{got['peak_mib']:.0f} | {agreement:.6f} |",
             flush=True,
         )
 

@@ -35,6 +35,7 @@ from bergson.utils.math import weighted_causal_lm_ce
 from torchopt.pytree import tree_iter
 
 BATCH = 8
+Times = tuple[float, float]  # wall-clock, and CPU time in all threads
 
 
 def streams(folder: pathlib.Path) -> tuple[DataStream, DataStream]:
@@ -64,21 +65,32 @@ def fresh(folder: pathlib.Path, adamw: dict[str, float]) -> tuple[Trainer, Any, 
     return *Trainer.initialize(model, optimizer), model
 
 
-def train(folder: pathlib.Path, adamw: dict[str, float]) -> float:
-    """Return the seconds of the training alone."""
+class Clock:
+    """Times a block: `times` are its wall-clock and its CPU time in all threads."""
+
+    def __enter__(self) -> "Clock":
+        self._began = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        now = time.perf_counter(), time.process_time()
+        self.times = now[0] - self._began[0], now[1] - self._began[1]
+
+
+def train(folder: pathlib.Path, adamw: dict[str, float]) -> Times:
+    """Return the time of the training alone."""
     stream, _ = streams(folder)
     trainer, state, _ = fresh(folder, adamw)
-    began = time.perf_counter()
-    trainer.train(state, stream, inplace=True)
-    return time.perf_counter() - began
+    with Clock() as clock:
+        trainer.train(state, stream, inplace=True)
+    return clock.times
 
 
-def score(folder: pathlib.Path, adamw: dict[str, float]) -> tuple[float, np.ndarray]:
-    """Return the seconds of training and scores, and the scores [T * batch]."""
+def score(folder: pathlib.Path, adamw: dict[str, float]) -> tuple[Times, np.ndarray]:
+    """Return the time of training and scores, and the scores [T * batch]."""
     stream, query = streams(folder)
     trainer, state, model = fresh(folder, adamw)
-    with tempfile.TemporaryDirectory() as checkpoints:
-        began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as checkpoints, Clock() as clock:
         state = trainer.train(state, stream, inplace=True, save_dir=checkpoints, save_mode="sqrt")
         grads, _ = compute_query_gradients(state, model, query)
         stream.requires_grad = True
@@ -89,8 +101,7 @@ def score(folder: pathlib.Path, adamw: dict[str, float]) -> tuple[float, np.ndar
         ]
         after = BackwardState(grads, zeros, torch.zeros_like(stream.weights))
         before = trainer.backward(checkpoints, stream, after, state, inplace=True, save_mode="sqrt")
-        elapsed = time.perf_counter() - began
-    return elapsed, before.weight_grads.detach().numpy()
+    return clock.times, before.weight_grads.detach().numpy()
 
 
 def peak_mib() -> float:
@@ -118,12 +129,17 @@ def main() -> None:
         times.append(score(options.folder, adamw)[0])
         plains.append(train(options.folder, adamw))
     np.save(options.folder / "scores.npy", scores)
-    median = statistics.median(times)
+    wall, cpu = (
+        statistics.median(a[i] / b[i] for a, b in zip(times, plains, strict=True)) for i in (0, 1)
+    )
+    median = statistics.median(wall for wall, _ in times)
     numbers = {
-        "plain": statistics.median(plains),
+        "plain": statistics.median(wall for wall, _ in plains),
         "seconds": median,
-        "ratio": statistics.median(a / b for a, b in zip(times, plains, strict=True)),
-        "compile": first - median,
+        "ratio": wall,
+        "cpu_ratio": cpu,
+        "compile": first[0] - median,
+        "compile_cpu": first[1] - statistics.median(cpu for _, cpu in times),
         "peak_mib": peak,
         "torch": torch.__version__,
     }
