@@ -306,11 +306,11 @@ class KeptStates:
         self._begin_copy(new)
         return new
 
-    def read_gradients(self, kept: KeptGradients) -> list[jax.Array]:
-        """Return kept inner gradients on the device, and keep them no longer; [] if none are."""
+    def read_gradients(self, kept: KeptGradients) -> tuple[jax.Array, ...]:
+        """Return kept inner gradients on the device, and keep them no longer; () if none are."""
         self.settle()
-        arrays, kept.arrays = kept.arrays, None
-        return _on_device(kept.leaves, arrays) if arrays and kept.on_host else arrays or []
+        arrays, kept.arrays = kept.arrays or (), None
+        return tuple(_on_device(kept.leaves, arrays) if arrays and kept.on_host else arrays)
 
     def _begin_copy(self, kept: KeptState | KeptGradients) -> None:
         """Begin to copy arrays to the host, unless they stay on the device."""

@@ -194,7 +194,7 @@ class SegmentedUnroll(FullUnroll):
 
             loss = new.losses[-1].mean() if new.losses.size else jnp.zeros(())
             inner = jax.tree.map(written, inner, new)
-            gradients = gradients if self.gradients else []
+            gradients = tuple(gradients) if self.gradients else ()
             return loss, PartialUnroll(stream, inner, gradients=gradients)
 
         shared = eta, tasks, first

@@ -586,6 +586,7 @@ def test_a_budget_below_one_state_is_refused():
         ({"states": 0}, r"`Replay\(states=0\)`: it is an integer, 1 or more"),
         ({"host": -1}, r'`Replay\(host=-1\)`: it is an amount of memory, such as "4GiB"'),
         ({"disk": "a lot"}, "'a lot' is no amount of memory"),
+        ({"gradients": -1}, r"`Replay\(gradients=-1\)`: it is an amount of memory"),
         ({"device": 1.5}, r"`Replay\(device=1.5\)`: it is an amount of memory"),
     ],
 )
