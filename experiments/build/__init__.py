@@ -5,7 +5,7 @@ table is refused with the names that are, and a key that its name does not take 
 it takes (`registry`).
 """
 
-from metalearn.experiments.build.algorithms import ALGORITHMS, algorithm
+from metalearn.experiments.build.algorithms import ALGORITHMS, algorithm, sized_for
 from metalearn.experiments.build.datasets import DATASETS, Splits, splits
 from metalearn.experiments.build.models import LIBRARIES, model
 from metalearn.experiments.build.registry import (
@@ -47,6 +47,7 @@ __all__ = [
     "optimizer",
     "outer_optimizer",
     "set_options",
+    "sized_for",
     "splits",
     "to_json",
     "trainer",

@@ -63,7 +63,7 @@ class Splits(NamedTuple):
     validation: Tasks | None  # disjoint from those to train on; None: there are none
     test: Tasks
     inputs: Any  # the shapes of one batch of inputs, leaves [1, ...]
-    outputs: int  # of the network: ways, or the dimension of a regression
+    outputs: int | None  # of the network: ways, or the dimension of a regression; None: no head
 
 
 def splits(config: Mapping[str, Any]) -> Splits:

@@ -31,7 +31,7 @@ from metalearn import (
     make_mesh,
 )
 from metalearn._utils.checks import above, at_least, counts, is_integer, pick
-from metalearn.experiments.build.algorithms import algorithm, takes_model
+from metalearn.experiments.build.algorithms import algorithm, sized_for, takes_model
 from metalearn.experiments.build.datasets import Splits
 from metalearn.experiments.build.models import model, wrapped
 from metalearn.experiments.build.registry import (
@@ -65,7 +65,8 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
     }  # that configs did not always have
     config = {**added, **config, **config.get("auto", {})}
     master = config["precision"].get("master_weights", False)
-    learner = algorithm(config["algorithm"], _network(config, splits), master)
+    network = _network(config, splits)
+    learner = algorithm(config["algorithm"], network, master, splits.outputs)
     options = {**config.get("engine_options", {}), **_tangent_options(layout)}
     return Trainer(
         learner,
@@ -85,6 +86,7 @@ def _network(config: Mapping[str, Any], splits: Splits) -> Model | None:
     """Build the model of a config; None where there is none and the algorithm takes none."""
     name = config["algorithm"]["name"]
     if config.get("model"):
+        splits = sized_for(config["algorithm"], splits)
         return wrapped(model(config["model"], splits), config["lora"], config["precision"])
     if takes_model(name):
         raise ValueError(
