@@ -400,6 +400,24 @@ class DrawnTask(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[:steps], batches)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AtOuterStep(Tasks):
+    """Tasks, and the outer step that they are drawn for, of an algorithm that `anneals`.
+
+    Args:
+      tasks: the distribution.
+      step: (), int32: outer steps taken before, for `Algorithm.at_outer_step`.
+    """
+
+    tasks: Tasks
+    step: jax.Array
+
+    def sample(self, key: jax.Array) -> Episode:
+        """Draw one task of the distribution."""
+        return draw(self.tasks, key)
+
+
 def draw_episode(tasks: Tasks, key: jax.Array) -> Episode:
     """Return the episode of the task that `draw_task` draws with the same key."""
     return draw(tasks, task_keys(key).episode)
@@ -419,8 +437,13 @@ def draw_task(
       key: (); the same key draws the same episode, batches and engine key.
       transform: applied to the unroll, for instance to constrain the sharding of inner states.
     """
+    step = None
+    if isinstance(tasks, AtOuterStep):
+        step, tasks = tasks.step, tasks.tasks
     if isinstance(tasks, WithConstants):
         algorithm, tasks = algorithm.bind(tasks.constants), tasks.tasks
+    if step is not None:
+        algorithm = algorithm.at_outer_step(step)
     keys, episode = task_keys(key), draw_episode(tasks, key)
     unroll = algorithm.unroll(episode, keys.unroll)
     return DrawnTask(

@@ -38,6 +38,7 @@ from metalearn.optimizers.updates import evaluation_params, start_outer, update_
 from metalearn.sharding.layout import Layout, abstract
 from metalearn.tasks import (
     ALL_STEPS,
+    AtOuterStep,
     Reads,
     Tasks,
     WithConstants,
@@ -123,6 +124,12 @@ class Trainer:
             return
         if self.segment != "auto":
             counts("Trainer", 1, segment=self.segment)
+        if self.algorithm.anneals:
+            raise ValueError(
+                f"`Trainer(segment={self.segment})` cuts an outer step into programs, which do not "
+                f"know its number, and `{type(self.algorithm).__name__}` anneals its outer loss "
+                "over the outer steps. Leave `segment`."
+            )
         if not isinstance(self.engine, Streaming | Backward):
             raise ValueError(
                 f"`Trainer(segment={self.segment})` cuts an outer step into programs that run and "
@@ -306,6 +313,8 @@ class Trainer:
 
     def _step(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = self.task_keys(state)
+        if self.algorithm.anneals:
+            tasks = AtOuterStep(tasks, state.step)
         outputs = self.unrolls.mean_gradient(state.eta, tasks, keys, state.inner, state.step == 0)
         return self._updated(state, *outputs)
 

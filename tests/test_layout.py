@@ -60,6 +60,13 @@ FEATURES = {
         "algorithms/maml.py",
         "batch_norm_policy",
     ),
+    "MAML++": ("algorithms/maml_plus_plus.py", "MAMLPlusPlus"),
+    "Reptile": ("algorithms/reptile.py", "Reptile"),
+    "Meta-Curvature": ("algorithms/meta_curvature.py", "MetaCurvature"),
+    "CAVIA": ("algorithms/cavia.py", "CAVIA"),
+    "prototypical networks": ("algorithms/protonet.py", "ProtoNet"),
+    "R2-D2": ("algorithms/r2d2.py", "R2D2"),
+    "heads in closed form": ("algorithms/closed_form.py", "ClosedFormHead"),
     "hyperparameter schedules by FDS": ("algorithms/fds/algorithm.py", "FDS"),
     "exporting a learned optimizer": (
         "algorithms/learned_optimizer/export.py",

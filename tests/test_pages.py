@@ -40,6 +40,7 @@ MINUTES = (  # or a good part of one, on a busy machine
         "choosing_engine",
         "data",
         "coming_from",
+        "few_shot",
         "learned_optimizers",
         "long_runs",
         "models",

@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
     """What a network is sized by: all that the algorithm of a run needs of its data."""
 
     inputs: Any  # the shapes of one batch of inputs, leaves [1, ...]
-    outputs: int  # of the network: ways, or the dimension of a regression
+    outputs: int | None  # of the network: ways, or the dimension of a regression; None: no head
 
 
 class Splits(NamedTuple):
@@ -70,7 +70,7 @@ class Splits(NamedTuple):
     validation: Tasks | None  # disjoint from those to train on; None: there are none
     test: Tasks
     inputs: Any  # the shapes of one batch of inputs, leaves [1, ...]
-    outputs: int  # of the network: ways, or the dimension of a regression
+    outputs: int | None  # of the network: ways, or the dimension of a regression; None: no head
 
     @property
     def sizes(self) -> Sizes:

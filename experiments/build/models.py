@@ -1,5 +1,7 @@
 """From a config to a network of a library, sized for the inputs and outputs of a dataset.
 
+For an algorithm with a head of its own (`Algorithm.own_head`) a network is built without its head.
+
 The networks are the exports of `metalearn.models.linen_networks`, `nnx_networks` and
 `haiku_networks`. What a dataset decides is found by the names of their arguments: `outputs`,
 `inputs` (how many numbers an input has), `image` (its shape) and `architecture`, of a transformer,
@@ -96,6 +98,11 @@ def model(config: Mapping[str, Any], sizes: Sizes | Splits) -> Model:
     if "architecture" in takes:
         what = f"network {snake_case(network.__name__)!r}"
         check_call(what, options, Architecture, filled=("vocabulary",))
+        if sizes.outputs is None:
+            raise ValueError(
+                f"The {what} ends in logits of tokens, and this algorithm puts a head of its own "
+                "on an embedding. Take a network that has one, such as 'conv_net' or 'mlp'."
+            )
         options = {"architecture": Architecture(sizes.outputs, **options)}
         filled = {}
     else:
@@ -146,6 +153,8 @@ def _own(
             "Haiku, Equinox or `metalearn.models.Model`, nor a function that builds one."
         )
     known = {**_arguments(sizes), "example": sizes.inputs}
+    if sizes.outputs is None:  # an embedding, whose size is a key of the config
+        del known["outputs"]
     filled = {key: size for key, size in known.items() if key in parameters(network)}
     check_call(what, options, network, filled=filled)
 

@@ -96,12 +96,17 @@ class Exports(Mapping[str, Any]):
         return len(self._found())
 
 
+ONE_WORD = ("ProtoNet", "R2D2")  # names of methods that nobody writes with an underscore
+
+
 def snake_case(name: str) -> str:
     """Return the name of a class as configs write it.
 
-    >>> [snake_case(name) for name in ("MAML", "LearningRates", "WideResNet", "digits")]
-    ['maml', 'learning_rates', 'wide_res_net', 'digits']
+    >>> [snake_case(name) for name in ("MAML", "LearningRates", "WideResNet", "ProtoNet")]
+    ['maml', 'learning_rates', 'wide_res_net', 'protonet']
     """
+    if name in ONE_WORD:
+        return name.lower()
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 

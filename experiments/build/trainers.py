@@ -31,7 +31,7 @@ from metalearn import (
     make_mesh,
 )
 from metalearn._utils.checks import above, at_least, counts, is_integer, pick
-from metalearn.experiments.build.algorithms import algorithm, takes_model
+from metalearn.experiments.build.algorithms import algorithm, sized_for, takes_model
 from metalearn.experiments.build.datasets import Sizes, Splits
 from metalearn.experiments.build.models import model, wrapped
 from metalearn.experiments.build.registry import (
@@ -73,7 +73,8 @@ def trainer(
     }  # that configs did not always have
     config = {**added, **config, **config.get("auto", {})}
     master = config["precision"].get("master_weights", False)
-    learner = algorithm(config["algorithm"], _network(config, sizes), master)
+    network = _network(config, sizes)
+    learner = algorithm(config["algorithm"], network, master, sizes.outputs)
     options = {**config.get("engine_options", {}), **_tangent_options(layout)}
     return Trainer(
         learner,
@@ -93,6 +94,7 @@ def _network(config: Mapping[str, Any], sizes: Sizes | Splits) -> Model | None:
     """Build the model of a config; None where there is none and the algorithm takes none."""
     name = config["algorithm"]["name"]
     if config.get("model"):
+        sizes = sized_for(config["algorithm"], sizes)
         return wrapped(model(config["model"], sizes), config["lora"], config["precision"])
     if takes_model(name):
         raise ValueError(

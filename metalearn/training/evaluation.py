@@ -63,6 +63,8 @@ def segments_of(algorithm: Algorithm, tasks: Tasks, count: int) -> list[Reads]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(lambda key: draw_task(algorithm, tasks, key).batches(), key)
     steps = horizon(shapes)
+    if not steps:
+        return [ALL_STEPS]
     most = max(SEGMENT // (count * step_bytes), 1)  # inner steps of a segment
     length = -(-steps // -(-steps // most))
     starts = range(0, steps, length)

@@ -127,6 +127,11 @@ class SegmentedUnroll(FullUnroll):
         def trace(eta: Eta, tasks: Tasks, key: jax.Array) -> None:
             task = self.draw(tasks, key)
             steps = horizon(jax.eval_shape(task.batches))
+            if not steps:
+                raise ValueError(
+                    f"`Trainer(segment={self.segment})` cuts inner loops into programs, but these "
+                    "take no inner steps (T = 0). Leave `segment`."
+                )
             segment = about_square_root(steps) if self.segment == "auto" else int(self.segment)
             if segment > steps:
                 raise ValueError(

@@ -72,6 +72,11 @@ class Truncation:
 
     def check(self, horizon: int) -> None:
         """Raise ValueError where `horizon` inner steps cannot be truncated like this."""
+        if not horizon:
+            raise ValueError(
+                f"`Trainer(truncation=Truncation({self.steps}))` cuts inner loops into "
+                "truncations, but these take no inner steps (T = 0). Leave `truncation`."
+            )
         if self.steps > horizon:
             raise ValueError(
                 f"A truncation of {self.steps} inner steps is longer than the horizon, which is "

@@ -55,7 +55,7 @@ from metalearn.engines.mixed_flow.reverse_scan import (
     sweep,
     sweep_segment,
 )
-from metalearn.unroll import Unroll
+from metalearn.unroll import Unroll, horizon
 
 RECONSTRUCT = "inexact_reconstruct"
 STORES: dict[str, Saved | None] = {
@@ -131,9 +131,10 @@ class MixedFlow(MetaGradient):
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         """Return ((loss (), aux), meta-gradient like eta)."""
-        if self._saved is not None:
+        if self._saved is not None and horizon(batches):
             return sweep(unroll, eta, batches, self._inner, self._saved, self.peel)
-        return backpropagate(unroll, eta, batches, self._inner, self._remat())
+        remat = Remat() if self._saved is not None else self._remat()  # without steps, nothing
+        return backpropagate(unroll, eta, batches, self._inner, remat)
 
     def advance(
         self, unroll: Unroll, eta: Any, state: Any, batches: Any
