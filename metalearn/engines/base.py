@@ -81,13 +81,16 @@ class MetaGradient(abc.ABC):
         del key, unroll, eta
         return ()
 
-    def doubts(self, metrics: Mapping[str, float]) -> list[str]:
-        """Say why the meta-gradient may be wrong, a paragraph each, by the metrics of a call.
+    def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Say why the meta-gradient may be wrong: {name of a metric: a paragraph}.
 
-        For engines that rest on an assumption and measure it. `Trainer.fit` prints them.
+        For engines that rest on an assumption and measure it. `Trainer.fit` prints each once.
+
+        Args:
+          metrics: of a call, or of an outer step, with its `loss`.
         """
         del metrics
-        return []
+        return {}
 
     @abc.abstractmethod
     def value_and_grad(

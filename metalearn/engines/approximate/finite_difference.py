@@ -4,10 +4,11 @@ The cotangent u of an inner gradient g is pulled back by the directional derivat
 along u, as mixed flow does it (`metalearn.engines.mixed_flow.forward_over_reverse`), but the
 directional derivative is a difference,
 
-    u^T dg/d(theta, eta)  ~  (grad L(theta + e u) - grad L(theta - e u)) / (2 e),     e = move / |u|
+    u^T dg/d(theta, eta)  ~  (grad L(theta + e u) - grad L(theta - e u)) / (2 e),    e = move / |u|
 
-which costs two gradients, and no second derivative. It is wrong by O(move^2) of the third derivative
-of L, and by rounding / move: in float32 a `move` of 0.01 is usual (Liu et al. 2019, arXiv:1806.09055).
+which costs two gradients, and no second derivative. Its error is O(move^2) times the third
+derivative of L, and rounding / move: in float32 a `move` of 0.01 is usual (Liu et al. 2019,
+arXiv:1806.09055).
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def value_and_grad(
         scale = move / jnp.where(size > 0, size, 1)
 
         def at(sign: int) -> Any:
-            moved = jax.tree.map(lambda x, u: x + (sign * scale * u).astype(x.dtype), primals, tangents)
+            moved = jax.tree.map(
+                lambda x, u: x + (sign * scale * u).astype(x.dtype), primals, tangents
+            )
             return function(*moved)
 
         return jax.tree.map(lambda a, b: ((a - b) / (2 * scale)).astype(a.dtype), at(1), at(-1))

@@ -12,28 +12,30 @@ gradient descent this is the textbook -(d2L/d eta d theta) H^-1 dF/d theta, with
 `MixedFlow` takes them. Memory is flat in T: no step of the loop is saved. The system is solved by
 one of `SOLVERS` (`metalearn.engines.approximate.solvers`).
 
-**It is the derivative of another function.** At theta_T the equation holds up to the residual
-step(theta_T) - theta_T, and the hypergradient is wrong by about the distance that is left to theta*.
-A loop of a few steps, or one that diverges, has a hypergradient like any other, of nothing. So the
-residual is a metric of every call, and a warning where it is large:
+**It may be the derivative of another function.** At theta_T the equation holds up to the residual
+step(theta_T) - theta_T, and the hypergradient is wrong by about the distance that is left to
+theta*. A loop of a few steps, or one that diverges, has a hypergradient like any other, of nothing.
+So the residual r = step(theta_T) - theta_T is measured in every call, as metrics,
 
-| metric                 | what it says                                                             |
-|------------------------|--------------------------------------------------------------------------|
-| `fixed_point_residual` | |step(theta_T) - theta_T|, relative to |theta_T| or to |theta_T - theta_0|  |
-| `fixed_point_gap`      | |w . (step(theta_T) - theta_T)|: to first order, how far the outer loss is |
-|                        | from that at the fixed point, however short the steps are                |
-| `solver_residual`      | |(I - J)^T w - dF/dtheta|, relative to |dF/dtheta|                         |
+| metric                 | what it says                                                            |
+|------------------------|-------------------------------------------------------------------------|
+| `fixed_point_residual` | r, relative to theta_T or to theta_T - theta_0, in the norm             |
+| `fixed_point_gap`      | w . r, absolute: to first order, the change of the outer loss up to the |
+|                        | fixed point, which does not fall with the learning rate as r does       |
+| `solver_residual`      | of the linear system, relative to its right-hand side                   |
 
-**Which batch.** The step is evaluated with the last batch of the loop. Where batches differ from step
-to step there is no common fixed point, and the residual shows it.
+and there is a warning where they are too large.
 
-**Which variables.** By default all floating-point leaves of the inner state: with momentum, the pair
-of theta and its velocity has a fixed point. A state that counts its steps (Adam's bias correction, a
-learning-rate schedule) has none, and is refused. `variables="params"` solves for the leaves whose
-path matches and holds all others at their last values. That is exact where the fixed point is
-a zero of the inner gradient, whatever the optimizer: there the update is B(state) times the gradient,
-and B cancels. It is not where the optimizer moves theta by other means than its gradient, such as
-the decoupled weight decay of AdamW with momentum.
+**Which batch.** The step is evaluated with the last batch of the loop. Where batches differ from
+step to step there is no common fixed point, and the residual shows it.
+
+**Which variables.** By default all floating-point leaves of the inner state: with momentum, the
+pair of theta and its velocity has a fixed point. A state that counts its steps (Adam's bias
+correction, a learning-rate schedule) has none, and is refused. `variables="params"` solves for the
+leaves whose path matches and holds all others at their last values. That is exact where the fixed
+point is a zero of the inner gradient, whatever the optimizer: there the update is B(state) times
+the gradient, and B cancels. It is not where the optimizer moves theta by other means than its
+gradient, such as the decoupled weight decay of AdamW.
 
 References: Bengio 2000; Pedregosa 2016 (arXiv:1602.02355); Lorraine et al. 2020 (arXiv:1911.02590);
 Grazzi et al. 2020 (arXiv:2006.16218, fixed points of any step); Blondel et al. 2022
@@ -51,7 +53,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metalearn._utils.checks import Count, above, pattern, pick
+from metalearn._utils.checks import Count, above, at_most, pattern, pick
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import is_differentiable, matching, paths, split
 from metalearn.engines import segments
@@ -71,6 +73,7 @@ from metalearn.engines.mixed_flow import forward_over_reverse as commuted
 from metalearn.unroll import Batch, Eta, InnerState, Unroll
 
 RESIDUAL, GAP, SOLVED = "fixed_point_residual", "fixed_point_gap", "solver_residual"
+MOST = 1_000_000  # iterations
 SLACK = 10.0  # a solver stops by a residual that it updates, which drifts from the true one
 
 
@@ -90,11 +93,13 @@ class Implicit(MetaGradient):
         with "neumann": exactly `iterations` terms.
       damping: added to the eigenvalues of I - J, for a singular or an indefinite one. Above 0 the
         hypergradient is biased.
-      relaxation: of "neumann": the length of its steps, below 1 where eigenvalues of J are below -1.
+      relaxation: of "neumann": the length of its steps; below 1 where eigenvalues of J are below
+        -1.
       rank: of "nystrom": columns of its preconditioner, each a product and a vector of memory.
       variables: the paths of the leaves of the inner state that the fixed point is solved for, a
         regular expression such as "params"; the others are held. "": all floating-point ones.
-      stationary: the largest `fixed_point_residual` without a warning.
+      stationary: the largest `fixed_point_residual`, and `fixed_point_gap` relative to the outer
+        loss, without a warning.
       warm_start: begin each solve from the result of the last call, as the engine's state: for
         inner states that are carried on (`Trainer(truncation=)`) from one outer step to the next.
     """
@@ -112,6 +117,7 @@ class Implicit(MetaGradient):
     def __post_init__(self) -> None:
         check_fields(self)
         pick(SOLVERS, self.solver, "solver")
+        at_most("Implicit", MOST, iterations=self.iterations, rank=self.rank)
         above("Implicit", 0, relaxation=self.relaxation, stationary=self.stationary)
         for name, value in (("tolerance", self.tolerance), ("damping", self.damping)):
             if not 0 <= value < float("inf"):
@@ -172,31 +178,32 @@ class Implicit(MetaGradient):
             GAP: abs(sum(jnp.vdot(a, b) for a, b in zip(w, moved, strict=True))),
             SOLVED: rest,
         }
-        self._warn(ours)
+        self._warn({"loss": loss, **ours})
         aux = Aux({**metrics, **ours}, theta_T, inner, w if self.warm_start else ())
         return (loss, aux), jax.tree.map(jnp.add, eta_bar, through)
 
-    def doubts(self, metrics: Mapping[str, float]) -> list[str]:
+    def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Say where theta_T is no fixed point, and where the solver has not converged."""
         moved, gap, rest = (float(metrics[name]) for name in (RESIDUAL, GAP, SOLVED))
-        if moved != moved:
-            return [
-                "The inner state is not finite after the last inner step: the inner loop diverges, "
-                "so it has no fixed point, and the hypergradient is NaN. Lower the inner learning "
-                "rate, or clip the inner gradients."
-            ]
-        texts = []
-        if moved > self.stationary:
-            texts.append(
-                f"theta_T is no fixed point of the inner step: one more step with the last batch "
+        loss = abs(float(metrics["loss"]))
+        if moved != moved or moved == float("inf"):
+            return {
+                RESIDUAL: "The inner state is not finite after the last inner step: the inner loop "
+                "diverges, so it has no fixed point, and `Implicit` has no hypergradient. Lower "
+                "the inner learning rate, or clip the inner gradients."
+            }
+        texts = {}
+        if moved > self.stationary or gap > self.stationary * loss:
+            texts[RESIDUAL] = (
+                "theta_T is no fixed point of the inner step: one more step with the last batch "
                 f"changes it by {moved:.2g} of its size (stationary={self.stationary:g}), and the "
-                f"outer loss at the fixed point would differ by about {gap:.2g}. The hypergradient "
-                "of `Implicit` is then that of another function. Take more inner steps (and one "
-                "batch, or large ones), or an engine that needs no fixed point: `MixedFlow()`, or "
-                "`Truncated(last=k)`."
+                f"outer loss, {loss:.3g} now, would change by about {gap:.2g} up to the fixed "
+                "point. The hypergradient of `Implicit` is then that of another function. Take "
+                "more inner steps (and one batch, or large ones), or an engine that needs no "
+                "fixed point: `MixedFlow()`, or `Truncated(last=k)`."
             )
         if not rest <= SLACK * self.tolerance and (self.tolerance or rest != rest):
-            texts.append(
+            texts[SOLVED] = (
                 f"The solver {self.solver!r} has not converged: it left a relative residual of "
                 f"{rest:.2g} (tolerance={self.tolerance:g}) after at most {self.iterations} "
                 f"iterations. {HELP[self.solver]}"
@@ -237,8 +244,8 @@ class Implicit(MetaGradient):
             mask = [floats and named for floats, named in zip(mask, chosen, strict=True)]
         if not any(mask):
             raise ValueError(
-                f"`{self!r}` solves for no leaf of the inner state that has a derivative. It has: "
-                f"{', '.join(paths(state))}."
+                f"`Implicit(variables={self.variables!r})` solves for no leaf of the inner state "
+                f"that has a derivative. It has: {', '.join(paths(state))}."
             )
         return mask
 
@@ -251,7 +258,7 @@ class Implicit(MetaGradient):
             counting = clocks(lambda s: unroll.step(eta, s, batch, jax.grad), state)
             if counting:
                 raise ValueError(
-                    f"`{self!r}`: the inner state has no fixed point as a whole, since its "
+                    "`Implicit`: the inner state has no fixed point as a whole, since its "
                     f"{names[counting[0]]!r} changes at every step, and the step reads it: a count "
                     "of steps (Adam's bias correction, a learning-rate schedule), or a random key. "
                     "Solve for the parameters alone, with the rest held at its last values: "
@@ -265,17 +272,19 @@ class Implicit(MetaGradient):
         rows = zip(names, read, mask, floats, strict=True)
         lost = [name for name, is_read, solved, f in rows if f and is_read and not solved]
         if lost:
+            wider = f"{self.variables}|{lost[0].partition('/')[0]}"
             raise ValueError(
-                f"`{self!r}` holds {lost[0]!r} of the inner state, but the outer loss reads it, "
-                "and how it depends on eta would be lost. Let the pattern match it too: "
-                f"`Implicit(variables='{self.variables}|{lost[0].partition('/')[0]}')`."
+                f"`Implicit(variables={self.variables!r})` holds {lost[0]!r} of the inner state, "
+                "but the outer loss reads it, and how it depends on eta would be lost. Let the "
+                f"pattern match it too: `Implicit(variables={wider!r})`."
             )
 
     def _warn(self, metrics: Mapping[str, jax.Array]) -> None:
         """Issue the doubts as warnings, where the numbers are known: outside of `jax.jit`."""
         if any(isinstance(value, jax.core.Tracer) for value in metrics.values()):
             return
-        for text in self.doubts({name: float(value) for name, value in metrics.items()}):
+        values = {name: float(value) for name, value in metrics.items()}
+        for text in self.doubts(values).values():
             warnings.warn(text, ApproximationWarning, stacklevel=3)
 
 

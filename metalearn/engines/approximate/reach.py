@@ -33,8 +33,11 @@ def leaves_read(
       tree: any pytree of arrays.
       of: which leaves of the result count.
     """
-    jaxpr = jax.make_jaxpr(function)(tree).jaxpr
-    if jaxpr.effects:
+    return _read(jax.make_jaxpr(function)(tree).jaxpr, of)
+
+
+def _read(jaxpr: Any, of: Callable[[Any], bool]) -> list[bool]:
+    if jaxpr.effects:  # a mutable reference may pass a value on where no variable does
         return [True] * len(jaxpr.invars)
     needed = {v for v in jaxpr.outvars if not isinstance(v, Literal) and of(v.aval)}
     for equation in reversed(jaxpr.eqns):
@@ -67,10 +70,11 @@ def check_reach(
     lost = [name or "eta" for name, a, b in zip(names, start, rest, strict=True) if a and not b]
     if lost:
         raise ValueError(
-            f"`{engine!r}` differentiates {seen}, and does not see theta_0. Of eta, {_listed(lost)} "
-            "is read by `Unroll.init` alone: its derivative would be exactly zero, and it would "
-            "not be learned. A learned initialisation needs the whole loop: `MixedFlow()` or "
-            "`Reverse()`. Or let the inner loss read it too, as a proximal term to theta_0 does."
+            f"`{type(engine).__name__}` differentiates {seen}, and does not see theta_0. Of eta, "
+            f"{_listed(lost)} is read by `Unroll.init` alone: its derivative would be exactly "
+            "zero, and it would not be learned. A learned initialisation needs the whole loop: "
+            "`MixedFlow()` or `Reverse()`. Or let the inner loss read it too, as a proximal term "
+            "to theta_0 does."
         )
 
 
@@ -89,8 +93,7 @@ def clocks(step: Callable[[InnerState], InnerState], state: InnerState) -> list[
       state: any pytree of arrays.
     """
     jaxpr = jax.make_jaxpr(step)(state).jaxpr
-    read = leaves_read(step, state)
-    leaves = zip(jaxpr.invars, jaxpr.outvars, read, strict=True)
+    leaves = zip(jaxpr.invars, jaxpr.outvars, _read(jaxpr, is_differentiable), strict=True)
     return [
         i
         for i, (before, after, is_read) in enumerate(leaves)

@@ -1,14 +1,14 @@
 """SAMA: a one-step hypergradient adapted to the inner optimizer, without second derivatives.
 
-Implicit differentiation with its inverse left out, w = dF/d theta, but with the inner optimizer kept
-in: with u(g) the update that the optimizer makes of a gradient g,
+Implicit differentiation with its inverse left out, w = dF/d theta, but with the inner optimizer
+kept in. With u(g) the update that the optimizer makes of a gradient g,
 
-    dF/deta  ~  dF/deta (direct)  +  (d step / d eta)^T dF/dtheta,     d step / d eta = du/dg dg/deta
+    dF/deta  ~  dF/deta (direct)  +  (d step / d eta)^T dF/d theta,   d step / d eta = u'(g) dg/deta
 
-at theta_T, the last batch and the optimizer's last state. du/dg is the algorithmic adaptation of
+at theta_T, the last batch and the optimizer's last state. u'(g) is the algorithmic adaptation of
 Choe et al. 2023 (arXiv:2310.05674): for Adam the entries of the hypergradient are scaled as its
-updates are. There it is derived for each optimizer by hand, here it is the derivative of `step`. The
-product with dg/deta is a central difference of two gradients, so that one hypergradient costs three
+updates are. There it is derived for each optimizer by hand, here it is the derivative of `step`.
+The product with dg/deta is a central difference of two gradients, so one hypergradient costs three
 gradients of the inner loss, whatever T is, no second derivative, and the memory of a gradient.
 
 The paper's further move of theta along the difference is a change of the inner loop, and is not

@@ -1,16 +1,15 @@
 """Solvers of the linear system of implicit differentiation, A w = b with A = (I - J)^T + damping.
 
 J is the Jacobian of an inner step, and all that a solver has of it is the product with a vector, a
-vector-Jacobian product of the step. With n products of vectors like theta:
+vector-Jacobian product of the step. Memory is in vectors like theta:
 
-| solver     | for                           | memory             | converges                       |
-|------------|-------------------------------|--------------------|---------------------------------|
-| "cg"       | A symmetric, positive         | 4 vectors          | sqrt(condition number) products |
-| "nystrom"  | the same, few large           | rank more vectors  | faster, of the condition number |
-|            | eigenvalues                   |                    | without the largest `rank`      |
-| "neumann"  | any contraction               | 2 vectors          | as fast as the inner loop       |
-| "gmres"    | any A                         | RESTART vectors    | the smallest residual           |
-| "bicgstab" | any A                         | 8 vectors          | as a rule like "cg", not always |
+| solver     | for                             | memory       | converges                         |
+|------------|---------------------------------|--------------|-----------------------------------|
+| "cg"       | A symmetric, positive           | 4            | in about sqrt(condition) products |
+| "nystrom"  | the same, few large eigenvalues | rank + 5     | as if the largest were not there  |
+| "neumann"  | any contraction                 | 2            | as fast as the inner loop         |
+| "gmres"    | any A                           | RESTART + 3  | with the smallest residual        |
+| "bicgstab" | any A                           | 8            | as "cg", as a rule                |
 
 A is symmetric where the step is a gradient step, theta - rate * grad L(theta), with one rate for
 all. With momentum, with Adam, or with a rate per parameter it is not. A solver that does not suit A

@@ -7,16 +7,16 @@ The first T - k steps run forward, with nothing saved, and theta_{T-k} is a cons
 Memory is that of k steps, flat in T. What earlier steps contribute is lost. Where the loop
 converges, that is a sum of powers of the Jacobian J of a step, so the error falls as the inner loop
 itself does, like |J|^k (Shaban et al. 2019, arXiv:1810.10667): a hypergradient of a few steps is
-good where steps contract fast, and none of a slow loop. k = 1 is the one-step hypergradient of T1-T2
-(Luketina et al. 2016, arXiv:1511.06727) and of DARTS (Liu et al. 2019, arXiv:1806.09055), k = T the
-exact one.
+good where steps contract fast, and none of a slow loop. k = 1 is the one-step hypergradient of
+T1-T2 (Luketina et al. 2016, arXiv:1511.06727) and of DARTS (Liu et al. 2019, arXiv:1806.09055),
+k = T the exact one.
 
 It is not the truncation of `Trainer(truncation=)`: there eta is updated every K steps of an inner
 loop that is carried on, here once per full loop.
 
-An inner loss whose gradient has no derivative (a fused kernel with a backward pass of its own) has a
-hypergradient by finite differences all the same, as in DARTS: the Hessian product of each step is
-(g(theta + e u) - g(theta - e u)) / (2 e), two gradients, with e |u| = `finite_difference`.
+By finite differences, as in DARTS, the Hessian product of a step is half the difference of the
+gradients at theta + e u and theta - e u, over e, with e |u| = `finite_difference`: two gradients,
+and no second derivative to compile or to hold.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class Truncated(MetaGradient):
             return self._through(unroll, eta, batches)
         last_batch = jax.tree.map(lambda x: x[-1], batches)
         middle, first = forward(unroll, eta, batches, steps - self.last)
-        check_reach(self, unroll, eta, middle, last_batch, f"the last {self.last} inner steps")
+        seen = "the last inner step" if self.last == 1 else f"the last {self.last} inner steps"
+        check_reach(self, unroll, eta, middle, last_batch, seen)
         unroll = unroll._replace(init=lambda eta: middle, begins=None)
         batches = jax.tree.map(lambda x: x[steps - self.last :], batches)
         (loss, aux), grads = self._through(unroll, eta, batches)
