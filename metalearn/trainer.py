@@ -135,7 +135,7 @@ class Trainer:
                 f"`Trainer(segment={self.segment})` cuts an outer step into programs that run and "
                 f"differentiate a few inner steps each. `{type(self.engine).__name__}` does not "
                 "differentiate them: it estimates from the losses of inner runs that are taken "
-                "whole, or truncated. Leave `segment`, use "
+                "whole, or truncated, or differentiates the end of one. Leave `segment`, use "
                 "`Trainer(truncation=Truncation(steps))`, or an engine that is cut: "
                 "`MixedFlow()`, `Reverse()` or `Forward()`."
             )
@@ -310,6 +310,19 @@ class Trainer:
             now = functools.partial(self._fetched, tasks, state)
             state, metrics = segments.take_reading(state, now)
         return state, metrics
+
+    @functools.cached_property
+    def gradient(self) -> Callable[[TrainState, Tasks], tuple[Any, dict[str, jax.Array]]]:
+        """Return the meta-gradient of the next outer step: (state, tasks) -> (grads, metrics).
+
+        Compiled. It is what `step` passes to the outer optimizer, with the metrics of its tasks.
+        """
+
+        def gradient(state: TrainState, tasks: Tasks) -> tuple[Any, dict[str, jax.Array]]:
+            keys, first = self.task_keys(state), state.step == 0
+            return self.unrolls.mean_gradient(state.eta, tasks, keys, state.inner, first)[:2]
+
+        return self._compiled(gradient)
 
     def _step(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = self.task_keys(state)
@@ -548,6 +561,7 @@ class Trainer:
             evaluate,
             lambda state: self.check_health(state, tasks),
             lambda state: health.diagnose(self._probes, state, tasks),
+            self.engine.doubts,
             self._fetch(tasks),
         )
 

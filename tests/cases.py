@@ -17,12 +17,15 @@ import optax
 from metalearn import (
     ES,
     PES,
+    SAMA,
     Episode,
     Forward,
+    Implicit,
     InverseVariance,
     MixedFlow,
     Reverse,
     Tasks,
+    Truncated,
 )
 from metalearn._utils.trees import is_differentiable
 from metalearn.algorithms import (
@@ -275,6 +278,15 @@ ESTIMATORS = {
     "PES": PES(),
     "InverseVariance": InverseVariance(ES(pairs=2)),
     "InverseVariance-PES": InverseVariance(PES(pairs=2), Reverse(remat="step")),
+}
+
+# Engines that approximate: of a learned initialisation they see nothing, and refuse it.
+APPROXIMATE = {
+    "Implicit": Implicit(iterations=20),
+    "Implicit-params": Implicit("neumann", iterations=3, variables="params|statistics"),
+    "Truncated": Truncated(1),
+    "Truncated-difference": Truncated(1, finite_difference=0.01),
+    "SAMA": SAMA(),
 }
 
 

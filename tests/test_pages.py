@@ -46,6 +46,7 @@ MINUTES = (  # or a good part of one, on a busy machine
         "models",
     ),
     *("nan", "own_algorithm", "quickstart", "schedules", "tracking", "scaling", "runs", "replay"),
+    "approximate_hypergradients",
 )
 SEVERAL_DEVICES = "devices"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if python_blocks(path.stem))

@@ -50,6 +50,7 @@ from metalearn.models import (
 from metalearn.models.adapters import Mode, flag_name, flags
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+X64 = {"float64": jnp.float64}  # where JAX has it: `metalearn compare --x64`
 
 
 def wrapped(network: Model, lora: Mapping[str, Any], precision: Mapping[str, Any]) -> Model:
@@ -72,8 +73,9 @@ def wrapped(network: Model, lora: Mapping[str, Any], precision: Mapping[str, Any
         )
     types = {key: value for key, value in precision.items() if key != "master_weights"}
     check_call("section precision", types, Precision, filled=("model",))
+    dtypes = {**DTYPES, **X64} if jax.config.read("jax_enable_x64") else DTYPES
     chosen = {
-        key: pick(DTYPES, name, f"floating-point type (precision.{key})")
+        key: pick(dtypes, name, f"floating-point type (precision.{key})")
         for key, name in types.items()
         if name is not None
     }

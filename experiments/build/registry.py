@@ -20,7 +20,17 @@ from typing import Any
 
 import optax
 
-from metalearn import ES, PES, Forward, InverseVariance, MixedFlow, Reverse
+from metalearn import (
+    ES,
+    PES,
+    SAMA,
+    Forward,
+    Implicit,
+    InverseVariance,
+    MixedFlow,
+    Reverse,
+    Truncated,
+)
 from metalearn._utils.checks import nearest, pick
 from metalearn._utils.fields import is_optimizer
 from metalearn.algorithms import cross_entropy, sgd, squared_error, weighted_cross_entropy
@@ -36,6 +46,9 @@ ENGINES = {
     "es": ES,
     "pes": PES,
     "inverse_variance": InverseVariance,  # of the pathwise derivative and "es"
+    "implicit": Implicit,
+    "truncated": Truncated,  # through "mixed_flow"
+    "sama": SAMA,
 }
 # Inner and outer ones. For FDS and learned optimizers they are functions of hyperparameters.
 OPTIMIZERS: dict[str, Callable[..., Any]] = {

@@ -27,6 +27,7 @@ from metalearn import (
     MetaGradient,
     Replay,
     Trainer,
+    Truncated,
     Truncation,
     make_mesh,
 )
@@ -145,12 +146,17 @@ def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
 def engine_builder(name: str) -> Callable[..., MetaGradient]:
     """Return what builds an engine from the options of a config."""
     build = find(ENGINES, name, "engine", (MetaGradient,))
-    return _inverse_variance if build is InverseVariance else build
+    return {InverseVariance: _inverse_variance, Truncated: _truncated}.get(build, build)
 
 
 def _inverse_variance(pairs: int = 4, sigma: float = 0.01) -> InverseVariance:
     """Build the mixture of `MixedFlow()` and `ES`, whose options these are; see `ES`."""
     return InverseVariance(ES(pairs, sigma))
+
+
+def _truncated(last: int = 1, finite_difference: float | None = None) -> Truncated:
+    """Build `Truncated` through `MixedFlow()`, with the options of a config."""
+    return Truncated(last, finite_difference=finite_difference)
 
 
 def set_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def train(
     budget: int | None = None,
     command: str | None = None,
     test_tasks: bool = True,
+    tolerance: float | None = None,
 ) -> dict[str, Estimate]:
     """Train, or go on training, in `workdir`; evaluate on test tasks; write both down.
 
@@ -64,13 +65,15 @@ def train(
       command: the command line that begins and resumes the run, to be printed.
       test_tasks: evaluate on test tasks at the end. Trials of a sweep do not: they are compared on
         validation tasks, and the score of the best on test tasks is `metalearn eval`'s.
+      tolerance: the relative error within which `engine="auto"` chooses the fastest engine; None:
+        an exact one.
 
     Raises:
       Interrupted: where a signal asked to stop, once the run is saved.
     """
     plain = build.to_json(config)
     import_paths.remember(plain)
-    plain = auto.settled(plain, checkpoints_of(workdir), budget)
+    plain = auto.settled(plain, checkpoints_of(workdir), budget, tolerance)
     if plain["checkpoint_best"] and not plain["eval_every"]:
         raise ValueError(
             f"checkpoint_best={plain['checkpoint_best']!r} is judged by evaluations in training, "
