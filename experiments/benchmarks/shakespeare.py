@@ -52,7 +52,7 @@ from metalearn.tasks import draw_task
 
 DECODER = Architecture(256, 384, 6, heads=6)
 RATE, DECAY, WARMUP = 1e-3, 0.1, 50
-LENGTH, BATCH, QUERIES = 32, 2, 64
+LENGTH, BATCH, QUERIES = 32, 2, 32
 WINDOWS = 10  # of the steps, in which a direction is constant
 KEY = 0
 
@@ -113,8 +113,7 @@ class Schedules(Algorithm):
 def problem(steps: int, data_dir: str | None) -> tuple[Schedules, OneTask]:
     """Return the algorithm, and its task on tiny Shakespeare."""
     texts = (read_text(split=split, data_dir=data_dir) for split in ("train", "validation"))
-    sizes = {"length": LENGTH, "inner_steps": steps, "batch": BATCH, "queries": QUERIES}
-    text = Text.create(*texts, **sizes)
+    text = Text.create(*texts, length=LENGTH, inner_steps=steps, batch=BATCH, queries=QUERIES)
     return Schedules(DECODER, steps), OneTask(jax.jit(text.sample)(jax.random.key(KEY)))
 
 
@@ -168,7 +167,7 @@ def direction(eta: Any, number: int) -> Any:
         signs = jax.random.rademacher(sign_key, (one_a_layer, *[1] * (leaf.ndim - 1)), leaf.dtype)
         return signs * jnp.abs(jax.random.normal(size_key, leaf.shape))
 
-    decays = treedef.unflatten(map(along, leaves, *keys))
+    decays = jax.tree.unflatten(treedef, map(along, leaves, *keys))
     rates = jax.random.normal(rate_key, (WINDOWS,))
     window = jnp.arange(len(eta["rate"])) * WINDOWS // len(eta["rate"])
     return {"rate": rates[window], "decay": decays}
@@ -186,14 +185,16 @@ def check(
     grads: Any, loss: Callable[[Any], float], at_zero: float, rounding: float, count: int, h: float
 ) -> None:
     """Print the meta-gradient along some directions beside central differences."""
-    print("\n| direction | meta-gradient | difference | apart | tolerance |\n" + "|---" * 5 + "|")
+    columns = "direction", "meta-gradient", "of the decays", "difference", "apart", "tolerance"
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for number in range(count):
         v = direction(grads, number)
-        exact = float(optax.tree.vdot(grads, v))
+        of_decays = float(optax.tree.vdot(grads["decay"], v["decay"]))
+        exact = float(jnp.vdot(grads["rate"], v["rate"])) + of_decays
         difference, truncation = central_difference(loss, v, h, at_zero)
         tolerance = abs(truncation) + rounding / h
         print(
-            f"| {number + 1} | {exact:.6f} | {difference:.6f} | "
+            f"| {number + 1} | {exact:.6f} | {of_decays:.6f} | {difference:.6f} | "
             f"{abs(difference / exact - 1):.1e} | {tolerance / abs(exact):.1e} |",
             flush=True,
         )
@@ -225,22 +226,23 @@ def main() -> None:
         segments = trainer.segments(tasks)
         assert segments is not None
         print(f"jax {jax.__version__}, {os.cpu_count()} cores\n{segments.planned}", flush=True)
-        results = []
+        taken: dict[str, Any] = {}
 
         def run() -> None:
             began = time.perf_counter()
             after, metrics = trainer.step(state, tasks)
-            results.append((after.optimizer.trace, float(metrics["loss"])))
-            results.append(time.perf_counter() - began)
+            taken.update(grads=after.optimizer.trace, loss=float(metrics["loss"]))
+            taken.update(seconds=time.perf_counter() - began)
 
-        disk = []
-        memory = peak_anonymous(lambda: disk.append(peak_on_disk(folder, run)))
-        (grads, outer_loss), elapsed = results
+        memory = peak_anonymous(lambda: taken.update(disk=peak_on_disk(folder, run)))
+        grads, outer_loss, elapsed = (taken[name] for name in ("grads", "loss", "seconds"))
     loss, zeros = training(algorithm, tasks), jax.tree.map(jnp.zeros_like, grads)
     at_zero = loss(zeros)
     plain = seconds(lambda: loss(zeros))
     print(f"seconds: {elapsed:.0f}, of the training alone {plain:.0f}: {elapsed / plain:.2f}x")
-    print(f"RssAnon at most {memory / 2**20:.0f} MiB, on disk at most {disk[0] / 2**30:.1f} GiB")
+    print(
+        f"RssAnon at most {memory / 2**20:.0f} MiB, on disk at most {taken['disk'] / 2**30:.1f} GiB"
+    )
     print(f"outer loss {outer_loss:.6f}, in one program {at_zero:.6f}", flush=True)
     rounding = abs(outer_loss - at_zero)
     check(grads, loss, at_zero, rounding, options.directions, options.step_size)

@@ -55,7 +55,8 @@ def test_a_contender_is_measured_in_one_line_of_json(small, tmp_path, capsys):
     assert np.load(tmp_path / "scores.npy").shape == (2, 3)
 
 
-def test_schedules_and_decays_have_the_derivative_of_central_differences(tmp_path):
+def test_schedules_and_decays_have_the_derivative_of_central_differences(monkeypatch, tmp_path):
+    monkeypatch.setattr(shakespeare, "DECAY", 10.0)  # in six steps a usual one does little
     steps, text = 6, "To be, or not to be, that is the question. " * 4
     sizes = {"length": 8, "inner_steps": steps, "batch": 2, "queries": 4}
     episode = Text.create(text, text, **sizes).sample(KEY)
@@ -74,7 +75,7 @@ def test_schedules_and_decays_have_the_derivative_of_central_differences(tmp_pat
     assert expected == pytest.approx(float(optax.tree.vdot(grads, v)), rel=0.02)
     for part in ("rate", "decay"):  # each of them counts
         other = {**v, part: jax.tree.map(jnp.zeros_like, v[part])}
-        assert abs(float(optax.tree.vdot(grads, other)) / expected - 1) > 0.02
+        assert abs(float(optax.tree.vdot(grads, other)) / expected - 1) > 0.05
 
 
 def test_a_replayed_run_on_a_file_is_that_of_one_program(monkeypatch, tmp_path):
