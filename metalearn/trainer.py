@@ -78,7 +78,8 @@ class Trainer:
       tasks_per_step: tasks whose meta-gradients an outer step averages.
       chunk: tasks unrolled at once on a device; None: all of its share.
       truncation: truncated unrolls carried across outer steps; None: full unrolls.
-      isolate: leave non-finite tasks out of the mean, as truncated unrolls always do.
+      isolate: leave non-finite tasks out of the mean, as truncated unrolls always do; those of an
+        evaluation too. They are counted (`tasks_left_out`).
       skip_nonfinite: leave eta unchanged by an outer step that is not finite.
       layout: the devices of a mesh to use; None: one device.
       segment: K, inner steps of one compiled program: an outer step is then many programs, which
@@ -650,6 +651,10 @@ class Trainer:
         """Adapt to `count` tasks and return the mean of each metric with its 95% interval.
 
         The same key draws the same tasks. No meta-gradient is taken.
+
+        A task whose inner loop diverges is not finite. One such task makes the means NaN; a line
+        names the first, and `tasks_not_finite` counts them. With `isolate` they are left out of the
+        means, and counted in `tasks_left_out`.
         """
         counts("evaluate", 1, tasks=count)
         check_tasks("Trainer.evaluate(tasks=)", tasks)
@@ -665,7 +670,7 @@ class Trainer:
             return self._in_segments(eta, tasks, keys, segments)
 
         with known(label_range(tasks), self.labels_seen):
-            return estimate(metrics_of, key, count, chunk)
+            return estimate(metrics_of, key, count, chunk, self.isolate)
 
     @functools.cached_property
     def _evaluation(self) -> Algorithm:
