@@ -224,7 +224,7 @@ def test_lenet_refuses_an_image_that_its_pools_would_use_up(library):
         network(library, "LeNet", (8, 28, 1)).init(KEY)
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", quick(LIBRARIES, lambda library: library == "nnx"))
 @pytest.mark.parametrize(
     ("name", "image", "embedding", "options"),
     [
