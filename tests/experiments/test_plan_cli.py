@@ -123,7 +123,9 @@ def test_a_budget_that_nothing_fits_ends_with_status_2_after_the_table(capsys):
     captured = capsys.readouterr()
     assert "plain training" in captured.out and "*" not in captured.out
     assert "Chosen" not in captured.out
-    assert captured.err.startswith("\nmetalearn: No exact engine fits 1000 B. The leanest, ")
+    bar, message = captured.err.rsplit("\nmetalearn: ", 1)
+    assert message.startswith("No exact engine fits 1000 B. The leanest, ")
+    assert "compiling engines, 2 tasks at once" in bar and "Traceback" not in bar
 
 
 @pytest.mark.slow

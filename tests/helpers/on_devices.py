@@ -306,8 +306,8 @@ def segmented(layout):
     spread = trainer(both, Rate(), engine, segment=5)
     segments, tasks = spread.segments(TASKS), spread.place(TASKS)
     partway, _ = segments.take(spread.init(key(), TASKS), tasks)
-    found, _ = spread.step(partway, tasks)
     tangents = partway.inner.stream.tangents[0].addressable_shards[0].data.shape
+    found, _ = spread.step(partway, tasks)  # which takes over the buffers of `partway`
     return {
         "segmented": error(eight.gradient, one.gradient),
         "spread": error(10 * flat(found.optimizer[0].mu), one.gradient),
