@@ -136,7 +136,11 @@ def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
 def engine_builder(name: str) -> Callable[..., MetaGradient]:
     """Return what builds an engine from the options of a config."""
     build = find(ENGINES, name, "engine", (MetaGradient,))
-    return {InverseVariance: _inverse_variance, Truncated: _truncated}.get(build, build)
+    own: dict[Any, Callable[..., MetaGradient]] = {
+        InverseVariance: _inverse_variance,
+        Truncated: _truncated,
+    }
+    return own.get(build, build)
 
 
 def _inverse_variance(pairs: int = 4, sigma: float = 0.01) -> InverseVariance:
