@@ -147,8 +147,10 @@ def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
 def engine_builder(name: str) -> Callable[..., MetaGradient]:
     """Return what builds an engine from the options of a config."""
     build = find(ENGINES, name, "engine", (MetaGradient,))
-    own: dict[Any, Callable[..., MetaGradient]]
-    own = {InverseVariance: _inverse_variance, Truncated: _truncated}
+    own: dict[Any, Callable[..., MetaGradient]] = {
+        InverseVariance: _inverse_variance,
+        Truncated: _truncated,
+    }
     return own.get(build, build)
 
 

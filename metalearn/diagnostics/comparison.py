@@ -224,8 +224,8 @@ def measured(
     values = {name: float(value) for name, value in metrics.items()}
     doubts = tuple(engine.doubts(values).values())
     reference = vector if expected is None else expected
-    distance, cosine = closeness(vector, reference)
-    return Compared(engine, distance, cosine, costs, known, seconds, doubts), vector
+    difference, cosine = closeness(vector, reference)
+    return Compared(engine, difference, cosine, costs, known, seconds, doubts), vector
 
 
 def closeness(vector: np.ndarray, expected: np.ndarray) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from metalearn.cost import Cost, cost
+from metalearn.diagnostics.comparison import REFUSALS
 from metalearn.engines import MetaGradient
 from metalearn.trainer import Trainer
 from metalearn.training.evaluation import task_metrics
@@ -15,8 +16,6 @@ from metalearn.training.segment_run import SegmentPlan
 from metalearn.unroll import horizon
 
 HORIZON = "inner_steps"  # the field by which algorithms and tasks set T
-# Errors of an engine that cannot differentiate a problem, or of XLA that cannot compile it.
-REFUSALS = (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError)
 
 
 class Candidate(NamedTuple):

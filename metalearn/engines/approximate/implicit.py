@@ -70,7 +70,7 @@ from metalearn.engines.base import (
 from metalearn.engines.custom_rules import Plan
 from metalearn.engines.grad_recorder import Recorder
 from metalearn.engines.mixed_flow import forward_over_reverse as commuted
-from metalearn.unroll import Batch, Eta, InnerState, Unroll
+from metalearn.unroll import Batch, Eta, InnerState, Metrics, Unroll
 
 RESIDUAL, GAP, SOLVED = "fixed_point_residual", "fixed_point_gap", "solver_residual"
 MOST = 1_000_000  # iterations
@@ -173,7 +173,7 @@ class Implicit(MetaGradient):
         moved = [(x - y).astype(_precise(z)) for x, y in zip(after, z, strict=True)]
         path = [x - y for x, y in zip(z, _parts(split(theta_0, mask)[0]), strict=True)]
         size = jnp.maximum(norm(z), norm(path))
-        ours: dict[str, jax.Array] = {
+        ours: Metrics = {
             RESIDUAL: norm(moved) / jnp.where(size > 0, size, 1),
             GAP: jnp.abs(sum(jnp.vdot(a, b) for a, b in zip(w, moved, strict=True))),
             SOLVED: rest,
