@@ -125,7 +125,7 @@ def write_workload(folder: pathlib.Path, steps: int, seed: int = 0) -> None:
         tensors[f"{norm}.weight"] = np.ones(WIDTH, np.float32)
         tensors[f"{norm}.bias"] = np.zeros(WIDTH, np.float32)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config()))
+    (folder / "config.json").write_text(strict_json.dumps(config()))
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     followers = draw.integers(0, VOCABULARY, (VOCABULARY, 8))
     sequences = (steps + 1) * BATCH
@@ -134,7 +134,7 @@ def write_workload(folder: pathlib.Path, steps: int, seed: int = 0) -> None:
     for i in range(1, LENGTH):
         tokens[:, i] = followers[tokens[:, i - 1], draw.integers(0, 8, sequences)]
     np.savez(folder / "tokens.npz", train=tokens[BATCH:], query=tokens[:BATCH])
-    (folder / "adamw.json").write_text(json.dumps(ADAMW))
+    (folder / "adamw.json").write_text(strict_json.dumps(ADAMW))
 
 
 @dataclasses.dataclass(frozen=True)

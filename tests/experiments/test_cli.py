@@ -56,7 +56,9 @@ def test_help_lists_the_commands_and_the_packaged_configs(words, capsys):
 
 
 def test_an_unknown_command_is_refused_with_the_nearest_one(refused):
-    there_are = "There are: adapt, doctor, draw, eval, export, list, plan, report, sweep, train."
+    there_are = (
+        "There are: adapt, compare, doctor, draw, eval, export, list, plan, report, sweep, train."
+    )
     expected = f"No command is called 'trian'. Did you mean 'train'? {there_are}"
     assert refused("trian") == expected
 
@@ -123,9 +125,9 @@ def test_an_unknown_engine_is_refused_with_those_there_are(refused, tmp_path):
 
 
 def test_an_unknown_dataset_is_refused_with_those_there_are(refused, tmp_path):
-    message = refused(*DIGITS, f"--workdir={tmp_path}", "--config.dataset.name=cifar10")
+    message = refused(*DIGITS, f"--workdir={tmp_path}", "--config.dataset.name=celeb_a")
     known = ", ".join(sorted(build.DATASETS))
-    assert message == f"No dataset is called 'cifar10'. There are: {known}."
+    assert message == f"No dataset is called 'celeb_a'. There are: {known}."
 
 
 def test_a_command_without_a_workdir_is_refused(refused):
@@ -353,8 +355,8 @@ def test_help_of_a_command_shows_its_options_and_no_others(word, capsys):
         (("plan", "--noprogress"), "--progress is an option of `metalearn train`, not of `metale"),
         (
             ("eval", "--config.seed=3"),
-            "--config is an option of `metalearn plan`, `metalearn train` and `metalearn sweep`, "
-            "not of `metalearn eval`. That has: --workdir, --tasks, --allow-imports, --best, ",
+            "--config is an option of `metalearn plan`, `metalearn compare`, `metalearn train` and "
+            "`metalearn sweep`, not of `metalearn eval`. That has: --workdir, --tasks, ",
         ),
         (("draw", "--allow_config_change"), "--allow-config-change is an option of `metalearn tr"),
     ],

@@ -50,7 +50,8 @@ def _has(config, path):
 
 def skip_without(dataset, tfds=None):
     where = os.environ.get("TFDS_DATA_DIR")
-    folder = {"omniglot": "omniglot", "text": "tiny_shakespeare"}.get(dataset)
+    folders = {"omniglot": "omniglot", "text": "tiny_shakespeare"}
+    folder = (folders | dict.fromkeys(("cifar_fs", "fc100"), "cifar100")).get(dataset)
     if dataset == "training_run" and tfds != "digits":
         folder = tfds
     if folder and not (where and (pathlib.Path(where) / folder).is_dir()):
