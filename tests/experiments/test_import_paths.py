@@ -465,7 +465,8 @@ def test_an_optimizer_within_an_optimizer_is_a_config():
             lambda: build.algorithm({"name": "docs/own_algorithm.py:TunedAdaptation"}, None),
             r"No algorithm is called 'docs/own_algorithm.py:TunedAdaptation', and it is no import "
             r"path: that is 'package.module:Name', such as 'my_file:MyClass' for a class in "
-            r"my_file.py of the current directory\. The names of metalearn are: cavia, .*, maml, .*\.",
+            r"my_file.py of the current directory\. The names of metalearn are: cavia, .*, maml, "
+            r".*\.",
         ),
         (
             lambda: build.algorithm({"name": "broken:Mine"}, None),
