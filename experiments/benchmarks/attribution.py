@@ -319,7 +319,9 @@ def run(
     """Return what a contender in a process of its own measures, and its scores [T * batch]."""
     command = [*map(str, command)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **options)
-    return strict_json.loads(done.stdout.splitlines()[-1]), np.load(folder / "scores.npy").reshape(-1)
+    return strict_json.loads(done.stdout.splitlines()[-1]), np.load(folder / "scores.npy").reshape(
+        -1
+    )
 
 
 def xla_flags() -> str:
