@@ -5,6 +5,11 @@ which are read last, go to disk, those above to host memory, and those on top st
 the budgets of `Replay` say. A copy from the device to the host, and from there to the disk, is made
 while the device advances the next segment.
 
+A state that is sharded over devices keeps its sharding. Each process copies the shards of its own
+devices, one of those that are copies of each other, and puts them back on the same devices; on disk
+each process has a folder of its own. No process has the whole of a state that is sharded over
+several.
+
 A disk that refuses a state (it is full, or gone) does not end the run: that state stays in host
 memory, no further ones are kept, and the schedule goes on with those there are.
 """
@@ -88,17 +93,21 @@ class Replay:
             )
         return amount
 
-    def places(self, state_bytes: int, boundaries: int) -> Places:
+    def places(self, state_bytes: int, boundaries: int, on_devices: int | None = None) -> Places:
         """Return how many states are kept where.
 
         Args:
           state_bytes: of one state, of all tasks.
           boundaries: how many states the backward pass reads again, without theta_0.
+          on_devices: bytes of one state on the devices, where shards have copies; None:
+            `state_bytes`.
 
         Raises:
           ValueError: if not one state can be kept.
         """
-        room = [self._bytes(name) // max(state_bytes, 1) for name in ("device", "host", "disk")]
+        sizes = on_devices or state_bytes, state_bytes, state_bytes
+        names = "device", "host", "disk"
+        room = [self._bytes(n) // max(b, 1) for n, b in zip(names, sizes, strict=True)]
         if boundaries and not sum(room):
             allowed = {name: show_bytes(self._bytes(name)) for name in ("device", "host", "disk")}
             listed = ", ".join(f"{name}={amount}" for name, amount in allowed.items())
@@ -135,8 +144,28 @@ class Places:
 
 
 def state_bytes(shapes: Any) -> int:
-    """Return the bytes that a state takes in this process, from the shapes of its leaves."""
+    """Return the bytes that a state takes in this process, copies of shards not counted.
+
+    `shapes`: of its leaves, with their shardings.
+    """
     return sum(_Leaf.of(leaf).nbytes for leaf in jax.tree.leaves(shapes))
+
+
+def device_bytes(shapes: Any) -> int:
+    """Return the bytes that a state takes on each device."""
+    leaves = map(_Leaf.of, jax.tree.leaves(shapes))
+    return sum(leaf.shard_bytes for leaf in leaves)
+
+
+def bytes_on_devices(shapes: Any) -> int:
+    """Return the bytes that a state takes on all devices of this process, with all copies."""
+    leaves = map(_Leaf.of, jax.tree.leaves(shapes))
+    return sum(leaf.shard_bytes * sum(map(len, leaf.devices)) for leaf in leaves)
+
+
+def places(replay: Replay, shapes: Any, boundaries: int) -> Places:
+    """Return how many states of these shapes are kept where: see `Replay.places`."""
+    return replay.places(state_bytes(shapes), boundaries, bytes_on_devices(shapes))
 
 
 @dataclasses.dataclass(eq=False)
@@ -181,7 +210,7 @@ class KeptStates:
         """
         leaves, self._treedef = jax.tree.flatten(shapes)
         self._leaves = [_Leaf.of(leaf) for leaf in leaves]
-        self.places = replay.places(state_bytes(shapes), boundaries)
+        self.places = places(replay, shapes, boundaries)
         self.most = self.places.all
         self.disk_refused = False
         self._run, self._where = run, replay.folder or folder
@@ -372,11 +401,8 @@ class KeptStates:
         return self._opened
 
     def _on_host(self, state: Any) -> list[np.ndarray]:
-        return [
-            np.asarray(shard.data)
-            for leaf in jax.tree.leaves(state)
-            for shard in _data(leaf).addressable_shards
-        ]
+        pairs = zip(self._leaves, jax.tree.leaves(state), strict=True)
+        return [array for leaf, value in pairs for array in leaf.on_host(value)]
 
     def _on_device(self, arrays: Sequence[np.ndarray]) -> Any:
         rest = iter(arrays)
@@ -405,7 +431,8 @@ class _Leaf:
 
     shape: tuple[int, ...]
     sharding: jax.sharding.Sharding | None  # None: on the default device, committed to none
-    shards: list[Any]  # the shape and dtype of each
+    shards: list[Any]  # the shape and dtype of each different one
+    devices: list[list[Any]]  # those that have each of them
     key_impl: Any  # of a leaf of PRNG keys, which are saved as their data; else None
 
     @classmethod
@@ -416,20 +443,34 @@ class _Leaf:
             impls: list[Any] = []
             jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), leaf)
             data, impl = jax.eval_shape(jax.random.key_data, leaf), impls[0]
-        shape = data.shape if where is None else where.shard_shape(data.shape)
-        count = 1 if where is None else len(where.addressable_devices)
-        return cls(data.shape, where, [jax.ShapeDtypeStruct(shape, data.dtype)] * count, impl)
+        shape, copies = data.shape, {"": [None]}
+        if where is not None:
+            shape, copies = where.shard_shape(data.shape), {}
+            for device, index in where.addressable_devices_indices_map(data.shape).items():
+                copies.setdefault(str(index), []).append(device)
+        shards = [jax.ShapeDtypeStruct(shape, data.dtype)] * len(copies)
+        return cls(data.shape, where, shards, [*copies.values()], impl)
 
     @property
     def nbytes(self) -> int:
-        return sum(math.prod(each.shape) * each.dtype.itemsize for each in self.shards)
+        return self.shard_bytes * len(self.shards)
+
+    @property
+    def shard_bytes(self) -> int:
+        return math.prod(self.shards[0].shape) * self.shards[0].dtype.itemsize
+
+    def on_host(self, value: jax.Array) -> list[np.ndarray]:
+        shards = {shard.device: shard.data for shard in _data(value).addressable_shards}
+        if self.sharding is None:
+            return [np.asarray(shard) for shard in shards.values()]
+        return [np.asarray(shards[same[0]]) for same in self.devices]
 
     def on_device(self, arrays: Sequence[np.ndarray]) -> jax.Array:
         if self.sharding is None:
             data = jax.device_put(arrays[0])
         else:
-            devices = self.sharding.addressable_devices_indices_map(self.shape)
-            single = [jax.device_put(a, d) for a, d in zip(arrays, devices, strict=True)]
+            pairs = zip(arrays, self.devices, strict=True)
+            single = [jax.device_put(array, device) for array, same in pairs for device in same]
             data = jax.make_array_from_single_device_arrays(self.shape, self.sharding, single)
         return data if self.key_impl is None else jax.random.wrap_key_data(data, impl=self.key_impl)
 

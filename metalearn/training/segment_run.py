@@ -33,7 +33,15 @@ from metalearn.sharding.distributed import say
 from metalearn.tasks import Read, Reads, Tasks
 from metalearn.train_state import TrainState
 from metalearn.training import replay_schedule as schedule
-from metalearn.training.kept_states import KeptState, KeptStates, Replay, copied, state_bytes
+from metalearn.training.kept_states import (
+    KeptState,
+    KeptStates,
+    Replay,
+    copied,
+    device_bytes,
+    places,
+    state_bytes,
+)
 from metalearn.training.replay_schedule import Position
 from metalearn.training.segmented_unroll import Cut, PartialUnroll, SegmentedUnroll
 
@@ -511,10 +519,10 @@ class SegmentRun:
         each = state_bytes(shapes)
         if not self._unrolls.goes_back:
             return SegmentPlan(self.cut.segment, count, each, 0, 0, 0, 0, count)
-        places = self._replay.places(each, max(count - 2, 0))
-        kept, again = places.all, schedule.replays(count, places.all)
+        where = places(self._replay, shapes, max(count - 2, 0))
+        kept, again = where.all, schedule.replays(count, where.all)
         return SegmentPlan(
-            *(self.cut.segment, count, each, places.device, places.host, places.disk),
+            *(self.cut.segment, count, each, where.device, where.host, where.disk),
             *(again, schedule.advances(count, kept) + count),
         )
 
@@ -524,6 +532,7 @@ class SegmentRun:
         The states that are kept on the device count as arguments. See `costs`.
         """
         costs, plan = self.costs(state, tasks, known), self.planned
+        shapes = self._shapes(Position(plan.segments - 1, 0, 0)).inner.stream
         calls = dict.fromkeys(costs, 1)
         even = "judge" in costs  # the last segment is taken by the programs of the others
         if self._unrolls.goes_back:
@@ -534,7 +543,7 @@ class SegmentRun:
         largest = max(costs.values(), key=lambda each: each.peak)
         return largest._replace(
             flops=sum(calls[name] * each.flops for name, each in costs.items()),
-            arguments=largest.arguments + (plan.device + even) * plan.state_bytes,
+            arguments=largest.arguments + (plan.device + even) * device_bytes(shapes),
         )
 
     # Where it stands, and checkpoints.
