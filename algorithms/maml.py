@@ -307,6 +307,10 @@ class MAML(Algorithm):
         check_pair("MAML", support)
         return tuple(support)
 
+    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+        """Return the episode with its support set, which all steps read, and its query sharded."""
+        return Episode(shard(episode.support), shard(episode.query))
+
     def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
         """Return one key per inner step, [T]: every step reads the whole support set."""
         del episode

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from metalearn._utils.trees import strong
+from metalearn._utils.trees import is_differentiable, strong
 from metalearn.engines import segments
 from metalearn.engines.base import Aux, Backward, Streaming
 from metalearn.sharding.mesh import TASKS
@@ -273,17 +273,31 @@ class SegmentedUnroll(FullUnroll):
         return self.engine
 
 
-def spread(shardings: Any, engine: Any) -> Any:
-    """Return the shardings of a train state, with tangents sharded as the engine says."""
+def spread(shardings: Any, engine: Any, inner: Any) -> Any:
+    """Return the shardings of a train state, with tangents sharded as the engine says.
+
+    Args:
+      shardings: of a train state.
+      engine: of the trainer.
+      inner: `TrainState.inner`, or its shapes.
+    """
     run = shardings.inner
     if not (isinstance(run, PartialUnroll) and isinstance(engine, Streaming) and run.stream):
         return shardings
     sharding = getattr(engine, "sharding", None)
     own = sharding.spec if isinstance(sharding, NamedSharding) else ()
+    leading = P(TASKS, *(tuple(own) or (None,)))  # of tasks and tangents
 
     def along(tree: Any) -> Any:
-        return jax.tree.map(lambda where: NamedSharding(where.mesh, P(TASKS, *own)), tree)
+        return jax.tree.map(lambda where: NamedSharding(where.mesh, leading), tree)
 
-    stream = run.stream
-    stream = stream._replace(tangents=along(stream.tangents), directions=along(stream.directions))
+    # A tangent is sharded as the leaf of the state that it is of.
+    stream, leaves = run.stream, jax.tree.leaves(run.stream.state)
+    of_state = [is_differentiable(leaf) for leaf in jax.tree.leaves(inner.stream.state)]
+    tangents = [
+        NamedSharding(where.mesh, P(*leading, *where.spec[1:]))
+        for where, has_tangent in zip(leaves, of_state, strict=True)
+        if has_tangent
+    ]
+    stream = stream._replace(tangents=tangents, directions=along(stream.directions))
     return dataclasses.replace(shardings, inner=dataclasses.replace(run, stream=stream))
