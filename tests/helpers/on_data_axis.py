@@ -285,9 +285,9 @@ def part(port, process, directory):
     metrics, files = None, set()
     while metrics is None:
         state, metrics = segments.take(state, placed)
-        files |= {
-            str(path.relative_to(directory)) for path in pathlib.Path(directory).rglob("*.state")
-        }
+        segments._opened.settle()
+        segments._opened._await_files()
+        files |= {path.name for path in (pathlib.Path(directory) / process).glob("*.state")}
     return {
         "found": np.append(flat(state.optimizer), float(metrics["loss"])).tolist(),
         "files": sorted(files),
