@@ -1,5 +1,6 @@
 """Algorithms: what is learned, and what one inner step is."""
 
+from metalearn.algorithms.cavia import CAVIA
 from metalearn.algorithms.epochs import epochs, read_rows
 from metalearn.algorithms.fds.algorithm import FDS
 from metalearn.algorithms.fds.augmentation import jitter
@@ -45,14 +46,20 @@ from metalearn.algorithms.loss_weights.weighting import (
     unbounded,
 )
 from metalearn.algorithms.maml import MAML
+from metalearn.algorithms.maml_plus_plus import MAMLPlusPlus
+from metalearn.algorithms.meta_curvature import MetaCurvature
 from metalearn.algorithms.objectives import (
     cross_entropy,
     squared_error,
     weighted_cross_entropy,
 )
+from metalearn.algorithms.protonet import ProtoNet
+from metalearn.algorithms.r2d2 import R2D2
+from metalearn.algorithms.reptile import Reptile
 from metalearn.algorithms.sgd import sgd
 
 __all__ = [
+    "CAVIA",
     "DomainWeights",
     "ExampleWeights",
     "FDS",
@@ -65,6 +72,8 @@ __all__ = [
     "LearningRates",
     "LossWeights",
     "MAML",
+    "MAMLPlusPlus",
+    "MetaCurvature",
     "Momenta",
     "Network",
     "ParameterScale",
@@ -73,8 +82,11 @@ __all__ = [
     "PointwiseGRU",
     "PointwiseMLP",
     "Problem",
+    "ProtoNet",
     "Quadratic",
+    "R2D2",
     "ReciprocalRoot",
+    "Reptile",
     "Schedule",
     "SecondMoments",
     "StepFeatures",

@@ -7,7 +7,7 @@ direction u_t of an optax optimizer and one learned rate per parameter,
     F(eta)      = L_val(theta_T)
 
 and eta is the logarithm of the rates, so that they stay positive. The first task of Kemaev
-et al. 2025 (arXiv:2505.00793), and Meta-SGD (Li et al. 2017, arXiv:1707.03141) without its
+et al. 2025 (arXiv:2505.00793), and Meta-SGD (Li et al. 2017, arXiv:1707.09835) without its
 learned initialisation. eta is as large as theta, so `Forward`, with a tangent for each entry of
 eta, does not suit it.
 """

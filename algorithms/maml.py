@@ -7,12 +7,19 @@ For a task with support set S and query set Q, from eta = theta_0,
 
 Finn, Abbeel and Levine 2017 (arXiv:1703.03400). Three relatives are options, and combine:
 
-- Meta-SGD, Li et al. 2017 (arXiv:1707.03141): alpha is a vector, one learned rate per
+- Meta-SGD, Li et al. 2017 (arXiv:1707.09835): alpha is a vector, one learned rate per
   parameter (`learned_rates`).
 - First-order MAML, same paper as MAML: the inner gradient is treated as a
   constant (`first_order`); about a third of the work, and no Hessian products.
 - ANIL, Raghu et al. 2020 (arXiv:1909.09157): only the head adapts, the body is reused
   (`adapted="head"`); the inner loop carries and differentiates only the head.
+
+Two more change the inner loss:
+
+- iMAML, Rajeswaran et al. 2019 (arXiv:1909.04630): lambda/2 |theta - theta_0|^2 is added to it
+  (`proximal`), so that the loop converges to a solution that depends on theta_0. Exact engines
+  differentiate the loop that was run; the paper's implicit derivative is that at the solution.
+- Mini-batches of the support set (`batch`), for loops of many steps on larger support sets.
 
 Parameters are fast (`adapted`: the inner loop changes them), slow (`learned` alone: they are the
 same in all tasks, and the outer loop changes them) or frozen (neither), by their paths. What is
@@ -56,14 +63,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn._utils.checks import is_integer, pattern, pick
+from metalearn._utils.checks import above, at_least, is_integer, pattern, pick
 from metalearn._utils.fields import check_fields, renamed_fields
 from metalearn._utils.readable import described, readable, show
 from metalearn._utils.trees import filled, masked, matching, paths, split, split_by_path
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms import pictures
+from metalearn.algorithms.epochs import epochs
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.algorithms.support import check_pair
+from metalearn.algorithms.support import check_pair, sharded
 from metalearn.engines.inner_loop import depends
 from metalearn.model import Model, check_dropout
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
@@ -154,6 +162,9 @@ class MAML(Algorithm):
       learned: the parameters that the outer loop learns, a regular expression or a function of a
         path; "": all. The others begin as the model initialises them: those that adapt begin
         there in every task, and what neither adapts nor is learned is frozen.
+      proximal: iMAML: lambda, the strength of a term lambda/2 |theta - theta_0|^2 of the inner
+        loss. None: no such term.
+      batch: support examples of an inner step, in shuffled epochs; None: the whole support set.
     """
 
     model: Model
@@ -166,6 +177,8 @@ class MAML(Algorithm):
     adapted: str | Callable[[str], bool] = ""
     batch_norm: str = "transductive"
     learned: str | Callable[[str], bool] = ""
+    proximal: float | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("adapted", "learned"):
@@ -174,6 +187,8 @@ class MAML(Algorithm):
         check_fields(self, "inner_steps", "eval_steps")
         check_dropout("MAML", self.model)
         batch_norm_policy(self.batch_norm)
+        above("MAML", 0, proximal=self.proximal)
+        at_least("MAML", 1, batch=self.batch)
         if not all(is_integer(n) and n >= 1 for n in (self.inner_steps, self.evaluation_steps)):
             raise ValueError(
                 f"MAML adapts in at least one inner step, but inner_steps={self.inner_steps} "
@@ -212,13 +227,16 @@ class MAML(Algorithm):
             return ModelTraining(adapted, optimizer, statistics)
 
         def step(
-            eta: Initialisation, state: ModelTraining, key: Batch, grad: GradFn
+            eta: Initialisation, state: ModelTraining, batch: Batch, grad: GradFn
         ) -> ModelTraining:
-            params = whole(eta)
+            params, key, data = whole(eta), batch, episode.support
+            if self.batch is not None:
+                key, rows = batch
+                data = jax.tree.map(lambda leaf: leaf[rows], episode.support)
             theta = self._masked(params, state.params)
 
             def support_loss(theta: Any) -> Any:
-                inputs, targets = episode.support
+                inputs, targets = data
                 outputs, statistics = self.model.apply(
                     self._joined(params, jax.tree.leaves(theta)),
                     state.statistics,
@@ -227,6 +245,10 @@ class MAML(Algorithm):
                     key=key,
                 )
                 loss, metrics = self.objective(outputs, targets)
+                if self.proximal is not None:
+                    start, _, _ = split_by_path(params, self.adapted)
+                    moved = optax.tree.sub(jax.tree.leaves(theta), start)
+                    loss = loss + self.proximal / 2 * optax.tree.norm(moved, squared=True)
                 return loss, (statistics, metrics)
 
             evaluated = evaluate(grad, support_loss, theta)
@@ -308,13 +330,19 @@ class MAML(Algorithm):
         return tuple(support)
 
     def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
-        """Return the episode with its support set, which all steps read, and its query sharded."""
-        return Episode(shard(episode.support), shard(episode.query))
+        """Return the episode sharded; with `batch` its query alone, as batches are rows."""
+        if self.batch is not None:
+            return episode._replace(query=shard(episode.query))
+        return sharded(episode, shard)
 
-    def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
-        """Return one key per inner step, [T]: every step reads the whole support set."""
-        del episode
-        return jax.random.split(key, self.inner_steps)
+    def batches(self, episode: Episode, key: jax.Array) -> Batch:
+        """Return one key per inner step, [T]; with `batch` also its support rows, [T, batch]."""
+        if self.batch is None:
+            return jax.random.split(key, self.inner_steps)
+        key, epoch_key = jax.random.split(key)
+        examples = jnp.arange(jax.tree.leaves(episode.support)[0].shape[0])
+        rows = epochs(examples, jnp.arange(self.inner_steps), self.batch, epoch_key)
+        return jax.random.split(key, self.inner_steps), rows
 
     def pictures(self) -> Mapping[str, Callable[..., Mapping[str, Any]]]:
         """Return "adaptation": see `metalearn.algorithms.pictures`."""

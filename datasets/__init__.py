@@ -18,6 +18,7 @@ Datasets are TensorFlow Datasets (TFDS), read and prepared without TensorFlow.
 Importing this package imports neither: TFDS is loaded when a dataset is first read.
 """
 
+from metalearn.datasets.cifar_few_shot import cifar_fs, fc100
 from metalearn.datasets.class_index import ClassIndex, from_labels, rotate, select
 from metalearn.datasets.corruption import Corruption
 from metalearn.datasets.digits import digits
@@ -57,7 +58,9 @@ __all__ = [
     "Tokenizer",
     "TrainingRuns",
     "UnequalFewShot",
+    "cifar_fs",
     "digits",
+    "fc100",
     "from_labels",
     "image_folder",
     "omniglot",

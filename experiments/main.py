@@ -1,6 +1,7 @@
 """The command line: `metalearn train`, `plan`, `eval` and the other commands.
 
     metalearn plan  --config=maml_omniglot --budget=4GiB
+    metalearn compare --config=fds_digits
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
     metalearn eval  --workdir=runs/omniglot --tasks=1000 --best
     metalearn adapt --workdir=runs/omniglot --support=letters --query=scans --out=read.npz
@@ -15,8 +16,10 @@
 `metalearn train --help` shows the options of train, and so for each command; all of them have
 --traceback. train and plan: --config, --config.KEY=VALUE and --budget (such as 40GiB, of
 --config.engine=auto and of the plan; else the memory of the device). adapt: --support and --query,
-each an .npz file with `inputs` and `labels`, or a folder of images by class. sweep searches keys of
-a config by trials, and resumes; list shows what a config may name, or the keys of a name; doctor
+each an .npz file with `inputs` and `labels`, or a folder of images by class. compare runs every
+engine on a config and prints its error beside its cost; with --tolerance=0.01, engine=auto of train
+takes the fastest engine within that error. sweep searches keys of a config by trials, and resumes;
+list shows what a config may name, or the keys of a name; doctor
 tries every engine on this machine, and exits with status 1 where something does not work.
 
 A name that is set, --config.model.name=mlp, brings its own keys with their defaults; keys that
@@ -51,7 +54,7 @@ from metalearn.experiments.build import sections
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.cli.compilation_cache import kept_programs
 from metalearn.experiments.commands import adapt as adaptation
-from metalearn.experiments.commands import doctor, listing, plan, run
+from metalearn.experiments.commands import compare, doctor, listing, plan, run
 from metalearn.experiments.commands import report as reporting
 from metalearn.experiments.commands import sweep as sweeping
 from metalearn.sharding import distributed as processes
@@ -71,6 +74,10 @@ _SUPPORT = flags.DEFINE_string("support", None, "An .npz file, or a folder of im
 _QUERY = flags.DEFINE_string("query", None, "An .npz file, or a folder of images.")
 _INNER_STEPS = flags.DEFINE_integer("inner_steps", None, "Inner steps; else as in an evaluation.")
 _BUDGET = flags.DEFINE_string("budget", None, "The memory to choose an engine for, such as 40GiB.")
+_TOLERANCE = flags.DEFINE_float(
+    "tolerance", None, "Choose the fastest engine within this relative error, not an exact one."
+)
+_X64 = flags.DEFINE_bool("x64", False, "Compare in float64.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON and nothing else.")
 _LARGEST = flags.DEFINE_string("largest", None, "Find the largest value of this key that fits.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show no progress bar.")
@@ -96,11 +103,11 @@ _SAMPLER_SEED = flags.DEFINE_integer("sampler_seed", 0, "The same seed suggests 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
 WITHOUT_DEVICES = ("list", "sweep")  # which neither look for a device nor compile anything
-WITH_DEVICES = ("plan", "train", "eval", "adapt", "export", "draw", "report", "doctor")
+WITH_DEVICES = ("plan", "compare", "train", "eval", "adapt", "export", "draw", "report", "doctor")
 
 # Options of some commands alone; all others are of every command.
 OPTIONS = {
-    "config": ("plan", "train", "sweep"),
+    "config": ("plan", "compare", "train", "sweep"),
     "workdir": ("train", "eval", "adapt", "export", "draw", "sweep"),
     "tasks": ("eval",),
     "out": ("adapt", "export", "report"),
@@ -108,7 +115,9 @@ OPTIONS = {
     "query": ("adapt",),
     "inner_steps": ("adapt",),
     "budget": ("plan", "train"),
-    "json": ("plan", "list"),
+    "tolerance": ("compare", "train"),
+    "x64": ("compare",),
+    "json": ("plan", "compare", "list"),
     "largest": ("plan",),
     "progress": ("train",),
     "allow_config_change": ("train",),
@@ -126,7 +135,7 @@ REPORTED = (ValueError, TypeError, FloatingPointError, OSError, flags.Error)
 def train() -> None:
     """Train the config in the workdir, resuming what is there; then evaluate on test tasks."""
     command = shlex.join(["metalearn", *sys.argv[1:]])
-    options = _PROGRESS.value, _CHANGE.value, _budget(), command, _TEST.value
+    options = _PROGRESS.value, _CHANGE.value, _budget(), command, _TEST.value, _TOLERANCE.value
     run.train(_config("train"), _workdir(), *options)
 
 
@@ -138,6 +147,11 @@ def evaluate() -> None:
 def show_plan() -> None:
     """Print what each engine would cost on the config, and which one to take."""
     plan.show(_config("plan"), _budget(), _JSON.value, _LARGEST.value)
+
+
+def compare_engines() -> None:
+    """Print how wrong each engine's meta-gradient is on the config, with its cost."""
+    compare.show(_config("compare"), _JSON.value, _X64.value, _TOLERANCE.value)
 
 
 def adapt() -> None:
@@ -196,6 +210,7 @@ def diagnose() -> int:
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "plan": show_plan,
+    "compare": compare_engines,
     "train": train,
     "eval": evaluate,
     "adapt": adapt,

@@ -9,11 +9,14 @@ from metalearn.algorithm import Algorithm
 from metalearn.engines import (
     ES,
     PES,
+    SAMA,
     Forward,
+    Implicit,
     InverseVariance,
     MetaGradient,
     MixedFlow,
     Reverse,
+    Truncated,
 )
 from metalearn.eta_file import load_eta, save_eta
 from metalearn.learner import Learner
@@ -30,12 +33,14 @@ from metalearn.unroll import Episode, ExampleMean, Masked, Unroll
 __all__ = [
     "ES",
     "PES",
+    "SAMA",
     "Algorithm",
     "DrawnTask",
     "Episode",
     "ExampleMean",
     "Faults",
     "Forward",
+    "Implicit",
     "InverseVariance",
     "Layout",
     "Learner",
@@ -46,6 +51,7 @@ __all__ = [
     "Reverse",
     "Tasks",
     "Trainer",
+    "Truncated",
     "Truncation",
     "Unroll",
     "__version__",

@@ -44,6 +44,15 @@ class Algorithm(abc.ABC):
 
     # The name of the file that `export` writes, such as "schedules.json"; None: nothing to export
     export_name: ClassVar[str | None] = None
+    # Whether the algorithm puts a head of its own on what `model` returns, and has a field `ways`:
+    # a config then builds the network without its head, and fills `ways` in.
+    own_head: ClassVar[bool] = False
+    # The name of the field that says how many features the algorithm appends to the inputs of
+    # `model`, for which a config then builds the network; "": it appends none
+    extra_inputs: ClassVar[str] = ""
+    # Whether the inner loop or the outer loss depends on the number of the outer step: the Trainer
+    # then draws the tasks of an outer step with `at_outer_step`
+    anneals: ClassVar[bool] = False
 
     @abc.abstractmethod
     def init(self, key: jax.Array) -> Eta:
@@ -111,6 +120,18 @@ class Algorithm(abc.ABC):
           shard: pytree -> the same pytree, sharded.
         """
         return episode._replace(query=shard(episode.query))
+
+    def at_outer_step(self, step: jax.Array) -> Algorithm:
+        """Return the algorithm as it is in an outer step; by default itself.
+
+        Called inside a compiled outer step, where the class `anneals`. Everywhere else, as in
+        evaluations, the algorithm itself is what annealing ends in.
+
+        Args:
+          step: (), int32: outer steps taken before.
+        """
+        del step
+        return self
 
     def evaluation(self) -> Algorithm:
         """Return the algorithm to evaluate; by default itself."""

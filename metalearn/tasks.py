@@ -402,6 +402,24 @@ class DrawnTask(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[:steps], batches)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AtOuterStep(Tasks):
+    """Tasks, and the outer step that they are drawn for, of an algorithm that `anneals`.
+
+    Args:
+      tasks: the distribution.
+      step: (), int32: outer steps taken before, for `Algorithm.at_outer_step`.
+    """
+
+    tasks: Tasks
+    step: jax.Array
+
+    def sample(self, key: jax.Array) -> Episode:
+        """Draw one task of the distribution."""
+        return draw(self.tasks, key)
+
+
 def draw_episode(tasks: Tasks, key: jax.Array) -> Episode:
     """Return the episode of the task that `draw_task` draws with the same key."""
     return draw(tasks, task_keys(key).episode)
@@ -423,8 +441,13 @@ def draw_task(
       transform: applied to the unroll; None: nothing.
       layout: how inner batches and inner states are laid out over devices; None: on one device.
     """
+    step = None
+    if isinstance(tasks, AtOuterStep):
+        step, tasks = tasks.step, tasks.tasks
     if isinstance(tasks, WithConstants):
         algorithm, tasks = algorithm.bind(tasks.constants), tasks.tasks
+    if step is not None:
+        algorithm = algorithm.at_outer_step(step)
     keys, episode = task_keys(key), draw_episode(tasks, key)
     examples: list[tuple[int, ...]] = []
     if layout is not None:

@@ -39,6 +39,7 @@ from metalearn.sharding.inner_run import check_rules
 from metalearn.sharding.layout import Layout, abstract
 from metalearn.tasks import (
     ALL_STEPS,
+    AtOuterStep,
     Reads,
     Tasks,
     WithConstants,
@@ -79,7 +80,8 @@ class Trainer:
       tasks_per_step: tasks whose meta-gradients an outer step averages.
       chunk: tasks unrolled at once on a device; None: all of its share.
       truncation: truncated unrolls carried across outer steps; None: full unrolls.
-      isolate: leave non-finite tasks out of the mean, as truncated unrolls always do.
+      isolate: leave non-finite tasks out of the mean, as truncated unrolls always do; those of an
+        evaluation too. They are counted (`tasks_left_out`).
       skip_nonfinite: leave eta unchanged by an outer step that is not finite.
       layout: the devices of a mesh to use; None: one device.
       segment: K, inner steps of one compiled program: an outer step is then many programs, which
@@ -125,12 +127,18 @@ class Trainer:
             return
         if self.segment != "auto":
             counts("Trainer", 1, segment=self.segment)
+        if self.algorithm.anneals:
+            raise ValueError(
+                f"`Trainer(segment={self.segment})` cuts an outer step into programs, which do not "
+                f"know its number, and `{type(self.algorithm).__name__}` anneals its outer loss "
+                "over the outer steps. Leave `segment`."
+            )
         if not isinstance(self.engine, Streaming | Backward):
             raise ValueError(
                 f"`Trainer(segment={self.segment})` cuts an outer step into programs that run and "
                 f"differentiate a few inner steps each. `{type(self.engine).__name__}` does not "
                 "differentiate them: it estimates from the losses of inner runs that are taken "
-                "whole, or truncated. Leave `segment`, use "
+                "whole, or truncated, or differentiates the end of one. Leave `segment`, use "
                 "`Trainer(truncation=Truncation(steps))`, or an engine that is cut: "
                 "`MixedFlow()`, `Reverse()` or `Forward()`."
             )
@@ -157,7 +165,9 @@ class Trainer:
         if self.truncation is not None:
             return TruncatedUnroll(*fields, self.truncation)
         if self.segment is not None:
-            return SegmentedUnroll(*fields, self.segment)
+            all_at_once = self.batch.at_once == self.batch.share
+            gradients = all_at_once or self.replay.keeps_gradients
+            return SegmentedUnroll(*fields, self.segment, gradients)
         return FullUnroll(*fields)
 
     def init(self, key: jax.Array, tasks: Tasks | None = None) -> TrainState:
@@ -175,10 +185,17 @@ class Trainer:
         init = jax.jit(self._init, out_shardings=where)
         return init(key, self.place(tasks), self.constants)
 
-    def shapes(self, tasks: Tasks | None = None) -> TrainState:
-        """Return the shapes and shardings of a state; nothing is allocated."""
+    def shapes(self, tasks: Tasks | None = None, *, carried: bool = True) -> TrainState:
+        """Return the shapes and shardings of a state; nothing is allocated.
+
+        Args:
+          tasks: that are trained on; truncated unrolls need them.
+          carried: with the inner states that truncated unrolls carry. False: `inner` is `()`, and
+            no tasks are needed.
+        """
         self._check_rules(tasks)
-        shapes = jax.eval_shape(self._init, jax.eval_shape(lambda: jax.random.key(0)), tasks)
+        init = self._init if carried else self._without_carried
+        shapes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), tasks)
         return shapes if self.layout is None else abstract(shapes, self._shardings(shapes))
 
     def _check_rules(self, tasks: Tasks | None) -> None:
@@ -211,19 +228,27 @@ class Trainer:
     def _init(
         self, key: jax.Array, tasks: Tasks | None = None, constants: Any = None
     ) -> TrainState:
+        state = self._without_carried(key, tasks, constants)
+        if tasks is not None and jax.tree.leaves(constants):
+            tasks = WithConstants(tasks, constants)
+        inner = self.unrolls.begin(state.eta, tasks, self.task_keys(state))
+        return dataclasses.replace(state, inner=strong(inner))
+
+    def _without_carried(
+        self, key: jax.Array, tasks: Tasks | None = None, constants: Any = None
+    ) -> TrainState:
+        """Return an initial state without the inner states that truncated unrolls carry."""
+        del tasks
         init_key, run_key = jax.random.split(key)
         if jax.tree.leaves(constants):
             algorithm = self.algorithm
             eta = jax.jit(lambda arrays, key: algorithm.bind(arrays).init(key))(constants, init_key)
-            tasks = None if tasks is None else WithConstants(tasks, constants)
         else:
             eta = jax.jit(self.algorithm.init)(init_key)
         check_eta(eta)
         eta = strong(eta)
         optimizer = strong(start_outer(self.optimizer, eta))
-        state = TrainState(jnp.zeros((), jnp.int32), eta, optimizer, run_key)
-        inner = self.unrolls.begin(eta, tasks, self.task_keys(state))
-        return dataclasses.replace(state, inner=strong(inner))
+        return TrainState(jnp.zeros((), jnp.int32), eta, optimizer, run_key)
 
     @functools.cached_property
     def step(self) -> Callable[[TrainState, Tasks], tuple[TrainState, dict[str, jax.Array]]]:
@@ -267,9 +292,9 @@ class Trainer:
         shapes = self.shapes(tasks)
         cut = unrolls.cut(shapes.eta, tasks, shapes.key)
 
-        def partway(position: Position) -> TrainState:
+        def partway(position: Position, gradients: bool = False) -> TrainState:
             shared = shapes.eta, tasks, shapes.key, shapes.step
-            state = segment_run.shapes(self._programs, shapes, shared, cut, position)
+            state = segment_run.shapes(self._programs, shapes, shared, cut, position, gradients)
             return state if self.layout is None else abstract(state, self._shardings(state))
 
         path = None if folder is None else pathlib.Path(folder)
@@ -290,6 +315,12 @@ class Trainer:
         self, state: TrainState, tasks: Tasks
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Take an outer step, or the rest of one, program by program."""
+        if isinstance(state.key, jax.core.Tracer):
+            raise TypeError(
+                "An outer step in segments is several programs, which the host runs one after "
+                "another: it can be no part of a program of yours (`jit`, `vmap`, `eval_shape`). "
+                "Call `trainer.step` outside, or make the trainer without `segment`."
+            )
         segments, metrics = self.segments(tasks), None
         assert segments is not None
         if needs_fetch(tasks) and not tasks.reads_steps:
@@ -299,8 +330,23 @@ class Trainer:
             state, metrics = segments.take_reading(state, now)
         return state, metrics
 
+    @functools.cached_property
+    def gradient(self) -> Callable[[TrainState, Tasks], tuple[Any, dict[str, jax.Array]]]:
+        """Return the meta-gradient of the next outer step: (state, tasks) -> (grads, metrics).
+
+        Compiled. It is what `step` passes to the outer optimizer, with the metrics of its tasks.
+        """
+
+        def gradient(state: TrainState, tasks: Tasks) -> tuple[Any, dict[str, jax.Array]]:
+            keys, first = self.task_keys(state), state.step == 0
+            return self.unrolls.mean_gradient(state.eta, tasks, keys, state.inner, first)[:2]
+
+        return self._compiled(gradient)
+
     def _step(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = self.task_keys(state)
+        if self.algorithm.anneals:
+            tasks = AtOuterStep(tasks, state.step)
         outputs = self.unrolls.mean_gradient(state.eta, tasks, keys, state.inner, state.step == 0)
         return self._updated(state, *outputs)
 
@@ -458,7 +504,8 @@ class Trainer:
           faults: the policy on non-finite outer steps and diverging inner loops.
           asked_to_stop: called after every outer step with its number: None, or why the run is to
             stop; it is then saved, and `Interrupted` raised. With `segment`: called after every
-            program, with the number of programs so far. See `metalearn.training.signals`.
+            program, with the number of programs so far, of those that were planned: while more are
+            run because states were lost, it stands still. See `metalearn.training.signals`.
           progress: show a progress bar with the rate and the loss.
           loggers: they get the metrics; left open for a final table (`logger.finish(table)`).
           checkpoints: where the run is saved, and resumed from.
@@ -533,6 +580,7 @@ class Trainer:
             evaluate,
             lambda state: self.check_health(state, tasks),
             lambda state: health.diagnose(self._probes, state, tasks),
+            self.engine.doubts,
             self._fetch(tasks),
         )
 
@@ -588,7 +636,8 @@ class Trainer:
 
         Args:
           directory: of the checkpoints, or the workdir of a run, which has them in `checkpoints`.
-          tasks: that were trained on; truncated unrolls and segments need them.
+          tasks: that were trained on. Truncated unrolls are resumed with them alone: without, the
+            inner states that they carry are not read, and `inner` of the state is `()`.
           best: the best checkpoint, of `Checkpoints(best=...)`; not the newest.
 
         Raises:
@@ -601,7 +650,8 @@ class Trainer:
             raise ValueError(f"`Trainer.restore` found no checkpoints in {directory}.")
         opened = Checkpoints(path)
         try:
-            return opened.read(self.shapes(tasks), best)[0]
+            carried = tasks is not None
+            return opened.read(self.shapes(tasks, carried=carried), best, carried)[0]
         finally:
             opened.close()
 
@@ -619,6 +669,10 @@ class Trainer:
         """Adapt to `count` tasks and return the mean of each metric with its 95% interval.
 
         The same key draws the same tasks. No meta-gradient is taken.
+
+        A task whose inner loop diverges is not finite. One such task makes the means NaN; a line
+        names the first, and `tasks_not_finite` counts them. With `isolate` they are left out of the
+        means, and counted in `tasks_left_out`.
         """
         counts("evaluate", 1, tasks=count)
         check_tasks("Trainer.evaluate(tasks=)", tasks)
@@ -634,7 +688,7 @@ class Trainer:
             return self._in_segments(eta, tasks, keys, segments)
 
         with known(label_range(tasks), self.labels_seen):
-            return estimate(metrics_of, key, count, chunk)
+            return estimate(metrics_of, key, count, chunk, self.isolate)
 
     @functools.cached_property
     def _evaluation(self) -> Algorithm:

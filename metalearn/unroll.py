@@ -8,7 +8,8 @@ state theta (parameters, optimizer state, statistics, whatever the loop carries)
     F(eta)      = loss(eta, theta_T)
 
 and an engine returns F and dF/deta. The three functions are all it knows of the
-problem, which is why any algorithm runs under any engine.
+problem, which is why any algorithm runs under any engine. T may be 0: an algorithm that adapts in
+closed form does all its work in `init`, and its `step` is never run.
 
 An inner loss that is a mean over examples may say so (`ExampleMean`). A Hessian product of a
 mean is the mean of the Hessian products of its parts, so an engine may take it a few examples
@@ -82,13 +83,13 @@ def resumed(unroll: Unroll, fresh: jax.Array, state: InnerState) -> Unroll:
 
 
 def horizon(batches: Batch) -> int:
-    """Return T, the leading axis that all leaves of `batches` share."""
+    """Return T, the leading axis that all leaves of `batches` share; 0: no inner steps."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
     lengths = {shape[0] if shape else None for shape in shapes}
-    if len(lengths) != 1 or None in lengths or 0 in lengths:
+    if len(lengths) != 1 or None in lengths:
         listed = sorted(str(shape) for shape in shapes) or "no leaves at all"
         raise ValueError(
-            "The leaves of `batches` must share a leading axis of T >= 1 inner steps, but their "
+            "The leaves of `batches` must share a leading axis of T inner steps, but their "
             f"shapes are {listed}. An inner loop that reads no data takes `jnp.arange(T)`."
         )
     return int(lengths.pop())  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from metalearn.models import layouts
 from metalearn.models.convolution import batch_statistics, convolve, max_pool, normalized
 from metalearn.models.transformer import Architecture
 
-__all__ = ["MLP", "ConvNet", "LeNet", "Transformer", "WideResNet"]
+__all__ = ["MLP", "ConvNet", "LeNet", "ResNet12", "Transformer", "WideResNet"]
 
 
 LECUN = hk.initializers.VarianceScaling(1.0, "fan_in", "truncated_normal")
@@ -90,7 +90,7 @@ class MLP(hk.Module):
 
     def __init__(
         self,
-        outputs: int,
+        outputs: int | None,
         hidden: tuple[int, ...] = (40, 40),
         activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
         name: str | None = None,
@@ -105,7 +105,7 @@ class MLP(hk.Module):
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden):
             x = self.activation(hk.Linear(width, name=f"hidden_{i}")(x))
-        return hk.Linear(self.outputs, name="head")(x)
+        return _head(self.outputs, x)
 
 
 class ConvNet(hk.Module):
@@ -113,7 +113,7 @@ class ConvNet(hk.Module):
 
     def __init__(
         self,
-        outputs: int,
+        outputs: int | None,
         filters: int = 64,
         blocks: int = 4,
         pool: bool = False,
@@ -129,19 +129,21 @@ class ConvNet(hk.Module):
 
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
         """Apply the network, with batch statistics if `train`, else with running statistics."""
+        if self.pool:
+            layouts.pooled_sides("ConvNet", self.blocks, *x.shape[1:3])
         for i in range(self.blocks):
             stride = 1 if self.pool else 2
             x = Conv(self.filters, stride, self.convolution, name=f"conv_{i}")(x)
             x = jax.nn.relu(Norm(self.momentum, name=f"norm_{i}")(x, train))
             x = max_pool(x) if self.pool else x
         x = x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2))
-        return hk.Linear(self.outputs, name="head")(x)
+        return _head(self.outputs, x)
 
 
 class LeNet(hk.Module):
     """LeNet-5; see `linen_networks.LeNet`. Images [batch, h, w, c], 12 x 12 at least."""
 
-    def __init__(self, outputs: int, convolution: str = "lax", name: str | None = None):
+    def __init__(self, outputs: int | None, convolution: str = "lax", name: str | None = None):
         super().__init__(name)
         self.outputs, self.convolution = outputs, convolution
 
@@ -155,7 +157,7 @@ class LeNet(hk.Module):
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(layouts.LENET_HIDDEN):
             x = jax.nn.relu(hk.Linear(width, name=f"hidden_{i}")(x))
-        return hk.Linear(self.outputs, name="head")(x)
+        return _head(self.outputs, x)
 
 
 class WideResNet(hk.Module):
@@ -163,7 +165,7 @@ class WideResNet(hk.Module):
 
     def __init__(
         self,
-        outputs: int,
+        outputs: int | None,
         depth: int = 16,
         width: int = 1,
         momentum: float = 0.9,
@@ -181,7 +183,50 @@ class WideResNet(hk.Module):
         for i, block in enumerate(self.blocks):
             x = ResidualBlock(block, *options, name=f"block_{i}")(x, train)
         x = jax.nn.relu(Norm(self.momentum, name="norm")(x, train))
-        return hk.Linear(self.outputs, name="head")(x.mean((1, 2)))
+        return _head(self.outputs, x.mean((1, 2)))
+
+
+class ResNet12(hk.Module):
+    """ResNet-12; see `linen_networks.ResNet12`. Images [batch, h, w, c], 16 x 16 at least."""
+
+    def __init__(
+        self,
+        outputs: int | None,
+        filters: tuple[int, ...] = layouts.RESNET_12,
+        momentum: float = 0.9,
+        convolution: str = "lax",
+        name: str | None = None,
+    ):
+        super().__init__(name)
+        widths("ResNet12", filters=filters)
+        self.outputs, self.filters = outputs, filters
+        self.momentum, self.convolution = momentum, convolution
+
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """Apply the network, with batch statistics if `train`, else with running statistics."""
+        layouts.pooled_sides("ResNet12", len(self.filters), *x.shape[1:3])
+        for i, filters in enumerate(self.filters):
+            options = (filters, self.momentum, self.convolution)
+            x = max_pool(TripleBlock(*options, name=f"block_{i}")(x, train))
+        return _head(self.outputs, x.mean((1, 2)))
+
+
+class TripleBlock(hk.Module):
+    """Three convolutions with normalisation, added to a projection of their input."""
+
+    def __init__(self, filters: int, momentum: float, convolution: str, name: str | None = None):
+        super().__init__(name)
+        self.filters, self.momentum, self.convolution = filters, momentum, convolution
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Apply to [batch, h, w, c]."""
+        project = _conv(self.filters, self.convolution, "project", window=1)
+        skip = Norm(self.momentum, name="norm_project")(project(x), train)
+        for i in range(3):
+            x = _conv(self.filters, self.convolution, f"conv_{i}")(x)
+            x = Norm(self.momentum, name=f"norm_{i}")(x, train)
+            x = layouts.leaky(x) if i < 2 else x
+        return layouts.leaky(x + skip)
 
 
 class ResidualBlock(hk.Module):
@@ -202,6 +247,11 @@ class ResidualBlock(hk.Module):
         out = _conv(features, self.convolution, "conv_0", stride)(active)
         out = jax.nn.relu(Norm(self.momentum, name="norm_1")(out, train))
         return x + _conv(features, self.convolution, "conv_1")(out)
+
+
+def _head(outputs: int | None, x: jax.Array) -> jax.Array:
+    """Return a dense layer of an embedding [batch, d]; without outputs the embedding."""
+    return x if outputs is None else hk.Linear(outputs, name="head")(x)
 
 
 def _conv(features: int, method: str, name: str, stride: int = 1, window: int = 3) -> Conv:

@@ -35,6 +35,8 @@ DEEPEST = 1000  # upper bound of the number of blocks, each of which is traced
 LENET = ((6, "SAME"), (16, "VALID"))  # features and padding of its 5x5 convolutions
 LENET_HIDDEN = (120, 84)
 
+RESNET_12 = (64, 160, 320, 640)  # filters of its four blocks, as in arXiv:1904.03758
+
 STEM = 16  # features of a residual network's first convolution
 PADDING = ((1, 1), (1, 1))  # of 3x3 convolutions, as in the paper; "SAME" differs at stride 2
 HE = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, 1502.01852
@@ -109,3 +111,28 @@ def lenet_pixels(height: int, width: int) -> int:
             f"nothing. Pad or enlarge them to 12 x 12 at least, or take a `ConvNet`."
         )
     return sides[0] * sides[1]
+
+
+def leaky(x: jax.Array) -> jax.Array:
+    """Return the leaky ReLU of ResNet-12, of slope 0.1."""
+    return jax.nn.leaky_relu(x, 0.1)
+
+
+def pooled_sides(network: str, pools: int, height: int, width: int) -> tuple[int, int]:
+    """Return (height, width) after as many 2x2 poolings; ValueError where they leave nothing.
+
+    Args:
+      network: its name, for the message.
+      pools: blocks of the network that end in a pooling, each of which halves both sides.
+      height: of the images, in pixels.
+      width: of the images, in pixels.
+    """
+    sides = height >> pools, width >> pools
+    if min(sides) < 1:
+        most = min(height, width).bit_length() - 1
+        raise ValueError(
+            f"`{network}` got images of {height} x {width}, of which {pools} poolings leave "
+            f"nothing: it is too deep for them. Take {most} blocks at most, or images of "
+            f"{1 << pools} x {1 << pools} at least."
+        )
+    return sides

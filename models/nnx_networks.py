@@ -18,7 +18,7 @@ from metalearn.models import layouts
 from metalearn.models.convolution import batch_statistics, flax_convolution, max_pool, normalized
 from metalearn.models.transformer import Architecture
 
-__all__ = ["MLP", "ConvNet", "LeNet", "Transformer", "WideResNet"]
+__all__ = ["MLP", "ConvNet", "LeNet", "ResNet12", "Transformer", "WideResNet"]
 
 
 class Norm(nnx.Module):
@@ -50,7 +50,7 @@ class MLP(nnx.Module):
     def __init__(
         self,
         inputs: int,
-        outputs: int,
+        outputs: int | None,
         hidden: tuple[int, ...] = (40, 40),
         activation: Callable[[jax.Array], jax.Array] = nnx.relu,
         *,
@@ -61,7 +61,7 @@ class MLP(nnx.Module):
         self.hidden = nnx.List(
             nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
-        self.head = nnx.Linear(widths[-1], outputs, rngs=rngs)
+        self.head = _head(widths[-1], outputs, rngs)
         self.activation = activation
 
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
@@ -70,7 +70,7 @@ class MLP(nnx.Module):
         x = x.reshape(x.shape[0], -1)
         for layer in self.hidden:
             x = self.activation(layer(x))
-        return self.head(x)
+        return x if self.head is None else self.head(x)
 
 
 class ConvNet(nnx.Module):
@@ -79,7 +79,7 @@ class ConvNet(nnx.Module):
     def __init__(
         self,
         image: tuple[int, int, int],  # height, width, channels
-        outputs: int,
+        outputs: int | None,
         filters: int = 64,
         blocks: int = 4,
         pool: bool = False,
@@ -90,8 +90,7 @@ class ConvNet(nnx.Module):
     ):
         checks.at_least("ConvNet", 1, filters=filters, blocks=blocks)
         checks.at_most("ConvNet", layouts.DEEPEST, blocks=blocks)
-        stride = 1 if pool else 2
-        sides, channels = list(image[:2]), image[2]
+        stride, channels = 1 if pool else 2, image[2]
         convs, norms = [], []
         for _ in range(blocks):
             convs.append(
@@ -106,10 +105,9 @@ class ConvNet(nnx.Module):
             )
             norms.append(Norm(filters, momentum))
             channels = filters
-            sides = [side // 2 for side in sides]
         self.convs, self.norms = nnx.List(convs), nnx.List(norms)
-        features = math.prod(sides) * channels if pool else channels
-        self.head = nnx.Linear(features, outputs, rngs=rngs)
+        sides = layouts.pooled_sides("ConvNet", blocks, *image[:2]) if pool else (1, 1)
+        self.head = _head(math.prod(sides) * channels, outputs, rngs)
         self.pool = pool
 
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
@@ -117,7 +115,8 @@ class ConvNet(nnx.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = nnx.relu(norm(conv(x), train))
             x = max_pool(x) if self.pool else x
-        return self.head(x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2)))
+        x = x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2))
+        return x if self.head is None else self.head(x)
 
 
 class LeNet(nnx.Module):
@@ -126,7 +125,7 @@ class LeNet(nnx.Module):
     def __init__(
         self,
         image: tuple[int, int, int],  # height, width, channels
-        outputs: int,
+        outputs: int | None,
         convolution: str = "lax",
         *,
         rngs: nnx.Rngs,
@@ -162,7 +161,7 @@ class WideResNet(nnx.Module):
     def __init__(
         self,
         image: tuple[int, int, int],  # height, width, channels
-        outputs: int,
+        outputs: int | None,
         depth: int = 16,
         width: int = 1,
         momentum: float = 0.9,
@@ -176,14 +175,66 @@ class WideResNet(nnx.Module):
             blocks.append(ResidualBlock(channels, block, momentum, convolution, rngs=rngs))
             channels = block.features
         self.blocks, self.norm = nnx.List(blocks), Norm(channels, momentum)
-        self.head = nnx.Linear(channels, outputs, rngs=rngs)
+        self.head = _head(channels, outputs, rngs)
 
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
         """Apply the network, with batch statistics if `train`, else with running statistics."""
         x = self.stem(x)
         for block in self.blocks:
             x = block(x, train)
-        return self.head(nnx.relu(self.norm(x, train)).mean((1, 2)))
+        x = nnx.relu(self.norm(x, train)).mean((1, 2))
+        return x if self.head is None else self.head(x)
+
+
+class ResNet12(nnx.Module):
+    """ResNet-12; see `linen_networks.ResNet12`. Images [batch, h, w, c], 16 x 16 at least."""
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],  # height, width, channels
+        outputs: int | None,
+        filters: tuple[int, ...] = layouts.RESNET_12,
+        momentum: float = 0.9,
+        convolution: str = "lax",
+        *,
+        rngs: nnx.Rngs,
+    ):
+        checks.widths("ResNet12", filters=filters)
+        layouts.pooled_sides("ResNet12", len(filters), *image[:2])
+        channels, blocks = image[2], []
+        for features in filters:
+            blocks.append(TripleBlock(channels, features, momentum, convolution, rngs=rngs))
+            channels = features
+        self.blocks = nnx.List(blocks)
+        self.head = _head(channels, outputs, rngs)
+
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """Apply the network, with batch statistics if `train`, else with running statistics."""
+        for block in self.blocks:
+            x = max_pool(block(x, train))
+        x = x.mean((1, 2))
+        return x if self.head is None else self.head(x)
+
+
+class TripleBlock(nnx.Module):
+    """Three convolutions with normalisation, added to a projection of their input."""
+
+    def __init__(
+        self, channels: int, filters: int, momentum: float, convolution: str, *, rngs: nnx.Rngs
+    ):
+        self.project = _conv(channels, filters, convolution, rngs, window=1)
+        self.norm_project = Norm(filters, momentum)
+        inputs = (channels, filters, filters)
+        self.convs = nnx.List(_conv(size, filters, convolution, rngs) for size in inputs)
+        self.norms = nnx.List(Norm(filters, momentum) for _ in inputs)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Apply to [batch, h, w, c]."""
+        skip = self.norm_project(self.project(x), train)
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = norm(conv(x), train)
+            x = layouts.leaky(x) if i < 2 else x
+        return layouts.leaky(x + skip)
 
 
 class ResidualBlock(nnx.Module):
@@ -213,6 +264,11 @@ class ResidualBlock(nnx.Module):
             x = self.project(active)
         out = nnx.relu(self.norm_1(self.conv_0(active), train))
         return x + self.conv_1(out)
+
+
+def _head(features: int, outputs: int | None, rngs: nnx.Rngs) -> nnx.Linear | None:
+    """Return a dense layer for an embedding; None where the network ends in the embedding."""
+    return None if outputs is None else nnx.Linear(features, outputs, rngs=rngs)
 
 
 def _conv(

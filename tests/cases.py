@@ -17,26 +17,35 @@ import optax
 from metalearn import (
     ES,
     PES,
+    SAMA,
     Episode,
     Forward,
+    Implicit,
     InverseVariance,
     MixedFlow,
     Reverse,
     Tasks,
+    Truncated,
 )
 from metalearn._utils.trees import is_differentiable
 from metalearn.algorithms import (
+    CAVIA,
     FDS,
     MAML,
+    R2D2,
     ExampleWeights,
     Gradient,
     Hyperparameter,
     LearnedOptimizer,
     LearningRates,
     LossWeights,
+    MAMLPlusPlus,
+    MetaCurvature,
     Momenta,
     PerParameter,
     PointwiseMLP,
+    ProtoNet,
+    Reptile,
     StepFeatures,
     Supervised,
     TokenWeights,
@@ -82,7 +91,7 @@ from metalearn.models import (
     train_flag,
     with_params,
 )
-from metalearn.tasks import WithConstants, fetched
+from metalearn.tasks import AtOuterStep, WithConstants, fetched
 from tests.helpers import equinox_networks
 
 IMAGE = (4, 4, 1)
@@ -214,6 +223,7 @@ TASKS = {
     "TrainingRuns": TrainingRuns.create(np.eye(5, dtype=np.float32), np.arange(5), validation=2),
     "Quadratics": Quadratics(3),
     "WithConstants": WithConstants(Quadratics(3), ()),
+    "AtOuterStep": AtOuterStep(Quadratics(3), jnp.zeros((), jnp.int32)),
     "SideBySide": SideBySide({"bowl": Quadratics(2), "wave": Sinusoid()}),
     "HeldOut": HeldOut.create(
         np.eye(3, dtype=np.float32), np.arange(3), np.ones((2, 3), np.float32), [0, 1]
@@ -270,6 +280,15 @@ ESTIMATORS = {
     "InverseVariance-PES": InverseVariance(PES(pairs=2), Reverse(remat="step")),
 }
 
+# Engines that approximate: of a learned initialisation they see nothing, and refuse it.
+APPROXIMATE = {
+    "Implicit": Implicit(iterations=20),
+    "Implicit-params": Implicit("neumann", iterations=3, variables="params|statistics"),
+    "Truncated": Truncated(1),
+    "Truncated-difference": Truncated(1, finite_difference=0.01),
+    "SAMA": SAMA(),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmCase:
@@ -286,6 +305,8 @@ class AlgorithmCase:
             return self.make(Float64(Tokenwise(mlp(library, width=4)))), TASKS["Text"]
         if self.network == "classifier":
             return self.make(Float64(mlp(library, width=5))), TASKS["TrainingRuns"]
+        if self.network == "context":
+            return self.make(Float64(mlp(library, width=3))), TASKS["Sinusoid"]
         model = Float64(MODELS[f"{library}-{self.network}"])
         objective, tasks = cross_entropy, TASKS["FewShot"]
         if self.network == "MLP":
@@ -301,6 +322,38 @@ def _maml(optimizer=None, **options):
 def _learning_rates(model, objective):
     optimizer = optax.adam(1.0, eps_root=1e-4)
     return LearningRates(model, objective, optimizer, initial=0.05)
+
+
+def _reptile(model, objective):
+    return Reptile(model, objective, optax.sgd(0.1), inner_steps=3, batch=2)
+
+
+def _maml_plus_plus(outer_step=None, **options):
+    def make(model, objective):
+        algorithm = MAMLPlusPlus(model, objective, **{"inner_steps": 3, **options})
+        if outer_step is None:
+            return algorithm
+        return algorithm.at_outer_step(jnp.asarray(outer_step, jnp.int32))
+
+    return make
+
+
+def _cavia(model):
+    """A network whose inputs are one number and two of context; one of its outputs counts."""
+
+    def first(outputs, targets):
+        return squared_error(outputs[:, :1], targets)
+
+    return CAVIA(model, first, context=2, rate=0.3)
+
+
+def _meta_curvature(model, objective):
+    return MetaCurvature(model, objective, rate=0.1, inner_steps=2)
+
+
+def _closed_form(build, **options):
+    """A classifier whose head is a function of the support set: T = 0."""
+    return lambda model, objective: build(model, WAYS, objective, **options)
 
 
 def _fds(model):
@@ -360,6 +413,15 @@ ALGORITHMS = {
     "running": AlgorithmCase(
         _maml(optax.sgd(0.1, momentum=0.9), inner_steps=3, batch_norm="running"), "ConvNet"
     ),
+    "iMAML": AlgorithmCase(_maml(proximal=2.0)),
+    "mini-batches": AlgorithmCase(_maml(inner_steps=3, batch=2)),
+    "Reptile": AlgorithmCase(_reptile, exact=False),
+    "MAML++": AlgorithmCase(_maml_plus_plus(per_step="norm"), "ConvNet"),
+    "MAML++-annealing": AlgorithmCase(_maml_plus_plus(3, multi_step=10)),
+    "CAVIA": AlgorithmCase(_cavia, "context"),
+    "MetaCurvature": AlgorithmCase(_meta_curvature),
+    "ProtoNet": AlgorithmCase(_closed_form(ProtoNet), "ConvNet"),
+    "R2D2": AlgorithmCase(_closed_form(R2D2, batch_norm="running"), "ConvNet"),
     "LearningRates": AlgorithmCase(_learning_rates, run=True),
     "FDS": AlgorithmCase(_fds, "classifier"),
     "LearnedOptimizer": AlgorithmCase(_learned_optimizer, "classifier"),

@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import resource
 import sys
 
 import jax
@@ -77,6 +78,15 @@ def ended_wandb():
     yield
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Drop compiled programs after a module, once the process has held 3 GB: of all tests' 5 GB."""
+    yield
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > 3e9:  # KiB; bytes on macOS
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -40,11 +40,13 @@ MINUTES = (  # or a good part of one, on a busy machine
         "choosing_engine",
         "data",
         "coming_from",
+        "few_shot",
         "learned_optimizers",
         "long_runs",
         "models",
     ),
     *("nan", "own_algorithm", "quickstart", "schedules", "tracking", "scaling", "runs", "replay"),
+    "approximate_hypergradients",
 )
 SEVERAL_DEVICES = ("devices", "scaling")
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if python_blocks(path.stem))

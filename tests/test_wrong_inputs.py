@@ -683,7 +683,7 @@ class Nothing:
         return "Nothing()"
 
 
-NO_USERS = ("WithConstants", "FetchedRuns")  # made by the trainer
+NO_USERS = ("WithConstants", "AtOuterStep", "FetchedRuns")  # made by the trainer
 INSTANCES = {
     "ES": metalearn.ES(),
     "PES": metalearn.PES(),
@@ -706,7 +706,13 @@ INSTANCES = {
     ),
     "LearningRates": LearningRates(linear(3)),
     "LossWeights": LossWeights(linear(3), TokenWeights()),
+    "CAVIA": algorithms.CAVIA(linear(3)),
     "MAML": MAML(linear(3)),
+    "MAMLPlusPlus": algorithms.MAMLPlusPlus(linear(3)),
+    "MetaCurvature": algorithms.MetaCurvature(linear(3)),
+    "ProtoNet": algorithms.ProtoNet(linear(3), 3),
+    "R2D2": algorithms.R2D2(linear(3), 3),
+    "Reptile": algorithms.Reptile(linear(3)),
     "Momenta": algorithms.Momenta(),
     "ParameterScale": algorithms.ParameterScale(),
     "PerParameter": algorithms.PerParameter(),

@@ -18,6 +18,12 @@ that size are trained on too, and FDS learns a learning rate of whole training r
 (`HostTrainingRuns`, forward mode in segments, then the final run of `HostHeldOut`); the largest
 anonymous memory (RssAnon) of the process on the way is reported: what it has allocated, without the
 pages of the file. `--only-large` leaves it at that. About 2 minutes.
+
+    python -m metalearn.experiments.benchmarks.host_fed --replay-gib=4
+
+takes one exact meta-gradient of such a run by mixed flow, in segments whose states are kept and
+replayed (`Trainer(segment=, replay=)`), on a file of random pictures of that size, and compares it
+with that of one program that has all the rows of the run in memory.
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ import jax
 import numpy as np
 import optax
 
-from metalearn import Forward, Reverse, Tasks, Trainer
+from metalearn import Forward, MixedFlow, Replay, Reverse, Tasks, Trainer
 from metalearn.algorithms import FDS, MAML, Hyperparameter
 from metalearn.datasets import FewShot, HostFewShot, HostHeldOut, HostTrainingRuns
 from metalearn.experiments.benchmarks.maml import IMAGE, TASKS
@@ -138,6 +144,15 @@ def large(folder: pathlib.Path, gib: float, steps: int) -> tuple[float, int]:
 
 PICTURE = (32, 32, 3)
 INNER_STEPS, SEGMENT, BATCH = 2000, 100, 128
+STATES = 8  # kept of the twenty segments of a run
+
+
+def learning_rates(windows: int = 1) -> FDS:
+    """Return FDS on runs of an MLP on pictures: a learning rate for each window of steps."""
+    network = MLP(outputs=10, hidden=(64,))
+    model = Linen(network, jax.ShapeDtypeStruct((1, *PICTURE), np.float32), train_flag)
+    rate = Hyperparameter(1e-4, 1.0, 1e-2, windows=windows, space="log")
+    return FDS(model, {"learning_rate": rate}, INNER_STEPS, BATCH)
 
 
 def large_runs(folder: pathlib.Path, gib: float) -> tuple[float, int]:
@@ -148,11 +163,7 @@ def large_runs(folder: pathlib.Path, gib: float) -> tuple[float, int]:
     os.truncate(path, rows * 3072)
     file: Any = np.memmap(path, np.uint8, "r", shape=(rows, *PICTURE))
     labels = np.arange(rows, dtype=np.int32) % 10
-    network = MLP(outputs=10, hidden=(64,))
-    model = Linen(network, jax.ShapeDtypeStruct((1, *PICTURE), np.float32), train_flag)
-    rate = Hyperparameter(1e-4, 1.0, 1e-2, space="log")
-    fds = FDS(model, {"learning_rate": rate}, INNER_STEPS, BATCH)
-    trainer = Trainer(fds, Forward(), tasks_per_step=1, segment=SEGMENT)
+    trainer = Trainer(learning_rates(), Forward(), tasks_per_step=1, segment=SEGMENT)
     seconds = []
 
     def run() -> None:
@@ -171,6 +182,47 @@ def large_runs(folder: pathlib.Path, gib: float) -> tuple[float, int]:
     return INNER_STEPS / seconds[0], peak
 
 
+def random_pictures(path: pathlib.Path, rows: int) -> np.ndarray:
+    """Write a file of noise around a mean picture of each of ten classes; return the labels [n]."""
+    draw = np.random.default_rng(0)
+    means = draw.integers(0, 128, (10, 3072), np.uint8)
+    labels = draw.integers(0, 10, rows, np.int32)
+    with path.open("wb") as file:
+        for first in range(0, rows, 10_000):
+            classes = labels[first : first + 10_000]
+            noise = draw.integers(0, 128, (len(classes), 3072), np.uint8)
+            file.write((means[classes] + noise).tobytes())
+    return labels
+
+
+def replayed(folder: pathlib.Path, gib: float) -> tuple[float, int, float]:
+    """Take the meta-gradient of a run on a file of random pictures, in segments and in one program.
+
+    Returns:
+      (seconds in segments, peak RssAnon in bytes, relative difference of the meta-gradients).
+    """
+    rows = int(gib * 2**30) // 3072
+    path = folder / "pictures"
+    labels = random_pictures(path, rows)
+    file: Any = np.memmap(path, np.uint8, "r", shape=(rows, *PICTURE))
+    runs = HostTrainingRuns.create(file, labels, validation=1000)
+    fds, taken = learning_rates(windows=5), []
+
+    def meta_gradient(engine: Any, **options: Any) -> None:
+        # The state of this outer optimizer is the meta-gradient.
+        trainer = Trainer(fds, engine, optax.trace(0.0), tasks_per_step=1, **options)
+        began = time.perf_counter()
+        state = trainer.fit(runs, 1, key=jax.random.key(0), progress=False, log_every=0)
+        (grads,) = jax.tree.leaves(jax.device_get(state.optimizer))
+        taken.append((time.perf_counter() - began, grads))
+
+    keep = Replay(states=STATES)
+    peak = peak_anonymous(lambda: meta_gradient(MixedFlow(), segment=SEGMENT, replay=keep))
+    meta_gradient(Reverse("segments"))
+    (elapsed, grads), (_, expected) = taken
+    return elapsed, peak, float(np.linalg.norm(grads - expected) / np.linalg.norm(expected))
+
+
 def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -178,9 +230,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="outer steps a round")
     parser.add_argument("--large-gib", type=float, default=0, help="size of a sparse file, in GiB")
     parser.add_argument("--only-large", action="store_true", help="no comparison with the device")
+    parser.add_argument("--replay-gib", type=float, default=0, help="of a replayed run; no others")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
+        if arguments.replay_gib:
+            elapsed, peak, difference = replayed(folder, arguments.replay_gib)
+            print(
+                f"A meta-gradient through {INNER_STEPS} inner steps of {BATCH} pictures on a file "
+                f"of {arguments.replay_gib:g} GiB: {elapsed:.0f} s in segments of {SEGMENT}, "
+                f"{STATES} states kept, at most {peak / 2**20:.0f} MiB of anonymous memory; "
+                f"relative difference from one program {difference:.1e}"
+            )
+            return
         if arguments.large_gib:  # first, as memory that is freed stays with the process
             speed, peak = large(folder, arguments.large_gib, arguments.steps)
             print(

@@ -2,6 +2,7 @@
 
     python -m metalearn.experiments.benchmarks.replay long [--T 100000] [--states 64]
     python -m metalearn.experiments.benchmarks.replay overhead [--K 100] [--rounds 7]
+    python -m metalearn.experiments.benchmarks.replay gradients [--K 100] [--rounds 7]
 
 `long`: the training run of `--config=fds_digits` (an MLP 64-64-10 on scikit-learn's digits, SGD
 with momentum) with nine hyperparameters, T inner steps, at most so many states kept on the host.
@@ -12,6 +13,10 @@ at T / 10, scaled.
 `overhead`: the same run at T = 2000 in segments of K, every state kept, against the same work in
 one program: the loop over T / K segments as a scan whose segments are rematerialised
 (`Reverse("segments", segment=K)`, which computes the same steps).
+
+`gradients`: `MixedFlow` at T = 2000 in segments of K, every state kept, with the inner gradients of
+no segment kept beside them and with those of all: FLOPs and seconds of an outer step, and of plain
+training.
 """
 
 from __future__ import annotations
@@ -28,8 +33,10 @@ import optax
 
 from metalearn import MixedFlow, Replay, Reverse, Trainer
 from metalearn.algorithms import FDS
+from metalearn.engines.inner_loop import inner_loop
 from metalearn.experiments.benchmarks.horizons import problem, with_tangents
-from metalearn.tasks import Tasks
+from metalearn.planning.step_cost import StepCosts
+from metalearn.tasks import Tasks, draw_task
 from metalearn.training.replay_schedule import replays
 
 HYPERPARAMETERS = 9
@@ -109,10 +116,48 @@ def overhead(segment: int, rounds: int, steps: int = 2000) -> None:
     )
 
 
+def gradients(segment: int, rounds: int, steps: int = 2000) -> None:
+    """Print FLOPs and seconds of outer steps without and with inner gradients kept."""
+    algorithm, tasks = problem()
+    made = [
+        trainer(algorithm, steps, MixedFlow(), segment=segment, replay=Replay(gradients=amount))
+        for amount in (0, "1GiB")
+    ]
+    plain = StepCosts(made[0], tasks).plain().flops
+    calls = [inner_run(made[0], tasks), *(outer_step(each, tasks) for each in made)]
+    for call in calls:
+        call()
+    rows = [[each for call in calls for each in seconds(call)] for _ in range(rounds)]
+    times = [statistics.median(column) for column in zip(*rows, strict=True)]
+    print(f"T={steps} in segments of {segment}; plain training: {plain:,} FLOPs, {times[0]:.3f} s")
+    for number, each in enumerate(made, 1):
+        segments = each.segments(tasks)
+        assert segments is not None
+        plan, cost = segments.planned, segments.cost(each.shapes(tasks), tasks)
+        ratio = statistics.median(row[number] / row[0] for row in rows)
+        print(
+            f"  inner gradients of {plan.host_gradients} segments kept, "
+            f"{plan.host_gradients * plan.gradient_bytes:,} B: {cost.flops / plain:.2f}x FLOPs, "
+            f"{times[number]:.3f} s, median {ratio:.2f}x of {rounds} rounds"
+        )
+
+
+def inner_run(made: Trainer, tasks: Tasks) -> Callable[[], Any]:
+    """Return a call of plain training, compiled: the inner run, without a meta-gradient."""
+    eta, key = made.init(jax.random.key(KEY)).eta, jax.random.key(KEY)
+
+    @jax.jit
+    def run(eta: Any, tasks: Tasks) -> Any:
+        task = draw_task(made.algorithm, tasks, key)
+        return inner_loop(task.unroll, eta, task.batches())[0]
+
+    return lambda: run(eta, tasks)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("long", "overhead"))
+    parser.add_argument("what", choices=("long", "overhead", "gradients"))
     parser.add_argument("--T", type=int, default=100_000)
     parser.add_argument("--states", type=int, default=64)
     parser.add_argument("--K", type=int, default=100)
@@ -121,8 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     if options.what == "long":
         long(options.T, options.states)
-    else:
+    elif options.what == "overhead":
         overhead(options.K, options.rounds)
+    else:
+        gradients(options.K, options.rounds)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ table is refused with the names that are, and a key that its name does not take 
 it takes (`registry`).
 """
 
-from metalearn.experiments.build.algorithms import ALGORITHMS, algorithm
-from metalearn.experiments.build.datasets import DATASETS, Splits, splits
+from metalearn.experiments.build.algorithms import ALGORITHMS, algorithm, sized_for
+from metalearn.experiments.build.datasets import DATASETS, Sizes, Splits, splits
 from metalearn.experiments.build.models import LIBRARIES, model
 from metalearn.experiments.build.registry import (
     ENGINES,
@@ -36,6 +36,7 @@ __all__ = [
     "OBJECTIVES",
     "OPTIMIZERS",
     "SCHEDULES",
+    "Sizes",
     "Splits",
     "algorithm",
     "engine",
@@ -47,6 +48,7 @@ __all__ = [
     "optimizer",
     "outer_optimizer",
     "set_options",
+    "sized_for",
     "splits",
     "to_json",
     "trainer",

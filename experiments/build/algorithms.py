@@ -14,7 +14,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+import jax
 
 from metalearn import Algorithm, algorithms
 from metalearn._utils.checks import pick
@@ -43,6 +45,7 @@ from metalearn.algorithms import (
     mean_one,
     unbounded,
 )
+from metalearn.experiments.build.datasets import Sizes, Splits
 from metalearn.experiments.build.registry import (
     MASTER,
     OBJECTIVES,
@@ -64,21 +67,31 @@ WEIGHTINGS = {"domain": DomainWeights, "example": ExampleWeights, "token": Token
 SQUASHES = {"bounded": bounded, "unbounded": unbounded}
 NORMALIZATIONS = {"none": None, "mean_one": mean_one}
 
+AnySizes = TypeVar("AnySizes", Sizes, Splits)
 
-def algorithm(config: Mapping[str, Any], network: Model | None, master: bool = False) -> Algorithm:
+
+def algorithm(
+    config: Mapping[str, Any],
+    network: Model | None,
+    master: bool = False,
+    outputs: int | None = None,
+) -> Algorithm:
     """Build an algorithm around a model.
 
     Args:
       config: its name and arguments.
       network: the model; None is for an algorithm that takes none.
       master: whether its inner optimizer sums updates in float32: `master_weights`.
+      outputs: classes of a task, for an algorithm with a head of its own.
     """
     options = dict(config)
     if master:
         options = _with_master_weights(options)
     name = options.pop("name")
     build = find(ALGORITHMS, name, "algorithm", (Algorithm,))
-    check_call(f"algorithm {name!r}", options, build, filled=("model",))
+    check_call(f"algorithm {name!r}", options, build, filled=filled(build))
+    if has_own_head(build):
+        options["ways"] = outputs
     if name in SPECIAL:
         return SPECIAL[name](network, **options)
     return check_kind(construct(build, network, options), name, "algorithm", (Algorithm,))
@@ -106,6 +119,39 @@ def _converted(parameter: inspect.Parameter, value: Any) -> Any:
 def takes_model(name: str) -> bool:
     """Return whether an algorithm is built around a model."""
     return "model" in parameters(find(ALGORITHMS, name, "algorithm", (Algorithm,)))
+
+
+def has_own_head(build: Callable[..., Any]) -> bool:
+    """Return whether what builds an algorithm is a class that has `own_head`."""
+    return isinstance(build, type) and issubclass(build, Algorithm) and build.own_head
+
+
+def filled(build: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the arguments of an algorithm that do not come from its section of a config."""
+    return ("model", "ways") if has_own_head(build) else ("model",)
+
+
+def sized_for(config: Mapping[str, Any], sizes: AnySizes) -> AnySizes:
+    """Return what the network of a config is sized by.
+
+    It has no outputs for an algorithm with a head of its own, and more inputs than an example has
+    features for one that appends to them.
+
+    Args:
+      config: of the algorithm.
+      sizes: of the dataset, alone or with its splits.
+    """
+    build: Any = find(ALGORITHMS, config["name"], "algorithm", (Algorithm,))
+    if not (isinstance(build, type) and issubclass(build, Algorithm)):
+        return sizes
+    if build.own_head:
+        sizes = sizes._replace(outputs=None)
+    if build.extra_inputs:
+        default = parameters(build)[build.extra_inputs].default
+        more = config.get(build.extra_inputs, default)
+        shape = (*sizes.inputs.shape[:-1], sizes.inputs.shape[-1] + more)
+        sizes = sizes._replace(inputs=jax.ShapeDtypeStruct(shape, sizes.inputs.dtype))
+    return sizes
 
 
 def _with_master_weights(options: dict[str, Any]) -> dict[str, Any]:

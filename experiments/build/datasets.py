@@ -56,6 +56,13 @@ SPLITS = ("train", "validation", "test")
 PLACES = {"device": False, "host": True}  # whether the tasks read from the host
 
 
+class Sizes(NamedTuple):
+    """What a network is sized by: all that the algorithm of a run needs of its data."""
+
+    inputs: Any  # the shapes of one batch of inputs, leaves [1, ...]
+    outputs: int | None  # of the network: ways, or the dimension of a regression; None: no head
+
+
 class Splits(NamedTuple):
     """Tasks to train on, to choose by, and to report; and what a model sees of them."""
 
@@ -63,7 +70,12 @@ class Splits(NamedTuple):
     validation: Tasks | None  # disjoint from those to train on; None: there are none
     test: Tasks
     inputs: Any  # the shapes of one batch of inputs, leaves [1, ...]
-    outputs: int  # of the network: ways, or the dimension of a regression
+    outputs: int | None  # of the network: ways, or the dimension of a regression; None: no head
+
+    @property
+    def sizes(self) -> Sizes:
+        """What a network is sized by, without the tasks."""
+        return Sizes(self.inputs, self.outputs)
 
 
 def splits(config: Mapping[str, Any]) -> Splits:

@@ -1,5 +1,7 @@
 """From a config to a network of a library, sized for the inputs and outputs of a dataset.
 
+For an algorithm with a head of its own (`Algorithm.own_head`) a network is built without its head.
+
 The networks are the exports of `metalearn.models.linen_networks`, `nnx_networks` and
 `haiku_networks`. What a dataset decides is found by the names of their arguments: `outputs`,
 `inputs` (how many numbers an input has), `image` (its shape) and `architecture`, of a transformer,
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.checks import pick
-from metalearn.experiments.build.datasets import Splits
+from metalearn.experiments.build.datasets import Sizes, Splits
 from metalearn.experiments.build.registry import (
     Exports,
     as_tuple,
@@ -48,6 +50,7 @@ from metalearn.models import (
 from metalearn.models.adapters import Mode, flag_name, flags
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+X64 = {"float64": jnp.float64}  # where JAX has it: `metalearn compare --x64`
 
 
 def wrapped(network: Model, lora: Mapping[str, Any], precision: Mapping[str, Any]) -> Model:
@@ -70,8 +73,9 @@ def wrapped(network: Model, lora: Mapping[str, Any], precision: Mapping[str, Any
         )
     types = {key: value for key, value in precision.items() if key != "master_weights"}
     check_call("section precision", types, Precision, filled=("model",))
+    dtypes = {**DTYPES, **X64} if jax.config.read("jax_enable_x64") else DTYPES
     chosen = {
-        key: pick(DTYPES, name, f"floating-point type (precision.{key})")
+        key: pick(dtypes, name, f"floating-point type (precision.{key})")
         for key, name in types.items()
         if name is not None
     }
@@ -82,55 +86,66 @@ class Library(NamedTuple):
     """The networks of a model library, and how one of them becomes a `Model`."""
 
     networks: Exports
-    adapt: Callable[..., Model]  # what builds a network, splits, its mode -> model
+    adapt: Callable[..., Model]  # what builds a network, sizes, its mode -> model
 
 
-def model(config: Mapping[str, Any], splits: Splits) -> Model:
+def model(config: Mapping[str, Any], sizes: Sizes | Splits) -> Model:
     """Build a network of a library, sized for the inputs and outputs of a dataset."""
     options = {key: as_tuple(value) for key, value in dict(config).items()}
     if is_import_path(options["name"]):
-        return _own(options.pop("name"), options.pop("library", None), options, splits)
+        return _own(options.pop("name"), options.pop("library", None), options, sizes)
     library = pick(LIBRARIES, options.pop("library"), "model library")
     network = pick(library.networks, options.pop("name"), "network")
     takes = parameters(network)
     if "architecture" in takes:
         what = f"network {snake_case(network.__name__)!r}"
         check_call(what, options, Architecture, filled=("vocabulary",))
-        options = {"architecture": Architecture(splits.outputs, **options)}
-        sizes = {}
+        if sizes.outputs is None:
+            raise ValueError(
+                f"The {what} ends in logits of tokens, and this algorithm puts a head of its own "
+                "on an embedding. Take a network that has one, such as 'conv_net' or 'mlp'."
+            )
+        options = {"architecture": Architecture(sizes.outputs, **options)}
+        filled = {}
     else:
-        sizes = {name: size for name, size in _sizes(splits).items() if name in takes}
-        check_call(f"network {network.__name__!r}", options, network, filled=sizes)
-    return library.adapt(lambda **mode: network(**sizes, **options, **mode), splits)
+        filled = {name: size for name, size in _arguments(sizes).items() if name in takes}
+        check_call(f"network {network.__name__!r}", options, network, filled=filled)
+    return library.adapt(lambda **mode: network(**filled, **options, **mode), sizes)
 
 
 FILLED = ("outputs", "inputs", "image", "example")  # arguments that do not come from the config
 
 
-def _sizes(splits: Splits) -> dict[str, Any]:
-    shape = splits.inputs.shape[1:]
-    return {"outputs": splits.outputs, "inputs": splits.inputs.size, "image": shape}
+def _arguments(sizes: Sizes | Splits) -> dict[str, Any]:
+    shape = sizes.inputs.shape[1:]
+    return {"outputs": sizes.outputs, "inputs": sizes.inputs.size, "image": shape}
 
 
-def _linen(build: Callable[..., Any], splits: Splits, mode: Mode | None = train_flag) -> Model:
-    return Linen(build(), splits.inputs, mode)
+def _linen(
+    build: Callable[..., Any], sizes: Sizes | Splits, mode: Mode | None = train_flag
+) -> Model:
+    return Linen(build(), sizes.inputs, mode)
 
 
-def _nnx(build: Callable[..., Any], splits: Splits, mode: Mode | None = train_flag) -> Model:
-    del splits
+def _nnx(build: Callable[..., Any], sizes: Sizes | Splits, mode: Mode | None = train_flag) -> Model:
+    del sizes
     return NNX(lambda rngs: build(rngs=rngs), mode)
 
 
-def _haiku(build: Callable[..., Any], splits: Splits, mode: Mode | None = train_flag) -> Model:
+def _haiku(
+    build: Callable[..., Any], sizes: Sizes | Splits, mode: Mode | None = train_flag
+) -> Model:
     def forward(x: jax.Array, train: bool) -> jax.Array:
         module = build()
         name = flag_name(f"Haiku(forward={type(module).__name__})", mode, type(module).__call__)
         return module(x, **flags(mode, name, train))
 
-    return Haiku(forward, splits.inputs, train_flag)
+    return Haiku(forward, sizes.inputs, train_flag)
 
 
-def _own(name: str, library: str | None, options: Mapping[str, Any], splits: Splits) -> Model:
+def _own(
+    name: str, library: str | None, options: Mapping[str, Any], sizes: Sizes | Splits
+) -> Model:
     """Build a network of the user's own; the flag of training mode has any of the usual names."""
     network = load(name, "network")
     what = f"network {name!r}"
@@ -139,12 +154,14 @@ def _own(name: str, library: str | None, options: Mapping[str, Any], splits: Spl
             f"{name!r} is no network: {network!r:.80} is neither a class of Flax linen, Flax NNX, "
             "Haiku, Equinox or `metalearn.models.Model`, nor a function that builds one."
         )
-    known = {**_sizes(splits), "example": splits.inputs}
-    sizes = {key: size for key, size in known.items() if key in parameters(network)}
-    check_call(what, options, network, filled=sizes)
+    known = {**_arguments(sizes), "example": sizes.inputs}
+    if sizes.outputs is None:  # an embedding, whose size is a key of the config
+        del known["outputs"]
+    filled = {key: size for key, size in known.items() if key in parameters(network)}
+    check_call(what, options, network, filled=filled)
 
     def build(**streams: Any) -> Any:
-        return network(**sizes, **options, **streams)
+        return network(**filled, **options, **streams)
 
     if isinstance(network, type):
         library = library_of(network)
@@ -153,12 +170,12 @@ def _own(name: str, library: str | None, options: Mapping[str, Any], splits: Spl
     if library == "equinox":
         return Equinox(lambda key: build(key=key))
     if library in ("nnx", "haiku"):
-        return LIBRARIES[library].adapt(build, splits, None)
+        return LIBRARIES[library].adapt(build, sizes, None)
     module = build()
     if isinstance(module, Model):
         return module
     if library_of(module) == "linen":
-        return LIBRARIES["linen"].adapt(lambda: module, splits, None)
+        return LIBRARIES["linen"].adapt(lambda: module, sizes, None)
     raise ValueError(
         f"{name!r} is no network: it returned {module!r:.80}. A function returns a `Model` or a "
         "linen module; one that builds an NNX module takes `rngs`; for one that builds a Haiku "

@@ -20,7 +20,17 @@ from typing import Any
 
 import optax
 
-from metalearn import ES, PES, Forward, InverseVariance, MixedFlow, Reverse
+from metalearn import (
+    ES,
+    PES,
+    SAMA,
+    Forward,
+    Implicit,
+    InverseVariance,
+    MixedFlow,
+    Reverse,
+    Truncated,
+)
 from metalearn._utils.checks import nearest, pick
 from metalearn._utils.fields import is_optimizer
 from metalearn.algorithms import cross_entropy, sgd, squared_error, weighted_cross_entropy
@@ -36,6 +46,9 @@ ENGINES = {
     "es": ES,
     "pes": PES,
     "inverse_variance": InverseVariance,  # of the pathwise derivative and "es"
+    "implicit": Implicit,
+    "truncated": Truncated,  # through "mixed_flow"
+    "sama": SAMA,
 }
 # Inner and outer ones. For FDS and learned optimizers they are functions of hyperparameters.
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
@@ -96,12 +109,17 @@ class Exports(Mapping[str, Any]):
         return len(self._found())
 
 
+ONE_WORD = ("ProtoNet", "R2D2")  # names of methods that nobody writes with an underscore
+
+
 def snake_case(name: str) -> str:
     """Return the name of a class as configs write it.
 
-    >>> [snake_case(name) for name in ("MAML", "LearningRates", "WideResNet", "digits")]
-    ['maml', 'learning_rates', 'wide_res_net', 'digits']
+    >>> [snake_case(name) for name in ("MAML", "LearningRates", "WideResNet", "ProtoNet")]
+    ['maml', 'learning_rates', 'wide_res_net', 'protonet']
     """
+    if name in ONE_WORD:
+        return name.lower()
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 

@@ -21,7 +21,7 @@ from ml_collections.config_dict import placeholder
 
 from metalearn import Algorithm, MetaGradient, Tasks
 from metalearn.datasets import ClassIndex
-from metalearn.experiments.build.algorithms import ALGORITHMS, INNER_OPTIMIZERS
+from metalearn.experiments.build.algorithms import ALGORITHMS, INNER_OPTIMIZERS, filled
 from metalearn.experiments.build.datasets import DATASETS, few_shot, returns
 from metalearn.experiments.build.models import FILLED, LIBRARIES
 from metalearn.experiments.build.registry import (
@@ -110,7 +110,8 @@ def keys_of(section: str, name: Any, library: Any = "linen") -> Parameters | Non
     """
     own = is_import_path(name)
     if section == "algorithm" and (own or name in ALGORITHMS):
-        return _without(parameters(find(ALGORITHMS, name, "algorithm", (Algorithm,))), ("model",))
+        build = find(ALGORITHMS, name, "algorithm", (Algorithm,))
+        return _without(parameters(build), filled(build))
     if section == "dataset" and (own or name in DATASETS):
         read = find(DATASETS, name, "dataset", (Tasks,))
         shape = parameters(few_shot) if returns(read, ClassIndex) else {}

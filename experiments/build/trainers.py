@@ -29,12 +29,13 @@ from metalearn import (
     MetaGradient,
     Replay,
     Trainer,
+    Truncated,
     Truncation,
     make_mesh,
 )
 from metalearn._utils.checks import above, at_least, counts, is_integer, pick
-from metalearn.experiments.build.algorithms import algorithm, takes_model
-from metalearn.experiments.build.datasets import Splits
+from metalearn.experiments.build.algorithms import algorithm, sized_for, takes_model
+from metalearn.experiments.build.datasets import Sizes, Splits
 from metalearn.experiments.build.models import model, wrapped
 from metalearn.experiments.build.registry import (
     ENGINES,
@@ -55,8 +56,16 @@ from metalearn.sharding.mesh import AXES, DATA, MODEL, TANGENTS, TASKS, format_d
 from metalearn.sharding.partition import check_rules
 
 
-def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = None) -> Trainer:
-    """Build the trainer that a config describes, with what `engine="auto"` chose if it did."""
+def trainer(
+    config: Mapping[str, Any], sizes: Sizes | Splits, layout: Layout | None = None
+) -> Trainer:
+    """Build the trainer that a config describes, with what `engine="auto"` chose if it did.
+
+    Args:
+      config: of a run.
+      sizes: of the data, which the network is sized by; the data are not needed.
+      layout: of the trainer.
+    """
     added = {
         "truncation": {"steps": None},
         "isolate": False,
@@ -67,7 +76,8 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
     }  # that configs did not always have
     config = {**added, **config, **config.get("auto", {})}
     master = config["precision"].get("master_weights", False)
-    learner = algorithm(config["algorithm"], _network(config, splits), master)
+    network = _network(config, sizes)
+    learner = algorithm(config["algorithm"], network, master, sizes.outputs)
     options = {**config.get("engine_options", {}), **_tangent_options(layout)}
     return Trainer(
         learner,
@@ -83,11 +93,12 @@ def trainer(config: Mapping[str, Any], splits: Splits, layout: Layout | None = N
     )
 
 
-def _network(config: Mapping[str, Any], splits: Splits) -> Model | None:
+def _network(config: Mapping[str, Any], sizes: Sizes | Splits) -> Model | None:
     """Build the model of a config; None where there is none and the algorithm takes none."""
     name = config["algorithm"]["name"]
     if config.get("model"):
-        return wrapped(model(config["model"], splits), config["lora"], config["precision"])
+        sizes = sized_for(config["algorithm"], sizes)
+        return wrapped(model(config["model"], sizes), config["lora"], config["precision"])
     if takes_model(name):
         raise ValueError(
             f"The algorithm {name!r} takes a model, and this config has none. Set config.model, "
@@ -137,12 +148,17 @@ def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
 def engine_builder(name: str) -> Callable[..., MetaGradient]:
     """Return what builds an engine from the options of a config."""
     build = find(ENGINES, name, "engine", (MetaGradient,))
-    return _inverse_variance if build is InverseVariance else build
+    return {InverseVariance: _inverse_variance, Truncated: _truncated}.get(build, build)
 
 
 def _inverse_variance(pairs: int = 4, sigma: float = 0.01) -> InverseVariance:
     """Build the mixture of `MixedFlow()` and `ES`, whose options these are; see `ES`."""
     return InverseVariance(ES(pairs, sigma))
+
+
+def _truncated(last: int = 1, finite_difference: float | None = None) -> Truncated:
+    """Build `Truncated` through `MixedFlow()`, with the options of a config."""
+    return Truncated(last, finite_difference=finite_difference)
 
 
 def set_options(options: Mapping[str, Any]) -> dict[str, Any]:

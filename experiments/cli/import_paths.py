@@ -7,7 +7,8 @@ found where Python finds them, and in the current directory, as for `python -m`.
 An import path executes code. A config file is Python and does so anyway, but a config as JSON,
 and the record of a run in a workdir, may be from others: a JSON config with import paths is refused
 without `--allow-imports`, and so is a run with import paths that no run of this user was trained
-with on this machine. Those are kept, one a line, in the cache directory (`imports.txt`).
+with on this machine. Those are kept, one a line, in the cache directory (`imports.txt`); and with
+each the folders in which runs were started, where a run that is read from elsewhere finds them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Mapping
@@ -59,7 +61,9 @@ def check_json(path: str, config: Mapping[str, Any], allowed: bool) -> None:
 
 def remember(config: Mapping[str, Any]) -> None:
     """Note the import paths of a config that the user trains with, for `check_run`."""
-    named = set(import_paths(config).values()) - _known()
+    names = set(import_paths(config).values())
+    here = pathlib.Path.cwd()
+    named = (names | {_in(here, name) for name in names}) - _known()
     if not named:
         return
     try:
@@ -81,6 +85,18 @@ def check_run(workdir: Any, config: Mapping[str, Any], allowed: bool) -> None:
                 "to read the run is to execute it. No run on this machine has been trained with it "
                 "yet. If you trust that code, add --allow-imports (in Python: allow_imports=True)."
             )
+
+
+def known_in(folder: pathlib.Path | None, config: Mapping[str, Any]) -> bool:
+    """Return whether this user has trained in a folder with all import paths of a config."""
+    return folder is None or _known().issuperset(
+        _in(folder, name) for name in import_paths(config).values()
+    )
+
+
+def _in(folder: pathlib.Path, name: str) -> str:
+    """Return the line that says that an import path was found from a folder."""
+    return f"{name} {str(folder)!r}"
 
 
 def _known() -> set[str]:

@@ -53,7 +53,7 @@ def adapt(
 ) -> None:
     """Adapt to a support set, predict a query set, write the predictions, and say their score."""
     run = load_run(workdir, best, allow_imports)
-    algorithm, example = run.algorithm, run.splits.inputs
+    algorithm, example = run.algorithm, run.sizes.inputs
     examples = read("support", support, example)
     queries = read("query", query, example, labelled=False)
     if examples.classes and queries.classes:
@@ -67,7 +67,7 @@ def adapt(
     with named(out), out.open("wb") as file:
         np.savez(file, **results)  # type: ignore[arg-type]
     size = ", ".join(f"{name} {list(array.shape)}" for name, array in results.items())
-    step, count = int(run.state.step), len(outputs)
+    step, count = run.step, len(outputs)
     print(
         f"{out}: {size}, of outer step {step} of {workdir} after {learner.steps} inner steps."
         + (f"\n{score} on the {count} labelled queries." if score else "")

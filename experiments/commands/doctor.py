@@ -25,14 +25,24 @@ import platform
 import shutil
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from metalearn import ES, PES, InverseVariance, MetaGradient
+from metalearn import (
+    ES,
+    PES,
+    SAMA,
+    Implicit,
+    InverseVariance,
+    MetaGradient,
+    Reverse,
+    Truncated,
+    Unroll,
+)
 from metalearn._utils.checks import first_line
 from metalearn._utils.device_memory import device_memory, show_bytes
 from metalearn.algorithms import MAML, sgd, squared_error
@@ -47,6 +57,7 @@ from metalearn.experiments.commands.summary import show
 from metalearn.models import Functions
 from metalearn.planning.step_cost import short_repr
 
+APPROXIMATE = (Implicit, SAMA, Truncated)  # tried on a loop that converges
 OPTIONAL = {"equinox": "models of Equinox", "optuna": "metalearn sweep"}
 EXACT = 1e-6  # largest relative difference of an exact engine, in float64
 ALIKE = 0.5  # smallest cosine of an estimate
@@ -225,19 +236,27 @@ def wandb_state(environment: Mapping[str, str]) -> str:
 def engines() -> Iterator[Finding]:
     """Yield how the meta-gradient of each engine compares, and how long it took."""
     with jax.enable_x64(True):
-        expected = None
+        try:
+            small, converging, expected = small_problem(), converging_problem(), None
+        except Exception as error:  # any failure is what this command is for
+            yield Finding("engines", f"{type(error).__name__}: {first_line(error)}", works=False)
+            return
         for name, build in sorted(ENGINES.items(), key=lambda item: item[0] != "reverse"):
             engine = _with_pairs(build())
+            problem = converging if isinstance(engine, APPROXIMATE) else small
             try:
-                gradient = meta_gradient(engine)
-            except Exception as error:  # any failure is what this command is for
+                gradient = meta_gradient(engine, problem)
+            except Exception as error:
                 yield Finding(name, f"{type(error).__name__}: {first_line(error)}", works=False)
                 continue
             if name == "reverse":
                 expected = gradient.grads
-                text, works = _against_differences(expected)
+                text, works = _against_differences(expected, problem)
             elif expected is None:
                 text, works = "there is no gradient of reverse to compare with", False
+            elif problem is converging:
+                exact = meta_gradient(Reverse(), converging).grads
+                text, works = compared(engine, gradient.grads, exact)
             else:
                 text, works = compared(engine, gradient.grads, expected)
             took = f"compiled in {gradient.compiling:.1f} s, {1e3 * gradient.running:.1f} ms"
@@ -255,9 +274,10 @@ def _with_pairs(engine: MetaGradient) -> MetaGradient:
 
 def compared(engine: MetaGradient, grads: jax.Array, expected: jax.Array) -> tuple[str, bool]:
     """Return (how a meta-gradient compares with that of reverse, whether that is good enough)."""
-    if isinstance(engine, ES | PES | InverseVariance):
+    if isinstance(engine, ES | PES | InverseVariance | Implicit | SAMA | Truncated):
         cosine = float(grads @ expected / (jnp.linalg.norm(grads) * jnp.linalg.norm(expected)))
-        return f"an estimate, cosine {cosine:.2f} with reverse", cosine > ALIKE
+        kind = "approximation" if isinstance(engine, APPROXIMATE) else "estimate"
+        return f"an {kind}, cosine {cosine:.2f} with reverse", cosine > ALIKE
     error = relative_error(grads, expected)
     return f"differs from reverse by {error:.0e}", error < EXACT
 
@@ -268,22 +288,26 @@ def relative_error(value: jax.Array, expected: jax.Array) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _against_differences(grads: jax.Array) -> tuple[str, bool]:
+def _against_differences(grads: jax.Array, problem: Problem) -> tuple[str, bool]:
     """Compare a gradient with central differences of the outer loss along a random direction."""
-    loss, eta, _ = _problem()
-    direction = jax.random.normal(jax.random.key(2), eta.shape)
+    direction = jax.random.normal(jax.random.key(2), problem.eta.shape)
     step = 1e-5
-    high, low = (loss(eta + sign * step * direction) for sign in (1, -1))
+    high, low = (problem.loss(problem.eta + sign * step * direction) for sign in (1, -1))
     slope = (high - low) / (2 * step)
     error = relative_error((grads @ direction)[None], slope[None])
     return f"differs from central differences by {error:.0e}", error < EXACT
 
 
-def _problem() -> tuple[Any, jax.Array, Any]:
-    """Return (eta [n] -> outer loss (), eta [n], engine -> eta [n] -> gradient [n]).
+class Problem(NamedTuple):
+    """A small problem to compare engines by."""
 
-    Two inner steps of MAML on ten points of a sine wave, with a tanh network of 25 parameters.
-    """
+    loss: Callable[[jax.Array], jax.Array]  # eta [n] -> outer loss (), compiled
+    eta: jax.Array  # [n]
+    gradient: Callable[[MetaGradient], Any]  # engine -> (eta [n] -> (loss, gradient [n])), jitted
+
+
+def small_problem() -> Problem:
+    """Return two inner steps of MAML on ten points of a sine wave, with 25 parameters."""
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
         first, bias, last = jax.random.normal(key, (3, 8))
@@ -297,7 +321,25 @@ def _problem() -> tuple[Any, jax.Array, Any]:
     episode = Sinusoid(shots=10, queries=10).sample(jax.random.key(1))
     episode = jax.tree.map(lambda x: x.astype(jnp.float64), episode)
     eta, unravel = jax.flatten_util.ravel_pytree(algorithm.init(key))
-    batches, unroll = algorithm.batches(episode, key), algorithm.unroll(episode, key)
+    return _compiled(algorithm.unroll(episode, key), algorithm.batches(episode, key), eta, unravel)
+
+
+def converging_problem() -> Problem:
+    """Return gradient descent that converges, to theta + theta^3 = eta."""
+
+    def step(eta: jax.Array, theta: jax.Array, batch: jax.Array, grad: Any) -> jax.Array:
+        del batch
+        return theta - 0.4 * grad(lambda x: jnp.sum(x**2 / 2 + x**4 / 4 - x * eta))(theta)
+
+    def loss(eta: jax.Array, theta: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return jnp.sum((theta - 1) ** 2), {}
+
+    unroll = Unroll(jnp.zeros_like, step, loss)
+    return _compiled(unroll, jnp.arange(50), jnp.linspace(0.1, 1.0, 5), lambda eta: eta)
+
+
+def _compiled(unroll: Unroll, batches: Any, eta: jax.Array, unravel: Any) -> Problem:
+    key = jax.random.key(0)
 
     @jax.jit
     def loss(flat: jax.Array) -> jax.Array:
@@ -312,16 +354,15 @@ def _problem() -> tuple[Any, jax.Array, Any]:
 
         return jax.jit(solve)
 
-    return loss, eta, gradient
+    return Problem(loss, eta, gradient)
 
 
-def meta_gradient(engine: MetaGradient) -> Gradient:
+def meta_gradient(engine: MetaGradient, problem: Problem) -> Gradient:
     """Compile and run the meta-gradient of an engine on a small problem."""
-    _, eta, gradient = _problem()
     start = time.perf_counter()
-    compiled = gradient(engine).lower(eta).compile()
+    compiled = problem.gradient(engine).lower(problem.eta).compile()
     compiling = time.perf_counter() - start
-    jax.block_until_ready(compiled(eta))
+    jax.block_until_ready(compiled(problem.eta))
     start = time.perf_counter()
-    loss, grads = jax.block_until_ready(compiled(eta))
+    loss, grads = jax.block_until_ready(compiled(problem.eta))
     return Gradient(grads, loss, compiling, time.perf_counter() - start)

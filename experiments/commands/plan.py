@@ -3,7 +3,7 @@
 The dataset is read on the host, for its shapes, and the outer step is compiled for shapes
 alone: nothing is put on the device. See `metalearn.planning.plan` for how the choice is made.
 A plan is printed as a table, or as JSON. `engine="auto"` takes the engine that the plan would
-choose, once for a run.
+choose, once for a run; with `--tolerance`, the fastest that `metalearn compare` finds within it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import jax
 
 from metalearn import Trainer
 from metalearn._utils import strict_json
-from metalearn._utils.device_memory import show_bytes
+from metalearn._utils.checks import above
+from metalearn._utils.device_memory import device_memory, show_bytes
 from metalearn._utils.readable import aligned
 from metalearn.cost import Cost
 from metalearn.experiments import build
 from metalearn.experiments.cli import import_paths
+from metalearn.experiments.commands import compare
 from metalearn.experiments.runs import newest_record
 from metalearn.planning.plan import Plan, plan, tasks_at_once
 from metalearn.planning.step_cost import Candidate, Row, StepCosts, changed_fields
@@ -240,13 +242,22 @@ def _segments(row: Row) -> Iterator[str]:
         f"{row.name}: {plan.segments} segments of {plan.segment} inner steps, {plan.programs} "
         f"programs, {plan.replays} of them replays. States kept: {', '.join(kept) or 'none'}."
     )
+    if plan.gradient_bytes:
+        most = plan.device_gradients + plan.host_gradients
+        yield (
+            f"Inner gradients kept: of {most} segments ({show_bytes(most * plan.gradient_bytes)}); "
+            f"computed again: of {plan.recomputed}."
+        )
 
 
 AUTO = "auto"
 
 
 def settled(
-    config: dict[str, Any], checkpoints: pathlib.Path, budget: int | None = None
+    config: dict[str, Any],
+    checkpoints: pathlib.Path,
+    budget: int | None = None,
+    tolerance: float | None = None,
 ) -> dict[str, Any]:
     """Return the config of a run, with the engine chosen where it is "auto".
 
@@ -257,7 +268,14 @@ def settled(
       config: of the run.
       checkpoints: the folder of its checkpoints.
       budget: in bytes; None: the memory of the device.
+      tolerance: of the relative error of a meta-gradient: the fastest engine within it is chosen,
+        by a comparison at the initial eta; None: the exact engine with the fewest FLOPs.
     """
+    if config["engine"] != AUTO and tolerance is not None:
+        raise ValueError(
+            f"--tolerance is the error within which engine='auto' chooses an engine, but the "
+            f"engine is {config['engine']!r}. Add --config.engine=auto, or leave --tolerance out."
+        )
     if config["engine"] != AUTO:
         if budget is not None:
             raise ValueError(
@@ -273,12 +291,23 @@ def settled(
         )
     stored = _recorded(checkpoints).get(AUTO)
     import_paths.check_run(checkpoints.parent, stored or {}, allowed=False)  # plans choose ours
-    chosen = stored or broadcast(_choice(config, budget))
+    chosen = stored or broadcast(_choice(config, budget, tolerance))
     say(f"engine: {chosen['why']}{' (chosen when the run began)' if stored else ''}.")
     return {**config, AUTO: chosen}
 
 
-def _choice(config: Mapping[str, Any], budget: int | None) -> dict[str, Any]:
+def _choice(
+    config: Mapping[str, Any], budget: int | None, tolerance: float | None
+) -> dict[str, Any]:
+    if tolerance is not None:
+        above("metalearn train", 0, tolerance=tolerance)
+        budget = device_memory() if budget is None else budget
+        row = compare.compared(config, progress=is_first()).cheapest(tolerance, budget)
+        return {
+            **compare.settings(row),
+            "chunk": config["chunk"],
+            "why": compare.reason(row, tolerance),
+        }
     trainer, tasks = abstract(config)
     planned = plan(trainer, tasks, budget=budget, progress=is_first())
     return {**settings(planned.choose()), "why": planned.reason()}

@@ -2,6 +2,7 @@
 
 workdir/checkpoints/   the whole train state, by Orbax, and what it was made of
 workdir/config.json    the config, every key of it
+workdir/data.json      what reading the run needs of the data; see metalearn.experiments.run_data
 workdir/versions.json  of Python and the libraries, when the run last went on
 workdir/metrics.jsonl  what was logged, one line each
 workdir/test.json      the score on test tasks: mean, 95% interval, tasks
@@ -28,7 +29,7 @@ from metalearn._utils.checks import first_line
 from metalearn._utils.intervals import Estimate
 from metalearn.checkpoints.record import versions
 from metalearn.eta_file import save_eta
-from metalearn.experiments import build
+from metalearn.experiments import build, run_data
 from metalearn.experiments.cli import import_paths
 from metalearn.experiments.commands import pictures, summary
 from metalearn.experiments.commands import plan as auto
@@ -51,6 +52,7 @@ def train(
     budget: int | None = None,
     command: str | None = None,
     test_tasks: bool = True,
+    tolerance: float | None = None,
 ) -> dict[str, Estimate]:
     """Train, or go on training, in `workdir`; evaluate on test tasks; write both down.
 
@@ -63,13 +65,15 @@ def train(
       command: the command line that begins and resumes the run, to be printed.
       test_tasks: evaluate on test tasks at the end. Trials of a sweep do not: they are compared on
         validation tasks, and the score of the best on test tasks is `metalearn eval`'s.
+      tolerance: the relative error within which `engine="auto"` chooses the fastest engine; None:
+        an exact one.
 
     Raises:
       Interrupted: where a signal asked to stop, once the run is saved.
     """
     plain = build.to_json(config)
     import_paths.remember(plain)
-    plain = auto.settled(plain, checkpoints_of(workdir), budget)
+    plain = auto.settled(plain, checkpoints_of(workdir), budget, tolerance)
     if plain["checkpoint_best"] and not plain["eval_every"]:
         raise ValueError(
             f"checkpoint_best={plain['checkpoint_best']!r} is judged by evaluations in training, "
@@ -108,7 +112,7 @@ def _train(
     else:
         summary.opening(plain, trainer, splits, workdir, command)
         loggers = _loggers(plain, workdir)
-        _write_config(workdir, plain)
+        _write_config(workdir, plain, splits)
     key = build.key_of(plain["seed"])
     try:
         state = trainer.init(key, splits.train)
@@ -149,9 +153,11 @@ def _train(
     return estimates
 
 
-def _write_config(workdir: pathlib.Path, plain: dict[str, Any]) -> None:
-    """Write the config and the versions where people look for them."""
+def _write_config(workdir: pathlib.Path, plain: dict[str, Any], splits: build.Splits) -> None:
+    """Write the config, the versions, and what reading the run needs of its data."""
     if is_first():
+        with disk.forgiven(f"{workdir / run_data.FILE}"):
+            run_data.write(workdir, plain["dataset"], splits.sizes)
         for name, values in {"config.json": plain, "versions.json": versions()}.items():
             with disk.forgiven(f"{workdir / name}"):
                 disk.write(workdir / name, strict_json.dumps(values, indent=2) + "\n")
@@ -168,8 +174,8 @@ def evaluate(
 ) -> dict[str, Estimate]:
     """Evaluate the newest checkpoint of a run, or the best, with the config it was trained by."""
     run = load_run(workdir, best, allow_imports)
-    estimates = test(run.trainer, run.state, run.splits, run.config["seed"], tasks)
-    say(f"{workdir}, outer step {int(run.state.step)}, on test tasks:")
+    estimates = test(run.trainer, run.restored, run.splits, run.config["seed"], tasks)
+    say(f"{workdir}, outer step {run.step}, on test tasks:")
     if is_first():
         ConsoleLogger().finish(estimates)
     return estimates
@@ -188,7 +194,7 @@ def export(
     (`Algorithm.export`); and any other eta as one for `metalearn.load_eta` (eta.safetensors).
     """
     run = load_run(workdir, best, allow_imports)
-    learner, step = run.algorithm, int(run.state.step)
+    learner, step = run.algorithm, run.step
     out = out or workdir / (learner.export_name or "eta.safetensors")
     with named(out):
         if learner.export_name is not None:

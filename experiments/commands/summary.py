@@ -112,7 +112,8 @@ def _model(config: Mapping[str, Any], splits: build.Splits) -> str:
     model = config.get("model") or {}
     if not model:
         return ""
-    size = _size(lambda key: build.model(model, splits).init(key)[0])
+    sized = build.sized_for(config["algorithm"], splits)
+    size = _size(lambda key: build.model(model, sized).init(key)[0])
     library = f" of {model['library']}" if model.get("library") else ""
     return f"{model['name']}{library}, {size:,} parameters"
 

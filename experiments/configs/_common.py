@@ -9,7 +9,8 @@ def maml() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     # Or "reverse", or "forward" for a small eta, or "auto": the choice of `metalearn plan`; or
-    # an estimate from losses: "es", "pes", "inverse_variance".
+    # an estimate from losses: "es", "pes", "inverse_variance"; or an approximation, "implicit",
+    # "truncated" or "sama", whose error `metalearn compare` measures.
     config.engine = "mixed_flow"
 
     # Options of the engine; see its docstring. An empty text is not set.
@@ -26,6 +27,17 @@ def maml() -> ml_collections.ConfigDict:
         "max_directions": placeholder(int),
         "pairs": placeholder(int),
         "sigma": placeholder(float),
+        "solver": placeholder(str),
+        "iterations": placeholder(int),
+        "tolerance": placeholder(float),
+        "damping": placeholder(float),
+        "relaxation": placeholder(float),
+        "rank": placeholder(int),
+        "variables": placeholder(str),
+        "stationary": placeholder(float),
+        "warm_start": placeholder(bool),
+        "last": placeholder(int),
+        "finite_difference": placeholder(float),
     }
 
     config.algorithm = ml_collections.ConfigDict()
@@ -83,6 +95,7 @@ def maml() -> ml_collections.ConfigDict:
     # The states between segments that the backward pass reads: at most so many, in so much memory,
     # such as "4GiB" (unset: a quarter of the host's, 0 of the others); docs/replay.md.
     config.replay = {"states": placeholder(int), "device": "", "host": "", "disk": "", "folder": ""}
+    config.replay.update({"gradients": ""})  # of inner gradients beside the states: 0 if unset
 
     config.health = True  # check one meta-gradient before a run; see metalearn.diagnostics.health
     config.check_every = 0  # and again every so many outer steps; 0: never, here and below

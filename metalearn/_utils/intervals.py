@@ -14,7 +14,7 @@ class Estimate(NamedTuple):
     Args:
       mean: over the tasks.
       ci95: half-width of the 95% interval, by Student's t (`half_width`); nan for a single task.
-      tasks: how many.
+      tasks: how many; where some are left out, the others.
     """
 
     mean: float
@@ -43,10 +43,11 @@ def half_width(values: Any) -> Any:
     n = len(values)
     if n < 2:
         return np.full(values.shape[1:], math.nan)[()]
-    return stdtrit(n - 1, 0.975) * values.std(0, ddof=1) / math.sqrt(n)
+    with np.errstate(invalid="ignore", over="ignore"):  # the spread of infinite values is nan
+        return stdtrit(n - 1, 0.975) * values.std(0, ddof=1) / math.sqrt(n)
 
 
 def interval(values: np.ndarray) -> Estimate:
-    """Return the mean of values [n] with its interval."""
-    mean = values.astype(np.float64).mean()
+    """Return the mean of values [n] with its interval; both NaN if n is 0."""
+    mean = values.astype(np.float64).mean() if len(values) else math.nan
     return Estimate(float(mean), float(half_width(values)), len(values))

@@ -15,12 +15,15 @@ save is skipped, with a message.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import at_least, first_line, is_integer
@@ -250,7 +253,9 @@ class Checkpoints:
         restored = self._newest(state, self._check_config)
         return (state, {}) if restored is None else (restored[0], restored[1]["loggers"])
 
-    def read(self, state: TrainState, best: bool = False) -> tuple[TrainState, Record]:
+    def read(
+        self, state: TrainState, best: bool = False, carried: bool = True
+    ) -> tuple[TrainState, Record]:
         """Return (state, its record) of the newest checkpoint, or the best, of any config.
 
         Another process may train meanwhile: if it deletes this checkpoint, the next one is read.
@@ -258,6 +263,8 @@ class Checkpoints:
         Args:
           state: a state of the same structure and shapes, or its shapes alone.
           best: read the checkpoint of `best_step`.
+          carried: read the inner states that truncated unrolls carry. False: `inner` of the state
+            that is returned is `()`, whatever was saved, and so it is in `state`.
 
         Raises:
           ValueError: if there is none.
@@ -269,16 +276,19 @@ class Checkpoints:
             try:
                 record = self.record(step)
                 assert record is not None
-                return self._state(record, state), record
+                return self._state(record, state, carried=carried), record
             except UnreadableError as error:
                 self._store.mark_damaged(step, error)
-        restored = self._newest(state)
+        restored = self._newest(state, carried=carried)
         if restored is None:
             raise ValueError(f"There is no checkpoint in {self.directory}.")
         return restored
 
     def _newest(
-        self, state: TrainState, check: Callable[[Record], None] = lambda record: None
+        self,
+        state: TrainState,
+        check: Callable[[Record], None] = lambda record: None,
+        carried: bool = True,
     ) -> tuple[TrainState, Record] | None:
         """Return (state, its record) of the newest readable checkpoint; None if there is none.
 
@@ -287,24 +297,25 @@ class Checkpoints:
         while (record := self.record()) is not None:
             check(record)
             try:
-                return self._state(record, state), record
+                return self._state(record, state, carried=carried), record
             except UnreadableError as error:
                 self._store.mark_damaged(record["step"], error)
             except OtherArraysError:
-                if not self._fits_before(record["step"], state):
+                if not self._fits_before(record["step"], state, carried):
                     raise
                 self._store.mark_damaged(record["step"], "its arrays differ from those before it")
         return None
 
-    def _fits_before(self, step: int, state: TrainState) -> bool:
+    def _fits_before(self, step: int, state: TrainState, carried: bool = True) -> bool:
         """Return whether a checkpoint before `step` has the arrays of `state`."""
         shapes = jax.tree.map(_wanted, state)
         for before in self._store.steps():
             if before < step and self._store.is_intact(before):
                 with contextlib.suppress(UnreadableError, OtherArraysError):
                     record = self._store.read_record(before)
-                    run_record.check_arrays(record, _fields(record, shapes), self.directory)
-                    self._check_nodes(record, shapes, self._store, before)
+                    fields = _fields(record, shapes, carried)
+                    run_record.check_arrays(record, fields, self.directory)
+                    self._check_nodes(record, fields, self._store, before)
                     return True
         return False
 
@@ -371,6 +382,7 @@ class Checkpoints:
         state: TrainState,
         store: Store | None = None,
         number: int | None = None,
+        carried: bool = True,
     ) -> TrainState:
         """Return the state of a record; fields that its schema lacks have defaults.
 
@@ -379,21 +391,32 @@ class Checkpoints:
           state: shapes to restore to.
           store: of the checkpoint; None: that of complete outer steps.
           number: of the checkpoint in its store; None: the outer step.
+          carried: read `inner` too.
         """
-        shapes = jax.tree.map(_wanted, state)
-        run_record.check_arrays(record, _fields(record, shapes), self.directory)
+        fields = _fields(record, jax.tree.map(_wanted, state), carried)
+        run_record.check_arrays(record, fields, self.directory)
         store = store or self._store
         number = record["step"] if number is None else number
         try:
-            return TrainState(**store.read_state(number, _fields(record, shapes)))
+            read = store.read_state if "inner" in fields else store.read_part
+            restored = TrainState(**read(number, fields))
         except UnreadableError:
-            self._check_nodes(record, shapes, store, number)
+            self._check_nodes(record, fields, store, number)
             raise
+        return dataclasses.replace(
+            restored,
+            **{
+                name: jax.tree.map(_uncommitted_as, part, getattr(restored, name))
+                for name, part in _fields(record, state, carried).items()
+            },
+        )
 
-    def _check_nodes(self, record: Record, shapes: TrainState, store: Store, number: int) -> None:
-        """Raise OtherArraysError if the stored tree is not that of a state."""
-        stored, wanted = store.read_nodes(number), store.nodes(_fields(record, shapes))
-        run_record.check_nodes(record, stored, wanted, self.directory)
+    def _check_nodes(
+        self, record: Record, fields: dict[str, Any], store: Store, number: int
+    ) -> None:
+        """Raise OtherArraysError if the stored tree is not that of the fields of a state."""
+        stored = run_record.of_fields(store.read_nodes(number), fields)
+        run_record.check_nodes(record, stored, store.nodes(fields), self.directory)
 
     def wait(self) -> None:
         """Wait until the last save is complete; print a message if the disk refused it."""
@@ -424,15 +447,36 @@ class Checkpoints:
         )
 
 
-def _fields(record: Record, state: TrainState) -> dict[str, Any]:
-    """Return the fields of a state in the schema of a record."""
-    return {name: state.__dict__[name] for name in run_record.FIELDS[record["schema"]]}
+def _fields(record: Record, state: TrainState, carried: bool = True) -> dict[str, Any]:
+    """Return the fields of a state in the schema of a record, with or without `inner`.
+
+    An `inner` without arrays, of full unrolls, is always among them.
+    """
+    names: tuple[str, ...] = run_record.FIELDS[record["schema"]]
+    if not carried and run_record.of_fields(record["arrays"], ("inner",)):
+        names = tuple(name for name in names if name != "inner")
+    return {name: state.__dict__[name] for name in names}
 
 
 def _wanted(leaf: Any) -> jax.ShapeDtypeStruct:
     """Return the shape of a leaf with its sharding now, not the sharding it was saved with."""
     where = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def _uncommitted_as(leaf: Any, restored: jax.Array) -> jax.Array:
+    """Return a restored array, uncommitted to its device if `leaf` is.
+
+    Orbax commits arrays to devices. `jax.jit` compiles a program once more for a committed
+    argument, and so would a resumed run, for each mixture with arrays that it computes anew.
+    """
+    committed = leaf.committed if isinstance(leaf, jax.Array) else leaf.sharding is not None
+    if committed or not isinstance(restored, jax.Array):
+        return restored
+    if jax.dtypes.issubdtype(restored.dtype, jax.dtypes.prng_key):
+        data = jnp.array(np.asarray(jax.random.key_data(restored)))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(restored))
+    return jnp.array(np.asarray(restored))
 
 
 def _best(text: str) -> tuple[str, str]:

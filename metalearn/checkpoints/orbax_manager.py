@@ -42,6 +42,14 @@ class Manager(ocp.CheckpointManager):
         items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
         return self.restore(step, args=items).state
 
+    def read_part(self, step: int, shapes: Any) -> Any:
+        """Return some fields of the state of a step, as a tree like `shapes`."""
+        where = ocp.checkpoint_utils.construct_restore_args(shapes)
+        part = ocp.args.PyTreeRestore(item=shapes, restore_args=where, partial_restore=True)
+        return ocp.PyTreeCheckpointHandler().restore(
+            self.directory / str(step) / "state", args=part
+        )
+
     def read_nodes(self, step: int) -> dict[str, str]:
         """Return what `nodes` says of the state of a step, without reading its arrays."""
         place = self.directory / str(step) / "state"

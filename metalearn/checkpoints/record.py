@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -149,8 +149,19 @@ def _of_run(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_arrays(saved: Record, state: Any, where: str | os.PathLike[str]) -> None:
-    """Raise OtherArraysError if a checkpoint has other arrays than `state`, fields by name."""
-    check_nodes(saved, saved["arrays"], arrays(state), where)
+    """Raise OtherArraysError if a checkpoint has other arrays than `state`, fields by name.
+
+    Fields that `state` lacks are not compared.
+    """
+    skipped = [name for name in FIELDS[saved["schema"]] if name not in state]
+    unread = of_fields(saved["arrays"], skipped)
+    old = {path: array for path, array in saved["arrays"].items() if path not in unread}
+    check_nodes(saved, old, arrays(state), where)
+
+
+def of_fields(nodes: Mapping[str, str], fields: Collection[str]) -> dict[str, str]:
+    """Return the arrays or nodes of some fields of a state, by path: "eta/params/kernel"."""
+    return {path: node for path, node in nodes.items() if path.partition("/")[0] in fields}
 
 
 def check_nodes(

@@ -171,6 +171,12 @@ class Store:
         self._listings = 0
         return state
 
+    def read_part(self, step: int, shapes: Any) -> Any:
+        """Return the arrays of some fields of a step, as a tree like `shapes`."""
+        state = _read(lambda: self._manager.read_part(step, shapes))
+        self._listings = 0
+        return state
+
     def read_nodes(self, step: int) -> dict[str, str]:
         """Return what `nodes` says of the state of a step, without reading its arrays."""
         return _read(lambda: self._manager.read_nodes(step))

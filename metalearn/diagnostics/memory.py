@@ -93,7 +93,7 @@ def _parts(algorithm: Algorithm, tasks: Tasks, steps: int | None) -> dict[str, i
         lambda eta, episode, key: algorithm.unroll(episode, key).init(eta), eta, episode, key
     )
     total = horizon(batches)
-    share = 1.0 if steps is None else min(steps, total) / total
+    share = 1.0 if steps is None else min(steps, total) / max(total, 1)
     # Data that episodes contain unchanged, and read by rows, are in memory once.
     shared = {_kind(leaf) for leaf in jax.tree.leaves(tasks) if is_array(leaf)}
     own = [leaf for leaf in jax.tree.leaves(episode) if _kind(leaf) not in shared]

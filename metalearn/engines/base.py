@@ -8,6 +8,9 @@
 | `ES`              | 2n states, flat in T        | 2n, for n pairs of particles        |
 | `PES`             | 2n states, carried on       | 2n, for n pairs of particles        |
 | `InverseVariance` | 2n times an exact engine's  | 2n times an exact engine's          |
+| `Implicit`        | a few states, flat in T     | 1, and a solver's Hessian products  |
+| `Truncated`       | k steps, flat in T          | 1, and a few for the last k steps   |
+| `SAMA`            | one gradient, flat in T     | 1, and three gradients              |
 
 The first three agree to rounding: each is the derivative of the loop as JAX differentiates it,
 inner gradients as they stand. Where a function in an inner loss has a derivative rule of its own
@@ -17,6 +20,10 @@ not the gradient of anything, and they agree all the same; `MixedFlow` then save
 declares a derivative though it is none, or one that is a derivative wherever it was probed and none
 where a run uses it: `metalearn.diagnostics.health` measures that on a task.
 
+`metalearn.engines.approximate` differentiates less than the loop: `Implicit` its fixed point,
+`Truncated` its last steps, `SAMA` one step at its end. Each is exact in a limit, and
+`metalearn.diagnostics.compare` measures how far from it a problem is.
+
 The others estimate: from losses alone, for loops whose derivative is of no use, or (`PES`) from
 truncated unrolls without their bias. An engine that cannot serve a problem refuses at trace time.
 """
@@ -25,7 +32,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -43,6 +50,10 @@ class Aux(NamedTuple):
     state: Any  # the inner state after T steps, so that a truncated run can carry on
     inner: Inner  # inner losses and finiteness, [T, n]
     engine: Any = ()  # the engine's own state, for its next call
+
+
+class ApproximationWarning(UserWarning):
+    """An approximate meta-gradient is not what it approximates; the message says by how much."""
 
 
 class MetaGradient(abc.ABC):
@@ -69,6 +80,17 @@ class MetaGradient(abc.ABC):
         """
         del key, unroll, eta
         return ()
+
+    def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Say why the meta-gradient may be wrong: {name of a metric: a paragraph}.
+
+        For engines that rest on an assumption and measure it. `Trainer.fit` prints each once.
+
+        Args:
+          metrics: of a call, or of an outer step, with its `loss`.
+        """
+        del metrics
+        return {}
 
     @abc.abstractmethod
     def value_and_grad(
@@ -109,11 +131,24 @@ class Streaming(Protocol):
 class Backward(Protocol):
     """An engine whose backward pass can be taken segment by segment; see `engines.segments`."""
 
-    def advance(self, unroll: Unroll, eta: Any, state: Any, batches: Any) -> tuple[Any, Inner]:
-        """Take the next steps: (inner state, what the loop saw)."""
+    def advance(
+        self, unroll: Unroll, eta: Any, state: Any, batches: Any
+    ) -> tuple[Any, Inner, list[jax.Array]]:
+        """Take the next steps: (inner state, what the loop saw, `InnerGradients` or [])."""
 
-    def pull_back(self, unroll: Unroll, eta: Any, state: Any, batches: Any, cotangents: Any) -> Any:
-        """Pull `Cotangents` of the state after these steps back to the state before them."""
+    def pull_back(
+        self,
+        unroll: Unroll,
+        eta: Any,
+        state: Any,
+        batches: Any,
+        gradients: list[jax.Array],
+        cotangents: Any,
+    ) -> Any:
+        """Pull `Cotangents` of the state after these steps back to the state before them.
+
+        `gradients`: what `advance` returned of these steps.
+        """
 
 
 def check_eta(eta: Any) -> None:

@@ -9,7 +9,7 @@ all.
 the backward pass. A step that is run again for its derivative needs the values of its inner
 gradients, and their derivative, but no second evaluation of the loss.
 
-`OneStep` is one inner step of an explicit reverse scan: forward, backward, and undone.
+`OneStep` is one inner step that is recorded: forward, played back, backward, and undone.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class OneStep:
 
     unroll: Unroll
     eta: Any
-    value_and_grad: ValueAndGrad  # takes `given`: see `tape.Playback`
+    value_and_grad: ValueAndGrad  # takes `result`: see `Playback`
 
     def forward(self, state: Any, batch: Any) -> tuple[Any, tuple[Inner, list[Any]]]:
         """Return (next state, (what the step saw, the tape of its inner gradients))."""
@@ -184,6 +184,19 @@ class OneStep:
         recorder = Recorder(tape.recording(self.value_and_grad))
         after = self.unroll.step(self.eta, state, batch, recorder.grad)
         return after, (recorder.inner(state, after), tape.results)
+
+    def played_back(
+        self, state: Any, batch: Any, tape: list[Any], eta: Any = None
+    ) -> tuple[Any, Inner]:
+        """Return (next state, what the step saw), its inner gradients read from a tape.
+
+        Differentiable in the state and in `eta`, which by default is that of the step.
+        """
+        playback = Playback(tape, self.value_and_grad)
+        recorder = Recorder(playback.stand_in)
+        after = self.unroll.step(self.eta if eta is None else eta, state, batch, recorder.grad)
+        playback.finish()
+        return after, recorder.inner(state, after)
 
     def undone(self, state: Any, batch: Any) -> tuple[Any, list[Any]]:
         """Return (the state that the step led from, the tape of its inner gradients)."""
@@ -208,11 +221,7 @@ class OneStep:
         floats, others, join = split(state)
 
         def step(eta: Any, floats: list[Any]) -> list[Any]:
-            playback = Playback(tape, self.value_and_grad)
-            grad = Recorder(playback.stand_in).grad
-            after = self.unroll.step(eta, join(floats, others), batch, grad)
-            playback.finish()
-            return split(after)[0]
+            return split(self.played_back(join(floats, others), batch, tape, eta)[0])[0]
 
         if not wanted:
             _, pull = jax.vjp(lambda eta: step(eta, floats), self.eta)

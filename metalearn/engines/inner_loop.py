@@ -127,9 +127,14 @@ def inner_loop(
     return scan(body, unroll.init(eta), batches, remat)
 
 
-def scan(body: Body, state: InnerState, batches: Batch, remat: Remat) -> tuple[InnerState, Inner]:
+def scan(
+    body: Body, state: InnerState, batches: Batch, remat: Remat = Remat()
+) -> tuple[InnerState, Inner]:
     """Scan `body` over the T slices of `batches`: (state after T steps, what was recorded)."""
-    if horizon(batches) == 1:
+    steps = horizon(batches)
+    if steps == 0:  # a step is traced, for the shapes of what it would record
+        return jax.lax.scan(body, state, batches)
+    if steps == 1:
         return _once(body, state, batches, remat)
     if not remat.peel:
         return _scan(body, state, batches, remat)

@@ -63,7 +63,7 @@ class Reverse(MetaGradient):
 
     def advance(
         self, unroll: Unroll, eta: Eta, state: InnerState, batches: Batch
-    ) -> tuple[InnerState, Inner]:
+    ) -> tuple[InnerState, Inner, segments.InnerGradients]:
         """Take the inner steps of a segment, without their derivative."""
         return segments.advance(unroll, eta, state, batches)
 
@@ -73,13 +73,12 @@ class Reverse(MetaGradient):
         eta: Eta,
         state: InnerState,
         batches: Batch,
+        gradients: segments.InnerGradients,
         cotangents: segments.Cotangents,
     ) -> segments.Cotangents:
         """Pull cotangents back through a segment; `remat` holds inside it, and `peel` does not."""
-        remat = dataclasses.replace(self._remat(), peel=False)
-        return segments.pull_back(
-            unroll, eta, state, batches, cotangents, jax.value_and_grad, remat
-        )
+        inputs = unroll, eta, state, batches, gradients, cotangents, jax.value_and_grad
+        return segments.pull_back(*inputs, dataclasses.replace(self._remat(), peel=False))
 
     def _remat(self) -> Remat:
         return Remat(self.remat, self.segment, self.budget, self.peel)

@@ -32,6 +32,7 @@ FILES = {
 }
 # Metrics that are shown where they have another value than this.
 SILENT = {"inner_finite": 1.0, "tasks_left_out": 0.0, "tasks_reset": 0.0, "step_skipped": 0.0}
+COUNTS = ("tasks_left_out", "tasks_not_finite")  # of an evaluation: tasks, without an interval
 INNER = ("inner_loss_first", "inner_loss_last")
 LAST = (*INNER, "meta_grad_norm", "time/tasks_per_second")
 
@@ -55,6 +56,10 @@ class ConsoleLogger(Logger):
 
     def finish(self, table: Mapping[str, Estimate] | None = None) -> None:
         for name, value in (table or {}).items():
+            if name in COUNTS:
+                if value.mean:
+                    disk.tell(_label("test") + f"  {name}  {value.mean:.0f} of {value.tasks} tasks")
+                continue
             disk.tell(_label("test") + f"  {name}  {value}  (95% interval, {value.tasks} tasks)")
 
 
@@ -96,8 +101,9 @@ def train_cells(metrics: Mapping[str, float]) -> Iterator[str]:
 def validation_cells(metrics: Mapping[str, float]) -> Iterator[str]:
     """Yield the metrics of an evaluation as texts, each with its 95% interval."""
     for name, value in metrics.items():
-        if name.endswith(INTERVAL):
+        count = name.removeprefix(EVALUATION) in COUNTS
+        if name.endswith(INTERVAL) or (count and not value):
             continue
         interval = metrics.get(name + INTERVAL)
-        more = "" if interval is None else f" +- {interval:.2g}"
+        more = "" if interval is None or count else f" +- {interval:.2g}"
         yield f"{name.removeprefix(EVALUATION)} {value:.4g}{more}"

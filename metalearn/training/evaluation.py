@@ -1,5 +1,9 @@
 """Evaluation on held-out tasks: adapt to each, and say how sure the mean is.
 
+One task whose inner loop diverges makes a mean NaN. It stays NaN, or a method that fails on hard
+tasks would look better than one that does not; such tasks are counted, and the first is named. With
+`isolate` they are left out and counted, as in training.
+
 Training runs on data of the host, whose rows may not all fit the device, are evaluated in segments
 of inner steps: the rows of a segment are read while the device computes the one before.
 """
@@ -18,12 +22,14 @@ from metalearn._utils.intervals import Estimate, interval
 from metalearn.algorithm import Algorithm
 from metalearn.engines.base import check_eta, outer_loss
 from metalearn.engines.inner_loop import inner_loop, rollout
+from metalearn.sharding.distributed import say
 from metalearn.sharding.layout import Layout
 from metalearn.tasks import ALL_STEPS, Reads, Tasks, draw_task, needs_fetch
 from metalearn.unroll import Eta, Metrics, horizon
 
 SEGMENT = 2**24  # bytes that the inner steps of a segment read; a few segments are in memory
-OURS = {"meta_grad_norm", "meta_update_norm", "tasks_reset", "tasks_left_out", "step_skipped"}
+LEFT_OUT, NOT_FINITE = "tasks_left_out", "tasks_not_finite"
+OURS = {"meta_grad_norm", "meta_update_norm", "tasks_reset", LEFT_OUT, NOT_FINITE, "step_skipped"}
 
 
 def task_metrics(
@@ -64,6 +70,8 @@ def segments_of(algorithm: Algorithm, tasks: Tasks, count: int) -> list[Reads]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(lambda key: draw_task(algorithm, tasks, key).batches(), key)
     steps = horizon(shapes)
+    if not steps:
+        return [ALL_STEPS]
     most = max(SEGMENT // (count * step_bytes), 1)  # inner steps of a segment
     length = -(-steps // -(-steps // most))
     starts = range(0, steps, length)
@@ -114,8 +122,17 @@ def estimate(
     key: jax.Array,
     tasks: int,
     chunk: int,
+    isolate: bool = False,
 ) -> dict[str, Estimate]:
-    """Run `metrics_of` over `tasks` keys: keys [chunk], tasks before them -> metrics [chunk]."""
+    """Run `metrics_of` over `tasks` keys, and return the mean of each metric with its interval.
+
+    Args:
+      metrics_of: keys [chunk], tasks before them -> metrics [chunk].
+      key: splits into those of the tasks.
+      tasks: how many.
+      chunk: tasks of one call.
+      isolate: leave tasks that are not finite out of the means.
+    """
     counts("evaluate", 1, tasks=tasks)
     at_most("evaluate", MOST_TASKS, tasks=tasks)
     keys = jax.random.split(key, tasks)
@@ -123,4 +140,44 @@ def estimate(
     keys = keys[jnp.arange(padded) % tasks]
     rows = [metrics_of(keys[i : i + chunk], i) for i in range(0, padded, chunk)]
     columns = {name: np.concatenate([np.asarray(row[name]) for row in rows]) for name in rows[0]}
-    return {name: interval(column[:tasks]) for name, column in columns.items()}
+    return summarised({name: column[:tasks] for name, column in columns.items()}, isolate)
+
+
+def summarised(columns: dict[str, np.ndarray], isolate: bool = False) -> dict[str, Estimate]:
+    """Return the mean of each metric with its interval; count and report non-finite tasks.
+
+    A task is not finite if one of its metrics is not. The number of these tasks is the metric
+    `tasks_left_out` with `isolate`, which leaves them out of all means (NaN if none is finite), and
+    `tasks_not_finite` without, if there are any.
+
+    Args:
+      columns: metrics by name, each [tasks].
+      isolate: leave tasks that are not finite out of the means.
+    """
+    columns = {name: np.asarray(column, np.float64) for name, column in columns.items()}
+    finite = np.stack([np.isfinite(column) for column in columns.values()]).all(0)
+    over_all = {name: interval(column) for name, column in columns.items()}
+    over_finite = {name: interval(column[finite]) for name, column in columns.items()}
+    tasks, wrong = len(finite), int((~finite).sum())
+    count = Estimate(wrong, 0.0, tasks)
+    if wrong:
+        first = int(np.argmin(finite))
+        name = next(name for name, column in columns.items() if not np.isfinite(column[first]))
+        say(
+            f"{wrong} of {tasks} tasks {'is' if wrong == 1 else 'are'} not finite in this "
+            f"evaluation (the first: task {first}, {name} {columns[name][first]}). "
+            + _consequence(over_finite, tasks - wrong, isolate)
+        )
+    if isolate:
+        return {**over_finite, LEFT_OUT: count}
+    return {**over_all, NOT_FINITE: count} if wrong else over_all
+
+
+def _consequence(over_finite: dict[str, Estimate], others: int, isolate: bool) -> str:
+    if isolate:
+        return f"The means are over the other {others}."
+    means = ", ".join(f"{name} {value}" for name, value in over_finite.items())
+    return (
+        f"The means are therefore not finite either; over the other {others}: {means}. "
+        "`Trainer(isolate=True)`, or config.isolate, leaves such tasks out, and counts them."
+    )

@@ -96,6 +96,7 @@ class Watch:
         self._skipped = 0  # outer steps in a row
         self._diverged = 0
         self._told = False
+        self._doubted: set[str] = set()
 
     def answer(self, step_is_broken: bool, pace: float) -> str:
         """Count an outer step; return "pass", "skip", "back_off" or "stop"."""
@@ -112,6 +113,12 @@ class Watch:
         smaller = pace * self.faults.shrink
         least = self.faults.shrink**self.faults.most
         return smaller if smaller > least * (1 - 1e-5) else None
+
+    def new(self, doubts: Mapping[str, str]) -> list[str]:
+        """Return those of an engine's doubts that have not been reported in this run."""
+        names = [name for name in doubts if name not in self._doubted]
+        self._doubted.update(names)
+        return [doubts[name] for name in names]
 
     def diverges(self, step: int, values: Mapping[str, float]) -> str | None:
         """Count an outer step; return a message where inner loops diverge, once a run."""

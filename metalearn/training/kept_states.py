@@ -1,4 +1,4 @@
-"""Where the states between the segments of an inner run are kept: device, host memory, disk.
+"""Where states and inner gradients of an inner run in segments are kept: device, host, disk.
 
 Kept states are a stack: the state that was kept last is read first. So the states at the bottom,
 which are read last, go to disk, those above to host memory, and those on top stay on the device, as
@@ -9,6 +9,10 @@ A state that is sharded over devices keeps its sharding. Each process copies the
 devices, one of those that are copies of each other, and puts them back on the same devices; on disk
 each process has a folder of its own. No process has the whole of a state that is sharded over
 several.
+
+Inner gradients of a segment are kept in what the states leave of the device's and the host's
+memory, and sharded like the states. They are never on disk, where reading them takes about as long
+as computing them again: a run that is resumed does so.
 
 A disk that refuses a state (it is full, or gone) does not end the run: that state stays in host
 memory, no further ones are kept, and the schedule goes on with those there are.
@@ -42,6 +46,19 @@ from metalearn.checkpoints.store import DiskError
 from metalearn.sharding.distributed import say
 
 Amount = int | str
+AMOUNTS = "device", "host", "disk", "gradients"  # fields of `Replay`
+
+
+class ReleasedError(ValueError):
+    """A train state inside an outer step was stepped from before."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This train state stands inside an outer step, and a step was taken from it before: "
+            "its arrays were donated to that program, or the inner states that it keeps were "
+            "released when they had been read. Step from the state that was returned, or begin "
+            "the outer step anew, from `dataclasses.replace(state, inner=())`."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +71,17 @@ class Replay:
     states of all tasks of an outer step in a process. Device memory is filled first, then host
     memory, then the disk.
 
+    `MixedFlow` also reads the inner gradients of a segment, K of them. Those that are not kept are
+    computed again, which takes one plain training in all, and K of them take more memory than a
+    state: so by default none is kept.
+
     Args:
       states: keep at most so many states at a time; None: as many as the memory holds.
       device: device memory for kept states.
       host: host memory for kept states; None: a quarter of the machine's.
       disk: disk space for kept states, 0 by default.
+      gradients: keep at most so many bytes of inner gradients, in what states leave of `device`
+        and `host`.
       folder: for the states on disk; None: the folder of the run's checkpoints, or a temporary one.
     """
 
@@ -66,20 +89,26 @@ class Replay:
     device: Amount = 0
     host: Amount | None = None
     disk: Amount = 0
+    gradients: Amount = 0
     folder: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "device", "host", "disk", "folder")
+        check_fields(self, *AMOUNTS, "folder")
         if not isinstance(self.folder, str | os.PathLike | None):
             raise TypeError(
                 f"`Replay(folder={self.folder!r})`: it is the path of a folder, or None."
             )
-        for name in ("device", "host", "disk"):
+        for name in AMOUNTS:
             self._bytes(name)
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether inner gradients may be kept."""
+        return self._bytes("gradients") > 0
 
     def _bytes(self, name: str) -> int:
         amount = getattr(self, name)
-        if amount is None:
+        if amount is None and name == "host":
             return host_memory() // 4
         if isinstance(amount, str):
             try:
@@ -93,21 +122,31 @@ class Replay:
             )
         return amount
 
-    def places(self, state_bytes: int, boundaries: int, on_devices: int | None = None) -> Places:
-        """Return how many states are kept where.
+    def places(
+        self,
+        state_bytes: int,
+        segments: int,
+        gradient_bytes: int = 0,
+        on_devices: tuple[int, int] | None = None,
+    ) -> Places:
+        """Return how many states, and inner gradients of how many segments, are kept where.
 
         Args:
           state_bytes: of one state, of all tasks.
-          boundaries: how many states the backward pass reads again, without theta_0.
-          on_devices: bytes of one state on the devices, where shards have copies; None:
-            `state_bytes`.
+          segments: of the run. The backward pass reads again the states before all but two of them:
+            theta_0 is computed, and the state before the last one is at hand.
+          gradient_bytes: of the inner gradients of one segment, of all tasks; 0: none are read.
+          on_devices: bytes of (a state, the inner gradients of a segment) on all devices, where
+            shards have copies; None: as in host memory.
 
         Raises:
           ValueError: if not one state can be kept.
         """
-        sizes = on_devices or state_bytes, state_bytes, state_bytes
-        names = "device", "host", "disk"
-        room = [self._bytes(n) // max(b, 1) for n, b in zip(names, sizes, strict=True)]
+        state_on_device, gradients_on_device = on_devices or (state_bytes, gradient_bytes)
+        boundaries = max(segments - 2, 0)
+        sizes = state_on_device, state_bytes, state_bytes
+        budgets = [self._bytes(name) for name in ("device", "host", "disk")]
+        room = [budget // max(size, 1) for budget, size in zip(budgets, sizes, strict=True)]
         if boundaries and not sum(room):
             allowed = {name: show_bytes(self._bytes(name)) for name in ("device", "host", "disk")}
             listed = ", ".join(f"{name}={amount}" for name, amount in allowed.items())
@@ -115,26 +154,44 @@ class Replay:
                 f"`Replay` keeps no state: one takes {show_bytes(state_bytes)}, and the budget is "
                 f"{listed}. Raise one of them to that at least."
             )
-        left = min(boundaries, math.inf if self.states is None else self.states)
-        counts = []
-        for each in room:
-            counts.append(int(min(each, left)))
-            left -= counts[-1]
-        return Places(*counts)
+        states = _filled(room, boundaries if self.states is None else min(boundaries, self.states))
+        most = min(self._bytes("gradients") // max(gradient_bytes, 1), max(segments - 1, 0))
+        left = [budgets[i] - states[i] * sizes[i] for i in range(2)]
+        of_gradients = gradients_on_device, gradient_bytes
+        room = [each // max(size, 1) for each, size in zip(left, of_gradients, strict=True)]
+        return Places(*states, *_filled(room, most if gradient_bytes else 0))
+
+
+def _filled(room: Sequence[int], count: int) -> list[int]:
+    """Return how many of `count` items go to each place, the first ones filled first."""
+    counts: list[int] = []
+    for most in room:
+        counts.append(min(most, count - sum(counts)))
+    return counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """How many states are kept on the device, in host memory and on disk."""
+    """How many states are kept on the device, in host memory and on disk.
+
+    `device_gradients` and `host_gradients`: of how many segments inner gradients are kept there.
+    """
 
     device: int
     host: int
     disk: int
+    device_gradients: int = 0
+    host_gradients: int = 0
 
     @property
     def all(self) -> int:
-        """Return the number of all of them."""
+        """Return the number of all states."""
         return self.device + self.host + self.disk
+
+    @property
+    def gradients(self) -> int:
+        """Return of how many segments inner gradients are kept."""
+        return self.device_gradients + self.host_gradients
 
     def of(self, depth: int) -> str:
         """Return where the state is kept that `depth` others are kept before."""
@@ -163,9 +220,13 @@ def bytes_on_devices(shapes: Any) -> int:
     return sum(leaf.shard_bytes * sum(map(len, leaf.devices)) for leaf in leaves)
 
 
-def places(replay: Replay, shapes: Any, boundaries: int) -> Places:
-    """Return how many states of these shapes are kept where: see `Replay.places`."""
-    return replay.places(state_bytes(shapes), boundaries, bytes_on_devices(shapes))
+def places(replay: Replay, shapes: Any, segments: int, gradients: Any = ()) -> Places:
+    """Return what is kept where, of states and inner gradients of these shapes.
+
+    See `Replay.places`; `shapes` have the shardings of their leaves.
+    """
+    sizes = state_bytes(shapes), segments, state_bytes(gradients)
+    return replay.places(*sizes, (bytes_on_devices(shapes), bytes_on_devices(gradients)))
 
 
 @dataclasses.dataclass(eq=False)
@@ -179,6 +240,7 @@ class KeptState:
       arrays: the state on the device, or the arrays of its shards on the host; None: on disk alone.
       file: on disk; None: it is not there.
       writing: the file that is being written.
+      on_host: whether `arrays` are those on the host.
     """
 
     boundary: int
@@ -187,10 +249,30 @@ class KeptState:
     arrays: Any = None
     file: StateFile | None = None
     writing: concurrent.futures.Future[StateFile] | None = None
+    on_host: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class KeptGradients:
+    """The inner gradients of a segment that are kept.
+
+    Args:
+      segment: its number.
+      place: "device" or "host".
+      leaves: what they consist of.
+      arrays: on the device, or the arrays of their shards on the host; None: they are dropped.
+      on_host: whether `arrays` are those on the host.
+    """
+
+    segment: int
+    place: str
+    leaves: list[_Leaf]
+    arrays: Any = None
+    on_host: bool = False
 
 
 class KeptStates:
-    """The kept states of the inner runs of one trainer.
+    """The kept states and inner gradients of the inner runs of one trainer.
 
     Attributes:
       places: how many states are kept where.
@@ -198,25 +280,34 @@ class KeptStates:
       disk_refused: whether the disk has refused a state; none is written to it any more.
     """
 
-    def __init__(self, replay: Replay, shapes: Any, boundaries: int, run: str, folder: Any = None):
+    def __init__(
+        self,
+        replay: Replay,
+        shapes: Any,
+        segments: int,
+        run: str,
+        folder: Any = None,
+        gradients: Any = (),
+    ):
         """Make an empty store.
 
         Args:
           replay: the budgets.
           shapes: of a state, with the shardings of its leaves.
-          boundaries: how many states the backward pass reads again, without theta_0.
+          segments: of the run.
           run: a text that tells the run from others.
           folder: for the states on disk; None: that of `replay`, or a temporary one.
+          gradients: like `shapes`, of the inner gradients of one segment; (): none are read.
         """
         leaves, self._treedef = jax.tree.flatten(shapes)
         self._leaves = [_Leaf.of(leaf) for leaf in leaves]
-        self.places = places(replay, shapes, boundaries)
+        self.places = places(replay, shapes, segments, gradients)
         self.most = self.places.all
         self.disk_refused = False
         self._run, self._where = run, replay.folder or folder
         self._opened: Folder | None = None
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="states")
-        self._copying: KeptState | None = None  # to the host
+        self._copying: list[KeptState | KeptGradients] = []  # to the host
         self._writing: list[KeptState] = []  # to disk
         self._saved: deque[set[str]] = deque(maxlen=2)  # names that the last checkpoints refer to
         self._outdated: set[pathlib.Path] = set()  # not needed but by those checkpoints
@@ -233,21 +324,48 @@ class KeptStates:
           depth: how many states are kept before it.
           name: of its file.
         """
-        self.settle()
         self.limit(depth + 1)
         kept = KeptState(boundary, self.places.of(depth), name, copied(state))
+        self._begin_copy(kept)
+        return kept
+
+    def keep_gradients(
+        self, segment: int, gradients: Sequence[jax.Array], kept: Sequence[KeptGradients]
+    ) -> KeptGradients:
+        """Keep the inner gradients of a segment.
+
+        Args:
+          segment: its number.
+          gradients: on the device; their buffers may not be donated.
+          kept: those of other segments.
+        """
+        on_device = sum(each.place == "device" for each in kept)
+        place = "device" if on_device < self.places.device_gradients else "host"
+        leaves = [_Leaf.of(each) for each in gradients]
+        new = KeptGradients(segment, place, leaves, list(gradients))
+        self._begin_copy(new)
+        return new
+
+    def read_gradients(self, kept: KeptGradients) -> tuple[jax.Array, ...]:
+        """Return kept inner gradients on the device, and keep them no longer; () if none are."""
+        self.settle()
+        arrays, kept.arrays = kept.arrays or (), None
+        return tuple(_on_device(kept.leaves, arrays) if arrays and kept.on_host else arrays)
+
+    def _begin_copy(self, kept: KeptState | KeptGradients) -> None:
+        """Begin to copy arrays to the host, unless they stay on the device."""
         if kept.place != "device":
             for leaf in jax.tree.leaves(kept.arrays):
                 _data(leaf).copy_to_host_async()
-            self._copying = kept
-        return kept
+            self._copying.append(kept)
 
     def settle(self) -> None:
         """Let the copies that were begun go on from the device to the host, and to the disk."""
-        kept, self._copying = self._copying, None
-        if kept is not None:
-            kept.arrays = self._on_host(kept.arrays)
-            if kept.place == "disk":
+        copying, self._copying = self._copying, []
+        for kept in copying:
+            leaves = self._leaves if isinstance(kept, KeptState) else kept.leaves
+            kept.arrays, kept.on_host = _on_host(leaves, kept.arrays), True
+            if isinstance(kept, KeptState) and kept.place == "disk":
                 self._await_files(most=1)
                 path = self._folder().path / kept.name
                 kept.writing = self._writer.submit(state_files.write, path, kept.arrays)
@@ -295,23 +413,25 @@ class KeptStates:
 
         Raises:
           DamagedStateError: if its file is missing or is not what was written.
+          ReleasedError: if it is kept no longer.
         """
         self.settle()
         self._await_files()
-        if kept.place == "device":
-            return copied(kept.arrays)
         arrays = kept.arrays
+        if arrays is not None and not kept.on_host:
+            return copied(arrays)
         if arrays is None:
-            assert kept.file is not None
+            if kept.file is None:
+                raise ReleasedError
             arrays = state_files.read(kept.file, [s for leaf in self._leaves for s in leaf.shards])
-        return copied(self._on_device(arrays))
+        return copied(jax.tree.unflatten(self._treedef, _on_device(self._leaves, arrays)))
 
     def drop(self, kept: KeptState) -> None:
         """Keep a state no longer."""
         self._await_files()
         kept.arrays = None
-        if self._copying is kept:
-            self._copying = None
+        if kept in self._copying:
+            self._copying.remove(kept)
         if kept.file is not None:
             self._outdated.add(kept.file.path)
             kept.file = None
@@ -333,7 +453,9 @@ class KeptStates:
         self._await_files()
         for kept in states:
             if kept.file is None:
-                arrays = self._on_host(kept.arrays) if kept.place == "device" else kept.arrays
+                if kept.arrays is None:
+                    raise ReleasedError
+                arrays = kept.arrays if kept.on_host else _on_host(self._leaves, kept.arrays)
                 try:
                     kept.file = state_files.write(self._folder().path / kept.name, arrays)
                 except (OSError, UnwritableFolderError) as error:
@@ -400,16 +522,15 @@ class KeptStates:
             self._opened = Folder(path, self._run)
         return self._opened
 
-    def _on_host(self, state: Any) -> list[np.ndarray]:
-        pairs = zip(self._leaves, jax.tree.leaves(state), strict=True)
-        return [array for leaf, value in pairs for array in leaf.on_host(value)]
 
-    def _on_device(self, arrays: Sequence[np.ndarray]) -> Any:
-        rest = iter(arrays)
-        return jax.tree.unflatten(
-            self._treedef,
-            [leaf.on_device([next(rest) for _ in leaf.shards]) for leaf in self._leaves],
-        )
+def _on_host(leaves: Sequence[_Leaf], state: Any) -> list[np.ndarray]:
+    pairs = zip(leaves, jax.tree.leaves(state), strict=True)
+    return [array for leaf, value in pairs for array in leaf.on_host(value)]
+
+
+def _on_device(leaves: Sequence[_Leaf], arrays: Sequence[np.ndarray]) -> list[jax.Array]:
+    rest = iter(arrays)
+    return [leaf.on_device([next(rest) for _ in leaf.shards]) for leaf in leaves]
 
 
 @jax.jit
@@ -438,6 +559,8 @@ class _Leaf:
     @classmethod
     def of(cls, leaf: Any) -> _Leaf:
         where = getattr(leaf, "sharding", None)
+        if isinstance(leaf, jax.Array) and not _data(leaf).committed:
+            where = None
         data, impl = leaf, None
         if _is_key(leaf):
             impls: list[Any] = []

@@ -80,6 +80,7 @@ class OuterStep(NamedTuple):
       evaluate: state -> the metrics of held-out tasks.
       check: state -> the health check of the next outer step.
       diagnose: state -> a sentence: what is not finite in the outer step taken from it.
+      doubts: metrics of an outer step -> why the engine's meta-gradient may be wrong.
       fetch: reads the tasks of outer steps on the host; None: the tasks are on the device.
     """
 
@@ -89,6 +90,7 @@ class OuterStep(NamedTuple):
     evaluate: Callable[[TrainState], dict[str, Estimate]]
     check: Callable[[TrainState], Report]
     diagnose: Callable[[TrainState], str]
+    doubts: Callable[[Mapping[str, float]], dict[str, str]]
     fetch: Fetch | None
 
 
@@ -193,8 +195,9 @@ class OuterLoop:
     def _after_program(self, segments: SegmentRun, step: int, state: TrainState) -> None:
         """Save and stop, if due, after a program of an outer step."""
         fit, checkpoints = self.fit, self.checkpoints
-        programs = state.inner.programs
-        number = (step - 1) * segments.programs_in_all + programs
+        programs, planned = state.inner.programs, segments.programs_in_all
+        # More may run than are planned, if states are lost; the last one is `_after_step`'s.
+        number = (step - 1) * planned + min(programs, planned - 1)
         reason = fit.asked_to_stop(number) if fit.asked_to_stop else None
         every = 0 if checkpoints is None else checkpoints.within
         if checkpoints is not None and (reason or (every and programs % every == 0)):
@@ -291,7 +294,9 @@ class OuterLoop:
         self._watch_inner(step, values)
 
     def _watch_inner(self, step: int, values: Mapping[str, float]) -> None:
-        """Report inner loops that diverge, or stop the run."""
+        """Report inner loops that diverge, or stop the run; report doubts of the engine once."""
+        for text in self._watch.new(self.outer.doubts(values)):
+            say(f"At outer step {step}: {text}")
         message = self._watch.diverges(step, values)
         if message and self.fit.faults.diverged == "stop":
             raise DivergedError(message)

@@ -21,7 +21,7 @@ a run whose disk is full, or that is resumed with another budget, goes on with a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 
@@ -74,6 +74,21 @@ def restored(position: Position, states: int) -> Position:
     base = position.base
     kept = position.kept[:-1] if base and base == position.target else position.kept
     return _going_on(position._replace(live=base, kept=kept), states)
+
+
+def keeps_gradients(position: Position, most: int, kept: Collection[int]) -> bool:
+    """Return whether the inner gradients of the segment that the live state is before are kept.
+
+    Those of the last segments before the target are: they are read first.
+
+    Args:
+      position: before the live state is advanced.
+      most: of how many segments inner gradients can be kept at a time.
+      kept: of which segments they are.
+    """
+    live, target = position.live, position.target
+    assert live is not None
+    return target - live <= most and len(kept) < most and live not in kept
 
 
 def keeps(position: Position) -> bool:
@@ -137,6 +152,26 @@ def operations(segments: int, states: int) -> Iterator[tuple[str, int]]:
         position = advanced(position)
         if keeps(position):
             position = with_kept(position, states)
+
+
+def recomputed(segments: int, states: int, gradients: int) -> int:
+    """Return of how many segments inner gradients are computed again for the backward pass.
+
+    Args:
+      segments: n.
+      states: how many can be kept at a time.
+      gradients: of how many segments inner gradients can be kept at a time.
+    """
+    kept: set[int] = set()
+    target, again = segments - 1, 0
+    for kind, segment in operations(segments, states):
+        if kind == "pull_back":
+            again += target < segments - 1 and segment not in kept
+            kept.discard(segment)
+            target -= 1
+        elif keeps_gradients(Position(target, segment, 0), gradients, kept):
+            kept.add(segment)
+    return again
 
 
 def advances(segments: int, states: int) -> int:

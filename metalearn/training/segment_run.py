@@ -6,6 +6,10 @@
                from the nearest kept one, and cotangents are pulled back through the segment
     outcome    the meta-gradient, and the outer update
 
+An engine whose backward pass reads inner gradients (`metalearn.engines.segments`) gets those that
+were kept; those of other segments are computed by `advance`, once more. It is the same program that
+computes them either way, so that the meta-gradient is the same to the last bit.
+
 Which states are kept is decided by `metalearn.training.replay_schedule`, where they are kept by
 `metalearn.training.kept_states`, and what a program computes by
 `metalearn.training.segmented_unroll`. Two large programs are compiled, and a third if the last
@@ -36,6 +40,7 @@ from metalearn.training import replay_schedule as schedule
 from metalearn.training.kept_states import (
     KeptState,
     KeptStates,
+    ReleasedError,
     Replay,
     copied,
     device_bytes,
@@ -114,11 +119,13 @@ def compiled(unrolls: SegmentedUnroll, hooks: Hooks) -> Programs:
         key: Any,
         step: Any,
         stream: Any,
+        gradients: Any,
         cotangents: Any,
         first: Any,
         steps: int,
     ) -> tuple[PartialUnroll, jax.Array]:
-        run = unrolls.pull_back(eta, tasks, keys(key, step), stream, cotangents, first, steps)
+        after = stream, gradients, cotangents
+        run = unrolls.pull_back(eta, tasks, keys(key, step), *after, first, steps)
         return laid_out(eta, key, step, run), first + steps
 
     def last(
@@ -127,7 +134,8 @@ def compiled(unrolls: SegmentedUnroll, hooks: Hooks) -> Programs:
         shared = eta, tasks, keys(key, step)
         ended, loss = unrolls.advance(*shared, stream, inner, first, steps, None)
         judged = unrolls.judge(*shared, ended.stream)
-        pulled = unrolls.pull_back(*shared, stream, judged.cotangents, first, steps)
+        after = stream, ended.gradients, judged.cotangents
+        pulled = unrolls.pull_back(*shared, *after, first, steps)
         run = dataclasses.replace(judged, inner=ended.inner, cotangents=pulled.cotangents)
         return laid_out(eta, key, step, run), loss
 
@@ -140,14 +148,19 @@ def compiled(unrolls: SegmentedUnroll, hooks: Hooks) -> Programs:
         hooks.compiled(start, static_argnames="steps"),
         hooks.compiled(advance, static_argnames=static, donate_argnums=(4, 5)),
         hooks.compiled(judge),
-        hooks.compiled(pull_back, static_argnames="steps", donate_argnums=5),
+        hooks.compiled(pull_back, static_argnames="steps", donate_argnums=6),
         hooks.compiled(last, static_argnames="steps", donate_argnums=5),
         hooks.compiled(outcome),
     )
 
 
 def shapes(
-    programs: Programs, state: TrainState, shared: Any, cut: Cut, position: Position
+    programs: Programs,
+    state: TrainState,
+    shared: Any,
+    cut: Cut,
+    position: Position,
+    gradients: bool = False,
 ) -> TrainState:
     """Return the shapes of a train state at a position of an outer step.
 
@@ -157,6 +170,7 @@ def shapes(
       shared: the shapes of (eta, tasks, key, step).
       cut: the segments.
       position: of the outer step.
+      gradients: with the inner gradients of the first segment, which are in no train state.
     """
     begun = jax.eval_shape(lambda shared: programs.start(*shared, steps=cut.steps), shared)
     run = PartialUnroll(inner=begun.inner, position=position)
@@ -165,6 +179,11 @@ def shapes(
     if position.target < cut.segments - 1:
         judged = _judged(programs, shared, begun)
         run = dataclasses.replace(run, judged=judged.judged, cotangents=judged.cotangents)
+    if gradients:
+        advance = functools.partial(programs.advance, steps=cut.length(0), until=cut.until(0))
+        first = jax.ShapeDtypeStruct((), jnp.int32)
+        ahead, _ = jax.eval_shape(advance, *shared, begun.stream, begun.inner, first)
+        run = dataclasses.replace(run, gradients=ahead.gradients)
     return dataclasses.replace(state, inner=run)
 
 
@@ -209,7 +228,13 @@ class SegmentPlan(NamedTuple):
       host: in host memory.
       disk: on disk.
       replays: segments that are run again.
-      programs: calls of large programs.
+      programs: how many parts the outer step has between which it can be stopped: a segment is
+        advanced, or cotangents are pulled back through it.
+      gradient_bytes: of the inner gradients of a segment, of all tasks of the outer step in this
+        process; 0: the engine's backward pass reads none.
+      device_gradients: segments whose inner gradients are kept on the device at a time.
+      host_gradients: and in host memory.
+      recomputed: segments whose inner gradients are computed again.
     """
 
     segment: int
@@ -220,6 +245,10 @@ class SegmentPlan(NamedTuple):
     disk: int
     replays: int
     programs: int
+    gradient_bytes: int = 0
+    device_gradients: int = 0
+    host_gradients: int = 0
+    recomputed: int = 0
 
 
 class _Inputs:
@@ -260,7 +289,7 @@ class SegmentRun:
         cut: Cut,
         programs: Programs,
         replay: Replay,
-        shapes: Callable[[Position], TrainState],
+        shapes: Callable[..., TrainState],
         folder: pathlib.Path | None = None,
     ):
         """Make the driver.
@@ -270,7 +299,7 @@ class SegmentRun:
           cut: the segments.
           programs: compiled.
           replay: where states are kept.
-          shapes: position -> the shapes of a train state there.
+          shapes: position -> the shapes of a train state there; see `shapes`.
           folder: for states on disk; None: a temporary one, or that of `replay`.
         """
         self.cut, self._unrolls, self._programs = cut, unrolls, programs
@@ -293,12 +322,16 @@ class SegmentRun:
         """
         run, state = state.inner, dataclasses.replace(state, inner=())
         if not isinstance(run, PartialUnroll):
-            run = PartialUnroll(position=self._beginning(state))
+            run = PartialUnroll(position=self._beginning(state)._replace(live=None))
+        if any(map(_is_deleted, jax.tree.leaves(run))):
+            raise ReleasedError
+        if self._unrolls.goes_back:
+            self._states(state)  # a state inside an outer step may come from a closed run
         inputs = _Inputs(state, read)
         run = self._next(inputs, run)
         if not self._is_done(run):
             return dataclasses.replace(state, inner=run), None
-        done = dataclasses.replace(run, position=None, programs=0, kept=())
+        done = dataclasses.replace(run, position=None, programs=0, kept=(), kept_gradients=())
         tasks = inputs.latest if self._unrolls.goes_back else inputs.tasks(OUTER_LOSS)
         return self._programs.outcome(state, tasks, done)
 
@@ -326,7 +359,7 @@ class SegmentRun:
         return count > 1 and self.cut.steps == count * length
 
     def _next(self, inputs: _Inputs, run: PartialUnroll) -> PartialUnroll:
-        if not jax.tree.leaves(run.stream):
+        if run.position is not None and run.position.live is None:
             run = self._with_state(inputs, run)
         position = run.position
         assert position is not None and position.live is not None
@@ -341,10 +374,13 @@ class SegmentRun:
     def _advanced(
         self, state: TrainState, shared: Any, run: PartialUnroll, position: Position
     ) -> PartialUnroll:
-        """Advance the live state by a segment, and keep it where it is to be kept."""
+        """Advance the live state by a segment, and keep what is to be kept."""
         assert position.live is not None
         ahead, self.mark = self._advance(shared, run, position.live)
+        if self._opened is not None:
+            self._opened.settle()  # copies of the segment before, while the device is at this one
         run = dataclasses.replace(run, stream=ahead.stream, inner=ahead.inner)
+        run = self._with_gradients(run, position, ahead.gradients)
         position = schedule.advanced(position)
         if schedule.keeps(position):
             count = len(run.kept)
@@ -358,6 +394,19 @@ class SegmentRun:
             else:
                 position = schedule.without_kept(position, count)
         return dataclasses.replace(run, position=position)
+
+    def _with_gradients(
+        self, run: PartialUnroll, position: Position, gradients: Any
+    ) -> PartialUnroll:
+        """Keep the inner gradients of the segment that a position is before, if they are to be."""
+        if not jax.tree.leaves(gradients):
+            return run
+        assert self._opened is not None and position.live is not None
+        kept, most = run.kept_gradients, self._opened.places.gradients
+        if not schedule.keeps_gradients(position, most, [each.segment for each in kept]):
+            return run
+        new = self._opened.keep_gradients(position.live, gradients, kept)
+        return dataclasses.replace(run, kept_gradients=(*kept, new))
 
     def _advance(self, shared: Any, run: PartialUnroll, segment: int) -> Any:
         return self._programs.advance(
@@ -382,7 +431,7 @@ class SegmentRun:
         ahead, _ = self._advance(shared, dataclasses.replace(run, stream=copied(before)), segment)
         judged = self._programs.judge(*inputs.shared(OUTER_LOSS), ahead.stream)
         pulled, self.mark = self._programs.pull_back(
-            *shared, before, judged.cotangents, first, steps=steps
+            *shared, before, ahead.gradients, judged.cotangents, first, steps=steps
         )
         return dataclasses.replace(
             run, inner=ahead.inner, judged=judged.judged, cotangents=pulled.cotangents
@@ -391,11 +440,34 @@ class SegmentRun:
     def _pulled_back(self, shared: Any, run: PartialUnroll) -> PartialUnroll:
         assert run.position is not None
         segment = run.position.target
+        run = self._with_all_gradients(shared, run, segment)
         pulled, self.mark = self._programs.pull_back(
-            *(*shared, run.stream, run.cotangents, self._first(segment)),
+            *(*shared, run.stream, run.gradients, run.cotangents, self._first(segment)),
             steps=self.cut.length(segment),
         )
+        run = dataclasses.replace(run, gradients=())
         return dataclasses.replace(run, cotangents=pulled.cotangents)
+
+    def _with_all_gradients(self, shared: Any, run: PartialUnroll, segment: int) -> PartialUnroll:
+        """Read the inner gradients of the segment before which a run stands, or compute them."""
+        if not state_bytes(self._gradient_shapes):
+            return run
+        kept = [each for each in run.kept_gradients if each.segment == segment]
+        others = tuple(each for each in run.kept_gradients if each.segment != segment)
+        run = dataclasses.replace(run, kept_gradients=others)
+        if kept and self._opened is not None and (read := self._opened.read_gradients(*kept)):
+            return dataclasses.replace(run, gradients=read)
+        live = dataclasses.replace(run, stream=copied(run.stream))
+        ahead, _ = self._advance(shared, live, segment)
+        return dataclasses.replace(run, inner=ahead.inner, gradients=ahead.gradients)
+
+    @functools.cached_property
+    def _gradient_shapes(self) -> Any:
+        """The shapes of the inner gradients of a segment; none if `pull_back` reads none."""
+        if not self._unrolls.goes_back or self.cut.segments == 1:
+            return ()
+        start = Position(self.cut.segments - 1, 0, 0)
+        return self._shapes(start, gradients=True).inner.gradients
 
     def _first(self, segment: int) -> Any:
         return np.int32(segment * self.cut.segment)
@@ -430,7 +502,8 @@ class SegmentRun:
         """Read the nearest state before the target, or compute theta_0."""
         assert run.position is not None
         position, kept = run.position, run.kept
-        while kept and self._opened is not None:
+        while kept:
+            assert self._opened is not None
             try:
                 stream = self._opened.read(kept[-1])
                 break
@@ -444,7 +517,9 @@ class SegmentRun:
             begun = self._programs.start(*shared, steps=self.cut.steps)
             stream = begun.stream
             if not jax.tree.leaves(run.inner):  # of the first program
-                return dataclasses.replace(run, stream=stream, inner=begun.inner)
+                run = dataclasses.replace(run, inner=begun.inner)
+        if not self._unrolls.goes_back:
+            return dataclasses.replace(run, stream=stream, position=position._replace(live=0))
         position = schedule.restored(position, self._most(len(kept)))
         if len(position.kept) < len(kept):
             assert self._opened is not None
@@ -461,13 +536,12 @@ class SegmentRun:
         if self._opened is None:
             key = np.asarray(jax.random.key_data(state.key)).tobytes().hex()
             shapes = self._shapes(Position(self.cut.segments - 1, 0, 0)).inner.stream
-            boundaries = max(self.cut.segments - 2, 0)  # the state before the last segment is live
             run = f"run {key}"
             if self._replay.folder and self._folder:  # runs of the same seed may share it
                 place = os.path.abspath(self._folder)
                 run += f", saved in {hashlib.blake2b(place.encode()).hexdigest()[:32]}"
-            inputs = self._replay, shapes, boundaries, run
-            self._opened = KeptStates(*inputs, self._folder)
+            inputs = self._replay, shapes, self.cut.segments, run
+            self._opened = KeptStates(*inputs, self._folder, self._gradient_shapes)
         return self._opened
 
     # What it costs.
@@ -496,8 +570,9 @@ class SegmentRun:
             judged = _judged(self._programs, shared, begun)
             steps = {"steps": self.cut.length(last)}
             if last:
+                gradients = self._shapes(Position(last, 0, 0), gradients=True).inner.gradients
                 calls["pull_back"] = (
-                    *(*shared, begun.stream, judged.cotangents, first),
+                    *(*shared, begun.stream, gradients, judged.cotangents, first),
                     {"steps": self.cut.segment},
                 )
             if last and self.cut.length(last) == self.cut.segment:
@@ -513,37 +588,43 @@ class SegmentRun:
 
     @functools.cached_property
     def planned(self) -> SegmentPlan:
-        """The states that an outer step keeps, and the segments that it runs again."""
+        """What an outer step keeps, and which segments it runs again."""
         count = self.cut.segments
         shapes = self._shapes(Position(count - 1, 0, 0)).inner.stream
         each = state_bytes(shapes)
         if not self._unrolls.goes_back:
             return SegmentPlan(self.cut.segment, count, each, 0, 0, 0, 0, count)
-        where = places(self._replay, shapes, max(count - 2, 0))
+        gradients = self._gradient_shapes
+        where, of_gradients = places(self._replay, shapes, count, gradients), state_bytes(gradients)
         kept, again = where.all, schedule.replays(count, where.all)
         return SegmentPlan(
             *(self.cut.segment, count, each, where.device, where.host, where.disk),
             *(again, schedule.advances(count, kept) + count),
+            *(of_gradients, where.device_gradients, where.host_gradients),
+            schedule.recomputed(count, kept, where.gradients) if of_gradients else 0,
         )
 
     def cost(self, state: TrainState, tasks: Tasks, known: dict[str, Cost] | None = None) -> Cost:
         """Return the cost of an outer step: the FLOPs of all calls, the memory of the largest.
 
-        The states that are kept on the device count as arguments. See `costs`.
+        What is kept on the device counts as arguments. See `costs`.
         """
         costs, plan = self.costs(state, tasks, known), self.planned
         shapes = self._shapes(Position(plan.segments - 1, 0, 0)).inner.stream
         calls = dict.fromkeys(costs, 1)
         even = "judge" in costs  # the last segment is taken by the programs of the others
         if self._unrolls.goes_back:
-            calls[f"advance {plan.segment}"] = plan.programs - plan.segments + even
+            advanced = plan.programs - plan.segments + plan.recomputed
+            calls[f"advance {plan.segment}"] = advanced + even
             calls["pull_back"] = plan.segments - 1 + even
         else:
             calls[f"advance {plan.segment}"] = self.cut.steps // plan.segment
         largest = max(costs.values(), key=lambda each: each.peak)
+        kept = (plan.device + even) * device_bytes(shapes)
+        kept += plan.device_gradients * device_bytes(self._gradient_shapes)
         return largest._replace(
             flops=sum(calls[name] * each.flops for name, each in costs.items()),
-            arguments=largest.arguments + (plan.device + even) * device_bytes(shapes),
+            arguments=largest.arguments + kept,
         )
 
     # Where it stands, and checkpoints.
@@ -653,6 +734,11 @@ class SegmentRun:
         return dataclasses.replace(
             state, inner=dataclasses.replace(run, position=position, kept=tuple(kept))
         )
+
+
+def _is_deleted(leaf: Any) -> bool:
+    """Return whether a program has used the buffers of an array for its own results."""
+    return not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
 
 
 def _without_empty(tree: Any) -> Any:

@@ -5,15 +5,18 @@ saved and stopped between any two segments, and differentiates runs of any lengt
 that of the uncut loop, to rounding. Five small functions serve every engine,
 
     start      eta                               -> theta_0, with whatever the engine carries along
-    advance    eta, state, batches [K]           -> state                         once per segment
+    advance    eta, state, batches [K]           -> state, inner gradients [K]
     judge      eta, state                        -> outer loss, cotangents of the last state
-    pull_back  eta, state, batches [K], cotangents -> cotangents                  once per segment
+    pull_back  eta, state, batches [K], inner gradients [K], cotangents -> cotangents
     outcome    eta, cotangents                   -> meta-gradient
 
-each for all tasks of an outer step. `Forward` saves no residuals of earlier steps: after the last
-segment its meta-gradient is there, and nothing is pulled back. `Reverse` and `MixedFlow` need the
-state before each segment for the backward pass (`metalearn.engines.segments`);
-`metalearn.training.segment_run` drives these functions, and says which states are kept.
+each for all tasks of an outer step. There are inner gradients only where the engine's `pull_back`
+reads them (`metalearn.engines.segments`).
+
+`Forward` saves no residuals of earlier steps: after the last segment its meta-gradient is there,
+and nothing is pulled back. `Reverse` and `MixedFlow` need the state before each segment for the
+backward pass; `metalearn.training.segment_run` drives these functions, and says which states and
+inner gradients are kept.
 
 A segment is compiled for its length. With `Forward`, also for the number of tangents it pushes:
 those that are still zero are skipped (`metalearn.engines.forward.tangents`), at most six numbers.
@@ -51,18 +54,23 @@ class PartialUnroll:
       inner: inner losses and norms recorded so far, leaves [tasks, T, ...].
       cotangents: `engines.segments.Cotangents`; () before the outer loss is known.
       judged: (outer loss, metrics) of each task; () before they are known.
+      gradients: inner gradients of the segment that `advance` has run, leaves [tasks, K, ...]; ()
+        between programs.
       position: where the run stands; not an array.
       programs: how many programs the outer step has run; not an array.
       kept: the states that are kept, `kept_states.KeptState`; not arrays.
+      kept_gradients: `kept_states.KeptGradients`; not arrays, and in no checkpoint.
     """
 
     stream: Any = ()
     inner: Any = ()
     cotangents: Any = ()
     judged: Any = ()
+    gradients: Any = ()
     position: Position | None = dataclasses.field(default=None, metadata={"static": True})
     programs: int = dataclasses.field(default=0, metadata={"static": True})
     kept: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
+    kept_gradients: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
 class Cut(NamedTuple):
@@ -105,9 +113,12 @@ class SegmentedUnroll(FullUnroll):
     """Full unrolls, cut into segments.
 
     segment: inner steps of a segment, the last one may be shorter; "auto": about sqrt(T).
+    gradients: whether `advance` returns the inner gradients of a segment, of all tasks, where the
+      engine's `pull_back` reads them. Otherwise `pull_back` computes them, chunk by chunk of tasks.
     """
 
     segment: int | str
+    gradients: bool
 
     def cut(self, eta: Eta, tasks: Tasks, key: jax.Array) -> Cut:
         """Return how the unrolls of tasks are cut. The arguments may be shapes."""
@@ -116,6 +127,11 @@ class SegmentedUnroll(FullUnroll):
         def trace(eta: Eta, tasks: Tasks, key: jax.Array) -> None:
             task = self.draw(tasks, key)
             steps = horizon(jax.eval_shape(task.batches))
+            if not steps:
+                raise ValueError(
+                    f"`Trainer(segment={self.segment})` cuts inner loops into programs, but these "
+                    "take no inner steps (T = 0). Leave `segment`."
+                )
             segment = about_square_root(steps) if self.segment == "auto" else int(self.segment)
             if segment > steps:
                 raise ValueError(
@@ -176,13 +192,15 @@ class SegmentedUnroll(FullUnroll):
         def on_run(eta: Eta, tasks: Tasks, first: jax.Array, run: Any) -> tuple[Any, Any]:
             key, stream, inner = run
             task = self.draw(tasks, key)
-            stream, new = self._advance(eta, task, stream, first, steps, until)
+            stream, new, gradients = self._advance(eta, task, stream, first, steps, until)
 
             def written(old: jax.Array, new: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), first, 0)
 
             loss = new.losses[-1].mean() if new.losses.size else jnp.zeros(())
-            return loss, PartialUnroll(stream, jax.tree.map(written, inner, new))
+            inner = jax.tree.map(written, inner, new)
+            gradients = tuple(gradients) if self.gradients else ()
+            return loss, PartialUnroll(stream, inner, gradients=gradients)
 
         shared = eta, tasks, first
         loss, each = self.batch.mean_and_each(on_run, shared, (keys, stream, inner))
@@ -203,6 +221,7 @@ class SegmentedUnroll(FullUnroll):
         tasks: Tasks,
         keys: jax.Array,
         stream: Any,
+        gradients: Any,
         cotangents: Any,
         first: jax.Array,
         steps: int,
@@ -210,15 +229,15 @@ class SegmentedUnroll(FullUnroll):
         """Pull the cotangents after a segment back to the states before it."""
 
         def on_run(eta: Eta, tasks: Tasks, first: jax.Array, run: Any) -> tuple[Any, Any]:
-            key, state, cotangents = run
+            key, state, gradients, cotangents = run
             task = self.draw(tasks, key)
             batches = task.batches_at(first + jnp.arange(steps, dtype=first.dtype))
             engine = self._backward
-            pulled = engine.pull_back(task.unroll, eta, state, batches, cotangents)
+            pulled = engine.pull_back(task.unroll, eta, state, batches, gradients, cotangents)
             return (), PartialUnroll(cotangents=pulled)
 
-        shared = eta, tasks, first
-        return strong(self.batch.mean_and_each(on_run, shared, (keys, stream, cotangents))[1])
+        shared, runs = (eta, tasks, first), (keys, stream, gradients, cotangents)
+        return strong(self.batch.mean_and_each(on_run, shared, runs)[1])
 
     def outcome(self, eta: Eta, tasks: Tasks, keys: jax.Array, run: PartialUnroll) -> Any:
         """Return (meta-gradient, metrics) of an outer step."""
@@ -261,10 +280,10 @@ class SegmentedUnroll(FullUnroll):
         first: jax.Array,
         steps: int,
         until: int | None,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, Any, Any]:
         batches = task.batches_at(first + jnp.arange(steps, dtype=first.dtype))
         if isinstance(self.engine, Streaming):
-            return self.engine.advance(task.unroll, eta, stream, batches, until)
+            return *self.engine.advance(task.unroll, eta, stream, batches, until), []
         return self._backward.advance(task.unroll, eta, stream, batches)
 
     @property
@@ -274,7 +293,10 @@ class SegmentedUnroll(FullUnroll):
 
 
 def spread(shardings: Any, engine: Any, inner: Any) -> Any:
-    """Return the shardings of a train state, with tangents sharded as the engine says.
+    """Return the shardings of a train state whose outer step is cut into segments.
+
+    Tangents are sharded as the engine says, and inner gradients as the leaves of the inner state
+    that have their shape.
 
     Args:
       shardings: of a train state.
@@ -282,8 +304,11 @@ def spread(shardings: Any, engine: Any, inner: Any) -> Any:
       inner: `TrainState.inner`, or its shapes.
     """
     run = shardings.inner
-    if not (isinstance(run, PartialUnroll) and isinstance(engine, Streaming) and run.stream):
+    if not isinstance(run, PartialUnroll) or not jax.tree.leaves(run.stream):
         return shardings
+    if not isinstance(engine, Streaming):
+        run = dataclasses.replace(run, gradients=_like_state(run, inner))
+        return dataclasses.replace(shardings, inner=run)
     sharding = getattr(engine, "sharding", None)
     own = sharding.spec if isinstance(sharding, NamedSharding) else ()
     leading = P(TASKS, *(tuple(own) or (None,)))  # of tasks and tangents
@@ -301,3 +326,18 @@ def spread(shardings: Any, engine: Any, inner: Any) -> Any:
     ]
     stream = stream._replace(tangents=tangents, directions=along(stream.directions))
     return dataclasses.replace(shardings, inner=dataclasses.replace(run, stream=stream))
+
+
+def _like_state(shardings: PartialUnroll, inner: PartialUnroll) -> Any:
+    """Return the shardings of inner gradients: those of the leaves of the state of their shape."""
+    specs: dict[tuple[int, ...], set[tuple[Any, ...]]] = {}
+    leaves = zip(jax.tree.leaves(shardings.stream), jax.tree.leaves(inner.stream), strict=True)
+    for where, leaf in leaves:
+        specs.setdefault(leaf.shape[1:], set()).add(tuple(where.spec)[1:])
+
+    def of_gradient(where: NamedSharding, leaf: Any) -> NamedSharding:  # [tasks, K, ...]
+        same = specs.get(leaf.shape[2:], set())
+        spec = next(iter(same)) if len(same) == 1 else ()
+        return NamedSharding(where.mesh, P(TASKS, None, *spec))
+
+    return jax.tree.map(of_gradient, shardings.gradients, inner.gradients)

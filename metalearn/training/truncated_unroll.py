@@ -72,6 +72,11 @@ class Truncation:
 
     def check(self, horizon: int) -> None:
         """Raise ValueError where `horizon` inner steps cannot be truncated like this."""
+        if not horizon:
+            raise ValueError(
+                f"`Trainer(truncation=Truncation({self.steps}))` cuts inner loops into "
+                "truncations, but these take no inner steps (T = 0). Leave `truncation`."
+            )
         if self.steps > horizon:
             raise ValueError(
                 f"A truncation of {self.steps} inner steps is longer than the horizon, which is "
@@ -160,8 +165,9 @@ class TruncatedUnroll(FullUnroll):
     ) -> tuple[Eta, Metrics, CarriedUnroll]:
         if not isinstance(carried, CarriedUnroll):
             raise ValueError(
-                "This state has no inner runs to go on with: it is not of truncated training. "
-                "Begin with `Trainer.init(key, tasks)` of this trainer."
+                "This state has no inner runs to go on with: it is not of truncated training, or "
+                "was read without its tasks. Begin with `Trainer.init(key, tasks)` of this "
+                "trainer, or read it by `Trainer.restore(directory, tasks)`."
             )
         shares = self.truncation.shares(self.batch.size, first)
         inputs = carried, keys, shares

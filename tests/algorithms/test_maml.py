@@ -204,3 +204,75 @@ def test_cross_entropy_is_the_mean_surprise_and_counts_hits():
     loss, metrics = cross_entropy(logits, labels)
     np.testing.assert_allclose(loss, -np.log([0.7, 0.6, 0.1]).mean(), rtol=1e-12)
     np.testing.assert_allclose(metrics["accuracy"], 2 / 3)
+
+
+def test_imaml_adds_the_distance_to_the_initialisation_to_the_inner_loss():
+    strength = 3.0
+
+    def by_hand(params):
+        support, query = episode()
+
+        def proximal(adapted):
+            moved = jax.tree.map(jnp.subtract, adapted, params)
+            return error(adapted, support) + strength / 2 * optax.tree.norm(moved, squared=True)
+
+        adapted = params
+        for _ in range(2):
+            grads = jax.grad(proximal)(adapted)
+            adapted = jax.tree.map(lambda p, g: p - 0.1 * g, adapted, grads)
+        return error(adapted, query)
+
+    algorithm = maml(proximal=strength)
+    eta = algorithm.init(KEY)
+    loss, grads = jax.jit(jax.value_and_grad(by_hand))(eta.params)
+    (ours, _), our_grads = meta_gradient(algorithm, eta)
+    assert_close(ours, loss)
+    assert_close(our_grads.params, grads)
+
+
+def test_imaml_of_anil_keeps_the_head_close_to_its_initialisation():
+    far, near = (maml(adapted="head", proximal=p, inner_steps=20) for p in (1e-6, 5.0))
+    eta = far.init(KEY)
+    moved = [
+        float(jnp.linalg.norm(meta_gradient(a, eta)[0][1].state.params[0] - eta.params["head"]))
+        for a in (far, near)
+    ]
+    assert 0 < moved[1] < 0.5 * moved[0]
+
+
+def test_mini_batches_read_each_support_example_once_an_epoch():
+    algorithm = maml(inner_steps=3, batch=2)
+    keys, rows = algorithm.batches(episode(), KEY)
+    assert keys.shape == (3,) and rows.shape == (3, 2)
+    assert sorted(rows.ravel().tolist()) == [0, 0, 1, 1, 2, 2]  # three examples, two epochs
+
+    def by_hand(params):
+        (inputs, targets), query = episode()
+        adapted = params
+        for batch in rows:
+            grads = jax.grad(error)(adapted, (inputs[batch], targets[batch]))
+            adapted = jax.tree.map(lambda p, g: p - 0.1 * g, adapted, grads)
+        return error(adapted, query)
+
+    eta = algorithm.init(KEY)
+    loss, grads = jax.jit(jax.value_and_grad(by_hand))(eta.params)
+    (ours, _), our_grads = meta_gradient(algorithm, eta)
+    assert_close(ours, loss)
+    assert_close(our_grads.params, grads)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"proximal": 0.0}, "`MAML(proximal=0.0)`: it is a number above 0."),
+        ({"batch": 0}, "`MAML(batch=0)`: it is an integer, 1 or more."),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        maml(**options)
+
+
+def test_a_batch_larger_than_the_support_set_is_refused():
+    with pytest.raises(ValueError, match="^batch=4, but there are 3 training examples.$"):
+        maml(batch=4).batches(episode(), KEY)

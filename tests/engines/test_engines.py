@@ -556,12 +556,12 @@ def test_an_eta_without_leaves_is_refused(engine):
         ({}, "no leaves at all"),
         ((np.zeros((3, 2)), np.zeros(2)), "['(2,)', '(3, 2)']"),
         ((np.zeros(3), np.zeros(())), "['()', '(3,)']"),
-        (np.zeros((0, 2)), "['(0, 2)']"),
+        ((np.zeros((0, 2)), np.zeros(2)), "['(0, 2)', '(2,)']"),
     ],
 )
 def test_batches_without_a_common_leading_axis_are_refused(engine, batches, found):
     message = (
-        "The leaves of `batches` must share a leading axis of T >= 1 inner steps, but their "
+        "The leaves of `batches` must share a leading axis of T inner steps, but their "
         f"shapes are {found}. An inner loop that reads no data takes `jnp.arange(T)`."
     )
     refused(engine, eta_and_batches()[0], batches, ValueError, message)

@@ -66,8 +66,9 @@ def test_every_engine_works_here():
 
 def test_datasets_of_configs_are_named_with_the_command_that_prepares_them(monkeypatch):
     assert of_configs()["omniglot"] == ["maml_omniglot"]
-    assert {"tiny_shakespeare", "fashion_mnist", "cifar10"} <= {*of_configs()}
+    assert {"tiny_shakespeare", "fashion_mnist"} <= {*of_configs()}
     assert "digits" not in of_configs()  # which are part of the installation
+    monkeypatch.setattr(doctor, "of_configs", lambda: {"cifar10": ["mine"]})
     found = {finding.name: finding for finding in doctor.datasets()}
     assert all(finding.works for finding in found.values())  # those that lack are no fault
     assert "read: 5,752 examples" in found["digits"].text

@@ -79,6 +79,39 @@ def test_the_file_of_the_page_trains_resumes_evaluates_and_exports(write, tmp_pa
     assert (eta["layers_0"]["kernel"] == restored.eta["layers_0"]["kernel"]).all()
 
 
+def test_a_run_of_ones_own_classes_is_read_from_another_folder(
+    write, tmp_path, monkeypatch, capsys
+):
+    write("mine", page())
+    assert call("train", "--config=mine.py", f"--workdir={tmp_path / 'run'}", *QUICK) == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    forget(monkeypatch, tmp_path)
+    assert call("export", f"--workdir={tmp_path / 'run'}") == 0
+    assert type(load_run(tmp_path / "run").splits.train).__name__ == "Lines"
+    described = json.loads((tmp_path / "run" / "data.json").read_text())
+    other = tmp_path / "other"  # where this user has trained nothing
+    other.mkdir()
+    (tmp_path / "mine.py").rename(other / "mine.py")
+    described["folder"] = str(other)
+    (tmp_path / "run" / "data.json").write_text(json.dumps(described))
+    forget(monkeypatch, tmp_path)
+    capsys.readouterr()
+    assert call("export", f"--workdir={tmp_path / 'run'}") == 2
+    assert "there is no module 'mine'" in capsys.readouterr().err
+    assert call("export", f"--workdir={tmp_path / 'run'}", "--allow-imports") == 0
+
+
+def forget(monkeypatch, folder):
+    """Import the modules of a folder anew, and do not look for them there."""
+    kept = [path for path in sys.path if not path.startswith(str(folder))]
+    monkeypatch.setattr(sys, "path", [path or "/nowhere" for path in kept])
+    for name, module in list(sys.modules.items()):
+        if str(folder) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
+
+
 def test_an_algorithm_of_the_page_takes_the_place_of_a_packaged_one(write, tmp_path):
     write("mine", page())
     words = ("--config.algorithm.name=mine:Adaptation", "--config.algorithm.rate=0.001")

@@ -168,7 +168,9 @@ def test_tangents_of_outer_steps_in_segments_wait_for_the_command(workdir, found
 @pytest.mark.slow
 def test_the_command_draws_tangents_of_outer_steps_in_segments(workdir, found, monkeypatch, capsys):
     cut = dataclasses.replace(found.trainer, engine=Forward(), segment=5)
-    monkeypatch.setattr(run, "load_run", lambda workdir, **options: found._replace(trainer=cut))
+    monkeypatch.setattr(
+        run, "load_run", lambda workdir, **options: dataclasses.replace(found, trainer=cut)
+    )
     run.draw(workdir)
     assert str(workdir / "pictures" / "tangents.png") in capsys.readouterr().out
 

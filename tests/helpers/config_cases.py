@@ -20,6 +20,7 @@ import jax
 import ml_collections
 
 import metalearn
+from metalearn import Replay
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.experiments import build
 from metalearn.experiments.build import algorithms
@@ -82,7 +83,6 @@ TABLES = {  # of `name`, by the part before it
     "wandb": ("a name",),
 }
 BASES: dict[str, dict[str, Any]] = {  # where SMALL is not enough, or the data is not there
-    "fds_cifar10": {"dataset.tfds": "digits", "model.depth": 10, "dataset.validation": 0.1},
     "fds_fashion_mnist": {"dataset.tfds": "digits", "model.name": "conv_net"},
 }
 # Of the configs that compile in seconds, one case in so many takes its step. The others are traced
@@ -218,6 +218,9 @@ def _run(case: Case, workdir: pathlib.Path, takes_a_step: bool | None) -> str:
         jax.block_until_ready(trainer.step(state, splits.train))
     else:
         state = jax.eval_shape(trainer.init, key, splits.train)
+        if segments := trainer.segments(splits.train):  # driven by the host, so not traced
+            assert segments.planned.segments >= 1
+            trainer = dataclasses.replace(trainer, segment=None, replay=Replay())
         jax.eval_shape(trainer.step, state, splits.train)
     evaluated = trainer.algorithm.evaluation()
     jax.eval_shape(

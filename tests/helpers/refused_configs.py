@@ -67,9 +67,9 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
         "The network 'ConvNet' has",
     ),
     (
-        "fds_cifar10",
+        "fds_fashion_mnist",
         {"model.name": "transformer"},
-        "The network 'transformer' has no option 'depth'",
+        "The network 'transformer' has no option 'convolution'",
     ),
     (
         "maml_digits",
@@ -206,7 +206,6 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
     ("maml_digits", {"mesh.rules": (("(a+)+$", None),)}, "it repeats a group, which can take"),
     ("maml_digits", {"test_tasks": 10**9}, "config.test_tasks is 1000000000, but integers go up"),
     ("maml_digits", {"engine": "es", "engine_options.pairs": 10**9}, r"`ES\(pairs=1000000000\)`"),
-    ("fds_cifar10", {"model.depth": 6 * 10**8 + 4}, r"`WideResNet\(depth=600000004\)`: it is 60"),
     ("fds_digits", {"dataset.held_out": 1.0}, "dataset.held_out=1.0 is the share of the train"),
     ("fds_digits", {"algorithm.eval_steps": 0}, r"`FDS\(eval_steps=0\)`: it is an integer"),
     ("maml_sinusoid", {"seed": -1}, "config.seed is -1, but it is 0 or more"),

@@ -1,4 +1,4 @@
-"""LeNet and the wide residual network: the same in three libraries, and twice differentiable."""
+"""LeNet and the residual networks: the same in three libraries, and twice differentiable."""
 
 import functools
 import re
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from metalearn._utils.trees import size
+from metalearn._utils.trees import paths, size
 from metalearn.models import (
     NNX,
     Haiku,
@@ -61,12 +61,24 @@ def generic(params):
 WRN_16_1 = 432 + 9_344 + 32_992 + 131_520 + 778
 # LeNet: 25*6 + 6, 25*6*16 + 16, 5*5*16*120 + 120, 120*84 + 84, 84*10 + 10.
 LENET = 156 + 2_416 + 48_120 + 10_164 + 850
+# ResNet-12: a block of a to b features has 9ab + 2 * 9bb + ab weights, four normalisations of 2b.
+#   3 to 64       10*3*64 + 18*64*64 + 8*64          =     76,160
+#   64 to 160     10*64*160 + 18*160*160 + 8*160     =    564,480
+#   160 to 320    10*160*320 + 18*320*320 + 8*320    =  2,357,760
+#   320 to 640    10*320*640 + 18*640*640 + 8*640    =  9,425,920
+#   head          640*10 + 10
+RESNET_12 = 76_160 + 564_480 + 2_357_760 + 9_425_920 + 6_410
+TINY = {"filters": (2, 3)}  # two blocks
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize(
     ("name", "image", "parameters"),
-    [("WideResNet", (32, 32, 3), WRN_16_1), ("LeNet", (28, 28, 1), LENET)],
+    [
+        ("WideResNet", (32, 32, 3), WRN_16_1),
+        ("LeNet", (28, 28, 1), LENET),
+        ("ResNet12", (32, 32, 3), RESNET_12),
+    ],
 )
 def test_a_network_has_the_parameters_counted_by_hand(library, name, image, parameters):
     model = network(library, name, image)
@@ -89,6 +101,8 @@ def test_those_counts_are_the_published_ones():
             ("WideResNet", SMALL, {"depth": 10, "width": 2}, True),
             ("WideResNet", SMALL, {"depth": 10}, False),
             ("LeNet", (13, 12, 2), {}, True),
+            ("ResNet12", (6, 5, 2), TINY, True),
+            ("ResNet12", (6, 5, 2), TINY, False),
         ],
         lambda name, image, options, train: name == "LeNet",
     ),
@@ -185,6 +199,11 @@ def test_a_depth_that_is_not_6n_plus_4_is_refused_with_the_nearest(depth, near):
         wide_blocks(depth, 1)
 
 
+def test_a_depth_that_no_memory_holds_is_refused():
+    with refused("`WideResNet(depth=600000004)`: it is 60"):
+        wide_blocks(6 * 10**8 + 4, 1)
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_library_refuses_a_wrong_depth(library):
     with pytest.raises(ValueError, match=r"^`WideResNet` got depth=12, .*depth=10 or 16\."):
@@ -208,3 +227,43 @@ def test_lenet_refuses_an_image_that_its_pools_would_use_up(library):
     )
     with refused(message):
         network(library, "LeNet", (8, 28, 1)).init(KEY)
+
+
+@pytest.mark.parametrize("library", quick(LIBRARIES, lambda library: library == "nnx"))
+@pytest.mark.parametrize(
+    ("name", "image", "embedding", "options"),
+    [
+        ("MLP", (4, 1, 1), (7, 5), {"hidden": (5,)}),
+        ("ConvNet", (8, 8, 1), (7, 6), {"filters": 6, "blocks": 3}),
+        ("ConvNet", (9, 8, 1), (7, 2 * 2 * 6), {"filters": 6, "blocks": 2, "pool": True}),
+        ("LeNet", (12, 12, 1), (7, 84), {}),
+        ("WideResNet", (4, 4, 1), (7, 64), {"depth": 10}),
+        ("ResNet12", (4, 4, 1), (7, 3), TINY),
+    ],
+)
+def test_without_outputs_a_network_ends_in_an_embedding(library, name, image, embedding, options):
+    if (library, name) == ("nnx", "MLP"):  # it is told how many numbers an input has
+        image, shape = 4, (4, 1, 1)
+        build = functools.partial(nnx_networks.MLP, image, None, **options)
+        model = NNX(lambda rngs: build(rngs=rngs), train_flag)
+    else:
+        model, shape = network(library, name, image, None, **options), image
+    params, state = jax.eval_shape(model.init, KEY)
+    x = jax.ShapeDtypeStruct((7, *shape), jnp.float32)
+    outputs, _ = jax.eval_shape(functools.partial(model.apply, train=True), params, state, x)
+    assert outputs.shape == embedding
+    assert not any("head" in path for path in paths(params))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    ("name", "options", "pools"),
+    [("ConvNet", {"blocks": 4, "pool": True}, 4), ("ResNet12", {"filters": (2, 2, 2, 2)}, 4)],
+)
+def test_a_network_too_deep_for_the_image_is_refused(library, name, options, pools):
+    message = (
+        f"`{name}` got images of 8 x 28, of which {pools} poolings leave nothing: it is too deep "
+        "for them. Take 3 blocks at most, or images of 16 x 16 at least."
+    )
+    with refused(message):
+        network(library, name, (8, 28, 1), **options).init(KEY)

@@ -226,6 +226,7 @@ def test_a_plan_of_segments_says_what_is_kept_and_what_is_run_again():
     assert cut.segments.replays == replays(12, 3)
     assert cut.segments.programs == advances(12, 3) + 12
     assert (cut.segments.device, cut.segments.host, cut.segments.disk) == (0, 3, 0)
+    assert cut.segments.recomputed == 11
     assert "differentiate" in StepCosts(trainer, Aims()).row(Candidate(ES()), 2).refusal
 
 

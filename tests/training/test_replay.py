@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import Faults, Forward, MixedFlow, Replay, Reverse, Trainer
+from metalearn import Faults, Forward, MixedFlow, Replay, Reverse, Trainer, Unroll
 from metalearn.checkpoints import state_files
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.loggers import Logger
@@ -119,11 +119,16 @@ def test_every_algorithm_is_cut_as_it_is(name, engine, segment, x64):
     assert_close(metrics, seen)
 
 
+GRADIENTS = 2 * SEGMENT * 3 * 8  # bytes of a segment: two tasks, two steps, three float64
 BUDGETS = {
     **{f"{count} states": Replay(states=count) for count in (1, 2, 3, 5, 100)},
     "device": Replay(device="1MB", host=0),
     "disk": Replay(host=0, disk="1MB"),
     "all three": Replay(device=150, host=150, disk="1MB"),
+    "all gradients": Replay(gradients="1MB"),
+    "gradients of 3": Replay(gradients=3 * GRADIENTS),
+    "gradients on both": Replay(device=5 * 74 + 2 * GRADIENTS, gradients=5 * GRADIENTS),
+    "a state, and gradients of 2": Replay(states=1, gradients=2 * GRADIENTS),
 }
 
 
@@ -137,6 +142,53 @@ def test_every_budget_and_store_gives_the_same_bits(name, x64):
     assert phases.count("replay") == replays(7, states)
     assert phases.count("backward") == 6 and phases.count("forward") == 7
     assert metrics["inner_finite"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "again"),
+    [("5 states", 6), ("all gradients", 0), ("gradients of 3", 3), ("gradients on both", 1)],
+)
+def test_segments_whose_gradients_are_not_kept_are_advanced_once_more(name, again, x64):
+    made, advanced = trainer(), []
+
+    def advance(*args, **options):
+        advanced.append(int(args[6]) // SEGMENT)
+        return made._programs.advance(*args, **options)
+
+    run = with_replay(made, BUDGETS[name])
+    run._programs = run._programs._replace(advance=advance)
+    taken(run, made.init(KEY))
+    assert run.planned.recomputed == again
+    assert len(advanced) == run.planned.programs - 7 + again
+    assert advanced[6:] == list(range(again))[::-1]  # those that are kept are the last ones
+
+
+def test_inner_gradients_spill_from_the_device_to_the_host(x64):
+    run, state = with_replay(trainer(), BUDGETS["gradients on both"]), trainer().init(KEY)
+    for _ in range(6):
+        state, _ = run.take(state, Aims())
+    kept = [(each.segment, each.place) for each in state.inner.kept_gradients]
+    assert kept == [(1, "device"), (2, "device"), (3, "host"), (4, "host"), (5, "host")]
+    state.inner.kept_gradients[3].arrays = None  # lost
+    while state.inner != ():
+        state, _ = run.take(state, Aims())
+    assert bits(state) == bits(trainer().step(trainer().init(KEY), Aims())[0])
+
+
+def test_inner_gradients_of_tasks_in_chunks_are_handed_out_only_to_be_kept(x64):
+    made = dataclasses.replace(trainer(), chunk=1)
+    assert made.segments(AIMS).planned.gradient_bytes == 0
+    kept = dataclasses.replace(made, replay=Replay(gradients="1MB"))
+    assert kept.segments(AIMS).planned.gradient_bytes == GRADIENTS
+    (found, _), (expected, _) = (each.step(each.init(KEY), Aims()) for each in (kept, made))
+    assert_close(found.eta, expected.eta)
+
+
+@pytest.mark.parametrize("engine", ["Reverse-step", "MixedFlow-host", "MixedFlow-segments"])
+def test_an_engine_that_does_not_save_all_inner_gradients_reads_none(engine):
+    made = trainer(ENGINES[engine], replay=Replay(gradients="1MB"))
+    plan = made.segments(AIMS).planned
+    assert plan.gradient_bytes == plan.recomputed == plan.host_gradients == 0
 
 
 def test_states_spill_from_the_device_to_the_host_and_the_disk():
@@ -276,6 +328,17 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.parametrize("at", [6, 10])
+def test_a_resumed_run_compiles_each_program_once(at, tmp_path):
+    made = two_states_on_disk()
+    with pytest.raises(Interrupted):
+        fit(made, 2, tmp_path, asked_to_stop=Asked(at))
+    resumed = dataclasses.replace(made)  # with programs of its own
+    fit(resumed, 2, tmp_path)
+    compiled = {name: each._cache_size() for name, each in resumed._programs._asdict().items()}
+    assert compiled.pop("judge") == 0 and set(compiled.values()) == {1}, compiled
+
+
 @pytest.mark.parametrize("at", PLACES)
 def test_a_run_stopped_in_any_direction_goes_on_with_the_same_bits(at, tmp_path):
     made = two_states()
@@ -327,6 +390,15 @@ def test_a_run_is_saved_every_so_many_programs_and_keeps_the_files_of_two_saves(
     assert [path.name for path in (tmp_path / "states").glob("*")] == ["lock"]
 
 
+def test_a_resumed_run_computes_inner_gradients_again_and_keeps_those_to_come(tmp_path):
+    made = dataclasses.replace(trainer(), replay=Replay(gradients="1MB"))
+    for at in (4, 9):
+        with pytest.raises(Interrupted):
+            fit(made, 1, tmp_path / str(at), asked_to_stop=Asked(at))
+        found = fit(made, 1, tmp_path / str(at))
+        assert bits(found) == bits(fit(trainer(), 1))
+
+
 def test_a_lost_state_is_computed_again(tmp_path, capfd):
     with pytest.raises(Interrupted):
         fit(two_states(), 1, tmp_path, asked_to_stop=Asked(6))
@@ -338,6 +410,18 @@ def test_a_lost_state_is_computed_again(tmp_path, capfd):
     said = capfd.readouterr().out
     assert "1 of the kept states are lost: their segments are run again." in said
     assert "A kept state is lost (0-4.state is too short): its segments are run again." in said
+
+
+def test_the_number_of_programs_does_not_fall_where_lost_states_are_computed_again(tmp_path):
+    made, asked = two_states(), []
+    with pytest.raises(Interrupted):
+        fit(made, 2, tmp_path, asked_to_stop=Asked(6))
+    for each in (tmp_path / "states").glob("*.state"):
+        each.unlink()
+    fit(made, 2, tmp_path, asked_to_stop=lambda number: asked.append(number))
+    planned = made.segments(Aims()).programs_in_all
+    assert asked[0] == 7 and asked == sorted(asked) and asked[-1] == 2 * planned
+    assert asked.count(planned - 1) > 1  # more programs ran than were planned
 
 
 def test_another_segment_does_not_go_on_inside_a_step(tmp_path):
@@ -447,7 +531,47 @@ def test_inner_losses_are_logged_along_a_long_run(monkeypatch):
     assert along[0]["run/inner_loss"] > along[-1]["run/inner_loss"] > 0
 
 
+def test_a_run_goes_on_with_another_store_than_its_states_were_kept_in(x64):
+    for replay in (Replay(states=2), Replay(states=2, host=0, disk="1MB", gradients="1MB")):
+        run, (state, metrics) = with_replay(trainer(), replay), (trainer().init(KEY), None)
+        while metrics is None:
+            state, metrics = run.take(state, Aims())
+            if metrics is None and state.inner.programs in (3, 8, 12):
+                run.close()  # states on disk are deleted: no checkpoint refers to them
+        assert bits(state) == bits(trainer().step(trainer().init(KEY), Aims())[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Still(Walk):
+    """An inner loop whose state has no leaves."""
+
+    def unroll(self, episode, key):
+        def loss(eta, state):
+            return jnp.sum((eta["start"] - episode.query) ** 2) * eta["rate"].sum(), {}
+
+        return Unroll(lambda eta: (), lambda eta, state, batch, grad: state, loss)
+
+
+@pytest.mark.parametrize("engine", [MIXED, Reverse(), Forward()])
+def test_a_state_without_leaves_is_cut_as_any_other(engine):
+    made = trainer_of(Still(5), engine)
+    whole = dataclasses.replace(made, segment=None)
+    (found, metrics), (expected, seen) = (each.step(each.init(KEY), AIMS) for each in (made, whole))
+    assert_close((found.eta, metrics), (expected.eta, seen), 1e-5)
+
+
 # Bad input.
+
+
+def test_a_state_inside_a_step_is_stepped_from_once():
+    run, state, fewer = with_replay(trainer(), Replay(states=2)), trainer().init(KEY), False
+    while not fewer:
+        before, (state, _) = state, run.take(state, Aims())
+        fewer = len(getattr(before.inner, "kept", ())) > len(state.inner.kept)
+    with pytest.raises(ValueError, match="a step was taken from it before: its arrays"):
+        run.take(before, Aims())
+    with pytest.raises(ValueError, match="or begin the outer step anew, from `dataclasses"):
+        run.saved(before)
 
 
 def test_a_budget_below_one_state_is_refused():
@@ -462,6 +586,7 @@ def test_a_budget_below_one_state_is_refused():
         ({"states": 0}, r"`Replay\(states=0\)`: it is an integer, 1 or more"),
         ({"host": -1}, r'`Replay\(host=-1\)`: it is an amount of memory, such as "4GiB"'),
         ({"disk": "a lot"}, "'a lot' is no amount of memory"),
+        ({"gradients": -1}, r"`Replay\(gradients=-1\)`: it is an amount of memory"),
         ({"device": 1.5}, r"`Replay\(device=1.5\)`: it is an amount of memory"),
     ],
 )
@@ -485,6 +610,12 @@ def test_a_run_resumed_inside_a_step_backs_off(tmp_path):
 def test_forward_mode_keeps_no_states():
     with pytest.raises(ValueError, match="for a backward pass, and `Forward` has none. Leave"):
         trainer(Forward(), replay=Replay(states=3))
+
+
+def test_a_step_in_segments_inside_a_program_is_refused():
+    made = trainer()
+    with pytest.raises(TypeError, match=r"can be no part of a program of yours \(`jit`, `vmap`"):
+        jax.eval_shape(made.step, made.init(KEY), AIMS)
 
 
 def test_a_replay_without_segments_is_refused():

@@ -67,6 +67,28 @@ def test_a_run_advances_as_many_segments_as_the_formula_says(states):
         assert most <= states
 
 
+@pytest.mark.parametrize("gradients", [0, 1, 2, 5, 11, 40])
+@pytest.mark.parametrize("states", [1, 2, 5, 10])
+def test_no_more_inner_gradients_are_kept_than_there_is_room_for(states, gradients):
+    position, kept, again = beginning(12, states), set(), 0
+    while position.target >= 0:
+        if position.live is None:
+            position = schedule.restored(position, states)
+        if position.live == position.target:
+            again += position.target not in kept | {11}
+            kept.discard(position.target)
+            position = schedule.pulled_back(position)
+            continue
+        if schedule.keeps_gradients(position, gradients, kept):
+            kept.add(position.live)
+        assert len(kept) <= gradients
+        position = schedule.advanced(position)
+        if schedule.keeps(position):
+            position = schedule.with_kept(position, states)
+    assert again == schedule.recomputed(12, states, gradients)
+    assert again == max(11 - gradients, 0) or states < 10
+
+
 def test_nothing_is_replayed_where_every_state_is_kept():
     assert [replays(n, n - 2) for n in (2, 3, 10, 1000)] == [0] * 4
     assert [replays(n, n - 3) for n in (3, 4, 10, 1000)] == [1] * 4

@@ -29,6 +29,7 @@ from metalearn.datasets import Quadratics
 from metalearn.engines.inner_loop import rollout
 from metalearn.training.faults import NonFiniteError
 from tests.cases import ALGORITHMS, ENGINES
+from tests.helpers.checkpoints import bits
 from tests.helpers.selection import quick
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -410,11 +411,34 @@ def test_a_run_resumed_in_mid_truncation_ends_where_it_would_have(tmp_path):
         checkpoints = Checkpoints(tmp_path / "run", every=2)
         resumed = made.fit(Bowls(), steps, key=KEY, progress=False, checkpoints=checkpoints)
         checkpoints.close()
+    assert bits(made.restore(tmp_path / "run", Bowls())) == bits(whole)
     ours, theirs = (jax.tree.leaves(state) for state in (resumed, whole))
     for a, b in zip(ours, theirs, strict=True):
         keys = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
         a, b = (jax.random.key_data(x) if keys else x for x in (a, b))
         np.testing.assert_array_equal(a, b)
+
+
+def test_what_truncated_unrolls_have_learned_is_read_without_their_tasks(tmp_path):
+    made = trainer(Truncation(3))
+    checkpoints = Checkpoints(tmp_path / "run", best="min eval/loss")
+    state = made.fit(
+        *(Bowls(), 2),
+        key=KEY,
+        progress=False,
+        checkpoints=checkpoints,
+        held_out=Bowls(),
+        eval_every=1,
+        eval_tasks=2,
+    )
+    checkpoints.close()
+    restored = made.restore(tmp_path / "run")
+    assert bits(restored) == bits(dataclasses.replace(state, inner=()))
+    with pytest.raises(ValueError, match="was read without its tasks. Begin with `Trainer.init"):
+        made.fit(Bowls(), 3, state=restored, progress=False)
+    other = dataclasses.replace(made, optimizer=optax.adam(1e-3))
+    with pytest.raises(ValueError, match="holds other arrays than"):
+        other.restore(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ propagation, arXiv:1902.01240), with one weight for all, as here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -82,6 +83,10 @@ class InverseVariance(MetaGradient):
     def plan(self, call: Any) -> Plan:
         """Return what the pathwise engine says."""
         return self.pathwise.plan(call)
+
+    def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Return what the pathwise engine says."""
+        return self.pathwise.doubts(metrics)
 
     def init(self, key: jax.Array, unroll: Unroll, eta: Eta) -> Any:
         """Return the estimator's state; ValueError if the pathwise engine has one too."""

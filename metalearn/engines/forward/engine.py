@@ -39,7 +39,7 @@ from metalearn._utils.trees import split
 from metalearn.engines.base import Aux, MetaGradient, check_eta, outer_loss
 from metalearn.engines.forward.tangents import first_reads, parts, push, round_up, tangent_norms
 from metalearn.engines.grad_recorder import Inner, joined
-from metalearn.engines.inner_loop import step_body
+from metalearn.engines.inner_loop import scan, step_body
 from metalearn.unroll import Batch, Eta, InnerState, Metrics, Unroll, horizon
 
 MOST_DIRECTIONS = 1_000_000
@@ -110,6 +110,9 @@ class Forward(MetaGradient):
         """Return ((loss (), aux), meta-gradient like eta)."""
         steps = horizon(batches)
         stream, recorded = self.start(unroll, eta, state), []
+        if not steps:
+            _, inner = scan(step_body(unroll, eta, jax.value_and_grad), stream.state, batches)
+            return self.finish(unroll, eta, stream, inner)
         for part in parts(self._begins(unroll, eta), steps):
             indices = jnp.arange(part.start, part.stop)  # so that batches are not copied
             stream, inner = self._scan(unroll, eta, stream, batches, indices, part.stop)

@@ -55,7 +55,7 @@ from metalearn.engines.mixed_flow.reverse_scan import (
     sweep,
     sweep_segment,
 )
-from metalearn.unroll import Unroll
+from metalearn.unroll import Unroll, horizon
 
 RECONSTRUCT = "inexact_reconstruct"
 STORES: dict[str, Saved | None] = {
@@ -131,26 +131,45 @@ class MixedFlow(MetaGradient):
         self, unroll: Unroll, eta: Any, batches: Any, state: Any = ()
     ) -> tuple[tuple[jax.Array, Aux], Any]:
         """Return ((loss (), aux), meta-gradient like eta)."""
-        if self._saved is not None:
+        if self._saved is not None and horizon(batches):
             return sweep(unroll, eta, batches, self._inner, self._saved, self.peel)
-        return backpropagate(unroll, eta, batches, self._inner, self._remat())
+        remat = Remat() if self._saved is not None else self._remat()  # without steps, nothing
+        return backpropagate(unroll, eta, batches, self._inner, remat)
 
-    def advance(self, unroll: Unroll, eta: Any, state: Any, batches: Any) -> tuple[Any, Inner]:
-        """Take the inner steps of a segment, without their derivative."""
+    def advance(
+        self, unroll: Unroll, eta: Any, state: Any, batches: Any
+    ) -> tuple[Any, Inner, segments.InnerGradients]:
+        """Take the inner steps of a segment, without their derivative.
+
+        Inner gradients are returned where `remat` saves those of all steps on the device.
+        """
         inner = jax.value_and_grad if self.micro_batches == 1 else self._inner
-        return segments.advance(unroll, eta, state, batches, inner)
+        return segments.advance(unroll, eta, state, batches, inner, self._saves_gradients)
 
     def pull_back(
-        self, unroll: Unroll, eta: Any, state: Any, batches: Any, cotangents: segments.Cotangents
+        self,
+        unroll: Unroll,
+        eta: Any,
+        state: Any,
+        batches: Any,
+        gradients: segments.InnerGradients,
+        cotangents: segments.Cotangents,
     ) -> segments.Cotangents:
         """Pull cotangents back through a segment.
 
         `remat`, `store` and `micro_batches` hold inside it, and `peel` does not.
         """
-        inputs = unroll, eta, state, batches, cotangents, self._inner
+        inputs = unroll, eta, state, batches
         if self._saved is not None:
-            return sweep_segment(*inputs, self._saved)
-        return segments.pull_back(*inputs, dataclasses.replace(self._remat(), peel=False))
+            return sweep_segment(*inputs, cotangents, self._inner, self._saved)
+        policy = None if gradients else self._remat().policy  # `gradients` are saved already
+        remat = dataclasses.replace(self._remat(), peel=False, policy=policy)
+        return segments.pull_back(*inputs, gradients, cotangents, self._inner, remat)
+
+    @property
+    def _saves_gradients(self) -> bool:
+        """Whether the inner gradients of all steps are residuals that are saved as they are."""
+        return self._saved is None and self.remat != "segments" and self.budget is None
 
     @property
     def _inner(self) -> Any:

@@ -43,6 +43,7 @@ INNER_GRADIENT = "metalearn_inner_gradient"
 
 Leaves = Sequence[Any]
 Loss = Callable[[Leaves, Leaves], tuple[jax.Array, Any]]  # theta, inputs -> value, aux
+Push = Callable[[Callable[..., Any], Any, Any], Any]  # function, primals, tangents -> its tangent
 
 
 def value_and_grad(
@@ -52,6 +53,7 @@ def value_and_grad(
     result: Any = None,
     *,
     true_rules: tuple[str, ...] = (),
+    push: Push | None = None,
 ) -> Callable[..., Any]:
     """Replace `jax.value_and_grad`; the derivative of its gradient is a JVP.
 
@@ -61,11 +63,12 @@ def value_and_grad(
       has_aux: as of `jax.value_and_grad`.
       result: the result, if it is known: only its derivative is computed. None: compute it.
       true_rules: see `MixedFlow`.
+      push: computes the directional derivative of the gradient; None: `pushforward`, a JVP.
     """
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
         call = Call(fun, argnums, has_aux, args, kwargs)
-        gradient, consts, _ = inner_gradient(call.loss, call.theta, call.inputs, true_rules)
+        gradient, consts, _ = inner_gradient(call.loss, call.theta, call.inputs, true_rules, push)
         floats, rest, _ = split([*call.inputs, *consts])
         known = None if result is None else primal(result, has_aux)
         (value, aux), grads = _commuted(gradient)(call.theta, floats, rest, known)
@@ -188,7 +191,11 @@ class Gradient(NamedTuple):
 
 
 def inner_gradient(
-    loss: Loss, theta: Leaves, inputs: Leaves, true_rules: Sequence[str] = ()
+    loss: Loss,
+    theta: Leaves,
+    inputs: Leaves,
+    true_rules: Sequence[str] = (),
+    push: Push | None = None,
 ) -> tuple[Gradient, list[Any], Any]:
     """Return (gradient of a loss, its closed-over values, shapes of its result).
 
@@ -219,7 +226,7 @@ def inner_gradient(
     apart = [i in plan.backwards for i, leaf in numbers if is_differentiable(leaf)]
 
     def commuted(theta: Leaves, floats: Leaves, rest: Leaves, bars: Any) -> Any:
-        return pullback(result, apart, theta, floats, rest, bars)
+        return pullback(result, apart, theta, floats, rest, bars, push or pushforward)
 
     return Gradient(jax.value_and_grad(result, has_aux=True), commuted), consts, shapes
 
@@ -267,6 +274,7 @@ def pullback(
     floats: Leaves,
     rest: Leaves,
     cotangents: Any,
+    push: Push,
 ) -> tuple[Leaves, Leaves]:
     """Pull cotangents of ((value, aux), grads) back to (theta, floats): one JVP of a gradient.
 
@@ -277,6 +285,7 @@ def pullback(
       floats: other inputs that carry a derivative.
       rest: other inputs that carry none.
       cotangents: of ((value, aux), grads).
+      push: computes the JVP.
     """
     (value_bar, aux_bar), u = cotangents
     backwards, forwards, join = split(floats, apart)
@@ -289,7 +298,7 @@ def pullback(
         return jax.grad(phi, (0, 1))(theta, forwards, s)
 
     s = jnp.zeros((), value_bar.dtype)
-    theta_bar, forwards_bar = pushforward(gradient, (theta, s), (u, jnp.ones_like(s)))
+    theta_bar, forwards_bar = push(gradient, (theta, s), (u, jnp.ones_like(s)))
     if not backwards:
         return theta_bar, forwards_bar
 

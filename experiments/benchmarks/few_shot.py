@@ -1,0 +1,331 @@
+"""Few-shot learning on Omniglot: the packaged methods, each by the protocol of its paper.
+
+    python -m metalearn.experiments.benchmarks.few_shot --list
+    python -m metalearn.experiments.benchmarks.few_shot --methods=protonet --tasks=5w1s --seeds=0
+
+Tasks are 5-way and 20-way, with 1 and 5 shots. A method has the network, the inner loop, the outer
+optimizer, the number of steps and the tasks of its paper where they differ (`METHODS`); the split
+too, "maml" (1,100 + 100 characters, 423 to test) or "vinyals", with every quarter turn of a
+character as a class of its own. The score is the accuracy on 1,000 test tasks of 15 queries a
+class, with its 95% interval over tasks; over seeds it is Student's interval of their means.
+
+`--steps` cuts the runs short: the score then stands beside the share of the paper's steps that was
+taken, and is no reproduction. A run is saved as it goes, and gone on from by the same command; a
+finished one is a row in WORKDIR/rows.jsonl and is not run again. The table has the published number
+beside ours; `--list` prints it and runs nothing. The papers' lengths are for a GPU, or for days.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalearn import Algorithm, MetaGradient, MixedFlow, Reverse, Trainer
+from metalearn._utils import strict_json
+from metalearn._utils.checks import pick
+from metalearn.algorithms import MAML, R2D2, MAMLPlusPlus, ProtoNet, Reptile
+from metalearn.checkpoints.manager import Checkpoints
+from metalearn.datasets import FewShot, omniglot
+from metalearn.experiments.benchmarks.reporting import interval
+from metalearn.experiments.build import key_of
+from metalearn.models import Linen, Model, train_flag
+from metalearn.models.linen_networks import ConvNet
+
+TASKS = {"5w1s": (5, 1), "5w5s": (5, 5), "20w1s": (20, 1), "20w5s": (20, 5)}  # ways, shots
+QUERIES = 15  # a class, of test tasks
+TEST_TASKS = 1000
+IMAGE = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+
+
+class Protocol(NamedTuple):
+    """How a paper trains a method on tasks of some ways and shots.
+
+    Args:
+      algorithm: that is trained.
+      optimizer: of the outer loop.
+      steps: outer steps.
+      tasks_per_step: tasks of an outer step.
+      ways: classes of a task to train on.
+      shots: support examples per class of a task to train on.
+      queries: query examples per class of a task to train on.
+      partition: of Omniglot's characters: "maml" or "vinyals".
+      engine: an exact one.
+    """
+
+    algorithm: Algorithm
+    optimizer: optax.GradientTransformation
+    steps: int
+    tasks_per_step: int
+    ways: int
+    shots: int
+    queries: int
+    partition: str = "maml"
+    engine: MetaGradient = Reverse()
+
+
+class Method(NamedTuple):
+    """A method of the literature.
+
+    Args:
+      paper: arXiv number.
+      protocol: ways, shots -> how it is trained.
+      published: accuracies in per cent of "5w1s", "5w5s", "20w1s" and "20w5s"; None: not in it.
+      note: what differs from the paper.
+    """
+
+    paper: str
+    protocol: Callable[[int, int], Protocol]
+    published: tuple[float | None, ...]
+    note: str = ""
+
+
+def network(outputs: int | None, pool: bool = False) -> Model:
+    """Return four blocks of 64 filters; without outputs an embedding."""
+    return Linen(ConvNet(outputs, pool=pool), IMAGE, train_flag)
+
+
+def _maml(ways: int, shots: int, **options: Any) -> Protocol:
+    """MAML: one step of 0.4 and three in evaluation; with 20 ways five steps of 0.1."""
+    few = ways == 5
+    inner = {"inner_steps": 1, "eval_steps": 3} if few else {"inner_steps": 5}
+    defaults = {"optimizer": optax.sgd(0.4 if few else 0.1), **inner}
+    algorithm = MAML(network(ways), **{**defaults, **options})
+    return Protocol(algorithm, optax.adam(1e-3), 60_000, 32 if few else 16, ways, shots, shots)
+
+
+def _first_order(ways: int, shots: int) -> Protocol:
+    return _maml(ways, shots, first_order=True)
+
+
+def _anil(ways: int, shots: int) -> Protocol:
+    return _maml(ways, shots, adapted="head", inner_steps=5, eval_steps=5)
+
+
+def _meta_sgd(ways: int, shots: int) -> Protocol:
+    rates = {"optimizer": optax.sgd(1.0), "learned_rates": 0.1}
+    return _maml(ways, shots, **rates, inner_steps=1, eval_steps=1)
+
+
+def _imaml(ways: int, shots: int) -> Protocol:
+    steps = 16 if ways == 5 else 25
+    inner = {"optimizer": optax.sgd(0.1), "inner_steps": steps, "eval_steps": steps}
+    return _maml(ways, shots, proximal=2.0, **inner)._replace(engine=MixedFlow())
+
+
+def _maml_plus_plus(ways: int, shots: int) -> Protocol:
+    """MAML++: five steps, 150 epochs of 500 outer steps, the loss of all steps in the first ten."""
+    epoch, steps = 500, 75_000
+    algorithm = MAMLPlusPlus(
+        network(ways), rate=0.1, inner_steps=5, multi_step=10 * epoch, per_step="norm"
+    )
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, steps, 0.01))
+    tasks = 16 if ways == 5 else 8
+    return Protocol(algorithm, optimizer, steps, tasks, ways, shots, shots, engine=MixedFlow())
+
+
+def _reptile(ways: int, shots: int) -> Protocol:
+    """Reptile: Adam without momentum on mini-batches of ten shots, SGD from 1 to 0 outside."""
+    few = ways == 5
+    inner_steps, batch, steps = (5, 10, 100_000) if few else (10, 20, 200_000)
+    algorithm = Reptile(
+        network(ways),
+        optimizer=optax.adam(1e-3 if few else 5e-4, b1=0.0),
+        inner_steps=inner_steps,
+        eval_steps=50,
+        batch=batch,
+    )
+    optimizer = optax.sgd(optax.linear_schedule(1.0, 0.0, steps))
+    return Protocol(algorithm, optimizer, steps, 5, ways, 10, 5)
+
+
+def _protonet(ways: int, shots: int) -> Protocol:
+    """ProtoNet: 60 classes a task to train on, Adam whose rate halves every 2,000 tasks."""
+    rate = optax.exponential_decay(1e-3, 2000, 0.5, staircase=True)
+    algorithm = ProtoNet(network(None, pool=True), 60)
+    return Protocol(algorithm, optax.adam(rate), 20_000, 1, 60, shots, 5, "vinyals")
+
+
+def _r2d2(ways: int, shots: int) -> Protocol:
+    rate = optax.exponential_decay(5e-3, 2000, 0.5, staircase=True)
+    algorithm = R2D2(network(None, pool=True), 60)
+    return Protocol(algorithm, optax.adam(rate), 20_000, 1, 60, shots, 5, "vinyals")
+
+
+METHODS = {
+    "maml": Method("1703.03400", _maml, (98.7, 99.9, 95.8, 98.9)),
+    "first_order_maml": Method(
+        "1703.03400", _first_order, (98.3, 99.2, 89.4, 97.9), "published in 1803.02999"
+    ),
+    "anil": Method("1909.09157", _anil, (None, None, 96.2, 98.0)),
+    "meta_sgd": Method("1707.09835", _meta_sgd, (99.53, 99.93, 95.93, 98.97)),
+    "maml_plus_plus": Method(
+        "1810.09502",
+        _maml_plus_plus,
+        (99.47, 99.85, 97.65, 99.33),
+        "the paper has another split of characters",
+    ),
+    "imaml": Method(
+        "1909.04630",
+        _imaml,
+        (99.16, 99.67, 94.46, 98.69),
+        "the exact derivative of the loop; the paper: implicit, and another inner rate",
+    ),
+    "reptile": Method("1803.02999", _reptile, (97.68, 99.48, 89.43, 97.12), "transduction"),
+    "protonet": Method(
+        "1703.05175",
+        _protonet,
+        (98.8, 99.7, 96.0, 98.9),
+        "batch statistics of support and query set apart; the paper: of both together, and running "
+        "ones in the end",
+    ),
+    "r2d2": Method(
+        "1805.08136",
+        _r2d2,
+        (None, None, None, None),
+        "four blocks of 64 filters; the paper: 96, 192, 384 and 512, of two blocks",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of the benchmark: a method on tasks of one kind, with one seed.
+
+    Args:
+      method: a name of `METHODS`.
+      tasks: a name of `TASKS`.
+      seed: of the initial eta, of all tasks and of the test tasks.
+      steps: outer steps; None: those of the paper.
+    """
+
+    method: str
+    tasks: str
+    seed: int
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        pick(METHODS, self.method, "method")
+        pick(TASKS, self.tasks, "kind of task")
+
+    @property
+    def protocol(self) -> Protocol:
+        """How the paper trains it, with the network and the algorithm."""
+        return METHODS[self.method].protocol(*TASKS[self.tasks])
+
+    def identity(self) -> dict[str, Any]:
+        """Return what distinguishes the run, for checkpoints and rows."""
+        steps = self.protocol.steps if self.steps is None else self.steps
+        return {"method": self.method, "tasks": self.tasks, "seed": self.seed, "steps": steps}
+
+    def row(self, folder: pathlib.Path) -> dict[str, Any]:
+        """Train, or go on training, and return the test accuracy with its half-interval."""
+        protocol, identity = self.protocol, self.identity()
+        trainer = Trainer(
+            protocol.algorithm,
+            protocol.engine,
+            protocol.optimizer,
+            tasks_per_step=protocol.tasks_per_step,
+            chunk=1 if jax.default_backend() == "cpu" else None,
+        )
+        shape = {"ways": protocol.ways, "shots": protocol.shots, "queries": protocol.queries}
+        tasks = FewShot.create(omniglot("train", partition=protocol.partition), **shape)
+        name = "-".join(str(value) for value in identity.values())
+        checkpoints = Checkpoints(folder / name, identity, every=500)
+        try:
+            state = trainer.fit(
+                tasks, identity["steps"], key=key_of(self.seed), checkpoints=checkpoints
+            )
+        finally:
+            checkpoints.close()
+        accuracy = self.test(trainer, trainer.learned(state))
+        return {**identity, "accuracy": accuracy.mean, "half_width": accuracy.ci95}
+
+    def test(self, trainer: Trainer, eta: Any) -> Any:
+        """Return the accuracy on test tasks, an `Estimate`."""
+        ways, shots = TASKS[self.tasks]
+        index = omniglot("test", partition=self.protocol.partition)
+        tasks = FewShot.create(index, ways=ways, shots=shots, queries=QUERIES)
+        algorithm: Any = trainer.algorithm
+        if algorithm.own_head:  # it may be trained on tasks of more classes
+            algorithm = dataclasses.replace(algorithm, ways=ways)
+            trainer = dataclasses.replace(trainer, algorithm=algorithm)
+        trainer = dataclasses.replace(trainer, tasks_per_step=20, chunk=None)
+        key = jax.random.fold_in(key_of(self.seed), 1)
+        return trainer.evaluate(eta, tasks, key, TEST_TASKS)["accuracy"]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of results beside the published ones, in per cent."""
+    lines = [
+        "| method | tasks | published | ours | seeds | steps, of the paper's | differs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (name, method), kind in ((m, k) for m in METHODS.items() for k in TASKS):
+        paper_steps = method.protocol(*TASKS[kind]).steps
+        published = method.published[list(TASKS).index(kind)]
+        cells = [f"{name} ({method.paper})", kind, "-" if published is None else f"{published}"]
+        found = [row for row in rows if (row["method"], row["tasks"]) == (name, kind)]
+        for steps in sorted({row["steps"] for row in found}) or [None]:
+            same = [row for row in found if row["steps"] == steps]
+            taken = "-" if steps is None else f"{steps:,} of {paper_steps:,}"
+            ours = _accuracy(same) if same else "not run"
+            row = [*cells, ours, str(len(same)), taken, method.note]
+            lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def _accuracy(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the mean over seeds; of one seed the interval is that over its test tasks."""
+    if len(rows) > 1:
+        return interval([100 * row["accuracy"] for row in rows], 2)
+    return f"{100 * rows[0]['accuracy']:.2f} +- {100 * rows[0]['half_width']:.2f}"
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the finished runs of a file of rows."""
+    if not path.exists():
+        return []
+    return [strict_json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def runs(arguments: argparse.Namespace) -> Iterator[Run]:
+    """Yield the runs that the command line asks for."""
+    for method in arguments.methods.split(","):
+        for kind in arguments.tasks.split(","):
+            for seed in arguments.seeds.split(","):
+                yield Run(method, kind, int(seed), arguments.steps)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is asked for and not there yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--steps", type=int, help="outer steps; by default those of the paper")
+    parser.add_argument("--workdir", default="runs/few_shot", type=pathlib.Path)
+    parser.add_argument("--list", action="store_true", help="print the table, and run nothing")
+    arguments = parser.parse_args(argv)
+    path = arguments.workdir / "rows.jsonl"
+    rows, wanted = read_rows(path), list(runs(arguments))
+    for run in () if arguments.list else wanted:
+        identity = run.identity()
+        if any(identity.items() <= row.items() for row in rows):
+            continue
+        print(", ".join(f"{name} {value}" for name, value in identity.items()))
+        rows.append(run.row(arguments.workdir))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(strict_json.dumps(rows[-1]) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

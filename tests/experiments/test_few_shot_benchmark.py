@@ -1,0 +1,76 @@
+"""The few-shot benchmark: its protocols can be built, its runs resume, its table is honest."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from metalearn.algorithms import MAML, R2D2, ProtoNet
+from metalearn.datasets import ClassIndex
+from metalearn.experiments.benchmarks import few_shot
+from tests.helpers.selection import quick
+
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize(
+    ("method", "tasks"),
+    quick(
+        [(method, tasks) for method in few_shot.METHODS for tasks in few_shot.TASKS],
+        lambda method, tasks: method in ("maml_plus_plus", "protonet") and tasks == "20w1s",
+    ),
+)
+def test_a_protocol_is_of_its_tasks(method, tasks):
+    ways, shots = few_shot.TASKS[tasks]
+    protocol = few_shot.Run(method, tasks, 0).protocol
+    eta = jax.eval_shape(protocol.algorithm.init, KEY)
+    assert jax.tree.leaves(eta) and protocol.steps >= 20_000
+    assert protocol.ways >= ways and protocol.shots >= shots
+    assert protocol.algorithm.own_head == isinstance(protocol.algorithm, ProtoNet | R2D2)
+
+
+def test_first_order_maml_anil_and_meta_sgd_are_what_they_say():
+    of = {name: few_shot.Run(name, "5w1s", 0).protocol.algorithm for name in few_shot.METHODS}
+    assert of["first_order_maml"].first_order and of["anil"].adapted == "head"
+    assert of["meta_sgd"].learned_rates == 0.1 and of["imaml"].proximal == 2.0
+    assert isinstance(of["maml"], MAML) and of["maml"].evaluation_steps == 3
+
+
+def test_the_table_says_what_was_run_and_what_was_not():
+    row = {"method": "protonet", "tasks": "5w1s", "steps": 400, "accuracy": 0.95}
+    rows = [{**row, "seed": 0, "half_width": 0.004}]
+    lines = few_shot.table(rows).splitlines()
+    (ours,) = (line for line in lines if line.startswith("| protonet (1703.05175) | 5w1s |"))
+    assert "| 98.8 | 95.00 +- 0.40 | 1 | 400 of 20,000 |" in ours
+    assert len(lines) == 2 + len(few_shot.METHODS) * len(few_shot.TASKS)
+    assert sum("| not run | 0 | - |" in line for line in lines) == len(lines) - 3
+    two = [*rows, {**row, "seed": 1, "accuracy": 0.97, "half_width": 0.004}]
+    assert "| 96.00 +- 12.71 | 2 |" in few_shot.table(two)  # Student's t of one degree of freedom
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="No method is called 'mamml'. Did you mean 'maml'?"):
+        few_shot.Run("mamml", "5w1s", 0)
+
+
+@pytest.mark.slow
+def test_a_run_resumes_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
+    examples = np.random.default_rng(0).integers(0, 256, (8, 20, 28, 28, 1), np.uint8)
+    index = ClassIndex(examples, np.full(8, 20, np.int32))
+    monkeypatch.setattr(few_shot, "omniglot", lambda split, partition: index)
+    monkeypatch.setattr(few_shot, "TEST_TASKS", 20)
+    small = few_shot.METHODS["protonet"].protocol(5, 1)
+    algorithm = dataclasses.replace(small.algorithm, ways=6)
+    protocol = small._replace(algorithm=algorithm, ways=6)
+    method = few_shot.METHODS["protonet"]._replace(protocol=lambda ways, shots: protocol)
+    monkeypatch.setitem(few_shot.METHODS, "protonet", method)
+    words = ["--methods=protonet", "--tasks=5w1s", "--steps=2", f"--workdir={tmp_path}"]
+    few_shot.main(words)
+    assert "2 of 20,000" in capsys.readouterr().out
+    (row,) = few_shot.read_rows(tmp_path / "rows.jsonl")
+    few_shot.main(words)
+    assert few_shot.read_rows(tmp_path / "rows.jsonl") == [row]
+    (tmp_path / "rows.jsonl").unlink()
+    few_shot.main(words)  # from the checkpoint
+    assert few_shot.read_rows(tmp_path / "rows.jsonl") == [row]
