@@ -18,7 +18,8 @@ Two more change the inner loss:
 
 - iMAML, Rajeswaran et al. 2019 (arXiv:1909.04630): lambda/2 |theta - theta_0|^2 is added to it
   (`proximal`), so that the loop converges to a solution that depends on theta_0. Exact engines
-  differentiate the loop that was run; the paper's implicit derivative is that at the solution.
+  differentiate the loop that was run; the engine `Implicit` takes the paper's derivative, that at
+  the solution.
 - Mini-batches of the support set (`batch`), for loops of many steps on larger support sets.
 
 Parameters are fast (`adapted`: the inner loop changes them), slow (`learned` alone: they are the

@@ -126,6 +126,8 @@ def missing(
 
 def _described(sizes: Sizes) -> dict[str, Any] | None:
     """Return sizes as JSON; None where their inputs have no form in it."""
+    if sizes.outputs is None:
+        return None
     try:
         return {"inputs": _json(sizes.inputs), "outputs": int(sizes.outputs)}
     except TypeError:

@@ -97,8 +97,9 @@ def _network(config: Mapping[str, Any], sizes: Sizes | Splits) -> Model | None:
     """Build the model of a config; None where there is none and the algorithm takes none."""
     name = config["algorithm"]["name"]
     if config.get("model"):
-        sizes = sized_for(config["algorithm"], sizes)
-        return wrapped(model(config["model"], sizes), config["lora"], config["precision"])
+        alone = sizes.sizes if isinstance(sizes, Splits) else sizes
+        sized = sized_for(config["algorithm"], alone)
+        return wrapped(model(config["model"], sized), config["lora"], config["precision"])
     if takes_model(name):
         raise ValueError(
             f"The algorithm {name!r} takes a model, and this config has none. Set config.model, "
@@ -148,7 +149,9 @@ def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
 def engine_builder(name: str) -> Callable[..., MetaGradient]:
     """Return what builds an engine from the options of a config."""
     build = find(ENGINES, name, "engine", (MetaGradient,))
-    return {InverseVariance: _inverse_variance, Truncated: _truncated}.get(build, build)
+    own: dict[Any, Callable[..., MetaGradient]]
+    own = {InverseVariance: _inverse_variance, Truncated: _truncated}
+    return own.get(build, build)
 
 
 def _inverse_variance(pairs: int = 4, sigma: float = 0.01) -> InverseVariance:

@@ -122,9 +122,13 @@ class Comparison(NamedTuple):
         Raises:
           ValueError: if there is none, with the one that comes closest.
         """
-        able = [row for row in self.rows if row.cost is not None]
-        able = [row for row in able if budget is None or row.cost.peak <= budget]
-        able = [row for row in able if math.isfinite(row.relative_error)]
+        able = [
+            row
+            for row in self.rows
+            if row.cost is not None
+            and (budget is None or row.cost.peak <= budget)
+            and math.isfinite(row.relative_error)
+        ]
         if not able:
             raise ValueError("No engine serves this problem within the memory that it may take.")
         right = [row for row in able if row.relative_error <= tolerance]
@@ -220,8 +224,8 @@ def measured(
     values = {name: float(value) for name, value in metrics.items()}
     doubts = tuple(engine.doubts(values).values())
     reference = vector if expected is None else expected
-    error, cosine = closeness(vector, reference)
-    return Compared(engine, error, cosine, costs, known, seconds, doubts), vector
+    distance, cosine = closeness(vector, reference)
+    return Compared(engine, distance, cosine, costs, known, seconds, doubts), vector
 
 
 def closeness(vector: np.ndarray, expected: np.ndarray) -> tuple[float, float]:

@@ -155,7 +155,7 @@ def summarised(columns: dict[str, np.ndarray], isolate: bool = False) -> dict[st
       isolate: leave tasks that are not finite out of the means.
     """
     columns = {name: np.asarray(column, np.float64) for name, column in columns.items()}
-    finite = np.stack([np.isfinite(column) for column in columns.values()]).all(0)
+    finite = np.isfinite(np.stack(list(columns.values()))).all(axis=0)
     over_all = {name: interval(column) for name, column in columns.items()}
     over_finite = {name: interval(column[finite]) for name, column in columns.items()}
     tasks, wrong = len(finite), int((~finite).sum())

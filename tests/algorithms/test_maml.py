@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import MixedFlow, Reverse, Trainer
+from metalearn import Implicit, MixedFlow, Reverse, Trainer
 from metalearn.algorithms import MAML, cross_entropy, squared_error
 from tests.cases import MODELS, TASKS, Float64, to_float64
 
@@ -228,6 +228,22 @@ def test_imaml_adds_the_distance_to_the_initialisation_to_the_inner_loss():
     (ours, _), our_grads = meta_gradient(algorithm, eta)
     assert_close(ours, loss)
     assert_close(our_grads.params, grads)
+
+
+def test_imaml_has_the_implicit_derivative_as_its_loop_converges():
+    """The error of the derivative at the solution falls with the distance that is left to it."""
+    implicit = Implicit("cg", iterations=50, tolerance=1e-12, variables="params")
+    errors, residuals = [], []
+    for steps in (2, 8, 100):
+        algorithm = maml(proximal=4.0, inner_steps=steps)
+        eta = algorithm.init(KEY)
+        _, exact = meta_gradient(algorithm, eta)
+        (_, aux), grads = meta_gradient(algorithm, eta, implicit)
+        difference = optax.tree.norm(optax.tree.sub(grads.params, exact.params))
+        errors.append(float(difference / optax.tree.norm(exact.params)))
+        residuals.append(float(aux.metrics["fixed_point_residual"]))
+    assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[2] < 1e-6
+    assert residuals[0] > residuals[1] > residuals[2]
 
 
 def test_imaml_of_anil_keeps_the_head_close_to_its_initialisation():

@@ -148,7 +148,7 @@ class Implicit(MetaGradient):
         """Return ((loss (), aux), the hypergradient like eta)."""
         check_eta(eta)
         theta_0 = unroll.init(eta)
-        theta_T, inner = segments.advance(unroll, eta, theta_0, batches)
+        theta_T, inner, _ = segments.advance(unroll, eta, theta_0, batches)
         batch = jax.tree.map(lambda x: x[-1], batches)
         seen = "the fixed point of the inner step"
         check_reach(self, unroll, eta, theta_T, batch, seen)
@@ -173,9 +173,9 @@ class Implicit(MetaGradient):
         moved = [(x - y).astype(_precise(z)) for x, y in zip(after, z, strict=True)]
         path = [x - y for x, y in zip(z, _parts(split(theta_0, mask)[0]), strict=True)]
         size = jnp.maximum(norm(z), norm(path))
-        ours = {
+        ours: dict[str, jax.Array] = {
             RESIDUAL: norm(moved) / jnp.where(size > 0, size, 1),
-            GAP: abs(sum(jnp.vdot(a, b) for a, b in zip(w, moved, strict=True))),
+            GAP: jnp.abs(sum(jnp.vdot(a, b) for a, b in zip(w, moved, strict=True))),
             SOLVED: rest,
         }
         self._warn({"loss": loss, **ours})

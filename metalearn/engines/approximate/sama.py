@@ -63,11 +63,11 @@ class SAMA(MetaGradient):
     ) -> tuple[tuple[jax.Array, Aux], Eta]:
         """Return ((loss (), aux), the hypergradient of one step at theta_T, like eta)."""
         check_eta(eta)
-        theta_T, inner = segments.advance(unroll, eta, unroll.init(eta), batches)
+        theta_T, inner, _ = segments.advance(unroll, eta, unroll.init(eta), batches)
         last = jax.tree.map(lambda x: x[-1:], batches)
         batch = jax.tree.map(lambda x: x[-1], batches)
         check_reach(self, unroll, eta, theta_T, batch, "one inner step at the end of the loop")
         (loss, metrics), bars = segments.outer_cotangents(unroll, eta, theta_T)
         difference = functools.partial(value_and_grad, move=self.finite_difference)
-        bars = segments.pull_back(unroll, eta, theta_T, last, bars, difference, Remat())
+        bars = segments.pull_back(unroll, eta, theta_T, last, [], bars, difference, Remat())
         return (loss, Aux(metrics, theta_T, inner)), bars.eta
