@@ -203,6 +203,13 @@ def more(directory):
             answers.setdefault(name, []).append(difference(step(made(), tasks), one))
             kept = {} if name == "Forward" else {"replay": Replay(states=1, host=0, disk="10MB")}
             answers[name].append(difference(step(made(segment=2, **kept), tasks), one))
+            if name == "MixedFlow":
+                kept_too = Replay(states=1, host="10MB", gradients="10MB")
+                segmented = made(segment=2, replay=kept_too)
+                gradients = segmented.segments(tasks)._gradient_shapes
+                shard_shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in gradients]
+                answers.setdefault("gradient shards", []).append(sorted(shard_shapes))
+                answers.setdefault("gradients", []).append(difference(step(segmented, tasks), one))
     for name, (algorithm, tasks, rules) in problems().items():
         one = step(trainer(None, MixedFlow(), algorithm, 2), tasks)
         made = trainer(layout(rules, 2, 2), MixedFlow(), algorithm, 2)

@@ -84,7 +84,7 @@ def test_two_tasks_on_two_devices_each_agree_with_one_device(more, problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["truncated", "evaluated", "tangents", "elastic"])
+@pytest.mark.parametrize("what", ["truncated", "evaluated", "tangents", "elastic", "gradients"])
 def test_other_ways_of_running_agree_with_one_device(more, what):
     assert max(more[what]) < 1e-12
 
@@ -99,6 +99,13 @@ def test_a_kept_state_holds_each_shard_once(more):
     assert sorted(shape for shape in more["cotangents"] if len(shape) == 3) == sorted(
         2 * [[1, 2, 32], [1, 8, 4]]
     )
+
+
+@pytest.mark.slow
+def test_inner_gradients_of_a_segment_are_sharded_like_the_parameters(more):
+    copies, shards = more["gradient shards"]  # [tasks, K, ...]
+    assert [1, 2, 8, 32] in copies and [1, 2, 32, 4] in copies
+    assert [1, 2, 2, 32] in shards and [1, 2, 8, 4] in shards
 
 
 @pytest.mark.slow
