@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.maml import batch_norm_policy
 from metalearn.algorithms.objectives import Objective, check_labels, cross_entropy
-from metalearn.algorithms.support import check_pair
+from metalearn.algorithms.support import check_pair, sharded
 from metalearn.model import Model, check_dropout
 from metalearn.unroll import (
     Batch,
@@ -118,6 +119,10 @@ class ClosedFormHead(Algorithm):
             return self.objective(logits, labels)
 
         return Unroll(init, step, loss)
+
+    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+        """Return the episode with its support set, which the head fits, and its query sharded."""
+        return sharded(episode, shard)
 
     def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
         """Return no batches: T = 0."""

@@ -72,7 +72,7 @@ from metalearn.algorithm import Algorithm
 from metalearn.algorithms import pictures
 from metalearn.algorithms.epochs import epochs
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.algorithms.support import check_pair
+from metalearn.algorithms.support import check_pair, sharded
 from metalearn.engines.inner_loop import depends
 from metalearn.model import Model, check_dropout
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
@@ -329,6 +329,12 @@ class MAML(Algorithm):
         """Return a support set; ValueError unless it is (inputs [n, ...], targets [n, ...])."""
         check_pair("MAML", support)
         return tuple(support)
+
+    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+        """Return the episode sharded; with `batch` its query alone, as batches are rows."""
+        if self.batch is not None:
+            return episode._replace(query=shard(episode.query))
+        return sharded(episode, shard)
 
     def batches(self, episode: Episode, key: jax.Array) -> Batch:
         """Return one key per inner step, [T]; with `batch` also its support rows, [T, batch]."""

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -41,7 +42,7 @@ from metalearn._utils.trees import matching, paths, split
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.maml import batch_norm_policy
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.algorithms.support import check_pair
+from metalearn.algorithms.support import check_pair, sharded
 from metalearn.model import Model, check_dropout
 from metalearn.unroll import Batch, Episode, GradFn, Metrics, Unroll
 
@@ -199,6 +200,10 @@ class MAMLPlusPlus(Algorithm):
         last = jnp.arange(self.inner_steps) == self.inner_steps - 1
         return share / self.inner_steps + jnp.where(last, 1 - share, 0)
 
+    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+        """Return the episode with its support set, which all steps read, and its query sharded."""
+        return sharded(episode, shard)
+
     def batches(self, episode: Episode, key: jax.Array) -> Batch:
         """Return the number and the key of each inner step, [T] each."""
         del episode
@@ -259,6 +264,9 @@ class _AtOuterStep(Algorithm):
 
     def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
         return self.algorithm.annealed(episode, key, self.step)
+
+    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+        return self.algorithm.shard_examples(episode, shard)
 
     def batches(self, episode: Episode, key: jax.Array) -> Batch:
         return self.algorithm.batches(episode, key)

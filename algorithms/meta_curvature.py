@@ -16,6 +16,7 @@ cost two matrix products a gradient.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from metalearn._utils.readable import readable
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.maml import batch_norm_policy
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.algorithms.support import check_pair
+from metalearn.algorithms.support import check_pair, sharded
 from metalearn.model import Model, check_dropout
 from metalearn.unroll import Batch, Episode, GradFn, Metrics, ModelTraining, Unroll
 
@@ -116,6 +117,10 @@ class MetaCurvature(Algorithm):
             return self.objective(outputs, labels)
 
         return Unroll(init, step, loss)
+
+    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+        """Return the episode with its support set, which all steps read, and its query sharded."""
+        return sharded(episode, shard)
 
     def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
         """Return one key per inner step, [T]: every step reads the whole support set."""

@@ -105,6 +105,10 @@ class Reptile(Algorithm):
 
         return adaptation._replace(loss=loss)
 
+    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+        """Return the episode sharded, as MAML's."""
+        return self.maml.shard_examples(episode, shard)
+
     def batches(self, episode: Episode, key: jax.Array) -> Batch:
         """Return the inputs of the inner steps, as `MAML` does."""
         return self.maml.batches(episode, key)

@@ -1,11 +1,14 @@
-"""Checks of the support sets that algorithms read, for `Algorithm.adapt`."""
+"""Support sets that algorithms read: checks for `Algorithm.adapt`, and how they are sharded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from metalearn.unroll import Episode
 
 
 def check_pair(what: str, support: Any, shape: str = "[n, ...]") -> None:
@@ -56,6 +59,14 @@ def with_rows(what: str, support: Any) -> tuple[Any, Any, jax.Array]:
         return tuple(support)  # type: ignore[return-value]
     rows = jnp.arange(len(support[1]), dtype=jnp.int32)
     return support[0], support[1], rows
+
+
+def sharded(episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+    """Return an episode whose support set, which all inner steps read, and query are sharded.
+
+    See `Algorithm.shard_examples`.
+    """
+    return Episode(shard(episode.support), shard(episode.query))
 
 
 def _shown(support: Any) -> str:

@@ -105,6 +105,22 @@ class Algorithm(abc.ABC):
             "steps, batch, key)`. Others take tasks with a support set: `HostFewShot`, `HostText`."
         )
 
+    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+        """Return an episode whose examples are sharded over the devices that share an inner run.
+
+        Called where a mesh has an axis "data" (`metalearn.make_mesh`). `shard` shards every leaf of
+        a pytree along its first axis; one that does not divide stays as it is. Inner batches, which
+        `batches` returns, are sharded by themselves. By default the query is: its leaves are
+        [m, ...]. Override this where inner steps read examples of the support that are no part of a
+        batch (shard these too), or where the query is a whole dataset with the numbers of its rows
+        (shard only these numbers).
+
+        Args:
+          episode: the task.
+          shard: pytree -> the same pytree, sharded.
+        """
+        return episode._replace(query=shard(episode.query))
+
     def at_outer_step(self, step: jax.Array) -> Algorithm:
         """Return the algorithm as it is in an outer step; by default itself.
 

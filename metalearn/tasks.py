@@ -27,6 +27,8 @@ from metalearn._utils.checks import first_line
 from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
 from metalearn.rows import absent_value
+from metalearn.sharding.inner_run import constrain, shard_examples
+from metalearn.sharding.layout import Layout
 from metalearn.unroll import Batch, Episode, Unroll, horizon, task_keys
 
 
@@ -428,6 +430,7 @@ def draw_task(
     tasks: Tasks,
     key: jax.Array,
     transform: Callable[[Unroll], Unroll] | None = None,
+    layout: Layout | None = None,
 ) -> DrawnTask:
     """Return the task that `key` draws, with the unroll of `algorithm`.
 
@@ -435,7 +438,8 @@ def draw_task(
       algorithm: of the inner loop.
       tasks: the distribution to draw from.
       key: (); the same key draws the same episode, batches and engine key.
-      transform: applied to the unroll, for instance to constrain the sharding of inner states.
+      transform: applied to the unroll; None: nothing.
+      layout: how inner batches and inner states are laid out over devices; None: on one device.
     """
     step = None
     if isinstance(tasks, AtOuterStep):
@@ -445,10 +449,35 @@ def draw_task(
     if step is not None:
         algorithm = algorithm.at_outer_step(step)
     keys, episode = task_keys(key), draw_episode(tasks, key)
+    examples: list[tuple[int, ...]] = []
+    if layout is not None:
+        episode, examples = _over_devices(algorithm, episode, layout)
     unroll = algorithm.unroll(episode, keys.unroll)
+    unroll = unroll if transform is None else transform(unroll)
+
+    def laid_out(batches: Callable[..., Batch]) -> Callable[..., Batch]:
+        if layout is None:
+            return functools.partial(batches, episode, keys.batches)
+        return lambda *steps: shard_examples(layout, batches(episode, keys.batches, *steps), 1)
+
     return DrawnTask(
-        unroll if transform is None else transform(unroll),
-        functools.partial(algorithm.batches, episode, keys.batches),
-        functools.partial(algorithm.batches_at, episode, keys.batches),
+        unroll if layout is None else constrain(layout, unroll, examples),
+        laid_out(algorithm.batches),
+        laid_out(algorithm.batches_at),
         keys.engine,
     )
+
+
+def _over_devices(
+    algorithm: Algorithm, episode: Episode, layout: Layout
+) -> tuple[Episode, list[tuple[int, ...]]]:
+    """Return an episode whose examples are sharded, and the shapes of those that steps read."""
+    sharded: set[int] = set()  # the leaves that the algorithm shards: their id()
+
+    def shard(tree: Any) -> Any:
+        sharded.update(map(id, jax.tree.leaves(tree)))
+        return shard_examples(layout, tree)
+
+    laid_out = algorithm.shard_examples(episode, shard)
+    support = jax.tree.leaves(episode.support)
+    return laid_out, [jnp.shape(leaf) for leaf in support if id(leaf) in sharded]

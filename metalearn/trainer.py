@@ -35,6 +35,7 @@ from metalearn.engines import MetaGradient, MixedFlow
 from metalearn.engines.base import Backward, Streaming, check_eta
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
+from metalearn.sharding.inner_run import check_rules
 from metalearn.sharding.layout import Layout, abstract
 from metalearn.tasks import (
     ALL_STEPS,
@@ -43,6 +44,7 @@ from metalearn.tasks import (
     Tasks,
     WithConstants,
     check_tasks,
+    draw_task,
     fetched,
     label_range,
     needs_fetch,
@@ -178,6 +180,7 @@ class Trainer:
         self._check_learned()
         if self.layout is None:
             return self._init(key, tasks, self.constants)
+        self._check_rules(tasks)
         where = self._shardings(jax.eval_shape(self._init, key, tasks))
         init = jax.jit(self._init, out_shardings=where)
         return init(key, self.place(tasks), self.constants)
@@ -190,9 +193,24 @@ class Trainer:
           carried: with the inner states that truncated unrolls carry. False: `inner` is `()`, and
             no tasks are needed.
         """
+        self._check_rules(tasks)
         init = self._init if carried else self._without_carried
         shapes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), tasks)
         return shapes if self.layout is None else abstract(shapes, self._shardings(shapes))
+
+    def _check_rules(self, tasks: Tasks | None) -> None:
+        """Raise ValueError for a rule of the layout that shards nothing, where tasks are known."""
+        if self.layout is None or not self.layout.rules or tasks is None:
+            return
+
+        def states(key: jax.Array, tasks: Tasks) -> tuple[Any, Any]:
+            eta = self.algorithm.init(key)
+            return eta, draw_task(self.algorithm, tasks, key).unroll.init(eta)
+
+        eta, inner = jax.eval_shape(states, jax.eval_shape(lambda: jax.random.key(0)), tasks)
+        outer = jax.eval_shape(functools.partial(start_outer, self.optimizer), eta)
+        names = "eta", "the outer optimizer's state", "the inner state"
+        check_rules(self.layout, dict(zip(names, (eta, outer, inner), strict=True)))
 
     @functools.cached_property
     def constants(self) -> Any:
@@ -358,7 +376,7 @@ class Trainer:
     def _shardings(self, state: TrainState) -> Any:
         """Return the sharding of each leaf of a state."""
         assert self.layout is not None
-        return spread(self.layout.shardings(state), self.engine)
+        return spread(self.layout.shardings(state), self.engine, state.inner)
 
     def task_keys(self, state: TrainState) -> jax.Array:
         """Return the keys [tasks_per_step] of the tasks of the outer step after `state`."""
@@ -595,11 +613,11 @@ class Trainer:
         cut = None if self.truncation is None else self.truncation.steps
         least = 1 if self.segment == "auto" else self.segment  # steps whose batches are in memory
         steps = cut or (None if least is None else int(least))
-        at_once = self.batch.at_once
-        memory.check_tasks(self.algorithm, tasks, at_once, steps)
+        at_once, share = self.batch.at_once, 1 if self.layout is None else self.layout.inner
+        memory.check_tasks(self.algorithm, tasks, at_once, steps, devices=share)
         for each in evaluated:
             runs = self.algorithm.evaluation()
-            memory.check_tasks(runs, each, at_once, None, "An evaluation")
+            memory.check_tasks(runs, each, at_once, None, "An evaluation", share)
 
     def _check_learned(self) -> None:
         devices = 1 if self.layout is None else self.layout.mesh.size
@@ -678,13 +696,13 @@ class Trainer:
 
     @functools.cached_property
     def _evaluate(self) -> Callable[..., dict[str, jax.Array]]:
-        algorithm, transform = self._evaluation, self.batch.transform
+        algorithm, layout = self._evaluation, self.batch.inner_layout
 
         def on_tasks(shared: Any, keys: jax.Array) -> dict[str, jax.Array]:
             eta, tasks = shared
-            return jax.vmap(
-                lambda key: task_metrics(algorithm, eta, tasks, key, transform=transform)
-            )(keys)
+            return jax.vmap(lambda key: task_metrics(algorithm, eta, tasks, key, layout=layout))(
+                keys
+            )
 
         def on_keys(eta: Any, tasks: Tasks, keys: jax.Array) -> dict[str, jax.Array]:
             return self._over_devices(on_tasks, (eta, tasks), keys)
@@ -712,13 +730,11 @@ class Trainer:
 
     @functools.cached_property
     def _evaluate_segment(self) -> Callable[..., Any]:
-        algorithm, transform = self._evaluation, self.batch.transform
+        algorithm, layout = self._evaluation, self.batch.inner_layout
 
         def take(eta: Any, tasks: Tasks, runs: Any, start: jax.Array, segment: Reads) -> Any:
             def on_runs(shared: Any, runs: Any) -> Any:
-                return jax.vmap(lambda run: advanced(algorithm, segment, transform, shared, run))(
-                    runs
-                )
+                return jax.vmap(lambda run: advanced(algorithm, segment, layout, shared, run))(runs)
 
             return self._over_devices(on_runs, (eta, tasks, start), runs)
 

@@ -60,6 +60,7 @@ FEATURES = {
     "refusing what cannot fit the memory": ("metalearn/diagnostics/memory.py", "check_tasks"),
     "labels beyond the network's outputs": ("metalearn/_utils/labels.py", "known"),
     "a mesh of devices": ("metalearn/sharding/mesh.py", "make_mesh"),
+    "one inner run over several devices": ("metalearn/sharding/inner_run.py", "constrain"),
     "MAML": ("algorithms/maml.py", "MAML"),
     "what batch normalisation does in MAML's inner loop": (
         "algorithms/maml.py",

@@ -48,9 +48,9 @@ MINUTES = (  # or a good part of one, on a busy machine
     *("nan", "own_algorithm", "quickstart", "schedules", "tracking", "scaling", "runs", "replay"),
     "approximate_hypergradients",
 )
-SEVERAL_DEVICES = "devices"
+SEVERAL_DEVICES = ("devices", "scaling")
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if python_blocks(path.stem))
-RUN_HERE = [page for page in PAGES if page not in (*OWN_TESTS, SEVERAL_DEVICES)]
+RUN_HERE = [page for page in PAGES if page not in (*OWN_TESTS, "devices")]
 
 
 @pytest.mark.parametrize("page", quick(RUN_HERE, lambda page: page not in MINUTES))
@@ -61,9 +61,10 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_the_page_on_devices_runs_where_there_are_several(tmp_path):
+@pytest.mark.parametrize("page", SEVERAL_DEVICES)
+def test_pages_on_devices_run_where_there_are_several(page, tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    code = python_blocks(SEVERAL_DEVICES) + "\nassert layout.mesh.size == 4\n"
+    code = python_blocks(page) + "\nassert layout.mesh.size == 4\n"
     run = [sys.executable, "-c", code]
     subprocess.run(run, check=True, cwd=tmp_path, env=environment, timeout=600)
 

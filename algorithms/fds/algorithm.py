@@ -190,6 +190,11 @@ class FDS(Algorithm):
         """Return the rows of these steps, [t, batch]."""
         return epochs(episode.support[2], steps, self.batch, key)
 
+    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+        """Return the episode with the rows of the query sharded; the dataset is not."""
+        inputs, targets, rows = episode.query
+        return episode._replace(query=(inputs, targets, shard(rows)))
+
     def evaluation(self) -> FDS:
         """Return the same algorithm with every schedule stretched to `eval_steps` steps."""
         return self.stretched(self.eval_steps or self.inner_steps)

@@ -173,6 +173,10 @@ class LearnedOptimizer(Algorithm):
         self.problem.check(episode.support, self.inner_steps)
         return self.problem.rows_at(episode.support, steps, batch_key)
 
+    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+        """Return the episode with the examples of the query sharded, as the problem reads them."""
+        return episode._replace(query=self.problem.shard_query(episode.query, shard))
+
     def with_steps(self, steps: int) -> LearnedOptimizer:
         """Return the same algorithm with another number of inner steps."""
         return dataclasses.replace(self, inner_steps=steps)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +71,10 @@ class Problem(abc.ABC):
 
     def check(self, support: Any, inner_steps: int) -> None:  # noqa: B027
         """Raise ValueError if a support set does not suit this problem, or this number of steps."""
+
+    def shard_query(self, query: Any, shard: Callable[[Any], Any]) -> Any:
+        """Return a query whose examples are sharded: see `Algorithm.shard_examples`."""
+        return shard(query)
 
     def combined(self, measure: jax.Array) -> jax.Array:
         """Return a measure combined over its parts: ()."""
@@ -152,6 +156,11 @@ class Supervised(Problem):
     def rows_at(self, support: Any, steps: jax.Array, key: jax.Array) -> jax.Array:
         """Return the same: a step reads these rows, of data on the host as well."""
         return epochs(support[2], steps, self.batch, key)
+
+    def shard_query(self, query: Any, shard: Callable[[Any], Any]) -> Any:
+        """Return the query with its rows sharded; the dataset is not."""
+        inputs, targets, rows = query
+        return inputs, targets, shard(rows)
 
     def loss(
         self, params: Any, statistics: Any, support: Any, batch: Batch, key: jax.Array
@@ -347,6 +356,10 @@ class Together(Problem):
         total = jnp.stack([part.loss for part in losses.values()]).sum()
         measures = jnp.stack([self.parts[n].combined(part.measure) for n, part in losses.items()])
         return StepLoss(total, measures, {n: part.statistics for n, part in losses.items()})
+
+    def shard_query(self, query: Any, shard: Callable[[Any], Any]) -> Any:
+        """Return {name: query}, sharded."""
+        return {name: part.shard_query(query[name], shard) for name, part in self.parts.items()}
 
     def combined(self, measure: jax.Array) -> jax.Array:
         """Return the weighted mean of the measures [parts]."""

@@ -1,9 +1,11 @@
 """From a config to a trainer: engine, outer optimizer, truncation, and the layout over devices.
 
     mesh.tasks     devices that take tasks of their own; None: as many as tasks_per_step divides by
+    mesh.data      devices that share the inner run of a task, for fewer tasks than devices
     mesh.model     pieces that eta is cut into, by `mesh.rules`
     mesh.tangents  devices that share the tangents of the engine "forward"
-    mesh.rules     (pattern, axis or None, ...), ...: how a leaf of eta is cut, axis by axis
+    mesh.rules     (pattern, axis or None, ...), ...: how an array of eta, or of an inner state, is
+                   cut, axis by axis
 
 The mesh does not change the results: a run can be resumed on another one.
 """
@@ -50,7 +52,7 @@ from metalearn.experiments.build.registry import (
 from metalearn.model import Model
 from metalearn.optimizers.master_weights import master_weights
 from metalearn.sharding.batched_means import check_tasks, most_devices
-from metalearn.sharding.mesh import AXES, MODEL, TANGENTS, TASKS, format_devices, remaining
+from metalearn.sharding.mesh import AXES, DATA, MODEL, TANGENTS, TASKS, format_devices, remaining
 from metalearn.sharding.partition import check_rules
 
 
@@ -237,7 +239,7 @@ def key_of(seed: int) -> jax.Array:
         return jax.random.key(int(seed))
 
 
-MESH: dict[str, Any] = {TASKS: None, MODEL: 1, TANGENTS: 1, "rules": ()}
+MESH: dict[str, Any] = {TASKS: None, DATA: 1, MODEL: 1, TANGENTS: 1, "rules": ()}
 
 
 def layout(config: Mapping[str, Any]) -> Layout | None:
@@ -250,21 +252,26 @@ def layout(config: Mapping[str, Any]) -> Layout | None:
     mesh = {**MESH, **config.get("mesh", {})}
     check_tasks(config["tasks_per_step"], config["chunk"])
     at_least("mesh", 1, **{axis: mesh[axis] for axis in AXES})
-    counts("mesh", 1, **{MODEL: mesh[MODEL], TANGENTS: mesh[TANGENTS]})
+    counts("mesh", 1, **{axis: mesh[axis] for axis in (DATA, MODEL, TANGENTS)})
     _check(mesh, config)
     rules = tuple(map(_rule, mesh["rules"]))
     check_rules(rules, dict.fromkeys(AXES, 1))
     tasks = _most(mesh, config) if mesh[TASKS] is None else mesh[TASKS]
-    if tasks * mesh[MODEL] * mesh[TANGENTS] == 1 and jax.process_count() == 1:
+    if tasks * _inner(mesh) == 1 and jax.process_count() == 1:
         return None
-    return Layout(make_mesh(tasks, mesh[MODEL], mesh[TANGENTS]), rules)
+    return Layout(make_mesh(tasks, mesh[MODEL], mesh[TANGENTS], mesh[DATA]), rules)
+
+
+def _inner(mesh: Mapping[str, Any]) -> int:
+    """Return the number of devices that share a task."""
+    return math.prod(mesh[axis] for axis in (DATA, MODEL, TANGENTS))
 
 
 def evaluation_layout(config: Mapping[str, Any]) -> Layout | None:
     """Build a layout to evaluate a run with, on other devices than those it was trained on."""
     mesh = {**config.get("mesh", {}), TASKS: None, TANGENTS: 1}
-    if len(jax.devices()) % mesh.get(MODEL, 1):
-        mesh |= {MODEL: 1, "rules": ()}
+    if len(jax.devices()) % (mesh.get(DATA, 1) * mesh.get(MODEL, 1)):
+        mesh |= {DATA: 1, MODEL: 1, "rules": ()}
     return layout({**config, "mesh": mesh})
 
 
@@ -275,9 +282,11 @@ def idle_devices(config: Mapping[str, Any], layout: Layout | None) -> str:
     if used == total:
         return ""
     chunks = "" if config["chunk"] is None else f" in chunks of {config['chunk']}"
+    fewer = config["tasks_per_step"] < total
+    shared = " config.mesh.data=N lets N devices share the inner run of a task." if fewer else ""
     return (
         f"devices: {used} of {total} take part. tasks_per_step={config['tasks_per_step']}{chunks} "
-        "does not divide among more, or config.mesh asks for no more."
+        f"does not divide among more, or config.mesh asks for no more.{shared}"
     )
 
 
@@ -320,8 +329,8 @@ def _check(mesh: Mapping[str, Any], config: Mapping[str, Any]) -> None:
 
 def _most(mesh: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     """Return the most groups of devices that the tasks of a config divide among."""
-    each, processes = mesh[MODEL] * mesh[TANGENTS], jax.process_count()
-    total = remaining(len(jax.devices()), mesh[MODEL], mesh[TANGENTS])
+    each, processes = _inner(mesh), jax.process_count()
+    total = remaining(len(jax.devices()), mesh[DATA], mesh[MODEL], mesh[TANGENTS])
     step = processes // math.gcd(processes, each)  # as many devices of each process
     groups = most_devices(config["tasks_per_step"], config["chunk"], total, step)
     if not groups:

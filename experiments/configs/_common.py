@@ -74,9 +74,10 @@ def maml() -> ml_collections.ConfigDict:
     config.tasks_per_step = 16
     config.chunk = placeholder(int)  # tasks unrolled at once on a device; None: all of its share
 
-    # Devices over which tasks are divided (None: as many as divide tasks_per_step), over which
-    # `rules` shard eta, and which share the tangents of "forward": see build/trainers.py.
-    config.mesh = {"tasks": placeholder(int), "model": 1, "tangents": 1, "rules": ()}
+    # Devices over which tasks are divided (None: as many as divide tasks_per_step), which share
+    # the examples of a task's inner batches, over which `rules` shard eta, and which share the
+    # tangents of "forward": see build/trainers.py.
+    config.mesh = {"tasks": placeholder(int), "data": 1, "model": 1, "tangents": 1, "rules": ()}
 
     # Truncated unrolls of `steps` inner steps, carried across outer steps up to horizons drawn
     # from `shortest` to the algorithm's own. None: full unrolls.

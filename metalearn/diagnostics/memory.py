@@ -49,9 +49,14 @@ def check_learned(
 
 
 def check_tasks(
-    algorithm: Algorithm, tasks: Tasks, at_once: int, steps: int | None = None, what: str = ""
+    algorithm: Algorithm,
+    tasks: Tasks,
+    at_once: int,
+    steps: int | None = None,
+    what: str = "",
+    devices: int = 1,
 ) -> None:
-    """Raise ValueError if the inner loops of `at_once` tasks do not fit a device.
+    """Raise ValueError if the inner loops of `at_once` tasks do not fit their devices.
 
     Args:
       algorithm: in training, or in evaluation.
@@ -59,6 +64,7 @@ def check_tasks(
       at_once: tasks that are unrolled at once.
       steps: inner steps whose batches are in memory at once; None: all T.
       what: for the message, such as "An outer step".
+      devices: that share these inner loops (the mesh axes "data", "model", "tangents").
     """
     try:
         parts = _parts(algorithm, tasks, steps)
@@ -66,7 +72,7 @@ def check_tasks(
         Exception
     ):  # a problem that cannot be traced is refused by the outer step, with the reason
         return
-    most, needed = device_memory(), at_once * sum(parts.values())
+    most, needed = device_memory() * devices, at_once * sum(parts.values())
     if needed > max(most, ANYWHERE):
         largest = max(parts, key=lambda name: parts[name])
         raise ValueError(

@@ -49,11 +49,12 @@ class Cotangents(NamedTuple):
     """The derivative of the outer loss of a run with respect to its state between two steps.
 
     Args:
-      state: of the float leaves of the inner state, in the order of the leaves.
+      state: like the inner state, with None for leaves that have no derivative. Its paths are
+        those of the inner state, by which it is sharded.
       eta: like eta: through all later steps, and the outer loss itself.
     """
 
-    state: list[jax.Array]
+    state: InnerState
     eta: Eta
 
 
@@ -124,8 +125,9 @@ def pull_back(
 
     with going_backwards():
         _, pull = jax.vjp(segment, eta, floats)
-    eta_bar, state_bar = pull(cotangents.state)
-    return Cotangents(state_bar, jax.tree.map(jnp.add, cotangents.eta, eta_bar))
+    eta_bar, state_bar = pull(jax.tree.leaves(cotangents.state))
+    eta_bar = jax.tree.map(jnp.add, cotangents.eta, eta_bar)
+    return Cotangents(join(state_bar, [None] * len(others)), eta_bar)
 
 
 def _played_back(step: OneStep, eta: Eta, tape_of: Callable[[InnerGradients], Any]) -> Body:
@@ -190,12 +192,12 @@ def outer_cotangents(
     def outer(floats: list[jax.Array], eta: Eta) -> tuple[jax.Array, Metrics]:
         return outer_loss(unroll, eta, join(floats, others))
 
-    judged, bars = jax.value_and_grad(outer, (0, 1), has_aux=True)(floats, eta)
-    return judged, Cotangents(*bars)
+    judged, (state_bar, eta_bar) = jax.value_and_grad(outer, (0, 1), has_aux=True)(floats, eta)
+    return judged, Cotangents(join(state_bar, [None] * len(others)), eta_bar)
 
 
 def through_init(unroll: Unroll, eta: Eta, cotangents: Cotangents) -> Eta:
     """Return the meta-gradient, like eta, from the cotangents of theta_0."""
     _, pull = jax.vjp(lambda eta: split(unroll.init(eta))[0], eta)
-    (eta_bar,) = pull(cotangents.state)
+    (eta_bar,) = pull(jax.tree.leaves(cotangents.state))
     return jax.tree.map(jnp.add, cotangents.eta, eta_bar)

@@ -137,9 +137,13 @@ def check_shares(tasks_per_step: int, devices: int, chunk: int | None) -> None:
     if surplus:
         sizes = [str(size) for size in (share * devices, (share + 1) * devices) if size]
         nearest = f"sizes that do are {' and '.join(sizes)}" if share else f"size is {sizes[0]}"
+        data = (
+            f" Or let several devices share the inner run of a task: a mesh of tasks="
+            f"{tasks_per_step} and data=N, whose devices divide the examples of an inner batch."
+        )
         raise ValueError(
             f"tasks_per_step={tasks_per_step} does not divide by the {format_devices(devices)} "
-            f"that take tasks. The nearest {nearest}."
+            f"that take tasks. The nearest {nearest}.{'' if share else data}"
         )
     if not _in_chunks(share, chunk):
         raise ValueError(

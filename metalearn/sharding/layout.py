@@ -19,17 +19,21 @@ The rules must divide the leaves of eta that they match. Where they divide, they
 state of the outer optimizer, whose paths end in those of eta, and for inner states, by path or
 because a leaf has the shape of a leaf of eta. An array that no rule matches is replicated. The
 compiler partitions the computation.
+
+Along the axis "data" several devices share the inner run of each task, for fewer tasks than
+devices (`metalearn.sharding.inner_run`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -37,8 +41,10 @@ from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import paths
 from metalearn.sharding import partition
 from metalearn.sharding.batched_means import all_reduce_mean, at_once, check_shares, mean_and_each
-from metalearn.sharding.mesh import TASKS, auto_axes, on_current_mesh
-from metalearn.unroll import Batch, Eta, GradFn, InnerState, Unroll
+from metalearn.sharding.mesh import DATA, TASKS, auto_axes
+
+# What is before the path of an inner state in `TrainState.inner`, of segments or truncated.
+CARRIED = re.compile("^(stream/state/|stream/|cotangents/state/|state/)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +81,16 @@ class Layout:
         """Return the number of devices, or groups of devices, that unroll tasks of their own."""
         return self.mesh.shape[TASKS]
 
+    @property
+    def data(self) -> int:
+        """Return the number of devices that share the inner run of a task."""
+        return self.mesh.shape.get(DATA, 1)
+
+    @property
+    def inner(self) -> int:
+        """Return the number of devices over which an inner run is sharded."""
+        return math.prod(self.mesh.shape[axis] for axis in auto_axes(self.mesh.shape))
+
     def check(self, tasks_per_step: int, chunk: int | None) -> None:
         """Raise ValueError if the tasks of an outer step do not divide among the devices."""
         check_shares(tasks_per_step, self.devices, chunk)
@@ -91,7 +107,8 @@ class Layout:
             if part == "optimizer":
                 return partition.state_spec(rules, sizes, rest, shape, eta_specs)
             if part == "inner":
-                return P(TASKS, *partition.state_spec(rules, sizes, rest, shape[1:], eta_specs))
+                path = CARRIED.sub("", rest)
+                return P(TASKS, *partition.state_spec(rules, sizes, path, shape[1:], eta_specs))
             return P()
 
         leaves, treedef = jax.tree.flatten(state)
@@ -135,6 +152,8 @@ class Layout:
 
         def on_device(shared: Any, inputs: Any) -> tuple[Any, Any]:
             mean, each = mean_and_each(functools.partial(function, *shared), inputs, chunk)
+            if self.devices == 1:
+                return mean, each
             return all_reduce_mean(mean, TASKS, whole=not self.cuts), each
 
         return self._shard_map(on_device, (P(), P(TASKS)))(shared, inputs)
@@ -159,32 +178,6 @@ class Layout:
         """Say whether any rule shards along an axis larger than 1."""
         auto = auto_axes(self.mesh.shape)
         return any(axis in auto for _, spec in self.rules for axis in partition.axes(spec))
-
-    def constrain(self, unroll: Unroll) -> Unroll:
-        """Return the unroll with its inner states sharded by the rules."""
-
-        def init(eta: Eta) -> InnerState:
-            return self._constrain_state(unroll.init(eta), eta)
-
-        def step(eta: Eta, state: InnerState, batch: Batch, grad: GradFn) -> InnerState:
-            return self._constrain_state(unroll.step(eta, state, batch, grad), eta)
-
-        return unroll._replace(init=init, step=step)
-
-    def _constrain_state(self, state: InnerState, eta: Eta) -> InnerState:
-        """Return an inner state sharded by the rules, in a program that maps over tasks."""
-        eta_specs = partition.specs_by_shape(self.rules, self.mesh.shape, eta)
-
-        def constrain(path: str, leaf: Any) -> Any:
-            shape = jnp.shape(leaf)
-            spec = partition.state_spec(self.rules, self.mesh.shape, path, shape, eta_specs)
-            if not partition.axes(spec):
-                return leaf
-            sharding = on_current_mesh(NamedSharding(self.mesh, spec))
-            return jax.lax.with_sharding_constraint(leaf, sharding)
-
-        leaves, treedef = jax.tree.flatten(state)
-        return jax.tree.unflatten(treedef, map(constrain, paths(state), leaves))
 
 
 def abstract(state: Any, shardings: Any) -> Any:

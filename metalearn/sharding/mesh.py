@@ -1,8 +1,10 @@
 """The mesh of a run: the devices of all its processes as a grid.
 
-A mesh has three axes, often of size 1:
+A mesh has four axes, often of size 1:
 
-    tasks      data parallel: each device unrolls its own tasks, one all-reduce averages the results
+    tasks      each device unrolls its own tasks, one all-reduce averages the results
+    data       the examples of an inner batch, and inner states by rules, are sharded: a large inner
+               run of one task takes several devices (see `metalearn.sharding.inner_run`)
     model      eta, and inner states like it, are sharded (see `metalearn.sharding.partition`)
     tangents   the tangents of `Forward` are sharded (see `metalearn.engines.forward.tangents`)
 
@@ -19,47 +21,49 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from metalearn._utils.checks import is_integer
 
-TASKS, MODEL, TANGENTS = AXES = ("tasks", "model", "tangents")
+TASKS, DATA, MODEL, TANGENTS = AXES = ("tasks", "data", "model", "tangents")
 
 
 def make_mesh(
     tasks: int | None = None,
     model: int = 1,
     tangents: int = 1,
+    data: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Return a mesh of `tasks` x `model` x `tangents` devices.
+    """Return a mesh of `tasks` x `data` x `model` x `tangents` devices.
 
     Args:
-      tasks: size of the axis "tasks"; None: all of `devices`, divided by the other two sizes.
+      tasks: size of the axis "tasks"; None: all of `devices`, divided by the other sizes.
       model: size of the axis "model".
       tangents: size of the axis "tangents".
+      data: size of the axis "data": devices that share the inner run of a task.
       devices: the devices to choose from; None: all devices of all processes.
 
     Raises:
       ValueError: if there are too few devices, or processes would contribute different numbers.
     """
     devices = jax.devices() if devices is None else list(devices)
-    for axis, size in zip(AXES, (tasks, model, tangents), strict=True):
+    for axis, size in zip(AXES, (tasks, data, model, tangents), strict=True):
         if not is_integer(size) and not (axis == TASKS and size is None):
             raise ValueError(f"An axis of a mesh has a number of devices, not {axis}={size!s:.80}.")
     tasks = None if tasks is None else int(tasks)
     if tasks is None:
-        tasks = remaining(len(devices), model, tangents)
-    sizes = dict(zip(AXES, (tasks, model, tangents), strict=True))
+        tasks = remaining(len(devices), data, model, tangents)
+    sizes = dict(zip(AXES, (tasks, data, model, tangents), strict=True))
     _check(sizes, devices)
     auto = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, auto, devices=_select(devices, sizes))
 
 
-def remaining(devices: int, model: int, tangents: int) -> int:
+def remaining(devices: int, data: int, model: int, tangents: int) -> int:
     """Return the size that is left for the axis "tasks"; ValueError if devices do not divide."""
-    group = model * tangents
+    group = data * model * tangents
     if group > 0 and devices % group:
         raise ValueError(
             f"The {format_devices(devices)} there {'is' if devices == 1 else 'are'} cannot be cut "
-            f"into groups of model={model} x tangents={tangents} = {group}. Choose sizes that "
-            "divide, or say how many of the groups there are to be: `tasks`."
+            f"into groups of data={data} x model={model} x tangents={tangents} = {group}. Choose "
+            "sizes that divide, or say how many of the groups there are to be: `tasks`."
         )
     return devices // max(group, 1)
 
@@ -111,8 +115,8 @@ def on_current_mesh(sharding: NamedSharding) -> NamedSharding:
 def format_sizes(sizes: Mapping[str, int]) -> str:
     """Format the sizes of a mesh.
 
-    >>> format_sizes({"tasks": 4, "model": 2, "tangents": 1})
-    'tasks=4 x model=2 x tangents=1'
+    >>> format_sizes({"tasks": 4, "data": 1, "model": 2, "tangents": 1})
+    'tasks=4 x data=1 x model=2 x tangents=1'
     """
     return " x ".join(f"{axis}={size}" for axis, size in sizes.items())
 

@@ -50,7 +50,7 @@ def check_rules(rules: Rules, sizes: Sizes) -> None:
 def eta_spec(rules: Rules, sizes: Sizes, path: str, shape: tuple[int, ...]) -> P:
     """Return the spec of a leaf of eta; ValueError if its rule does not divide its shape."""
     spec = _rule(rules, path)
-    if not _fits(spec, sizes, shape):
+    if not fits(spec, sizes, shape):
         raise ValueError(
             f"The rule for {path!r} of eta is {spec}, which does not divide its shape {shape} on "
             f"the mesh {format_sizes(sizes)}. Give that path a rule of its own before this one: "
@@ -68,7 +68,7 @@ def state_spec(
     that does not divide the shape is ignored here.
     """
     spec = _rule(rules, path)
-    return spec if axes(spec) and _fits(spec, sizes, shape) else eta_specs.get(shape, P())
+    return spec if axes(spec) and fits(spec, sizes, shape) else eta_specs.get(shape, P())
 
 
 def specs_by_shape(rules: Rules, sizes: Sizes, eta: Eta) -> SpecsByShape:
@@ -79,6 +79,29 @@ def specs_by_shape(rules: Rules, sizes: Sizes, eta: Eta) -> SpecsByShape:
     return {shape: next(iter(specs)) for shape, specs in specs_of.items() if len(specs) == 1}
 
 
+def matches(pattern: str, path: str) -> bool:
+    """Say whether a rule's pattern matches a path."""
+    return re.search(pattern, path) is not None
+
+
+def fits(spec: P, sizes: Sizes, shape: tuple[int, ...]) -> bool:
+    """Say whether a spec divides a shape."""
+    shards = [math.prod(sizes[axis] for axis in axes(P(part))) for part in spec]
+    return len(shards) <= len(shape) and not any(
+        size % count for size, count in zip(shape, shards, strict=False)
+    )
+
+
+def without(axis: str, spec: P) -> P:
+    """Return a spec without one axis of the mesh.
+
+    >>> without("data", P("data", ("model", "data")))
+    PartitionSpec(None, 'model')
+    """
+    parts = [[each for each in axes(P(part)) if each != axis] for part in spec]
+    return P(*(tuple(part) if len(part) > 1 else next(iter(part), None) for part in parts))
+
+
 def axes(spec: P) -> list[str]:
     """Return the mesh axes that a spec names."""
     parts = [part if isinstance(part, tuple) else (part,) for part in spec]
@@ -86,11 +109,4 @@ def axes(spec: P) -> list[str]:
 
 
 def _rule(rules: Rules, path: str) -> P:
-    return next((spec for pattern, spec in rules if re.search(pattern, path)), P())
-
-
-def _fits(spec: P, sizes: Sizes, shape: tuple[int, ...]) -> bool:
-    shards = [math.prod(sizes[axis] for axis in axes(P(part))) for part in spec]
-    return len(shards) <= len(shape) and not any(
-        size % count for size, count in zip(shape, shards, strict=False)
-    )
+    return next((spec for pattern, spec in rules if matches(pattern, path)), P())

@@ -23,8 +23,9 @@ from metalearn.algorithm import Algorithm
 from metalearn.engines.base import check_eta, outer_loss
 from metalearn.engines.inner_loop import inner_loop, rollout
 from metalearn.sharding.distributed import say
+from metalearn.sharding.layout import Layout
 from metalearn.tasks import ALL_STEPS, Reads, Tasks, draw_task, needs_fetch
-from metalearn.unroll import Eta, Metrics, Unroll, horizon
+from metalearn.unroll import Eta, Metrics, horizon
 
 SEGMENT = 2**24  # bytes that the inner steps of a segment read; a few segments are in memory
 LEFT_OUT, NOT_FINITE = "tasks_left_out", "tasks_not_finite"
@@ -37,7 +38,7 @@ def task_metrics(
     tasks: Tasks,
     key: jax.Array,
     steps: int | None = None,
-    transform: Callable[[Unroll], Unroll] | None = None,
+    layout: Layout | None = None,
 ) -> Metrics:
     """Draw one task, run its inner loop and return its outer loss and metrics.
 
@@ -47,10 +48,10 @@ def task_metrics(
       tasks: the distribution to draw from.
       key: (), of the task.
       steps: the number of inner steps to take; None: all T.
-      transform: applied to the unroll; see `metalearn.tasks.draw_task`.
+      layout: of inner batches and inner states; see `metalearn.tasks.draw_task`.
     """
     check_eta(eta)
-    task = draw_task(algorithm, tasks, key, transform)
+    task = draw_task(algorithm, tasks, key, layout=layout)
     loss, aux = rollout(task.unroll, eta, task.first_batches(steps))
     return merged({"loss": loss}, aux.metrics)
 
@@ -80,7 +81,7 @@ def segments_of(algorithm: Algorithm, tasks: Tasks, count: int) -> list[Reads]:
 def advanced(
     algorithm: Algorithm,
     segment: Reads,
-    transform: Callable[[Unroll], Unroll] | None,
+    layout: Layout | None,
     shared: tuple[Eta, Tasks, jax.Array],
     run: tuple[jax.Array, Any],
 ) -> Any:
@@ -89,13 +90,13 @@ def advanced(
     Args:
       algorithm: to evaluate.
       segment: its number of `steps`; `start` 0 for the first segment, `query` for the last.
-      transform: as of `task_metrics`.
+      layout: as of `task_metrics`.
       shared: (the meta-parameters, the distribution, the first inner step of the segment ()).
       run: (the key of the task, its inner state, which the first segment ignores).
     """
     eta, tasks, start = shared
     key, state = run
-    task = draw_task(algorithm, tasks, key, transform)
+    task = draw_task(algorithm, tasks, key, layout=layout)
     unroll = task.unroll._replace(init=lambda eta: state) if segment.start else task.unroll
     batches = task.batches_at(start + jnp.arange(segment.steps, dtype=jnp.int32))
     state, _ = inner_loop(unroll, eta, batches)

@@ -65,7 +65,7 @@ class FullUnroll:
 
     def draw(self, tasks: Tasks, key: jax.Array) -> DrawnTask:
         """Return the task that `key` draws, its inner states laid out as the batch says."""
-        return draw_task(self.algorithm, tasks, key, self.batch.transform)
+        return draw_task(self.algorithm, tasks, key, layout=self.batch.inner_layout)
 
     def solve(
         self,
@@ -81,10 +81,10 @@ class FullUnroll:
           eta: the meta-parameters.
           tasks: where the task comes from.
           key: () of the task.
-          transform: applied to the unroll; None: the layout of the batch.
+          transform: applied to the unroll; None: nothing.
           steps: take no more inner steps than the first so many; None: all.
         """
-        task = draw_task(self.algorithm, tasks, key, transform or self.batch.transform)
+        task = draw_task(self.algorithm, tasks, key, transform, self.batch.inner_layout)
         state = self.engine.init(task.engine_key, task.unroll, eta)
         return self.engine.value_and_grad(task.unroll, eta, task.first_batches(steps), state)
 

@@ -5,9 +5,14 @@ which are read last, go to disk, those above to host memory, and those on top st
 the budgets of `Replay` say. A copy from the device to the host, and from there to the disk, is made
 while the device advances the next segment.
 
+A state that is sharded over devices keeps its sharding. Each process copies the shards of its own
+devices, one of those that are copies of each other, and puts them back on the same devices; on disk
+each process has a folder of its own. No process has the whole of a state that is sharded over
+several.
+
 Inner gradients of a segment are kept in what the states leave of the device's and the host's
-memory. They are never on disk, where reading them takes about as long as computing them again: a
-run that is resumed does so.
+memory, and sharded like the states. They are never on disk, where reading them takes about as long
+as computing them again: a run that is resumed does so.
 
 A disk that refuses a state (it is full, or gone) does not end the run: that state stays in host
 memory, no further ones are kept, and the schedule goes on with those there are.
@@ -117,7 +122,13 @@ class Replay:
             )
         return amount
 
-    def places(self, state_bytes: int, segments: int, gradient_bytes: int = 0) -> Places:
+    def places(
+        self,
+        state_bytes: int,
+        segments: int,
+        gradient_bytes: int = 0,
+        on_devices: tuple[int, int] | None = None,
+    ) -> Places:
         """Return how many states, and inner gradients of how many segments, are kept where.
 
         Args:
@@ -125,13 +136,17 @@ class Replay:
           segments: of the run. The backward pass reads again the states before all but two of them:
             theta_0 is computed, and the state before the last one is at hand.
           gradient_bytes: of the inner gradients of one segment, of all tasks; 0: none are read.
+          on_devices: bytes of (a state, the inner gradients of a segment) on all devices, where
+            shards have copies; None: as in host memory.
 
         Raises:
           ValueError: if not one state can be kept.
         """
+        state_on_device, gradients_on_device = on_devices or (state_bytes, gradient_bytes)
         boundaries = max(segments - 2, 0)
+        sizes = state_on_device, state_bytes, state_bytes
         budgets = [self._bytes(name) for name in ("device", "host", "disk")]
-        room = [budget // max(state_bytes, 1) for budget in budgets]
+        room = [budget // max(size, 1) for budget, size in zip(budgets, sizes, strict=True)]
         if boundaries and not sum(room):
             allowed = {name: show_bytes(self._bytes(name)) for name in ("device", "host", "disk")}
             listed = ", ".join(f"{name}={amount}" for name, amount in allowed.items())
@@ -140,9 +155,10 @@ class Replay:
                 f"{listed}. Raise one of them to that at least."
             )
         states = _filled(room, boundaries if self.states is None else min(boundaries, self.states))
-        left = [budget - n * state_bytes for budget, n in zip(budgets[:2], states, strict=False)]
         most = min(self._bytes("gradients") // max(gradient_bytes, 1), max(segments - 1, 0))
-        room = [each // max(gradient_bytes, 1) for each in left]
+        left = [budgets[i] - states[i] * sizes[i] for i in range(2)]
+        of_gradients = gradients_on_device, gradient_bytes
+        room = [each // max(size, 1) for each, size in zip(left, of_gradients, strict=True)]
         return Places(*states, *_filled(room, most if gradient_bytes else 0))
 
 
@@ -185,8 +201,32 @@ class Places:
 
 
 def state_bytes(shapes: Any) -> int:
-    """Return the bytes that a state takes in this process, from the shapes of its leaves."""
+    """Return the bytes that a state takes in this process, copies of shards not counted.
+
+    `shapes`: of its leaves, with their shardings.
+    """
     return sum(_Leaf.of(leaf).nbytes for leaf in jax.tree.leaves(shapes))
+
+
+def device_bytes(shapes: Any) -> int:
+    """Return the bytes that a state takes on each device."""
+    leaves = map(_Leaf.of, jax.tree.leaves(shapes))
+    return sum(leaf.shard_bytes for leaf in leaves)
+
+
+def bytes_on_devices(shapes: Any) -> int:
+    """Return the bytes that a state takes on all devices of this process, with all copies."""
+    leaves = map(_Leaf.of, jax.tree.leaves(shapes))
+    return sum(leaf.shard_bytes * sum(map(len, leaf.devices)) for leaf in leaves)
+
+
+def places(replay: Replay, shapes: Any, segments: int, gradients: Any = ()) -> Places:
+    """Return what is kept where, of states and inner gradients of these shapes.
+
+    See `Replay.places`; `shapes` have the shardings of their leaves.
+    """
+    sizes = state_bytes(shapes), segments, state_bytes(gradients)
+    return replay.places(*sizes, (bytes_on_devices(shapes), bytes_on_devices(gradients)))
 
 
 @dataclasses.dataclass(eq=False)
@@ -247,7 +287,7 @@ class KeptStates:
         segments: int,
         run: str,
         folder: Any = None,
-        gradient_bytes: int = 0,
+        gradients: Any = (),
     ):
         """Make an empty store.
 
@@ -257,11 +297,11 @@ class KeptStates:
           segments: of the run.
           run: a text that tells the run from others.
           folder: for the states on disk; None: that of `replay`, or a temporary one.
-          gradient_bytes: of the inner gradients of one segment; 0: none are read.
+          gradients: like `shapes`, of the inner gradients of one segment; (): none are read.
         """
         leaves, self._treedef = jax.tree.flatten(shapes)
         self._leaves = [_Leaf.of(leaf) for leaf in leaves]
-        self.places = replay.places(state_bytes(shapes), segments, gradient_bytes)
+        self.places = places(replay, shapes, segments, gradients)
         self.most = self.places.all
         self.disk_refused = False
         self._run, self._where = run, replay.folder or folder
@@ -323,7 +363,8 @@ class KeptStates:
         """Let the copies that were begun go on from the device to the host, and to the disk."""
         copying, self._copying = self._copying, []
         for kept in copying:
-            kept.arrays, kept.on_host = _on_host(kept.arrays), True
+            leaves = self._leaves if isinstance(kept, KeptState) else kept.leaves
+            kept.arrays, kept.on_host = _on_host(leaves, kept.arrays), True
             if isinstance(kept, KeptState) and kept.place == "disk":
                 self._await_files(most=1)
                 path = self._folder().path / kept.name
@@ -414,7 +455,7 @@ class KeptStates:
             if kept.file is None:
                 if kept.arrays is None:
                     raise ReleasedError
-                arrays = kept.arrays if kept.on_host else _on_host(kept.arrays)
+                arrays = kept.arrays if kept.on_host else _on_host(self._leaves, kept.arrays)
                 try:
                     kept.file = state_files.write(self._folder().path / kept.name, arrays)
                 except (OSError, UnwritableFolderError) as error:
@@ -482,12 +523,9 @@ class KeptStates:
         return self._opened
 
 
-def _on_host(state: Any) -> list[np.ndarray]:
-    return [
-        np.asarray(shard.data)
-        for leaf in jax.tree.leaves(state)
-        for shard in _data(leaf).addressable_shards
-    ]
+def _on_host(leaves: Sequence[_Leaf], state: Any) -> list[np.ndarray]:
+    pairs = zip(leaves, jax.tree.leaves(state), strict=True)
+    return [array for leaf, value in pairs for array in leaf.on_host(value)]
 
 
 def _on_device(leaves: Sequence[_Leaf], arrays: Sequence[np.ndarray]) -> list[jax.Array]:
@@ -514,7 +552,8 @@ class _Leaf:
 
     shape: tuple[int, ...]
     sharding: jax.sharding.Sharding | None  # None: on the default device, committed to none
-    shards: list[Any]  # the shape and dtype of each
+    shards: list[Any]  # the shape and dtype of each different one
+    devices: list[list[Any]]  # those that have each of them
     key_impl: Any  # of a leaf of PRNG keys, which are saved as their data; else None
 
     @classmethod
@@ -527,20 +566,34 @@ class _Leaf:
             impls: list[Any] = []
             jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), leaf)
             data, impl = jax.eval_shape(jax.random.key_data, leaf), impls[0]
-        shape = data.shape if where is None else where.shard_shape(data.shape)
-        count = 1 if where is None else len(where.addressable_devices)
-        return cls(data.shape, where, [jax.ShapeDtypeStruct(shape, data.dtype)] * count, impl)
+        shape, copies = data.shape, {"": [None]}
+        if where is not None:
+            shape, copies = where.shard_shape(data.shape), {}
+            for device, index in where.addressable_devices_indices_map(data.shape).items():
+                copies.setdefault(str(index), []).append(device)
+        shards = [jax.ShapeDtypeStruct(shape, data.dtype)] * len(copies)
+        return cls(data.shape, where, shards, [*copies.values()], impl)
 
     @property
     def nbytes(self) -> int:
-        return sum(math.prod(each.shape) * each.dtype.itemsize for each in self.shards)
+        return self.shard_bytes * len(self.shards)
+
+    @property
+    def shard_bytes(self) -> int:
+        return math.prod(self.shards[0].shape) * self.shards[0].dtype.itemsize
+
+    def on_host(self, value: jax.Array) -> list[np.ndarray]:
+        shards = {shard.device: shard.data for shard in _data(value).addressable_shards}
+        if self.sharding is None:
+            return [np.asarray(shard) for shard in shards.values()]
+        return [np.asarray(shards[same[0]]) for same in self.devices]
 
     def on_device(self, arrays: Sequence[np.ndarray]) -> jax.Array:
         if self.sharding is None:
             data = jax.device_put(arrays[0])
         else:
-            devices = self.sharding.addressable_devices_indices_map(self.shape)
-            single = [jax.device_put(a, d) for a, d in zip(arrays, devices, strict=True)]
+            pairs = zip(arrays, self.devices, strict=True)
+            single = [jax.device_put(array, device) for array, same in pairs for device in same]
             data = jax.make_array_from_single_device_arrays(self.shape, self.sharding, single)
         return data if self.key_impl is None else jax.random.wrap_key_data(data, impl=self.key_impl)
 

@@ -43,6 +43,8 @@ from metalearn.training.kept_states import (
     ReleasedError,
     Replay,
     copied,
+    device_bytes,
+    places,
     state_bytes,
 )
 from metalearn.training.replay_schedule import Position
@@ -88,9 +90,7 @@ def compiled(unrolls: SegmentedUnroll, hooks: Hooks) -> Programs:
     keys = hooks.keys
 
     def laid_out(eta: Any, key: jax.Array, step: jax.Array, run: PartialUnroll) -> PartialUnroll:
-        gradients, run = run.gradients, dataclasses.replace(run, gradients=())
-        run = hooks.constrained(TrainState(step, eta, (), key, run)).inner
-        return dataclasses.replace(run, gradients=gradients)  # laid out as they are computed
+        return hooks.constrained(TrainState(step, eta, (), key, run)).inner
 
     def start(eta: Any, tasks: Tasks, key: Any, step: Any, steps: int) -> PartialUnroll:
         return laid_out(eta, key, step, unrolls.start(eta, tasks, keys(key, step), steps))
@@ -450,7 +450,7 @@ class SegmentRun:
 
     def _with_all_gradients(self, shared: Any, run: PartialUnroll, segment: int) -> PartialUnroll:
         """Read the inner gradients of the segment before which a run stands, or compute them."""
-        if not self._gradient_bytes:
+        if not state_bytes(self._gradient_shapes):
             return run
         kept = [each for each in run.kept_gradients if each.segment == segment]
         others = tuple(each for each in run.kept_gradients if each.segment != segment)
@@ -462,12 +462,12 @@ class SegmentRun:
         return dataclasses.replace(run, inner=ahead.inner, gradients=ahead.gradients)
 
     @functools.cached_property
-    def _gradient_bytes(self) -> int:
-        """Bytes of the inner gradients of a segment; 0: the engine's `pull_back` reads none."""
+    def _gradient_shapes(self) -> Any:
+        """The shapes of the inner gradients of a segment; none if `pull_back` reads none."""
         if not self._unrolls.goes_back or self.cut.segments == 1:
-            return 0
+            return ()
         start = Position(self.cut.segments - 1, 0, 0)
-        return state_bytes(self._shapes(start, gradients=True).inner.gradients)
+        return self._shapes(start, gradients=True).inner.gradients
 
     def _first(self, segment: int) -> Any:
         return np.int32(segment * self.cut.segment)
@@ -541,7 +541,7 @@ class SegmentRun:
                 place = os.path.abspath(self._folder)
                 run += f", saved in {hashlib.blake2b(place.encode()).hexdigest()[:32]}"
             inputs = self._replay, shapes, self.cut.segments, run
-            self._opened = KeptStates(*inputs, self._folder, self._gradient_bytes)
+            self._opened = KeptStates(*inputs, self._folder, self._gradient_shapes)
         return self._opened
 
     # What it costs.
@@ -594,14 +594,14 @@ class SegmentRun:
         each = state_bytes(shapes)
         if not self._unrolls.goes_back:
             return SegmentPlan(self.cut.segment, count, each, 0, 0, 0, 0, count)
-        gradients = self._gradient_bytes
-        places = self._replay.places(each, count, gradients)
-        kept, again = places.all, schedule.replays(count, places.all)
+        gradients = self._gradient_shapes
+        where, of_gradients = places(self._replay, shapes, count, gradients), state_bytes(gradients)
+        kept, again = where.all, schedule.replays(count, where.all)
         return SegmentPlan(
-            *(self.cut.segment, count, each, places.device, places.host, places.disk),
+            *(self.cut.segment, count, each, where.device, where.host, where.disk),
             *(again, schedule.advances(count, kept) + count),
-            *(gradients, places.device_gradients, places.host_gradients),
-            schedule.recomputed(count, kept, places.gradients) if gradients else 0,
+            *(of_gradients, where.device_gradients, where.host_gradients),
+            schedule.recomputed(count, kept, where.gradients) if of_gradients else 0,
         )
 
     def cost(self, state: TrainState, tasks: Tasks, known: dict[str, Cost] | None = None) -> Cost:
@@ -610,6 +610,7 @@ class SegmentRun:
         What is kept on the device counts as arguments. See `costs`.
         """
         costs, plan = self.costs(state, tasks, known), self.planned
+        shapes = self._shapes(Position(plan.segments - 1, 0, 0)).inner.stream
         calls = dict.fromkeys(costs, 1)
         even = "judge" in costs  # the last segment is taken by the programs of the others
         if self._unrolls.goes_back:
@@ -619,8 +620,8 @@ class SegmentRun:
         else:
             calls[f"advance {plan.segment}"] = self.cut.steps // plan.segment
         largest = max(costs.values(), key=lambda each: each.peak)
-        kept = (plan.device + even) * plan.state_bytes
-        kept += plan.device_gradients * plan.gradient_bytes
+        kept = (plan.device + even) * device_bytes(shapes)
+        kept += plan.device_gradients * device_bytes(self._gradient_shapes)
         return largest._replace(
             flops=sum(calls[name] * each.flops for name, each in costs.items()),
             arguments=largest.arguments + kept,

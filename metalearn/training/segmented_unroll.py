@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from metalearn._utils.trees import strong
+from metalearn._utils.trees import is_differentiable, strong
 from metalearn.engines import segments
 from metalearn.engines.base import Aux, Backward, Streaming
 from metalearn.sharding.mesh import TASKS
@@ -292,17 +292,52 @@ class SegmentedUnroll(FullUnroll):
         return self.engine
 
 
-def spread(shardings: Any, engine: Any) -> Any:
-    """Return the shardings of a train state, with tangents sharded as the engine says."""
+def spread(shardings: Any, engine: Any, inner: Any) -> Any:
+    """Return the shardings of a train state whose outer step is cut into segments.
+
+    Tangents are sharded as the engine says, and inner gradients as the leaves of the inner state
+    that have their shape.
+
+    Args:
+      shardings: of a train state.
+      engine: of the trainer.
+      inner: `TrainState.inner`, or its shapes.
+    """
     run = shardings.inner
-    if not (isinstance(run, PartialUnroll) and isinstance(engine, Streaming) and run.stream):
+    if not isinstance(run, PartialUnroll) or not jax.tree.leaves(run.stream):
         return shardings
+    if not isinstance(engine, Streaming):
+        run = dataclasses.replace(run, gradients=_like_state(run, inner))
+        return dataclasses.replace(shardings, inner=run)
     sharding = getattr(engine, "sharding", None)
     own = sharding.spec if isinstance(sharding, NamedSharding) else ()
+    leading = P(TASKS, *(tuple(own) or (None,)))  # of tasks and tangents
 
     def along(tree: Any) -> Any:
-        return jax.tree.map(lambda where: NamedSharding(where.mesh, P(TASKS, *own)), tree)
+        return jax.tree.map(lambda where: NamedSharding(where.mesh, leading), tree)
 
-    stream = run.stream
-    stream = stream._replace(tangents=along(stream.tangents), directions=along(stream.directions))
+    # A tangent is sharded as the leaf of the state that it is of.
+    stream, leaves = run.stream, jax.tree.leaves(run.stream.state)
+    of_state = [is_differentiable(leaf) for leaf in jax.tree.leaves(inner.stream.state)]
+    tangents = [
+        NamedSharding(where.mesh, P(*leading, *where.spec[1:]))
+        for where, has_tangent in zip(leaves, of_state, strict=True)
+        if has_tangent
+    ]
+    stream = stream._replace(tangents=tangents, directions=along(stream.directions))
     return dataclasses.replace(shardings, inner=dataclasses.replace(run, stream=stream))
+
+
+def _like_state(shardings: PartialUnroll, inner: PartialUnroll) -> Any:
+    """Return the shardings of inner gradients: those of the leaves of the state of their shape."""
+    specs: dict[tuple[int, ...], set[tuple[Any, ...]]] = {}
+    leaves = zip(jax.tree.leaves(shardings.stream), jax.tree.leaves(inner.stream), strict=True)
+    for where, leaf in leaves:
+        specs.setdefault(leaf.shape[1:], set()).add(tuple(where.spec)[1:])
+
+    def of_gradient(where: NamedSharding, leaf: Any) -> NamedSharding:  # [tasks, K, ...]
+        same = specs.get(leaf.shape[2:], set())
+        spec = next(iter(same)) if len(same) == 1 else ()
+        return NamedSharding(where.mesh, P(TASKS, None, *spec))
+
+    return jax.tree.map(of_gradient, shardings.gradients, inner.gradients)

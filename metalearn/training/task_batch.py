@@ -11,7 +11,6 @@ import jax
 
 from metalearn.sharding.batched_means import at_once, check_tasks, mean_and_each
 from metalearn.sharding.layout import Layout
-from metalearn.unroll import Unroll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +49,10 @@ class TaskBatch:
         return at_once(self.share, self.chunk)
 
     @property
-    def transform(self) -> Callable[[Unroll], Unroll] | None:
-        """The transform of unrolls that constrains inner states to the layout; None: nothing."""
-        return self.layout.constrain if self.layout is not None and self.layout.cuts else None
+    def inner_layout(self) -> Layout | None:
+        """The layout, where it says how an inner run is laid out over devices; else None."""
+        layout = self.layout
+        return layout if layout is not None and (layout.cuts or layout.data > 1) else None
 
     def mean(self, on_task: Callable[..., Any], shared: Any, keys: jax.Array) -> Any:
         """Return the mean of `on_task(*shared, key)` over the keys [size] of tasks."""

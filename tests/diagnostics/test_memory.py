@@ -85,6 +85,7 @@ MAKES = {  # what takes a count that is 1 or more
     "layers": lambda n: Architecture(3, 4, n, 2),
     "width": lambda n: Architecture(3, n, 2, 1),
     "mesh.tasks": lambda n: make_mesh(n),
+    "mesh.data": lambda n: make_mesh(data=n),
     "mesh.model": lambda n: make_mesh(model=n),
     "mesh.tangents": lambda n: make_mesh(tangents=n),
 }

@@ -196,7 +196,7 @@ def test_a_config_file_without_a_config_is_refused(refused, tmp_path, source, ex
         ("--config.mesh.model=0", "`mesh(model=0)`: it is an integer, 1 or more."),
         ("--config.mesh.tangents=-1", "`mesh(tangents=-1)`: it is an integer, 1 or more."),
         ("--config.mesh.tasks=0", "`mesh(tasks=0)`: it is an integer, 1 or more."),
-        ("--config.mesh.tasks=1000000000", "A mesh of tasks=1000000000 x model=1 x tangents=1 ta"),
+        ("--config.mesh.tasks=1000000000", "A mesh of tasks=1000000000 x data=1 x model=1 x tang"),
         ("--config.eval_tasks=1000000000", "config.eval_tasks is 1000000000, but integers go up "),
         ("--config.test_tasks=1000000000", "config.test_tasks is 1000000000, but integers go up "),
         (

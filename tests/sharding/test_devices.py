@@ -126,8 +126,8 @@ def test_a_plan_is_of_the_memory_of_one_device(more):
 
 def test_more_devices_than_there_are_is_refused_with_the_count():
     with refused(
-        "A mesh of tasks=8 x model=1 x tangents=1 takes 8 devices, but there is 1 (cpu). Ask for "
-        "no more, or leave `tasks` unset to take them all. To try a mesh on a CPU: "
+        "A mesh of tasks=8 x data=1 x model=1 x tangents=1 takes 8 devices, but there is 1 (cpu). "
+        "Ask for no more, or leave `tasks` unset to take them all. To try a mesh on a CPU: "
         "XLA_FLAGS=--xla_force_host_platform_device_count=8."
     ):
         make_mesh(8)
@@ -140,15 +140,15 @@ def test_an_axis_without_devices_is_refused():
 
 def test_devices_that_cannot_be_cut_into_groups_are_refused():
     with refused(
-        "The 1 device there is cannot be cut into groups of model=2 x tangents=3 = 6. Choose sizes "
-        "that divide, or say how many of the groups there are to be: `tasks`."
+        "The 1 device there is cannot be cut into groups of data=1 x model=2 x tangents=3 = 6. "
+        "Choose sizes that divide, or say how many of the groups there are to be: `tasks`."
     ):
         make_mesh(model=2, tangents=3)
 
 
 @pytest.mark.parametrize(
     ("tasks", "nearest"),
-    [(20, "sizes that do are 16 and 24"), (3, "size is 8")],
+    [(20, "sizes that do are 16 and 24"), (12, "sizes that do are 8 and 16")],
 )
 def test_tasks_that_do_not_divide_are_refused_with_the_nearest_sizes_that_do(tasks, nearest):
     with refused(
@@ -184,7 +184,7 @@ def test_a_mesh_without_an_axis_of_tasks_is_refused():
 def test_a_rule_for_an_axis_that_is_not_there_is_refused():
     with refused(
         f"The rule 'kernel$': {P(None, 'modle')!r} names the axis 'modle', which is not in the "
-        "mesh tasks=1 x model=1 x tangents=1."
+        "mesh tasks=1 x data=1 x model=1 x tangents=1."
     ):
         Layout(make_mesh(), (("kernel$", P(None, "modle")),))
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 
 from metalearn.sharding import distributed as processes
 from tests.helpers.on_devices import environment
+from tests.helpers.processes import free_port, together
 from tests.helpers.refusals import refused
 
 SLURM = {
@@ -31,26 +31,6 @@ SRUN = (
     "SLURM_LOCALID for every process that it starts, so start with "
     f"`srun metalearn ... --distributed`. {NAMED}"
 )
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def together(commands, count):
-    """Start processes with `count` devices each, and return what they print."""
-    options = {"env": environment(count), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    started = [subprocess.Popen(command, text=True, **options) for command in commands]
-    try:
-        said = [process.communicate(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, errors) in zip(started, said, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return said
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +63,8 @@ def test_processes_agree_on_what_the_first_one_says(parts):
 
 def test_processes_that_cannot_give_as_many_devices_each_are_refused(parts):
     expected = [
-        "A mesh of tasks=3 x model=1 x tangents=1 takes 3 devices, and 2 processes with 4, 4 of "
-        "them cannot give as many each. Choose sizes whose product divides by 2.",
+        "A mesh of tasks=3 x data=1 x model=1 x tangents=1 takes 3 devices, and 2 processes with "
+        "4, 4 of them cannot give as many each. Choose sizes whose product divides by 2.",
         "tasks_per_step=3 does not divide among 2 processes with 8 devices in all. Take a "
         "multiple of 2.",
     ]

@@ -80,6 +80,13 @@ ENGINES = {
 }
 
 
+def test_copies_of_shards_count_on_the_devices_and_not_in_host_memory():
+    replay = Replay(device=100, host=100, gradients=1000)
+    places = replay.places(10, 8, 20, on_devices=(40, 80))
+    assert (places.device, places.host, places.disk) == (2, 4, 0)
+    assert (places.device_gradients, places.host_gradients) == (0, 3)
+
+
 @pytest.mark.parametrize(
     ("engine", "segment"),
     quick(

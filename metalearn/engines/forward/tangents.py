@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from metalearn.sharding.mesh import on_current_mesh
 from metalearn.unroll import Eta
@@ -48,12 +49,18 @@ def push(linear: Callable[..., Any], tangents: Any, chunk: int | None, sharding:
 
 
 def place(tangents: Any, sharding: Sharding) -> Any:
-    """Shard the leading axis of every leaf over devices."""
+    """Shard the leading axis of every leaf over devices; the others are left to the compiler."""
     if sharding is None or shard_count(sharding) == 1:
         return tangents
-    if isinstance(sharding, NamedSharding):
-        sharding = on_current_mesh(sharding)
-    return jax.lax.with_sharding_constraint(tangents, sharding)
+    if not isinstance(sharding, NamedSharding):
+        return jax.lax.with_sharding_constraint(tangents, sharding)
+
+    def put(leaf: jax.Array) -> jax.Array:
+        others = (P.UNCONSTRAINED,) * (leaf.ndim - len(sharding.spec))
+        where = on_current_mesh(NamedSharding(sharding.mesh, P(*sharding.spec, *others)))
+        return jax.lax.with_sharding_constraint(leaf, where)
+
+    return jax.tree.map(put, tangents)
 
 
 def round_up(count: int, sharding: Sharding) -> int:

@@ -96,8 +96,10 @@ def sweep_segment(
     with going_backwards():
         step = OneStep(unroll, eta, value_and_grad)
         after, _, residuals = saved.forward(step, state, batches)
-        bars = cotangents.state, cotangents.eta
-        return Cotangents(*saved.back(step, after, batches, residuals, bars))
+        bars = jax.tree.leaves(cotangents.state), cotangents.eta
+        state_bar, eta_bar = saved.back(step, after, batches, residuals, bars)
+        _, others, join = split(state)
+        return Cotangents(join(state_bar, [None] * len(others)), eta_bar)
 
 
 Bars = tuple[list[jax.Array], Any]  # cotangents of the state's float leaves, and of eta
