@@ -210,6 +210,7 @@ def test_a_recipe_learns(name):
     assert after.mean + after.ci95 < before.mean - before.ci95
 
 
+@pytest.mark.slow
 def test_implicit_maml_agrees_with_the_unrolled_loop_where_that_has_converged():
     def gradient_of(implicit):
         trainer, tasks = recipe("imaml")
@@ -265,6 +266,7 @@ def test_example_weights_find_the_wrong_labels():
     assert eta[::3].mean() < eta[1::3].mean() - 0.5 and eta[::3].mean() < eta[2::3].mean() - 0.5
 
 
+@pytest.mark.slow
 def test_learned_noise_blurs_the_features_that_do_not_matter():
     trainer, tasks = recipe("noise")
     eta = trainer.fit(tasks, 60, key=jax.random.key(0), progress=False).eta

@@ -436,6 +436,7 @@ def test_the_command_line_says_of_another_optimizer_that_it_is_another_configura
     assert "damaged" not in said.err + said.out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 def test_eval_beside_a_run_reads_the_newest_where_its_checkpoint_rotates_away(
     finished, tmp_path, monkeypatch, capsys

@@ -36,6 +36,7 @@ def mapped(path, tokens):
     return np.memmap(path, tokens.dtype, "r")
 
 
+@pytest.mark.slow
 def test_the_same_key_draws_the_same_windows_as_on_the_device(tmp_path):
     expected = bits(jax.vmap(on_device().sample)(KEYS))
     host = on_host(mapped(tmp_path / "train", TRAIN), mapped(tmp_path / "held_out", HELD_OUT))

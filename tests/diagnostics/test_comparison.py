@@ -61,6 +61,7 @@ def row_of(engine):
     return comparison().rows[ENGINES.index(engine)]
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_the_mean_meta_gradient_of_the_outer_step():
     trainer, key = Trainer(Pull(), MixedFlow(), tasks_per_step=3), jax.random.key(0)
     state = trainer.init(key, Quadratics(2))

@@ -47,6 +47,7 @@ def test_the_tasks_of_a_config_may_stay_on_the_host_with_the_same_bits(name, kin
         assert data_read(trainer, ours) == data_read(trainer, theirs)
 
 
+@pytest.mark.slow
 def test_training_runs_of_a_config_may_stay_on_the_host_and_learn_the_same():
     etas = []
     for on in ("device", "host"):

@@ -93,6 +93,7 @@ def test_a_command_draws_a_run_again(workdir, capsys):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+@pytest.mark.slow
 def test_a_run_that_had_ended_is_not_drawn_again(workdir):
     (workdir / "pictures").rename(workdir / "drawn")
     plain = config()

@@ -18,6 +18,7 @@ from metalearn.experiments.commands import run as commands
 from tests.helpers.checkpoints import bits
 from tests.helpers.command_line import call
 from tests.helpers.config_cases import base
+from tests.helpers.selection import quick
 from tests.helpers.small_configs import skip_without, small
 
 FOLDERS = ("train", "validation", "test")
@@ -142,7 +143,7 @@ def test_a_run_whose_workdir_says_nothing_of_its_data_reads_them(workdir, elsewh
     assert run.sizes == metalearn.load_run(workdir).sizes and run.splits is run.tasks
 
 
-@pytest.mark.parametrize("name", packaged())
+@pytest.mark.parametrize("name", quick(packaged(), lambda name: name == "fds_digits"))
 def test_a_packaged_config_is_built_from_what_its_workdir_says_of_the_data(name, tmp_path):
     config = build.to_json(base(name))
     skip_without(config["dataset"]["name"], config["dataset"].get("tfds"))

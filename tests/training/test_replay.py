@@ -91,7 +91,7 @@ def test_copies_of_shards_count_on_the_devices_and_not_in_host_memory():
     ("engine", "segment"),
     quick(
         [(name, segment) for name in ENGINES for segment in (1, 2, 6, 13)],
-        lambda name, segment: (name, segment) in [("MixedFlow", 2), ("Reverse-nested", 6)],
+        lambda name, segment: (name, segment) == ("MixedFlow", 2),
     ),
 )
 def test_an_outer_step_in_segments_is_the_one_in_a_single_program(engine, segment, x64):
@@ -182,6 +182,7 @@ def test_inner_gradients_spill_from_the_device_to_the_host(x64):
     assert bits(state) == bits(trainer().step(trainer().init(KEY), Aims())[0])
 
 
+@pytest.mark.slow
 def test_inner_gradients_of_tasks_in_chunks_are_handed_out_only_to_be_kept(x64):
     made = dataclasses.replace(trainer(), chunk=1)
     assert made.segments(AIMS).planned.gradient_bytes == 0
@@ -238,6 +239,7 @@ class Numbers(Walk):
         return walk._replace(init=lambda eta: {**walk.init(eta), "rate": 0.1}, step=step)
 
 
+@pytest.mark.slow
 def test_a_number_in_the_first_state_is_an_array_of_it():
     made = Trainer(Numbers(3), MIXED, optax.sgd(1.0), tasks_per_step=1, segment=2)
     _, metrics = made.step(made.init(KEY), Aims())

@@ -242,6 +242,7 @@ def test_a_run_that_saves_inside_steps_backs_off(segment, tmp_path):
     assert not list(tmp_path.glob("within/[0-9]*"))
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_of_a_step_that_ends_the_run(tmp_path):
     with pytest.raises(NonFiniteError):
         fit(wild(SEGMENT), 3, tmp_path, within=1)
