@@ -385,6 +385,13 @@ def test_sama_is_one_step_at_the_end_through_the_inner_optimizer(rule):
 # Bad input.
 
 
+@pytest.mark.parametrize("engine", [Implicit(), SAMA()], ids=["Implicit", "SAMA"])
+def test_a_loop_without_steps_is_refused(engine):
+    unroll, eta, _ = quadratic(optax.sgd(0.2))
+    with pytest.raises(ValueError, match=r"this loop takes none \(T = 0\).*`Reverse\(\)`"):
+        engine.value_and_grad(unroll, eta, jnp.arange(0))
+
+
 LEARNED_START = [Implicit(), Truncated(1), SAMA()]
 
 

@@ -57,7 +57,7 @@ from metalearn._utils.checks import Count, above, at_most, pattern, pick
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import is_differentiable, matching, paths, split
 from metalearn.engines import segments
-from metalearn.engines.approximate.reach import check_reach, clocks, leaves_read
+from metalearn.engines.approximate.reach import check_reach, clocks, last_batch, leaves_read
 from metalearn.engines.approximate.solvers import SOLVERS, Settings, Vector, norm
 from metalearn.engines.base import (
     ApproximationWarning,
@@ -147,9 +147,9 @@ class Implicit(MetaGradient):
     ) -> tuple[tuple[jax.Array, Aux], Eta]:
         """Return ((loss (), aux), the hypergradient like eta)."""
         check_eta(eta)
+        batch = last_batch(self, batches)
         theta_0 = unroll.init(eta)
         theta_T, inner, _ = segments.advance(unroll, eta, theta_0, batches)
-        batch = jax.tree.map(lambda x: x[-1], batches)
         seen = "the fixed point of the inner step"
         check_reach(self, unroll, eta, theta_T, batch, seen)
         mask = self._solved(theta_T)

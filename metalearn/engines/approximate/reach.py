@@ -17,7 +17,7 @@ from jax.extend.core import Literal
 from metalearn._utils.trees import is_differentiable, paths
 from metalearn.engines.base import outer_loss
 from metalearn.engines.inner_loop import step_body
-from metalearn.unroll import Batch, Eta, InnerState, Unroll
+from metalearn.unroll import Batch, Eta, InnerState, Unroll, horizon
 
 
 def leaves_read(
@@ -44,6 +44,23 @@ def _read(jaxpr: Any, of: Callable[[Any], bool]) -> list[bool]:
         if needed.intersection(equation.outvars):
             needed.update(v for v in equation.invars if not isinstance(v, Literal))
     return [v in needed for v in jaxpr.invars]
+
+
+def last_batch(engine: Any, batches: Batch) -> Batch:
+    """Return the batch of the last inner step; ValueError for a loop that takes none.
+
+    Args:
+      engine: for the message.
+      batches: of the loop, leaves [T, ...].
+    """
+    if horizon(batches) == 0:
+        name = type(engine).__name__
+        raise ValueError(
+            f"`{name}` differentiates an inner step at the end of the loop, and this loop takes "
+            "none (T = 0), as an algorithm whose head is in closed form. Use an exact engine: "
+            "`Reverse()` or `MixedFlow()`."
+        )
+    return jax.tree.map(lambda x: x[-1], batches)
 
 
 def check_reach(

@@ -27,7 +27,7 @@ from metalearn._utils.checks import above
 from metalearn._utils.fields import check_fields
 from metalearn.engines import segments
 from metalearn.engines.approximate.finite_difference import value_and_grad
-from metalearn.engines.approximate.reach import check_reach
+from metalearn.engines.approximate.reach import check_reach, last_batch
 from metalearn.engines.base import Aux, MetaGradient, check_eta
 from metalearn.engines.custom_rules import Plan
 from metalearn.engines.inner_loop import Remat
@@ -63,9 +63,9 @@ class SAMA(MetaGradient):
     ) -> tuple[tuple[jax.Array, Aux], Eta]:
         """Return ((loss (), aux), the hypergradient of one step at theta_T, like eta)."""
         check_eta(eta)
+        batch = last_batch(self, batches)
         theta_T, inner, _ = segments.advance(unroll, eta, unroll.init(eta), batches)
         last = jax.tree.map(lambda x: x[-1:], batches)
-        batch = jax.tree.map(lambda x: x[-1], batches)
         check_reach(self, unroll, eta, theta_T, batch, "one inner step at the end of the loop")
         (loss, metrics), bars = segments.outer_cotangents(unroll, eta, theta_T)
         difference = functools.partial(value_and_grad, move=self.finite_difference)
