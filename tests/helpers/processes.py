@@ -1,26 +1,20 @@
-"""Processes that are one run."""
+"""Programs in a process of their own."""
 
-import socket
+import os
+import pathlib
 import subprocess
-
-from tests.helpers.on_devices import environment
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+import sys
 
 
-def together(commands, count):
-    """Start processes with `count` devices each, and return what they print."""
-    options = {"env": environment(count), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    started = [subprocess.Popen(command, text=True, **options) for command in commands]
-    try:
-        said = [process.communicate(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, errors) in zip(started, said, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return said
+def program(source, *arguments, timeout=300):
+    """Run the text of a program on the processor, with this checkout on its path."""
+    root = pathlib.Path(__file__).parents[2]
+    path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH")) if p)
+    return subprocess.run(
+        [sys.executable, "-c", source, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

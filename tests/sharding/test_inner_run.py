@@ -18,7 +18,7 @@ from metalearn.sharding import partition
 from metalearn.sharding.batched_means import check_shares
 from tests.helpers.on_data_axis import RATES, RULES, network, runs
 from tests.helpers.on_devices import NETWORK, TASKS, environment
-from tests.helpers.processes import free_port, together
+from tests.helpers.process_groups import free_port, together
 from tests.helpers.refusals import refused
 
 KERNELS = sorted([8 * 32 * 8, 32 * 4 * 8, 32 * 8])  # bytes of the parameters

@@ -12,7 +12,7 @@ import pytest
 
 from metalearn.sharding import distributed as processes
 from tests.helpers.on_devices import environment
-from tests.helpers.processes import free_port, together
+from tests.helpers.process_groups import free_port, together
 from tests.helpers.refusals import refused
 
 SLURM = {
