@@ -35,6 +35,7 @@ def compared():
     return json.loads(printed.getvalue())
 
 
+@pytest.mark.slow
 def test_the_json_has_a_row_for_each_engine_as_a_config_names_it(compared):
     names = [(row["engine"], row["engine_options"]) for row in compared["rows"]]
     assert names == [
@@ -48,6 +49,7 @@ def test_the_json_has_a_row_for_each_engine_as_a_config_names_it(compared):
     assert compared["inner_steps"] == 14 and compared["exact"] == "MixedFlow()"
 
 
+@pytest.mark.slow
 def test_in_float64_exact_engines_agree_to_rounding_and_others_do_not(compared):
     assert compared["dtype"] == "float64"
     errors = [row["relative_error"] for row in compared["rows"]]

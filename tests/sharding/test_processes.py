@@ -49,6 +49,7 @@ def test_two_processes_find_what_one_finds(parts):
         assert part["error"] < 1e-12
 
 
+@pytest.mark.slow
 def test_the_first_process_alone_logs_and_the_curve_is_that_of_one(parts):
     logged = [part["logged"] for part in parts]
     np.testing.assert_allclose(sum(logged[0], []), parts[0]["losses"], rtol=1e-12)
@@ -57,10 +58,12 @@ def test_the_first_process_alone_logs_and_the_curve_is_that_of_one(parts):
     assert [part["first"] for part in parts] == [True, False]
 
 
+@pytest.mark.slow
 def test_processes_agree_on_what_the_first_one_says(parts):
     assert [part["agreed"] for part in parts] == [{"process": 0}] * 2
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_give_as_many_devices_each_are_refused(parts):
     expected = [
         "A mesh of tasks=3 x data=1 x model=1 x tangents=1 takes 3 devices, and 2 processes with "
