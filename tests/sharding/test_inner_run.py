@@ -124,8 +124,9 @@ def test_each_of_two_processes_keeps_its_own_shards(tmp_path):
 
 
 def abstract(rules=(), tasks=1, data=4):
-    sizes = (tasks, data, 1, 1)
-    return Layout(jax.sharding.AbstractMesh(sizes, ("tasks", "data", "model", "tangents")), rules)
+    sizes, auto = (tasks, data, 1, 1), (jax.sharding.AxisType.Auto,) * 4  # as of `make_mesh`
+    mesh = jax.sharding.AbstractMesh(sizes, ("tasks", "data", "model", "tangents"), auto)
+    return Layout(mesh, rules)
 
 
 def shapes(algorithm, tasks, layout):
