@@ -338,17 +338,22 @@ class Trainer:
         """
 
         def gradient(state: TrainState, tasks: Tasks) -> tuple[Any, dict[str, jax.Array]]:
-            keys, first = self.task_keys(state), state.step == 0
-            return self.unrolls.mean_gradient(state.eta, tasks, keys, state.inner, first)[:2]
+            grads, metrics, _ = self._mean_gradient(state, tasks)
+            return grads, metrics
 
         return self._compiled(gradient)
 
-    def _step(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _mean_gradient(
+        self, state: TrainState, tasks: Tasks
+    ) -> tuple[Any, dict[str, jax.Array], Any]:
+        """Return (meta-gradient, metrics, inner states) of the outer step after `state`."""
         keys = self.task_keys(state)
         if self.algorithm.anneals:
             tasks = AtOuterStep(tasks, state.step)
-        outputs = self.unrolls.mean_gradient(state.eta, tasks, keys, state.inner, state.step == 0)
-        return self._updated(state, *outputs)
+        return self.unrolls.mean_gradient(state.eta, tasks, keys, state.inner, state.step == 0)
+
+    def _step(self, state: TrainState, tasks: Tasks) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self._updated(state, *self._mean_gradient(state, tasks))
 
     def _updated(
         self, state: TrainState, grads: Any, metrics: dict[str, Any], inner: Any

@@ -123,6 +123,8 @@ def test_a_trainer_anneals_over_its_outer_steps():
     for step in range(4):
         keys = trainer.task_keys(state)
         after, metrics = trainer.step(state, tasks)
+        seen = trainer.gradient(state, tasks)[1]
+        np.testing.assert_allclose(seen["loss"], metrics["loss"], rtol=1e-6)
         fixed = dataclasses.replace(trainer, algorithm=plus.at_outer_step(jnp.asarray(step)))
         each = [fixed.task_gradient(state.eta, tasks, key)[1]["loss"] for key in keys]
         np.testing.assert_allclose(metrics["loss"], jnp.stack(each).mean(), rtol=1e-6)
