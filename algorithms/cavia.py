@@ -16,7 +16,6 @@ The first weights of phi decide how far it moves: with phi_0 = 0 its gradient go
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -25,10 +24,8 @@ import jax.numpy as jnp
 from metalearn._utils.checks import above, at_least, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import readable
-from metalearn.algorithm import Algorithm
-from metalearn.algorithms.maml import batch_norm_policy
+from metalearn.algorithms.maml import SupportAlgorithm, batch_norm_policy
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.algorithms.support import check_pair, sharded
 from metalearn.model import Model, check_dropout
 from metalearn.unroll import Batch, Episode, GradFn, Metrics, ModelTraining, Unroll
 
@@ -44,7 +41,7 @@ class SharedNetwork(NamedTuple):
 
 @readable
 @dataclasses.dataclass(frozen=True)
-class CAVIA(Algorithm):
+class CAVIA(SupportAlgorithm):
     """CAVIA: adapt a context vector, share the network. Zintgraf et al. 2019.
 
     Support and query: (inputs [n, ..., c], targets [n, ...]).
@@ -114,10 +111,6 @@ class CAVIA(Algorithm):
 
         return Unroll(init, step, loss)
 
-    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
-        """Return the episode with its support set, which all steps read, and its query sharded."""
-        return sharded(episode, shard)
-
     def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
         """Return one key per inner step, [T]: every step reads the whole support set."""
         del episode
@@ -129,20 +122,8 @@ class CAVIA(Algorithm):
 
     def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
         """Return the outputs for queries [n, ...], under the policy of batch normalisation."""
-        train = batch_norm_policy(self.batch_norm).train_on_query
         inputs = with_context(inputs, params["context"])
-        return self.model.apply(
-            params["network"], statistics, inputs, train=train, dropout=False, key=key
-        )[0]
-
-    def model_mode(self) -> str:
-        """Say in which mode the model is in inner steps and for queries."""
-        return batch_norm_policy(self.batch_norm).mode
-
-    def support_set(self, support: Any) -> Any:
-        """Return a support set; ValueError unless it is (inputs [n, ...], targets [n, ...])."""
-        check_pair("CAVIA", support)
-        return tuple(support)
+        return super().predict(params["network"], statistics, inputs, key)
 
     def evaluation(self) -> CAVIA:
         """Return the same algorithm with `eval_steps` inner steps."""

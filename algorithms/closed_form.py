@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -27,9 +26,8 @@ import jax.numpy as jnp
 from metalearn._utils.checks import counts
 from metalearn._utils.fields import check_fields
 from metalearn.algorithm import Algorithm
-from metalearn.algorithms.maml import batch_norm_policy
+from metalearn.algorithms.maml import SupportAlgorithm, batch_norm_policy
 from metalearn.algorithms.objectives import Objective, check_labels, cross_entropy
-from metalearn.algorithms.support import check_pair, sharded
 from metalearn.model import Model, check_dropout
 from metalearn.unroll import (
     Batch,
@@ -55,7 +53,7 @@ class Members(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClosedFormHead(Algorithm):
+class ClosedFormHead(SupportAlgorithm):
     """A learned embedding, and a head of it in closed form. Abstract.
 
     Support and query: (inputs [n, ...], labels [n] int). Labels may be `metalearn.Masked`; a class
@@ -120,10 +118,6 @@ class ClosedFormHead(Algorithm):
 
         return Unroll(init, step, loss)
 
-    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
-        """Return the episode with its support set, which the head fits, and its query sharded."""
-        return sharded(episode, shard)
-
     def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
         """Return no batches: T = 0."""
         del episode, key
@@ -145,13 +139,7 @@ class ClosedFormHead(Algorithm):
 
     def model_mode(self) -> str:
         """Say in which mode the network is for the support set and for queries."""
-        mode = batch_norm_policy(self.batch_norm).mode
-        return mode.replace("in inner steps", "for the support set")
-
-    def support_set(self, support: Any) -> Any:
-        """Return a support set; ValueError unless it is (inputs [n, ...], labels [n])."""
-        check_pair(type(self).__name__, support)
-        return tuple(support)
+        return super().model_mode().replace("in inner steps", "for the support set")
 
     def with_steps(self, steps: int) -> Algorithm:
         """Refuse a number of inner steps: there are none."""

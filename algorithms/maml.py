@@ -127,6 +127,34 @@ def batch_norm_policy(name: str) -> BatchNorm:
     return pick(POLICIES, name, "batch-normalisation policy")
 
 
+class SupportAlgorithm(Algorithm):
+    """What algorithms share that adapt a model to a support set (inputs, targets). Abstract.
+
+    `model` and `batch_norm` are fields of theirs, as of `MAML`.
+    """
+
+    model: Model
+    batch_norm: str
+
+    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
+        """Return the outputs for queries [n, ...], under the policy of batch normalisation."""
+        train = batch_norm_policy(self.batch_norm).train_on_query
+        return self.model.apply(params, statistics, inputs, train=train, dropout=False, key=key)[0]
+
+    def model_mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries."""
+        return batch_norm_policy(self.batch_norm).mode
+
+    def support_set(self, support: Any) -> Any:
+        """Return a support set; ValueError unless it is (inputs [n, ...], targets [n, ...])."""
+        check_pair(type(self).__name__, support)
+        return tuple(support)
+
+    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+        """Return the episode with its support set, which all steps read, and its query sharded."""
+        return sharded(episode, shard)
+
+
 class Initialisation(NamedTuple):
     """The meta-parameters eta of MAML.
 
@@ -142,7 +170,7 @@ class Initialisation(NamedTuple):
 @renamed_fields(adapt="adapted")
 @readable
 @dataclasses.dataclass(frozen=True)
-class MAML(Algorithm):
+class MAML(SupportAlgorithm):
     """Model-agnostic meta-learning: learn the initialisation. Finn et al. 2017.
 
     Support and query: (inputs [n, ...], targets [n, ...]).
@@ -313,28 +341,11 @@ class MAML(Algorithm):
         theta = evaluation_params(state.optimizer, self._masked(params, state.params))
         return self._joined(params, jax.tree.leaves(theta)), state.statistics
 
-    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
-        """Return the outputs for queries [n, ...], under the policy of batch normalisation."""
-        train = batch_norm_policy(self.batch_norm).train_on_query
-        outputs, _ = self.model.apply(
-            params, statistics, inputs, train=train, dropout=False, key=key
-        )
-        return outputs
-
-    def model_mode(self) -> str:
-        """Say in which mode the model is in inner steps and for queries."""
-        return batch_norm_policy(self.batch_norm).mode
-
-    def support_set(self, support: Any) -> Any:
-        """Return a support set; ValueError unless it is (inputs [n, ...], targets [n, ...])."""
-        check_pair("MAML", support)
-        return tuple(support)
-
     def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
         """Return the episode sharded; with `batch` its query alone, as batches are rows."""
         if self.batch is not None:
             return episode._replace(query=shard(episode.query))
-        return sharded(episode, shard)
+        return super().shard_examples(episode, shard)
 
     def batches(self, episode: Episode, key: jax.Array) -> Batch:
         """Return one key per inner step, [T]; with `batch` also its support rows, [T, batch]."""

@@ -40,9 +40,8 @@ from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import readable
 from metalearn._utils.trees import matching, paths, split
 from metalearn.algorithm import Algorithm
-from metalearn.algorithms.maml import batch_norm_policy
+from metalearn.algorithms.maml import SupportAlgorithm, batch_norm_policy
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.algorithms.support import check_pair, sharded
 from metalearn.model import Model, check_dropout
 from metalearn.unroll import Batch, Episode, GradFn, Metrics, Unroll
 
@@ -75,7 +74,7 @@ class MultiStepTraining(NamedTuple):
 
 @readable
 @dataclasses.dataclass(frozen=True)
-class MAMLPlusPlus(Algorithm):
+class MAMLPlusPlus(SupportAlgorithm):
     """MAML++: multi-step loss, rates and batch normalisation per step. Antoniou et al. 2019.
 
     Support and query: (inputs [n, ...], targets [n, ...]). Evaluations take T steps as training
@@ -200,10 +199,6 @@ class MAMLPlusPlus(Algorithm):
         last = jnp.arange(self.inner_steps) == self.inner_steps - 1
         return share / self.inner_steps + jnp.where(last, 1 - share, 0)
 
-    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
-        """Return the episode with its support set, which all steps read, and its query sharded."""
-        return sharded(episode, shard)
-
     def batches(self, episode: Episode, key: jax.Array) -> Batch:
         """Return the number and the key of each inner step, [T] each."""
         del episode
@@ -212,20 +207,6 @@ class MAMLPlusPlus(Algorithm):
     def trained(self, eta: StepwiseInitialisation, state: MultiStepTraining) -> tuple[Any, Any]:
         """Return (all parameters of the model after adaptation, its running statistics)."""
         return self._joined(eta, state.params, self.inner_steps - 1), state.statistics
-
-    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
-        """Return the outputs for queries [n, ...], under the policy of batch normalisation."""
-        train = batch_norm_policy(self.batch_norm).train_on_query
-        return self.model.apply(params, statistics, inputs, train=train, dropout=False, key=key)[0]
-
-    def model_mode(self) -> str:
-        """Say in which mode the model is in inner steps and for queries."""
-        return batch_norm_policy(self.batch_norm).mode
-
-    def support_set(self, support: Any) -> Any:
-        """Return a support set; ValueError unless it is (inputs [n, ...], targets [n, ...])."""
-        check_pair("MAMLPlusPlus", support)
-        return tuple(support)
 
     def with_steps(self, steps: int) -> Algorithm:
         """Refuse another number of inner steps: each step has learned rates of its own."""

@@ -16,7 +16,6 @@ cost two matrix products a gradient.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +24,8 @@ import jax.numpy as jnp
 from metalearn._utils.checks import above, at_least, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import readable
-from metalearn.algorithm import Algorithm
-from metalearn.algorithms.maml import batch_norm_policy
+from metalearn.algorithms.maml import SupportAlgorithm, batch_norm_policy
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.algorithms.support import check_pair, sharded
 from metalearn.model import Model, check_dropout
 from metalearn.unroll import Batch, Episode, GradFn, Metrics, ModelTraining, Unroll
 
@@ -46,7 +43,7 @@ class CurvedInitialisation(NamedTuple):
 
 @readable
 @dataclasses.dataclass(frozen=True)
-class MetaCurvature(Algorithm):
+class MetaCurvature(SupportAlgorithm):
     """Meta-Curvature: MAML with learned Kronecker factors of the gradient. Park and Oliva 2019.
 
     Support and query: (inputs [n, ...], targets [n, ...]).
@@ -118,10 +115,6 @@ class MetaCurvature(Algorithm):
 
         return Unroll(init, step, loss)
 
-    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
-        """Return the episode with its support set, which all steps read, and its query sharded."""
-        return sharded(episode, shard)
-
     def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
         """Return one key per inner step, [T]: every step reads the whole support set."""
         del episode
@@ -131,20 +124,6 @@ class MetaCurvature(Algorithm):
         """Return (the parameters of the model after adaptation, its running statistics)."""
         del eta
         return state.params, state.statistics
-
-    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
-        """Return the outputs for queries [n, ...], under the policy of batch normalisation."""
-        train = batch_norm_policy(self.batch_norm).train_on_query
-        return self.model.apply(params, statistics, inputs, train=train, dropout=False, key=key)[0]
-
-    def model_mode(self) -> str:
-        """Say in which mode the model is in inner steps and for queries."""
-        return batch_norm_policy(self.batch_norm).mode
-
-    def support_set(self, support: Any) -> Any:
-        """Return a support set; ValueError unless it is (inputs [n, ...], targets [n, ...])."""
-        check_pair("MetaCurvature", support)
-        return tuple(support)
 
     def evaluation(self) -> MetaCurvature:
         """Return the same algorithm with `eval_steps` inner steps."""

@@ -34,17 +34,15 @@ import optax
 from metalearn._utils.checks import at_least, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import described, readable
-from metalearn.algorithm import Algorithm
-from metalearn.algorithms.maml import MAML, Initialisation, batch_norm_policy
+from metalearn.algorithms.maml import MAML, Initialisation, SupportAlgorithm, batch_norm_policy
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.algorithms.support import check_pair
 from metalearn.model import Model, check_dropout
 from metalearn.unroll import Batch, Episode, Metrics, ModelTraining, Unroll
 
 
 @readable
 @dataclasses.dataclass(frozen=True)
-class Reptile(Algorithm):
+class Reptile(SupportAlgorithm):
     """Reptile: learn an initialisation close to every task's solution. Nichol et al. 2018.
 
     Support and query: (inputs [n, ...], targets [n, ...]). eta is that of `MAML`.
@@ -116,19 +114,6 @@ class Reptile(Algorithm):
     def trained(self, eta: Initialisation, state: ModelTraining) -> tuple[Any, Any]:
         """Return (the parameters of the model after adaptation, its running statistics)."""
         return self.maml.trained(eta, state)
-
-    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
-        """Return the outputs for queries [n, ...], under the policy of batch normalisation."""
-        return self.maml.predict(params, statistics, inputs, key)
-
-    def model_mode(self) -> str:
-        """Say in which mode the model is in inner steps and for queries."""
-        return self.maml.model_mode()
-
-    def support_set(self, support: Any) -> Any:
-        """Return a support set; ValueError unless it is (inputs [n, ...], targets [n, ...])."""
-        check_pair("Reptile", support)
-        return tuple(support)
 
     def pictures(self) -> Mapping[str, Callable[..., Mapping[str, Any]]]:
         """Return "adaptation": see `metalearn.algorithms.pictures`."""
