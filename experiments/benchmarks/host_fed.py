@@ -106,14 +106,23 @@ def rates_of(trainer: Trainer, tasks: Tasks, steps: int) -> tuple[float, float]:
 
 def peak_anonymous(run: Callable[[], Any]) -> int:
     """Return the largest RssAnon of this process while `run` runs, in bytes (Linux)."""
-    peak, done = 0, threading.Event()
+
+    def anonymous() -> int:
+        status = pathlib.Path("/proc/self/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
+
+    return largest_during(anonymous, run, every=0.05)
+
+
+def largest_during(measure: Callable[[], int], run: Callable[[], Any], every: float) -> int:
+    """Return the largest of what `measure` returns while `run` runs, `every` so many seconds."""
+    largest, done = 0, threading.Event()
 
     def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.05):
-            status = pathlib.Path("/proc/self/status").read_text()
-            line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-            peak = max(peak, int(line.split()[1]) * 1024)
+        nonlocal largest
+        while not done.wait(every):
+            largest = max(largest, measure())
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -122,7 +131,7 @@ def peak_anonymous(run: Callable[[], Any]) -> int:
     finally:
         done.set()
         thread.join()
-    return peak
+    return largest
 
 
 def large(folder: pathlib.Path, gib: float, steps: int) -> tuple[float, int]:

@@ -33,7 +33,6 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +45,7 @@ from metalearn import Algorithm, Episode, MixedFlow, Replay, Trainer, Unroll
 from metalearn.datasets.text import Text, Windows, read_text
 from metalearn.engines.inner_loop import rollout
 from metalearn.experiments.benchmarks.attribution import OneTask, seconds
-from metalearn.experiments.benchmarks.host_fed import peak_anonymous
+from metalearn.experiments.benchmarks.host_fed import largest_during, peak_anonymous
 from metalearn.models.transformer import Architecture
 from metalearn.tasks import draw_task
 
@@ -130,22 +129,12 @@ def training(algorithm: Schedules, tasks: OneTask) -> Callable[[Any], float]:
 
 def peak_on_disk(folder: pathlib.Path, run: Callable[[], Any]) -> int:
     """Return the most bytes that the files of a folder took while `run` ran."""
-    peak, done = 0, threading.Event()
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.2):
-            with os.scandir(folder) as entries:
-                peak = max(peak, sum(_size(entry) for entry in entries))
+    def on_disk() -> int:
+        with os.scandir(folder) as entries:
+            return sum(_size(entry) for entry in entries)
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        run()
-    finally:
-        done.set()
-        thread.join()
-    return peak
+    return largest_during(on_disk, run, every=0.2)
 
 
 def _size(entry: os.DirEntry[str]) -> int:

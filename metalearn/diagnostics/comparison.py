@@ -44,6 +44,7 @@ from metalearn.engines import (
     Truncated,
 )
 from metalearn.tasks import Tasks, check_tasks
+from metalearn.unroll import horizon
 
 # Errors of an engine that cannot differentiate a problem, or of XLA that cannot compile it.
 REFUSALS = (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError)
@@ -249,7 +250,7 @@ def inner_steps(trainer: Any, tasks: Tasks, key: jax.Array) -> int:
     shapes = jax.eval_shape(
         lambda tasks, key: algorithm.batches(tasks.sample(key), key), tasks, key
     )
-    return jax.tree.leaves(shapes)[0].shape[0]
+    return horizon(shapes)
 
 
 def _seconds(function: Callable[..., Any], *args: Any) -> float:

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import jax
 
 from metalearn.cost import Cost, cost
-from metalearn.diagnostics.comparison import REFUSALS
+from metalearn.diagnostics.comparison import REFUSALS, inner_steps
 from metalearn.engines import MetaGradient
 from metalearn.trainer import Trainer
 from metalearn.training.evaluation import task_metrics
 from metalearn.training.segment_run import SegmentPlan
-from metalearn.unroll import horizon
 
 HORIZON = "inner_steps"  # the field by which algorithms and tasks set T
 
@@ -129,12 +128,7 @@ class StepCosts:
 
     def inner_steps(self) -> int:
         """Return the inner steps of an outer step: T, or those of a truncated unroll."""
-
-        def batches(tasks: Any, key: jax.Array) -> Any:
-            return self.trainer.algorithm.batches(tasks.sample(key), key)
-
-        steps = horizon(jax.eval_shape(batches, self.tasks, self._state().key))
-        return self._truncated() or steps
+        return inner_steps(self.trainer, self.tasks, self._state().key)
 
     def _truncated(self) -> int | None:
         return None if self.trainer.truncation is None else self.trainer.truncation.steps
