@@ -124,7 +124,7 @@ def test_it_learns_waves(name):
     }[name]
     trainer = Trainer(algorithm, optimizer=optax.adam(5e-3), tasks_per_step=8)
     waves = TASKS["Sinusoid"]
-    state = trainer.fit(waves, 500, key=KEY, progress=False)
+    state = trainer.fit(waves, 2000, key=KEY, progress=False)
     before = trainer.evaluate(trainer.init(KEY).eta, waves, KEY, 200)["loss"].mean
     assert trainer.evaluate(state.eta, waves, KEY, 200)["loss"].mean < 0.9 * before
 
