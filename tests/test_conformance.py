@@ -40,7 +40,8 @@ REVERSE = Reverse()
 # What compiles longest and has a quick sibling: tests of its own, or the same algorithm above.
 LARGE = (
     *("LearnedOptimizer", "example-weights", "token-weights", "LearningRates-ConvNet"),
-    *("mini-batches", "MAML++", "CAVIA", "MetaCurvature"),
+    *("mini-batches", "MAML++", "MAML++-annealing", "CAVIA", "MetaCurvature"),
+    *("running", "LoRA", "Trainable", "Meta-SGD", "LearningRates", "Reptile"),
 )
 EXACT_PAIRS = quick(
     [pair for pair in PAIRS if ALGORITHMS[pair[0]].exact],
@@ -48,7 +49,7 @@ EXACT_PAIRS = quick(
 )
 # One algorithm with the settings that no test of scenarios has, all but the largest with mixed
 # flow, one in every library.
-MET = ("Forward-chunk", "MixedFlow-host", "MixedFlow-segments")
+MET = ("Forward-chunk", "MixedFlow-host")
 SETTINGS = quick(
     [(*pair, engine) for pair in PAIRS for engine in ENGINES if engine != "Reverse"],
     lambda name, library, engine: (
@@ -153,7 +154,7 @@ def test_first_order_gradient_is_the_query_gradient_at_the_adapted_parameters(li
 # lost, one with a model state and one that learns a tree. The rest is slow.
 ESTIMATED = quick(
     [(name, engine) for name in ALGORITHMS for engine in ESTIMATORS],
-    lambda name, engine: name == "MAML" or (engine == "PES" and name == "running"),
+    lambda name, engine: name == "MAML",
 )
 
 

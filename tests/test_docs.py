@@ -118,6 +118,7 @@ def test_readme_has_no_number_left_to_fill_in():
     assert not re.findall(r"[A-Z]+_RESULT", (ROOT / "README.md").read_text())
 
 
+@pytest.mark.slow
 def test_custom_rules_are_as_the_documentation_shows_them():
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "custom_rules.md").read_text(), re.S

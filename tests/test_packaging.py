@@ -85,9 +85,10 @@ def test_what_is_installed_imports_nothing_that_is_not():
     assert len(lines) > 500 and not list(filter(left_out.search, lines))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["benchmarks.engines", pytest.param("tuners.random_search", marks=pytest.mark.slow)],
+    ["benchmarks.engines", "tuners.random_search"],
 )
 def test_what_is_not_installed_is_found_in_a_checkout(name):
     code = f"import importlib.util; print(importlib.util.find_spec({name!r}).origin)"

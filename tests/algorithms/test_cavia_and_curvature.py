@@ -61,6 +61,7 @@ def test_meta_curvature_multiplies_each_axis_of_a_gradient():
     np.testing.assert_allclose(transformed(gradient, factors), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_meta_curvature_learns_its_factors_by_hand():
     curved = MetaCurvature(MODEL, squared_error, rate=0.1)
     eta = curved.init(KEY)

@@ -100,6 +100,7 @@ def test_r2d2_reproduces_the_support_labels_as_the_penalty_vanishes():
     np.testing.assert_allclose(learner.predict(inputs), jax.nn.one_hot(labels, WAYS), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES, ids=repr)
 def test_r2d2_learns_penalty_and_scale_with_the_embedding(engine):
     def by_hand(eta, episode):
@@ -120,6 +121,7 @@ def test_r2d2_learns_penalty_and_scale_with_the_embedding(engine):
     assert all(abs(g) > 1e-4 for g in (ours.log_penalty, ours.log_scale))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build_", CLASSES)
 def test_padding_and_classes_without_examples_change_nothing(build_):
     algorithm = build_(EMBEDDING, WAYS + 1)
@@ -140,7 +142,8 @@ def test_padding_and_classes_without_examples_change_nothing(build_):
     assert (probabilities[:, WAYS] == 0).all() and jnp.isfinite(probabilities).all()
 
 
-@pytest.mark.parametrize("build_", quick(CLASSES, lambda build_: build_ is R2D2))
+@pytest.mark.slow
+@pytest.mark.parametrize("build_", CLASSES)
 def test_a_learner_predicts_what_an_evaluation_judges(build_):
     algorithm = build_(EMBEDDING, WAYS)
     trainer, data = Trainer(algorithm, tasks_per_step=4), tasks()
@@ -154,7 +157,8 @@ def test_a_learner_predicts_what_an_evaluation_judges(build_):
     np.testing.assert_allclose(accuracy, judged, rtol=1e-6)
 
 
-@pytest.mark.parametrize("build_", quick(CLASSES, lambda build_: build_ is ProtoNet))
+@pytest.mark.slow
+@pytest.mark.parametrize("build_", CLASSES)
 def test_it_learns_to_tell_new_classes_apart(build_):
     algorithm = build_(EMBEDDING, WAYS)
     trainer = Trainer(algorithm, optimizer=optax.adam(1e-2), tasks_per_step=4)
@@ -175,9 +179,8 @@ def test_tasks_of_unequal_size_are_trained_on(build_):
     assert trainer.evaluate(state.eta, data, KEY, 100)["loss"].mean < before
 
 
-@pytest.mark.parametrize(
-    "policy", quick(["transductive", "running"], lambda policy: policy == "running")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["transductive", "running"])
 def test_queries_are_normalised_as_the_policy_says(policy):
     algorithm = ProtoNet(Float64(MODELS["linen-ConvNet"]), 2, batch_norm=policy)
     eta, (support, query) = algorithm.init(KEY), to_float64(TASKS["FewShot"].sample(KEY))
@@ -227,7 +230,10 @@ def test_labels_beyond_the_ways_are_refused(build_):
 # Configs.
 
 
-@pytest.mark.parametrize(("name", "kind"), [("protonet", ProtoNet), ("r2d2", R2D2)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    quick([("protonet", ProtoNet), ("r2d2", R2D2)], lambda name, kind: kind is R2D2),
+)
 def test_a_config_names_it_and_its_network_has_no_head(name, kind):
     digits = {"name": "digits", "rotations": True, "ways": 3, "shots": 1, "queries": 2}
     splits = build.splits({**digits, "eval_queries": 2})

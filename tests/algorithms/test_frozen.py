@@ -182,12 +182,10 @@ def test_a_function_that_adapts_nothing_is_refused():
 ENGINES = {"Reverse": Reverse(), "Reverse-step": Reverse(remat="step"), "MixedFlow": MixedFlow()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "adapted"),
-    quick(
-        [(engine, adapted) for engine in ENGINES for adapted in ("head", "first|head")],
-        lambda engine, adapted: (engine, adapted) == ("MixedFlow", "head"),
-    ),
+    [(engine, adapted) for engine in ENGINES for adapted in ("head", "first|head")],
 )
 def test_a_body_ten_times_as_large_costs_its_activations_alone(engine, adapted):
     """With "first" the gradient passes through the body, so its activations are needed."""
@@ -242,7 +240,8 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", quick(KINDS, lambda kind: kind == "whole"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_trainer_passes_the_constants_to_every_program(kind, tmp_path):
     engine, options = KINDS[kind]
     runs = []

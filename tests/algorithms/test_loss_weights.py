@@ -129,6 +129,7 @@ def test_an_inner_step_takes_weights_as_constants_however_they_depend_on_theta(t
     assert_close(*steps(eta))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_meta_gradient_travels_through_the_features_where_asked():
     without, through = (
@@ -157,6 +158,7 @@ def test_a_mean_over_examples_and_a_whole_batch_are_one_loss(weighting):
     assert_close((loss, grads), (expected, expected_grads))
 
 
+@pytest.mark.slow
 def test_weights_normalised_over_the_batch_are_not_taken_in_micro_batches():
     with pytest.raises(ValueError, match="ExampleMean"):
         solve(loss_weights(TokenWeights(), normalize=mean_one), MixedFlow(micro_batches=2))
@@ -343,6 +345,7 @@ def test_metrics_say_what_clean_and_corrupted_examples_weigh():
     assert_close(aux.metrics, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_task_that_does_not_know_what_is_corrupted_reports_no_separation():
     tasks = Text.create("abcd" * 9, "abcd" * 9, length=3, inner_steps=2, batch=2, queries=2)
     tasks = dataclasses.replace(tasks, train=tasks.train._replace(tokens=tasks.train.tokens % 4))

@@ -230,6 +230,7 @@ def test_imaml_adds_the_distance_to_the_initialisation_to_the_inner_loss():
     assert_close(our_grads.params, grads)
 
 
+@pytest.mark.slow
 def test_imaml_has_the_implicit_derivative_as_its_loop_converges():
     """The error of the derivative at the solution falls with the distance that is left to it."""
     implicit = Implicit("cg", iterations=50, tolerance=1e-12, variables="params")
@@ -256,6 +257,7 @@ def test_imaml_of_anil_keeps_the_head_close_to_its_initialisation():
     assert 0 < moved[1] < 0.5 * moved[0]
 
 
+@pytest.mark.slow
 def test_mini_batches_read_each_support_example_once_an_epoch():
     algorithm = maml(inner_steps=3, batch=2)
     keys, rows = algorithm.batches(episode(), KEY)

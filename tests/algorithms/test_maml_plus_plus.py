@@ -116,6 +116,7 @@ def test_inner_gradients_are_constants_before_the_second_order_begins(step, stop
     assert abs(grads.params[0] - other.params[0]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_trainer_anneals_over_its_outer_steps():
     plus = algorithm(multi_step=2, second_order_from=1)
     trainer = Trainer(plus, optimizer=optax.sgd(0.0), tasks_per_step=2)  # eta stays
@@ -133,7 +134,8 @@ def test_a_trainer_anneals_over_its_outer_steps():
         state = after
 
 
-@pytest.mark.parametrize("library", quick(["linen", "haiku"], lambda library: library == "linen"))
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["linen", "haiku"])
 def test_batch_normalisation_has_parameters_of_its_own_in_each_step(library):
     model = Float64(MODELS[f"{library}-ConvNet"])
     plus = MAMLPlusPlus(model, rate=0.1, inner_steps=2, per_step="norm")

@@ -76,6 +76,7 @@ def test_an_outer_step_of_sgd_moves_the_initialisation_towards_the_end_of_the_lo
     np.testing.assert_allclose(ravel_pytree(after.eta.params)[0], ravel_pytree(moved)[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_costs_no_backward_pass_of_the_loop():
     """In FLOPs an outer step is close to the loop itself, far below that of MAML."""
     model = Float64(mlp("linen"))

@@ -83,6 +83,7 @@ class Leaky(Logger):
         raise wrapped(FULL)
 
 
+@pytest.mark.slow
 @needs_full
 def test_a_full_disk_at_the_very_end_costs_no_result(finished, tmp_path, monkeypatch, capsys):
     """Of its score, of a logger, of the wait for the last checkpoint; all of them at once."""
@@ -190,6 +191,7 @@ def test_a_line_to_a_full_disk_is_not_printed_and_ends_nothing(monkeypatch):
     ConsoleLogger().finish({"loss": Estimate(1.0, 0.1, 4)})
 
 
+@pytest.mark.slow
 def test_where_wandb_finds_a_full_disk_the_run_goes_on_without_it(tmp_path, monkeypatch, capsys):
     logger = WandbLogger(mode="offline", directory=tmp_path / "run")
     with monkeypatch.context() as broken:

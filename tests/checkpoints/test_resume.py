@@ -101,12 +101,13 @@ def same_in_the_end(one: pathlib.Path, other: pathlib.Path) -> None:
     assert (one / "test.json").read_bytes() == (other / "test.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 @pytest.mark.parametrize(
     "stops",
     [
         pytest.param((), id="killed"),  # experiments/test_cli.py has a signal in `make test`
-        pytest.param((signal.SIGTERM, signal.SIGINT), id="and stopped", marks=pytest.mark.slow),
+        (signal.SIGTERM, signal.SIGINT),
     ],
 )
 def test_a_run_that_is_killed_and_asked_to_stop_resumes_to_the_same_bits(stops, tmp_path):

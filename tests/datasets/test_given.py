@@ -66,6 +66,7 @@ def test_a_run_is_resumed_with_the_same_visits(tmp_path):
     assert bits(resumed) == bits(whole)
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_as_many_tasks_as_there_are_visits_each_once():
     learner = trainer(chunk=1)
     state = learner.init(KEY)
@@ -144,6 +145,7 @@ def test_training_on_a_stream_is_training_on_its_list():
     assert learner.fit(stream, 2, state=state, progress=False).step == 2
 
 
+@pytest.mark.slow
 def test_a_stream_that_can_seek_is_resumed(tmp_path):
     for steps in (2, 6):
         with contextlib.closing(Checkpoints(tmp_path, every=2)) as checkpoints:

@@ -128,16 +128,14 @@ def test_evaluations_and_a_single_step_read_from_the_host_too():
     learner.check_memory(tasks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    quick(
-        [
-            {"truncation": Truncation(1), "inner_steps": 2},
-            {"segment": 1, "engine": Forward(), "inner_steps": 2},
-            {"layout": Layout(make_mesh())},
-        ],
-        lambda options: "segment" not in options,
-    ),
+    [
+        {"truncation": Truncation(1), "inner_steps": 2},
+        {"segment": 1, "engine": Forward(), "inner_steps": 2},
+        {"layout": Layout(make_mesh())},
+    ],
     ids=["truncated", "segmented", "mesh"],
 )
 def test_every_kind_of_outer_step_may_be_fed_by_the_host(options):

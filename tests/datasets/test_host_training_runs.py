@@ -30,7 +30,6 @@ from metalearn.training import evaluation
 from tests.helpers.checkpoints import bits
 from tests.helpers.few_shot_data import Pairs, Records, differences, images, linear
 from tests.helpers.processes import program
-from tests.helpers.selection import quick
 
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 3)
@@ -149,6 +148,7 @@ def test_only_the_rows_of_a_segment_are_read_each_once():
     assert small.data[0].shape == (3 * BATCH, 4, 4, 1) and small.query.shape == (1, 0)
 
 
+@pytest.mark.slow
 def test_segments_of_one_length_share_a_program():
     traced = []
 
@@ -204,12 +204,10 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "algorithm"),
-    quick(
-        [*((kind, fds) for kind in KINDS), ("truncated", learned)],
-        lambda kind, algorithm: kind == "full" and algorithm is fds,
-    ),
+    [*((kind, fds) for kind in KINDS), ("truncated", learned)],
 )
 def test_every_kind_of_outer_step_trains_as_on_the_device(kind, algorithm):
     device, host = final_runs()

@@ -63,6 +63,7 @@ def test_a_prepared_dataset_is_read_by_name_and_every_record_once(digits_dir):
     assert records[0]["image"].shape == (8, 8, 1)
 
 
+@pytest.mark.slow
 def test_importing_datasets_imports_neither_tfds_nor_sklearn_nor_pillow():
     code = (
         "import sys, metalearn.datasets;"

@@ -92,7 +92,8 @@ def test_a_padded_batch_has_the_mean_of_the_meta_gradients_of_its_tasks(engine, 
     assert differences(padded, mean) < 1e-12 < differences(padded, each[0])
 
 
-@pytest.mark.parametrize("host", quick([False, True], lambda host: host))
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [False, True])
 def test_few_shot_tasks_of_several_sizes_are_drawn_in_one_shape(host):
     make = HostFewShot.create if host else FewShot.from_arrays
     largest = make(*images(), ways=4, shots=3, queries=2)

@@ -78,6 +78,7 @@ def test_errors_are_those_of_the_mean_meta_gradient_of_the_outer_step():
     np.testing.assert_allclose(grads[0], sum(each) / 3, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_exact_engines_and_a_fixed_point_have_no_error_and_few_steps_have_one():
     assert row_of(Reverse()).relative_error < 1e-12
     assert row_of(ENGINES[3]).relative_error < 1e-8 and row_of(ENGINES[3]).doubts == ()

@@ -311,9 +311,10 @@ def with_masks(optimizer, engine):
 CLIPPED = NAN_AT_ALL_ZERO["clipped"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine",
-    quick([Reverse(), MixedFlow()], lambda engine: engine == MixedFlow()),
+    [Reverse(), MixedFlow()],
     ids=["Reverse", "MixedFlow"],
 )
 def test_a_task_whose_support_is_masked_fails_clipping_and_the_message_mends_it(engine):
@@ -355,6 +356,7 @@ def test_health_says_of_every_optimizer_what_the_table_says(name):
     assert REASONS[wrapped] in mended
 
 
+@pytest.mark.slow
 def test_an_update_that_is_nan_on_a_masked_task_is_not_blamed_on_divergence():
     undefined = with_masks(UNDEFINED_AT_ALL_ZERO["normalized"], Reverse())
     with pytest.raises(
@@ -416,6 +418,7 @@ def test_a_failing_outer_optimizer_is_told_from_failing_tasks():
         broken.fit(TASKS, 3, key=KEY, progress=False)
 
 
+@pytest.mark.slow
 def test_a_check_on_the_way_warns_and_lets_training_go_on():
     adam = trainer(optax.adam(0.1))
     with pytest.warns(HealthWarning, match="becomes NaN or infinite where") as caught:
@@ -433,6 +436,7 @@ def test_a_report_without_findings_neither_raises_nor_warns():
 
 
 # ml-collections loads config files in a way that Python has deprecated.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 def test_the_command_line_checks_a_fresh_run_once_and_can_be_told_not_to(tmp_path, capsys):
     def shown(workdir, *words):

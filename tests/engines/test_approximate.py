@@ -131,6 +131,7 @@ def test_momentum_has_a_fixed_point_with_its_velocity(solver):
     assert error(grads, expected) < 1e-8 and aux.metrics["solver_residual"] < 1e-10
 
 
+@pytest.mark.slow
 def test_decoupled_weight_decay_with_momentum_needs_the_whole_state():
     """theta* solves 5 (H theta - B eta) + theta / 4 = 0, where the inner gradient is not zero."""
     rule = optax.chain(optax.trace(0.8), optax.add_decayed_weights(0.25), optax.scale(-0.1))
@@ -185,6 +186,7 @@ def test_variables_that_are_not_there_are_refused_with_those_that_are():
         gradient_of(Implicit(variables="weights"), unroll, eta, jnp.arange(2))
 
 
+@pytest.mark.slow
 def test_complex_and_mixed_states_are_differentiated():
     """theta* = eta (1 + 2i) / 2 in complex64 or 128, and 3 eta in float32."""
 
@@ -226,6 +228,7 @@ def test_away_from_the_fixed_point_it_warns_with_the_residual():
     assert doubts_of(Implicit(), unroll, eta, jnp.arange(400)) == {}
 
 
+@pytest.mark.slow
 def test_short_steps_do_not_hide_that_the_loop_has_not_converged():
     unroll, eta, _ = quadratic(optax.sgd(1e-5))
     text = doubts_of(Implicit(), unroll, eta, jnp.arange(5))["fixed_point_residual"]
@@ -323,6 +326,7 @@ def test_the_last_steps_have_the_gradient_from_a_constant_state(last):
     np.testing.assert_allclose(aux.inner.losses, full.inner.losses)
 
 
+@pytest.mark.slow
 def test_the_error_falls_with_the_last_steps_as_the_loop_contracts():
     unroll, eta, _ = quadratic()
     expected = engine_call(Reverse(), unroll, eta, jnp.arange(100))[1]

@@ -202,9 +202,8 @@ def test_a_run_with_complex_inner_parameters_trains(engine):
     assert state.eta["rate"] != start.eta["rate"]
 
 
-@pytest.mark.parametrize(
-    "engine", quick([MixedFlow(), PES()], lambda engine: engine == PES()), ids=repr
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [MixedFlow(), PES()], ids=repr)
 def test_truncated_runs_carry_complex_states(engine):
     cut = Trainer(Spectral(), engine, tasks_per_step=2, truncation=Truncation(2))
     state = cut.fit(Sinusoid(), 3, key=jax.random.key(0), progress=False)

@@ -432,6 +432,7 @@ def deep(activation):
     return temporaries
 
 
+@pytest.mark.slow
 def test_a_rule_of_ones_own_costs_no_memory_if_it_is_true_and_that_of_reverse_if_not():
     plain = deep(lambda x: jnp.logaddexp(x, 0.0))(MixedFlow())
     assert deep(softplus_vjp)(MixedFlow()) < 1.05 * plain

@@ -150,6 +150,7 @@ def test_tangents_in_chunks_are_not_spread_over_devices():
         Forward(chunk=2, sharding=sharding)
 
 
+@pytest.mark.slow
 def test_an_outer_step_of_fds_compiles_once():
     trainer = Trainer(make(LEARNED, 7), MixedFlow(), fds_rule(LEARNED), tasks_per_step=1)
     state = trainer.init(KEY)
@@ -291,6 +292,7 @@ def test_tangents_that_overflow_are_seen_at_the_step_where_they_do():
         trainer.fit(Nothing(), 2, key=KEY, progress=False)
 
 
+@pytest.mark.slow
 def test_a_run_that_explodes_is_skipped_where_asked_and_nothing_is_lost():
     learned = {"learning_rate": Hyperparameter(0.0, 3e38, 3e38)}
     algorithm = make(learned, 50)

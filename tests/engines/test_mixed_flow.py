@@ -152,12 +152,10 @@ def varied(given_eta):
 IN_PARTS = MixedFlow(micro_batches=3), MixedFlow(store="host", micro_batches=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "given_eta"),
-    quick(
-        [(engine, given_eta) for engine in IN_PARTS for given_eta in (False, True)],
-        lambda engine, given_eta: given_eta and engine.store == "host",
-    ),
+    [(engine, given_eta) for engine in IN_PARTS for given_eta in (False, True)],
     ids=repr,
 )
 def test_parts_carry_aux_keys_counts_and_shared_arguments(x64, engine, given_eta):
@@ -256,6 +254,7 @@ def test_bfloat16_copies_are_close_and_not_exact(x64):
     assert 1e-6 < found < 0.1
 
 
+@pytest.mark.slow
 def test_bfloat16_copies_take_less_memory_than_states():
     assert temporaries(MixedFlow(store="inexact_bfloat16"), 64) < 0.7 * temporaries(MixedFlow(), 64)
 
@@ -328,6 +327,7 @@ def test_options_that_cannot_be_are_refused(options, message):
 # The first step.
 
 
+@pytest.mark.slow
 def test_a_peeled_first_step_saves_its_hessian_product():
     from metalearn.cost import cost
 

@@ -122,6 +122,7 @@ def test_a_trainer_trains_saves_and_adapts_without_inner_steps(tmp_path):
     np.testing.assert_allclose(learner.predict(query[0]), jnp.full((4, 1), expected), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_health_and_costs_do_without_inner_steps():
     state = TRAINER.init(KEY)
     report = TRAINER.check_health(state, WAVES)

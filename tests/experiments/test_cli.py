@@ -174,6 +174,7 @@ def test_more_ways_than_there_are_classes_are_refused_in_a_paragraph(refused, tm
     assert "\n" not in message
 
 
+@pytest.mark.slow
 def test_a_loss_that_diverges_is_reported_in_a_paragraph(refused, tmp_path):
     wrong = "--config.algorithm.optimizer.learning_rate=1e30"
     message = refused(*SINUSOID, f"--workdir={tmp_path}", "--noprogress", wrong)
@@ -259,6 +260,7 @@ def test_another_config_in_the_workdir_of_a_run_is_refused_with_the_difference(r
     assert "\n  config.seed: 0 -> 1\n" in message
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_for_longer_and_judged_by_its_best_where_asked(
     finished, refused, tmp_path, capsys
 ):
@@ -372,6 +374,7 @@ def test_every_option_is_of_a_command():
     assert len(flags) == len(list(main.flags.FLAGS.get_flags_for_module(main.__name__)))
 
 
+@pytest.mark.slow
 def test_engine_options_are_set_from_the_command_line(refused, tmp_path):
     words = (*SINUSOID, f"--workdir={tmp_path}", "--noprogress", "--config.eval_every=0")
     message = refused(*words, "--config.engine_options.chunk=2")

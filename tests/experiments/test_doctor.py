@@ -35,6 +35,7 @@ def chosen(monkeypatch, **engines):
     return {finding.name: finding for finding in doctor.engines()}
 
 
+@pytest.mark.slow
 def test_exact_engines_agree_and_reverse_agrees_with_central_differences(monkeypatch):
     found = chosen(monkeypatch, mixed_flow=MixedFlow, reverse=Reverse)
     assert all(finding.works for finding in found.values())

@@ -101,6 +101,7 @@ def test_the_error_of_a_window_is_that_of_the_mean_over_it(measured):
     )
 
 
+@pytest.mark.slow
 def test_no_error_is_above_the_theorem(measured):
     _, rows, _ = measured
     for width in ("1", "5", "20"):
@@ -184,6 +185,7 @@ def test_regret_is_of_the_last_answer_that_had_cost_no_more(tmp_path):
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/regret_a_*.png"))
 
 
+@pytest.mark.slow
 def test_seeds_of_the_tuning_problem_differ_in_their_data():
     one, other = (tuners.problem("log", seed, 20) for seed in (0, 1))
     assert (one.final.test_targets != other.final.test_targets).any()

@@ -60,6 +60,7 @@ def page():
     return source
 
 
+@pytest.mark.slow
 def test_the_file_of_the_page_trains_resumes_evaluates_and_exports(write, tmp_path, capsys):
     write("mine", page())
     words = ("train", "--config=mine.py", f"--workdir={tmp_path / 'run'}", *QUICK)
@@ -149,6 +150,7 @@ def test_the_code_of_the_page_runs():
         exec(compile(block, "page", "exec"), {})  # noqa: S102
 
 
+@pytest.mark.slow
 def test_the_example_of_an_own_algorithm_is_launched_from_a_config(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "docs")  # a config elsewhere, the class in the current directory
     (tmp_path / "tuned.py").write_text(

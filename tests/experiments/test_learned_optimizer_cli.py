@@ -49,6 +49,7 @@ def missing(config):
     raise FileNotFoundError("There is no such file.")
 
 
+@pytest.mark.slow
 def test_the_optimizer_of_a_run_is_exported_and_is_the_one_it_learned(workdir, capsys, monkeypatch):
     monkeypatch.setattr(build, "splits", missing)
     assert main.main(["metalearn", "export", f"--workdir={workdir}"]) == 0

@@ -103,6 +103,7 @@ def test_a_run_that_had_ended_is_not_drawn_again(workdir):
     (workdir / "drawn").rename(workdir / "pictures")
 
 
+@pytest.mark.slow
 def test_schedules_are_exported_as_they_were_learned(workdir, found, capsys):
     run.export(workdir)
     assert str(workdir / "schedules.json") in capsys.readouterr().out

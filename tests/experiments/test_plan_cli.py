@@ -161,6 +161,7 @@ def test_what_plan_cannot_read_is_refused(refused):  # noqa: F811
     assert refused("plan").startswith("`metalearn plan` needs a config: --config=NAME, ")
 
 
+@pytest.mark.slow
 def test_planning_reads_a_dataset_without_putting_it_on_the_device():
     plain = build.to_json(maml_digits.get_config())
     build.splits(plain["dataset"])  # prepared and cached
@@ -180,6 +181,7 @@ def test_auto_takes_the_engine_of_the_plan_and_says_why(trained, planned):
     }
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_engine_on_a_device_of_another_size(
     trained, tmp_path, capsys, monkeypatch
 ):
@@ -202,6 +204,7 @@ def test_auto_on_a_device_that_nothing_fits_is_refused(refused, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_auto_chooses_for_the_budget_of_the_command_line(refused, tmp_path):  # noqa: F811
     message = refused(*AUTO, f"--workdir={tmp_path / 'run'}", "--budget=100B")
     assert message.startswith("No exact engine fits 100 B. The leanest, ")

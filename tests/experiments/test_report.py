@@ -46,6 +46,7 @@ def cells(text):
     return [[re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in each] for each in rows]
 
 
+@pytest.mark.slow
 def test_every_run_ends_with_its_learning_curves_drawn(runs):
     for workdir in runs:
         assert (workdir / "pictures" / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -137,6 +137,7 @@ def test_the_code_of_the_page_runs_on_a_run(workdir, exported, tmp_path, monkeyp
     exec(compile("\n".join(blocks), "page", "exec"), {})  # noqa: S102
 
 
+@pytest.mark.slow
 def test_importing_metalearn_imports_neither_experiments_nor_safetensors():
     program = (
         "from metalearn import *; import sys; load_eta, save_eta, load_run; "

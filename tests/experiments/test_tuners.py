@@ -132,6 +132,7 @@ def diverging(objective=fragile, **settings):
     return problem_of(wide, objective=objective, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", one_of_each(SEARCHES, ["RandomSearch"]))
 def test_where_nearly_all_runs_diverge_the_incumbent_is_one_that_does_not(name):
     keys = jax.random.split(KEY, 32)
@@ -155,6 +156,7 @@ def test_a_longer_run_is_believed_before_a_better_shorter_one_unless_it_diverged
     assert [ledger.charged(*run).eta for run in runs] == [1, 2, 2, 4, 4, 6]
 
 
+@pytest.mark.slow
 def test_random_search_finds_the_same_whatever_is_trained_at_once():
     other = list(RandomSearch(batch=5).tune(problem(), 6 * T, KEY))
     for found, expected in zip(other, tuned_once("RandomSearch"), strict=True):

@@ -111,6 +111,7 @@ def test_an_evaluation_names_the_data_that_are_missing(project, workdir, elsewhe
     )
 
 
+@pytest.mark.slow
 def test_the_data_of_a_run_are_found_from_another_folder(workdir, elsewhere, capsys):
     assert call("eval", f"--workdir={workdir}", "--tasks=2") == 0
     assert "outer step 1, on test tasks" in capsys.readouterr().out
@@ -119,6 +120,7 @@ def test_the_data_of_a_run_are_found_from_another_folder(workdir, elsewhere, cap
     assert int(state.step) == 2 and os.getcwd() == str(elsewhere)
 
 
+@pytest.mark.slow
 def test_a_workdir_that_was_moved_with_its_data_reads_those_beside_it(
     project, workdir, elsewhere, monkeypatch
 ):

@@ -386,6 +386,7 @@ logger.finish()
 """
 
 
+@pytest.mark.slow
 def test_auto_mode_is_offline_for_somebody_not_logged_in_and_asks_nothing(nobody, tmp_path):
     command = [sys.executable, "-c", ANSWER_NOTHING, str(tmp_path / "run")]
     done = subprocess.run(
@@ -425,6 +426,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_run_without_wandb_does_not_import_it_and_keeps_its_id_for_later(nobody, tmp_path):
     """Nor do the other commands, or what says that a mode is none."""
     command = [sys.executable, "-c", WITHOUT, str(tmp_path / "run")]

@@ -18,7 +18,6 @@ from metalearn.algorithms import MAML
 from metalearn.model import Model
 from metalearn.models import NNX, Functions, Haiku, Linen, Precision
 from tests.cases import TASKS, Float64, to_float64
-from tests.helpers.selection import quick
 
 KEY = jax.random.key(0)
 ROW = jax.ShapeDtypeStruct((1, 3), jnp.float32)
@@ -93,9 +92,10 @@ POLICIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "policy"),
-    quick(POLICIES, lambda library, policy: (library, policy) == ("linen", "transductive")),
+    POLICIES,
 )
 def test_queries_are_predicted_without_dropout_under_every_policy(library, policy):
     images = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)
@@ -209,12 +209,10 @@ def test_the_mode_of_a_model_is_said_in_words():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "engine"),
-    quick(
-        [(library, engine) for library in LIBRARIES for engine in (MixedFlow(), Forward())],
-        lambda library, engine: (library, engine) == ("linen", MixedFlow()),
-    ),
+    [(library, engine) for library in LIBRARIES for engine in (MixedFlow(), Forward())],
     ids=str,
 )
 def test_the_meta_gradient_through_queries_without_dropout_is_that_of_reverse_mode(

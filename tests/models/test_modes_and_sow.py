@@ -398,7 +398,7 @@ ALGORITHMS_WITH_STATE = ["running", "FDS", "LearnedOptimizer", "LearningRates"]
     ("name", "library"),
     quick(
         itertools.product(ALGORITHMS_WITH_STATE, ("linen", "nnx")),
-        lambda name, library: name == "running",
+        lambda name, library: (name, library) == ("running", "nnx"),
     ),
 )
 def test_every_algorithm_trains_a_network_that_sows(name, library, x64):

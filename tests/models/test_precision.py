@@ -134,6 +134,7 @@ def test_master_weights_ask_for_parameters():
         optimizer.update(jnp.ones(1), optimizer.init(jnp.ones(1)))
 
 
+@pytest.mark.slow
 def test_master_weights_serve_the_outer_loop_of_an_eta_in_bfloat16():
     model, optimizer = KINDS["master weights"]
     algorithm = MAML(model, squared_error, optimizer, inner_steps=2)

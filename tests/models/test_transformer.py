@@ -390,6 +390,7 @@ def test_mixed_flow_refuses_a_kernel_without_a_derivative_by_name(part, remat):
         lower(MixedFlow(), fused(**{part: called_back}), remat)
 
 
+@pytest.mark.slow
 def test_reverse_takes_a_rule_within_a_rule_but_no_callback_either():
     lower(Reverse(), fused(backward=ruled), "block")
     with pytest.raises(ValueError, match="Pure callbacks do not support JVP"):

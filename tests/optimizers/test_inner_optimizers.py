@@ -151,10 +151,7 @@ PATHS = [(n, kind) for n in NETWORKS for kind in (KINDS if n == "functions" else
     ("network", "kind", "adapt"),
     quick(
         [(*path, adapt) for adapt in ("", "head") for path in PATHS],
-        lambda network, kind, adapt: (
-            (network, adapt) in (("functions", ""), ("linen", "head"))
-            and (network == "functions" or kind == "tree of labels")
-        ),
+        lambda network, kind, adapt: (network, adapt) == ("functions", ""),
     ),
 )
 def test_labels_and_masks_by_path_choose_the_parameters_they_name(network, kind, adapt):
@@ -201,6 +198,7 @@ def test_a_mask_of_weight_decay_by_path_decays_what_it_names(adapt, engine):
         agrees(maml(optimizer, model, adapted=adapt), by_hand(model, move), engine)
 
 
+@pytest.mark.slow
 def test_adamw_with_a_mask_is_the_same_inside_and_outside_of_maml():
     model = NETWORKS["haiku"]
     wide = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)  # noqa: E731
@@ -213,6 +211,7 @@ def test_adamw_with_a_mask_is_the_same_inside_and_outside_of_maml():
     agrees(maml(optimizer, model), by_hand(model, move, begin=optimizer.init), MixedFlow())
 
 
+@pytest.mark.slow
 def test_learned_rates_and_masks_go_together():
     optimizer = optax.multi_transform({"head": optax.sgd(1.0), "body": optax.sgd(0.0)}, labels)
     algorithm = maml(optimizer, learned_rates=0.1)
@@ -276,6 +275,7 @@ def test_optimizers_that_want_the_loss_get_it_and_its_derivative(name, engine):
     agrees(maml(WANTING[name], inner_steps=3), loop_of(WANTING[name], 3), engine)
 
 
+@pytest.mark.slow
 def test_the_step_size_of_polyak_is_a_part_of_the_meta_gradient():
     """The same step size as a constant gives another gradient: the test above would see it."""
 
@@ -335,20 +335,18 @@ def wanting_value(name):
     return dataclasses.replace(algorithm, optimizer=by_value(0.1)), tasks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    quick(
-        [
-            "MAML",
-            "ANIL",
-            "LearningRates",
-            "FDS",
-            "LearnedOptimizer",
-            "example-weights",
-            "token-weights",
-        ],
-        lambda name: name == "LearningRates",
-    ),
+    [
+        "MAML",
+        "ANIL",
+        "LearningRates",
+        "FDS",
+        "LearnedOptimizer",
+        "example-weights",
+        "token-weights",
+    ],
 )
 def test_every_algorithm_passes_the_loss_its_gradient_is_of(name):
     algorithm, tasks = wanting_value(name)
@@ -369,7 +367,8 @@ def test_every_algorithm_passes_the_loss_its_gradient_is_of(name):
     assert_close((loss, grads), (expected, expected_grads), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("averaged", quick([False, True], lambda averaged: averaged))
+@pytest.mark.slow
+@pytest.mark.parametrize("averaged", [False, True])
 def test_an_example_mean_passes_its_loss_part_by_part_too(averaged):
     algorithm, tasks = ALGORITHMS["LearningRates"].problem("linen")
     algorithm = dataclasses.replace(algorithm, optimizer=by_value(0.5), mean_over_examples=averaged)
@@ -454,6 +453,7 @@ def test_an_argument_that_nobody_passes_is_named():
         meta_gradient(algorithm, algorithm.init(KEY), MixedFlow())
 
 
+@pytest.mark.slow
 def test_multi_steps_hands_the_loss_on():
     optimizer = optax.MultiSteps(POLYAK, 2, accumulator_dtype=jnp.float64)
     agrees(maml(optimizer, inner_steps=4), loop_of(optimizer, 4), MixedFlow())
@@ -498,6 +498,7 @@ def test_schedule_free_is_judged_at_its_average(name, engine):
     agrees(maml(optimizer, inner_steps=3), loop_of(optimizer, 3, judged), engine)
 
 
+@pytest.mark.slow
 def test_schedule_free_of_some_parameters_averages_those():
     optimizer = optax.multi_transform({"head": free(), "body": optax.sgd(0.1)}, labels)
 
@@ -606,9 +607,7 @@ def trained(optimizer, steps=4):
     return trainer, trainer.fit(TASKS["Sinusoid"], steps, key=KEY, progress=False)
 
 
-@pytest.mark.parametrize(
-    "name", quick(OUTER, lambda name: name in ("polyak_sgd", "sam in a chain", "lbfgs"))
-)
+@pytest.mark.parametrize("name", quick(OUTER, lambda name: name in ("polyak_sgd", "lbfgs")))
 def test_outer_optimizers_get_the_loss_where_they_take_it(name):
     algorithm, optimizer = Bowl(), OUTER[name]
 
@@ -666,6 +665,7 @@ def test_the_trainer_says_which_eta_has_been_learned():
     assert_close(trainer.learned(state), state.eta)
 
 
+@pytest.mark.slow
 def test_held_out_tasks_judge_the_eta_that_has_been_learned(tmp_path):
     class Kept:
         def __init__(self):

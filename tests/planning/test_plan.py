@@ -175,6 +175,7 @@ def test_where_not_all_tasks_fit_the_most_that_do_are_taken():
     assert plan(TRAINER, WAVES, candidates=TWO[:1], budget=two - 1).choose().chunk == 1
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_the_least_that_would_do_and_the_largest_horizon_are_named():
     trainer = dataclasses.replace(TRAINER, tasks_per_step=1)
     budget = peak(trainer, inner_steps=2)
@@ -239,6 +240,7 @@ def test_the_temporaries_of_a_segment_do_not_grow_with_the_horizon():
     assert max(temporaries(24)) > 0 and temporaries(24) == temporaries(24_000)
 
 
+@pytest.mark.slow
 def test_where_not_one_inner_step_fits_that_is_said():
     found = plan(TRAINER, WAVES, candidates=TWO[:1], budget=1)
     assert found.inner_steps == 4 and found.largest_horizon == 0
@@ -266,6 +268,7 @@ def test_every_algorithm_sets_its_horizon_by_the_same_field(algorithm, takes):
         assert costs.with_horizon(steps).trainer.algorithm.inner_steps == steps
 
 
+@pytest.mark.slow
 def test_tasks_that_set_the_horizon_set_it_by_the_same_field_too():
     costs = StepCosts(Trainer(LearningRates(MODELS["Functions"])), TASKS["Text"])
     assert costs.takes_horizon(2) and costs.with_horizon(2).tasks.inner_steps == 2

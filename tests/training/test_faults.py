@@ -200,6 +200,7 @@ def test_inner_runs_that_diverge_are_reported_once_or_stop_the_run(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_inner_runs_that_converge_are_not_reported(capsys):
     fit(Trainer(line(rate=0.01, steps=4), Reverse(), optax.sgd(0.0), tasks_per_step=2), 5)
     assert capsys.readouterr().out == ""

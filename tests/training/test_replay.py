@@ -220,6 +220,7 @@ def test_two_programs_serve_every_horizon_and_a_third_a_shorter_last_segment():
         assert sizes == [1, 1] and programs.last._cache_size() == last
 
 
+@pytest.mark.slow
 def test_tasks_in_chunks_are_cut_as_all_at_once(x64):
     made = dataclasses.replace(trainer(), chunk=1)
     (state, metrics), (expected, seen) = made.step(made.init(KEY), Aims()), uncut()
@@ -337,7 +338,7 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("at", [6, 10])
+@pytest.mark.parametrize("at", quick([6, 10], lambda at: at == 6))
 def test_a_resumed_run_compiles_each_program_once(at, tmp_path):
     made = two_states_on_disk()
     with pytest.raises(Interrupted):
@@ -399,6 +400,7 @@ def test_a_run_is_saved_every_so_many_programs_and_keeps_the_files_of_two_saves(
     assert [path.name for path in (tmp_path / "states").glob("*")] == ["lock"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_computes_inner_gradients_again_and_keeps_those_to_come(tmp_path):
     made = dataclasses.replace(trainer(), replay=Replay(gradients="1MB"))
     for at in (4, 9):
@@ -604,6 +606,7 @@ def test_amounts_that_are_none_are_refused(options, message):
         Replay(**options)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_inside_a_step_backs_off(tmp_path):
     def explodes(grads, state, eta=None):
         return jax.tree.map(lambda x: jnp.full_like(x, 1e38), grads), state
@@ -672,6 +675,7 @@ def test_a_folder_of_another_run_of_the_same_seed_is_refused(tmp_path):
     assert names_in(tmp_path / "shared") == ["0-1.state", "lock"]
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused(tmp_path):
     store = kept_in(tmp_path)
     with pytest.raises(ValueError, match="Another process keeps the states of its inner run in"):

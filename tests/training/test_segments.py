@@ -124,6 +124,7 @@ def test_segments_of_the_same_length_and_tangents_share_a_program():
     assert made._programs.advance._cache_size() <= 4  # one for each of four windows
 
 
+@pytest.mark.slow
 def test_windows_that_have_not_begun_cost_nothing():
     segments = trainer().segments(Aims())
     states = [segments._shapes(Position(4, live, 4)) for live in range(3)]
@@ -131,6 +132,7 @@ def test_windows_that_have_not_begun_cost_nothing():
     assert flops[0] < flops[1] < flops[2]
 
 
+@pytest.mark.slow
 def test_between_outer_steps_nothing_is_kept_of_inner_runs():
     state, _ = trainer().step(trainer().init(KEY), Aims())
     assert state.inner == ()
@@ -261,7 +263,10 @@ def test_a_step_that_began_under_another_config_begins_anew(tmp_path, capfd):
     assert count_taken(trainer(), tmp_path, config={"seed": 1}) == []
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, SEGMENT), (SEGMENT, None)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    quick([(None, SEGMENT), (SEGMENT, None)], lambda before, after: after is None),
+)
 def test_a_run_may_be_cut_from_an_outer_step_on(before, after, tmp_path):
     fit(trainer(segment=before), 1, tmp_path)
     assert int(fit(trainer(segment=after), 2, tmp_path).step) == 2

@@ -174,12 +174,14 @@ def test_the_meta_gradient_is_that_of_the_steps_taken_with_the_past_a_constant()
     assert (grads["start"] == 0).all()  # where the run began is past
 
 
+@pytest.mark.slow
 def test_the_start_of_a_run_is_learned_in_its_first_truncation():
     (after, _), *_ = run(trainer(together(3)), 1)
     assert (flat(after.eta) != flat(trainer(together(3)).init(KEY, Bowls()).eta)).all()
 
 
-@pytest.mark.parametrize("chunk", quick([1, 2], lambda chunk: chunk == 2))
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 2])
 def test_truncations_in_chunks_are_the_same(chunk):
     expected = run(trainer(Truncation(3)), 5)[-1]
     state, metrics = run(trainer(Truncation(3), chunk=chunk), 5)[-1]
@@ -259,6 +261,7 @@ def test_a_step_in_which_no_task_is_finite_says_so_and_leaves_eta_alone():
         made.fit(tasks, 1, state=before, progress=False)
 
 
+@pytest.mark.slow
 def test_a_task_whose_meta_gradient_has_no_finite_norm_is_left_out():
     """Its entries are finite, the sum of their squares is not."""
     with jax.enable_x64(False):
@@ -319,6 +322,7 @@ def long_run(problem, horizon):
     return dataclasses.replace(learner, rule=rule, inner_steps=horizon), tasks
 
 
+@pytest.mark.slow
 def test_a_truncation_reads_what_the_whole_run_reads_there():
     for problem in ("supervised", "quadratic", "fds"):
         algorithm, tasks = long_run(problem, 40)
@@ -331,9 +335,8 @@ def test_a_truncation_reads_what_the_whole_run_reads_there():
             np.testing.assert_array_equal(a, b[7:17])
 
 
-@pytest.mark.parametrize(
-    "dtype", quick([jnp.bfloat16, jnp.float32], lambda dtype: dtype is jnp.bfloat16)
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_a_truncated_step_keeps_the_dtypes_of_its_state(dtype):
     narrow = dataclasses.replace(trainer(together(3)), algorithm=Narrow(dtype=dtype))
     narrow = dataclasses.replace(narrow, optimizer=optax.adam(0.01))
@@ -368,7 +371,7 @@ class Narrow(Descent):
 LEARNERS = ("MAML-adam", "LearningRates", "token-weights", "FDS", "LearnedOptimizer")
 PAIRS = quick(
     [(name, engine) for name in LEARNERS for engine in ("Reverse-nested", "Forward", "MixedFlow")],
-    lambda *pair: pair in [("MAML-adam", "Reverse-nested"), ("LearningRates", "Forward")],
+    lambda *pair: pair == ("MAML-adam", "Reverse-nested"),
 )
 
 
@@ -385,9 +388,8 @@ def test_every_algorithm_runs_in_truncations_under_every_engine(name, engine):
     assert metrics["tasks_reset"] == 0 and (ours.inner.step == 2).all()
 
 
-@pytest.mark.parametrize(
-    "engine", quick([ES(), PES()], lambda engine: isinstance(engine, PES)), ids=["ES", "PES"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [ES(), PES()], ids=["ES", "PES"])
 def test_estimators_carry_their_particles_on_and_begin_anew_with_the_task(engine):
     made = trainer(together(3), engine=engine, optimizer=optax.sgd(0.0))
     seen = run(made, 5)

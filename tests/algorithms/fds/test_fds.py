@@ -340,6 +340,7 @@ def test_schedules_come_back_from_one_file_by_name(tmp_path):
         load_schedules(tmp_path / "other.json")
 
 
+@pytest.mark.slow
 def test_training_with_the_exported_schedule_is_the_run_that_was_learned():
     """The same parameters from plain optax, outside the framework."""
     learned = {"learning_rate": Hyperparameter(0.0, 1.0, (0.1, 0.3), windows=2)}

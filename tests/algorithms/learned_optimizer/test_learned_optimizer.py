@@ -29,7 +29,6 @@ from metalearn.algorithms import (
 from metalearn.datasets import HeldOut, Quadratics, SideBySide, TrainingRuns
 from metalearn.engines.inner_loop import rollout
 from tests.cases import TASKS, Float64, Tokenwise, mlp
-from tests.helpers.selection import quick
 
 pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(0)
@@ -83,16 +82,14 @@ def test_a_loss_above_the_cap_counts_as_the_cap_and_has_no_derivative():
     assert grads["learning_rate"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
-    quick(
-        [
-            TunedRule(optax.adamw, {"learning_rate": RATE, "b1": Hyperparameter(0, 1, 0.9)}),
-            HypergradientRule(),
-            PerParameter((Gradient(), StepFeatures((3,))), PointwiseGRU(3), step_scale=0.1),
-        ],
-        lambda rule: isinstance(rule, HypergradientRule),
-    ),
+    [
+        TunedRule(optax.adamw, {"learning_rate": RATE, "b1": Hyperparameter(0, 1, 0.9)}),
+        HypergradientRule(),
+        PerParameter((Gradient(), StepFeatures((3,))), PointwiseGRU(3), step_scale=0.1),
+    ],
     ids=lambda rule: type(rule).__name__,
 )
 def test_a_whole_unroll_has_one_meta_gradient_under_reverse_and_mixed_flow(rule):
@@ -104,6 +101,7 @@ def test_a_whole_unroll_has_one_meta_gradient_under_reverse_and_mixed_flow(rule)
     assert jnp.linalg.norm(grads - expected) < 1e-10 * jnp.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_truncations_judge_each_part_by_the_losses_of_its_own_steps():
     learner = dataclasses.replace(BOWL, inner_steps=6)
     still = Trainer(learner, Reverse(), optax.sgd(0.0), tasks_per_step=1)
@@ -194,6 +192,7 @@ def test_a_mixture_and_its_tasks_have_the_same_names():
         SideBySide({})
 
 
+@pytest.mark.slow
 def test_a_text_is_read_a_batch_a_step():
     model = Float64(Tokenwise(mlp("linen", width=4)))
     learner = LearnedOptimizer(Streamed(model), SGD, inner_steps=3)
@@ -290,6 +289,7 @@ def test_bowls_without_a_dimension_or_with_a_negative_curvature_are_refused():
 # Runs that break.
 
 
+@pytest.mark.slow
 def test_a_run_whose_loss_becomes_nan_is_replaced_and_the_others_go_on():
     """Some data sets of the batch have a NaN; the rate is learned from the rest."""
     inputs = np.random.default_rng(0).normal(size=(6, 5))
@@ -320,6 +320,7 @@ class Halved(TrainingRuns):
         return Episode((*told, rows), (self.inputs, self.targets, jnp.arange(5, 6)))
 
 
+@pytest.mark.slow
 def test_a_run_on_held_out_data_reads_the_same_shapes():
     held_out = HeldOut.create(np.eye(5), np.arange(5), np.ones((2, 5)), [0, 1])
     learner = LearnedOptimizer(Supervised(CLASSIFIER, batch=2), SGD, inner_steps=2)
