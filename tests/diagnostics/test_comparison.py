@@ -88,6 +88,7 @@ def test_exact_engines_and_a_fixed_point_have_no_error_and_few_steps_have_one():
     assert comparison().dtype == "float64" and comparison().exact == MixedFlow()
 
 
+@pytest.mark.slow
 def test_costs_stand_beside_the_errors_and_a_solver_has_a_lower_bound():
     rows = [row for row in comparison().rows if not row.refusal]
     assert all(row.cost.peak > 0 and row.seconds > 0 for row in rows)

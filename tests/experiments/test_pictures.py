@@ -111,6 +111,7 @@ def test_schedules_are_exported_as_they_were_learned(workdir, found, capsys):
     assert learned == found.trainer.algorithm.schedules(found.state.eta)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "message"),
     [
@@ -144,6 +145,7 @@ class Shown(Logger):
         self.names += pictures
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_fails_no_run_and_says_why(workdir, found, monkeypatch, capsys):
     logger, kinds = Shown(), ["tangents", "schedules"]
     trainer = dataclasses.replace(found.trainer, engine=Forward(max_directions=4))  # there are 5
@@ -159,6 +161,7 @@ def test_what_cannot_be_drawn_fails_no_run_and_says_why(workdir, found, monkeypa
     assert "The schedules are not drawn: division by zero" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tangents_of_outer_steps_in_segments_wait_for_the_command(workdir, found, capsys):
     cut = dataclasses.replace(found.trainer, engine=Forward(), segment=5)
     run._show(["tangents"], workdir, cut, found.state, found.splits, [])

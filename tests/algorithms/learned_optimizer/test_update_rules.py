@@ -255,12 +255,12 @@ def observed(features, grads, param):
 
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", quick(SHAPES, lambda name: name in ("vector", "kernel")))
 def test_a_feature_has_as_many_values_as_it_says_at_every_rank(feature, shape):
-    param = jnp.ones(shape)
+    param = jnp.ones(SHAPES[shape])
     for features in ((feature,), (Gradient(), Momenta((0.5, 0.9)), feature)):
         _, values = observed(features, [param, param], param)
-        assert values.shape == (width(features), *shape)
+        assert values.shape == (width(features), *param.shape)
         assert jnp.isfinite(values).all()
 
 
