@@ -26,7 +26,7 @@ from metalearn.sharding.mesh import make_mesh
 from metalearn.tasks import DrawnTask, Tasks, draw_task
 from metalearn.trainer import Trainer
 from metalearn.training.faults import Faults
-from metalearn.training.kept_states import Replay
+from metalearn.training.replay import Replay
 from metalearn.training.truncated_unroll import Truncation
 from metalearn.unroll import Episode, ExampleMean, Masked, Unroll
 

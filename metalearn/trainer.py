@@ -50,15 +50,15 @@ from metalearn.tasks import (
     needs_fetch,
 )
 from metalearn.train_state import TrainState
-from metalearn.training import segment_run
+from metalearn.training import segment_programs
 from metalearn.training.evaluation import advanced, estimate, segments_of, task_metrics
 from metalearn.training.faults import WATCHED, Faults
 from metalearn.training.fit import run
 from metalearn.training.full_unroll import FullUnroll, step_metrics
-from metalearn.training.kept_states import Replay
 from metalearn.training.outer_loop import Fetch, Fit, OuterStep
 from metalearn.training.prefetch import prefetching
 from metalearn.training.program import Program
+from metalearn.training.replay import Replay
 from metalearn.training.replay_schedule import Position
 from metalearn.training.segment_run import SegmentRun
 from metalearn.training.segmented_unroll import SegmentedUnroll, spread
@@ -290,26 +290,28 @@ class Trainer:
         self, unrolls: SegmentedUnroll, tasks: Tasks, folder: str | os.PathLike[str] | None
     ) -> SegmentRun:
         shapes = self.shapes(tasks)
-        cut = unrolls.cut(shapes.eta, tasks, shapes.key)
+        segments = unrolls.segments(shapes.eta, tasks, shapes.key)
 
         def partway(position: Position, gradients: bool = False) -> TrainState:
             shared = shapes.eta, tasks, shapes.key, shapes.step
-            state = segment_run.shapes(self._programs, shapes, shared, cut, position, gradients)
+            state = segment_programs.shapes(
+                self._programs, shapes, shared, segments, position, gradients
+            )
             return state if self.layout is None else abstract(state, self._shardings(state))
 
         path = None if folder is None else pathlib.Path(folder)
-        return SegmentRun(unrolls, cut, self._programs, self.replay, partway, path)
+        return SegmentRun(segments, self._programs, self.replay, partway, path)
 
     @functools.cached_property
-    def _programs(self) -> segment_run.Programs:
+    def _programs(self) -> segment_programs.Programs:
         unrolls = self.unrolls
         assert isinstance(unrolls, SegmentedUnroll)
 
         def updated(state: TrainState, grads: Any, metrics: Any) -> Any:
             return self._updated(state, grads, metrics, ())
 
-        hooks = segment_run.Hooks(self._compiled, self._keys, self._constrained, updated)
-        return segment_run.compiled(unrolls, hooks)
+        hooks = segment_programs.Hooks(self._compiled, self._keys, self._constrained, updated)
+        return segment_programs.compiled(unrolls, hooks)
 
     def _step_in_segments(
         self, state: TrainState, tasks: Tasks
@@ -426,9 +428,9 @@ class Trainer:
     def _most_steps(self, steps: int | None, eta: Any, tasks: Tasks, key: jax.Array) -> int | None:
         """Return `steps`, or those that one program differentiates if they are fewer; None: all."""
         most = None if self.truncation is None else self.truncation.steps
-        if isinstance(self.unrolls, SegmentedUnroll) and self.unrolls.goes_back:
+        if isinstance(self.unrolls, SegmentedUnroll) and self.unrolls.has_backward_pass:
             # One program could not hold the residuals of all steps.
-            most = self.unrolls.cut(eta, tasks, key).segment
+            most = self.unrolls.segments(eta, tasks, key).length
         return min((n for n in (steps, most) if n is not None), default=None)
 
     def task_gradient(

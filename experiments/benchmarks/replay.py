@@ -71,12 +71,12 @@ def long(steps: int, states: int) -> None:
     made = trainer(algorithm, steps, MixedFlow(), segment="auto", replay=Replay(states=states))
     segments = made.segments(tasks)
     assert segments is not None
-    cut = segments.cut
+    cut = segments.segments
     step = outer_step(made, tasks)
     (first,), (again,) = seconds(step), seconds(step)
-    programs, expected = segments.programs_in_all, replays(cut.segments, states)
-    print(f"T={steps:,}: {cut.segments} segments of {cut.segment} steps, {states} states kept")
-    print(f"  programs {programs:,}, of which replays {programs - 2 * cut.segments + 1:,}")
+    programs, expected = segments.programs_in_all, replays(cut.count, states)
+    print(f"T={steps:,}: {cut.count} segments of {cut.length} steps, {states} states kept")
+    print(f"  programs {programs:,}, of which replays {programs - 2 * cut.count + 1:,}")
     print(f"  replays by the formula: {expected:,}")
     print(f"  seconds: {again:.1f} (the first outer step, compiled: {first:.1f})")
     for count in (steps // 100, steps // 10, steps):

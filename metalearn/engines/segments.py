@@ -192,8 +192,8 @@ def outer_cotangents(
     def outer(floats: list[jax.Array], eta: Eta) -> tuple[jax.Array, Metrics]:
         return outer_loss(unroll, eta, join(floats, others))
 
-    judged, (state_bar, eta_bar) = jax.value_and_grad(outer, (0, 1), has_aux=True)(floats, eta)
-    return judged, Cotangents(join(state_bar, [None] * len(others)), eta_bar)
+    loss, (state_bar, eta_bar) = jax.value_and_grad(outer, (0, 1), has_aux=True)(floats, eta)
+    return loss, Cotangents(join(state_bar, [None] * len(others)), eta_bar)
 
 
 def through_init(unroll: Unroll, eta: Eta, cotangents: Cotangents) -> Eta:

@@ -12,7 +12,7 @@ from metalearn.diagnostics.comparison import REFUSALS, inner_steps
 from metalearn.engines import MetaGradient
 from metalearn.trainer import Trainer
 from metalearn.training.evaluation import task_metrics
-from metalearn.training.segment_run import SegmentPlan
+from metalearn.training.segment_plan import SegmentPlan
 
 HORIZON = "inner_steps"  # the field by which algorithms and tasks set T
 

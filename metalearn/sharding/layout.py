@@ -41,7 +41,7 @@ from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import paths
 from metalearn.sharding import partition
 from metalearn.sharding.batched_means import all_reduce_mean, at_once, check_shares, mean_and_each
-from metalearn.sharding.mesh import DATA, TASKS, auto_axes
+from metalearn.sharding.mesh import DATA, TASKS, auto_axes, check_axis_types
 
 # What is before the path of an inner state in `TrainState.inner`, of segments or truncated.
 CARRIED = re.compile("^(stream/state/|stream/|cotangents/state/|state/)")
@@ -74,6 +74,7 @@ class Layout:
                 f"A layout needs a mesh with an axis {TASKS!r}, but this one has "
                 f"{self.mesh.axis_names}. `metalearn.make_mesh()` makes one."
             )
+        check_axis_types(self.mesh)
         partition.check_rules(self.rules, self.mesh.shape)
 
     @property

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from metalearn._utils.checks import is_integer
 
@@ -95,6 +95,20 @@ def _select(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> list[jax
             f"give as many each. Choose sizes whose product divides by {len(processes)}."
         )
     return [device for local in own for device in local[:share]]
+
+
+def check_axis_types(mesh: Mesh | AbstractMesh) -> None:
+    """Raise ValueError for a mesh with axes that are not of type `Auto`."""
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    others = [f"{axis!r} is {kind.name}" for axis, kind in pairs if kind != AxisType.Auto]
+    if others:
+        count = len(mesh.axis_names)
+        raise ValueError(
+            "A layout needs a mesh whose axes are all of type Auto, along which the compiler "
+            f"partitions, but of this one {', '.join(others)}. `metalearn.make_mesh()` makes one. "
+            "`jax.make_mesh` makes axes Explicit where no types are named: pass "
+            f"`axis_types=(jax.sharding.AxisType.Auto,) * {count}`."
+        )
 
 
 def auto_axes(sizes: Mapping[str, int]) -> list[str]:

@@ -60,7 +60,7 @@ def run(
         state, record = checkpoints.restore(state, segments)
     first, inside = int(state.step), ""
     if segments is not None and isinstance(state.inner, PartialUnroll):
-        inside = f", {segments.place(state)} of the next"
+        inside = f", {segments.progress(state)} of the next"
     if (first or inside) and first < fit.steps:
         say(f"Going on from outer step {first} of {fit.steps}{inside}.")
     config = checkpoints.config if checkpoints else {}

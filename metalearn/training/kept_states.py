@@ -5,10 +5,8 @@ which are read last, go to disk, those above to host memory, and those on top st
 the budgets of `Replay` say. A copy from the device to the host, and from there to the disk, is made
 while the device advances the next segment.
 
-A state that is sharded over devices keeps its sharding. Each process copies the shards of its own
-devices, one of those that are copies of each other, and puts them back on the same devices; on disk
-each process has a folder of its own. No process has the whole of a state that is sharded over
-several.
+A state that is sharded over devices keeps its sharding (`metalearn.sharding.host_copies`); on disk
+each process has a folder of its own.
 
 Inner gradients of a segment are kept in what the states leave of the device's and the host's
 memory, and sharded like the states. They are never on disk, where reading them takes about as long
@@ -23,8 +21,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import math
-import os
 import pathlib
 import shutil
 import tempfile
@@ -34,19 +30,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from metalearn._utils.checks import Count, first_line
-from metalearn._utils.device_memory import host_memory, parse_bytes, show_bytes
-from metalearn._utils.fields import check_fields
+from metalearn._utils.checks import first_line
 from metalearn.checkpoints import state_files
 from metalearn.checkpoints.state_files import Folder, StateFile, UnwritableFolderError
 from metalearn.checkpoints.store import DiskError
 from metalearn.sharding.distributed import say
-
-Amount = int | str
-AMOUNTS = "device", "host", "disk", "gradients"  # fields of `Replay`
+from metalearn.sharding.host_copies import (
+    Shards,
+    begin_copies,
+    copied,
+    shards_of,
+    to_devices,
+    to_host,
+)
+from metalearn.training.replay import Replay, capacity
 
 
 class ReleasedError(ValueError):
@@ -59,174 +57,6 @@ class ReleasedError(ValueError):
             "released when they had been read. Step from the state that was returned, or begin "
             "the outer step anew, from `dataclasses.replace(state, inner=())`."
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Replay:
-    """Where the states between segments are kept, of `Trainer(segment=)` with a backward pass.
-
-    The backward pass reads the inner state before every segment. States that are not kept are
-    computed again ("replayed"), and the fewest segments there can be are run for it
-    (`metalearn.training.replay_schedule`). Amounts are bytes, or texts such as "4GiB", for the
-    states of all tasks of an outer step in a process. Device memory is filled first, then host
-    memory, then the disk.
-
-    `MixedFlow` also reads the inner gradients of a segment, K of them. Those that are not kept are
-    computed again, which takes one plain training in all, and K of them take more memory than a
-    state: so by default none is kept.
-
-    Args:
-      states: keep at most so many states at a time; None: as many as the memory holds.
-      device: device memory for kept states.
-      host: host memory for kept states; None: a quarter of the machine's.
-      disk: disk space for kept states, 0 by default.
-      gradients: keep at most so many bytes of inner gradients, in what states leave of `device`
-        and `host`.
-      folder: for the states on disk; None: the folder of the run's checkpoints, or a temporary one.
-    """
-
-    states: Count | None = None
-    device: Amount = 0
-    host: Amount | None = None
-    disk: Amount = 0
-    gradients: Amount = 0
-    folder: str | os.PathLike[str] | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, *AMOUNTS, "folder")
-        if not isinstance(self.folder, str | os.PathLike | None):
-            raise TypeError(
-                f"`Replay(folder={self.folder!r})`: it is the path of a folder, or None."
-            )
-        for name in AMOUNTS:
-            self._bytes(name)
-
-    @property
-    def keeps_gradients(self) -> bool:
-        """Whether inner gradients may be kept."""
-        return self._bytes("gradients") > 0
-
-    def _bytes(self, name: str) -> int:
-        amount = getattr(self, name)
-        if amount is None and name == "host":
-            return host_memory() // 4
-        if isinstance(amount, str):
-            try:
-                return parse_bytes(amount)
-            except ValueError as error:
-                raise ValueError(f"`Replay({name}={amount!r})`: {error}") from None
-        if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
-            raise ValueError(
-                f'`Replay({name}={amount!r})`: it is an amount of memory, such as "4GiB", or a '
-                "number of bytes, 0 or more."
-            )
-        return amount
-
-    def places(
-        self,
-        state_bytes: int,
-        segments: int,
-        gradient_bytes: int = 0,
-        on_devices: tuple[int, int] | None = None,
-    ) -> Places:
-        """Return how many states, and inner gradients of how many segments, are kept where.
-
-        Args:
-          state_bytes: of one state, of all tasks.
-          segments: of the run. The backward pass reads again the states before all but two of them:
-            theta_0 is computed, and the state before the last one is at hand.
-          gradient_bytes: of the inner gradients of one segment, of all tasks; 0: none are read.
-          on_devices: bytes of (a state, the inner gradients of a segment) on all devices, where
-            shards have copies; None: as in host memory.
-
-        Raises:
-          ValueError: if not one state can be kept.
-        """
-        state_on_device, gradients_on_device = on_devices or (state_bytes, gradient_bytes)
-        boundaries = max(segments - 2, 0)
-        sizes = state_on_device, state_bytes, state_bytes
-        budgets = [self._bytes(name) for name in ("device", "host", "disk")]
-        room = [budget // max(size, 1) for budget, size in zip(budgets, sizes, strict=True)]
-        if boundaries and not sum(room):
-            allowed = {name: show_bytes(self._bytes(name)) for name in ("device", "host", "disk")}
-            listed = ", ".join(f"{name}={amount}" for name, amount in allowed.items())
-            raise ValueError(
-                f"`Replay` keeps no state: one takes {show_bytes(state_bytes)}, and the budget is "
-                f"{listed}. Raise one of them to that at least."
-            )
-        states = _filled(room, boundaries if self.states is None else min(boundaries, self.states))
-        most = min(self._bytes("gradients") // max(gradient_bytes, 1), max(segments - 1, 0))
-        left = [budgets[i] - states[i] * sizes[i] for i in range(2)]
-        of_gradients = gradients_on_device, gradient_bytes
-        room = [each // max(size, 1) for each, size in zip(left, of_gradients, strict=True)]
-        return Places(*states, *_filled(room, most if gradient_bytes else 0))
-
-
-def _filled(room: Sequence[int], count: int) -> list[int]:
-    """Return how many of `count` items go to each place, the first ones filled first."""
-    counts: list[int] = []
-    for most in room:
-        counts.append(min(most, count - sum(counts)))
-    return counts
-
-
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """How many states are kept on the device, in host memory and on disk.
-
-    `device_gradients` and `host_gradients`: of how many segments inner gradients are kept there.
-    """
-
-    device: int
-    host: int
-    disk: int
-    device_gradients: int = 0
-    host_gradients: int = 0
-
-    @property
-    def all(self) -> int:
-        """Return the number of all states."""
-        return self.device + self.host + self.disk
-
-    @property
-    def gradients(self) -> int:
-        """Return of how many segments inner gradients are kept."""
-        return self.device_gradients + self.host_gradients
-
-    def of(self, depth: int) -> str:
-        """Return where the state is kept that `depth` others are kept before."""
-        if depth < self.disk:
-            return "disk"
-        return "host" if depth < self.disk + self.host else "device"
-
-
-def state_bytes(shapes: Any) -> int:
-    """Return the bytes that a state takes in this process, copies of shards not counted.
-
-    `shapes`: of its leaves, with their shardings.
-    """
-    return sum(_Leaf.of(leaf).nbytes for leaf in jax.tree.leaves(shapes))
-
-
-def device_bytes(shapes: Any) -> int:
-    """Return the bytes that a state takes on each device."""
-    leaves = map(_Leaf.of, jax.tree.leaves(shapes))
-    return sum(leaf.shard_bytes for leaf in leaves)
-
-
-def bytes_on_devices(shapes: Any) -> int:
-    """Return the bytes that a state takes on all devices of this process, with all copies."""
-    leaves = map(_Leaf.of, jax.tree.leaves(shapes))
-    return sum(leaf.shard_bytes * sum(map(len, leaf.devices)) for leaf in leaves)
-
-
-def places(replay: Replay, shapes: Any, segments: int, gradients: Any = ()) -> Places:
-    """Return what is kept where, of states and inner gradients of these shapes.
-
-    See `Replay.places`; `shapes` have the shardings of their leaves.
-    """
-    sizes = state_bytes(shapes), segments, state_bytes(gradients)
-    return replay.places(*sizes, (bytes_on_devices(shapes), bytes_on_devices(gradients)))
 
 
 @dataclasses.dataclass(eq=False)
@@ -259,14 +89,14 @@ class KeptGradients:
     Args:
       segment: its number.
       place: "device" or "host".
-      leaves: what they consist of.
+      shards: of which they consist.
       arrays: on the device, or the arrays of their shards on the host; None: they are dropped.
       on_host: whether `arrays` are those on the host.
     """
 
     segment: int
     place: str
-    leaves: list[_Leaf]
+    shards: list[Shards]
     arrays: Any = None
     on_host: bool = False
 
@@ -275,7 +105,7 @@ class KeptStates:
     """The kept states and inner gradients of the inner runs of one trainer.
 
     Attributes:
-      places: how many states are kept where.
+      capacity: how many states are kept where.
       most: how many states can be kept at a time.
       disk_refused: whether the disk has refused a state; none is written to it any more.
     """
@@ -299,10 +129,9 @@ class KeptStates:
           folder: for the states on disk; None: that of `replay`, or a temporary one.
           gradients: like `shapes`, of the inner gradients of one segment; (): none are read.
         """
-        leaves, self._treedef = jax.tree.flatten(shapes)
-        self._leaves = [_Leaf.of(leaf) for leaf in leaves]
-        self.places = places(replay, shapes, segments, gradients)
-        self.most = self.places.all
+        self._shards, self._treedef = shards_of(shapes), jax.tree.structure(shapes)
+        self.capacity = capacity(replay, shapes, segments, gradients)
+        self.most = self.capacity.states
         self.disk_refused = False
         self._run, self._where = run, replay.folder or folder
         self._opened: Folder | None = None
@@ -312,7 +141,7 @@ class KeptStates:
         self._saved: deque[set[str]] = deque(maxlen=2)  # names that the last checkpoints refer to
         self._outdated: set[pathlib.Path] = set()  # not needed but by those checkpoints
         self._is_swept = False  # whether files that an earlier run has left are deleted
-        if self.places.disk:
+        if self.capacity.disk:
             self._open()  # refused before the run, not in the middle of it
 
     def keep(self, boundary: int, state: Any, depth: int, name: str) -> KeptState:
@@ -325,7 +154,7 @@ class KeptStates:
           name: of its file.
         """
         self.limit(depth + 1)
-        kept = KeptState(boundary, self.places.of(depth), name, copied(state))
+        kept = KeptState(boundary, self.capacity.of(depth), name, copied(state))
         self._begin_copy(kept)
         return kept
 
@@ -340,9 +169,8 @@ class KeptStates:
           kept: those of other segments.
         """
         on_device = sum(each.place == "device" for each in kept)
-        place = "device" if on_device < self.places.device_gradients else "host"
-        leaves = [_Leaf.of(each) for each in gradients]
-        new = KeptGradients(segment, place, leaves, list(gradients))
+        place = "device" if on_device < self.capacity.device_gradients else "host"
+        new = KeptGradients(segment, place, shards_of(gradients), list(gradients))
         self._begin_copy(new)
         return new
 
@@ -350,21 +178,20 @@ class KeptStates:
         """Return kept inner gradients on the device, and keep them no longer; () if none are."""
         self.settle()
         arrays, kept.arrays = kept.arrays or (), None
-        return tuple(_on_device(kept.leaves, arrays) if arrays and kept.on_host else arrays)
+        return tuple(to_devices(kept.shards, arrays) if arrays and kept.on_host else arrays)
 
     def _begin_copy(self, kept: KeptState | KeptGradients) -> None:
         """Begin to copy arrays to the host, unless they stay on the device."""
         if kept.place != "device":
-            for leaf in jax.tree.leaves(kept.arrays):
-                _data(leaf).copy_to_host_async()
+            begin_copies(kept.arrays)
             self._copying.append(kept)
 
     def settle(self) -> None:
         """Let the copies that were begun go on from the device to the host, and to the disk."""
         copying, self._copying = self._copying, []
         for kept in copying:
-            leaves = self._leaves if isinstance(kept, KeptState) else kept.leaves
-            kept.arrays, kept.on_host = _on_host(leaves, kept.arrays), True
+            shards = self._shards if isinstance(kept, KeptState) else kept.shards
+            kept.arrays, kept.on_host = to_host(shards, kept.arrays), True
             if isinstance(kept, KeptState) and kept.place == "disk":
                 self._await_files(most=1)
                 path = self._folder().path / kept.name
@@ -392,8 +219,8 @@ class KeptStates:
         kept.place = "host"
         if self.disk_refused:  # another one that was being written
             return
-        self.disk_refused, self.places = True, dataclasses.replace(self.places, disk=0)
-        self.most = self.places.all
+        self.disk_refused, self.capacity = True, dataclasses.replace(self.capacity, disk=0)
+        self.most = self.capacity.states
         say(
             f"The state before segment {kept.boundary} could not be written to "
             f"{self._folder().path} ({first_line(error)}): no further states are kept there, and "
@@ -405,7 +232,7 @@ class KeptStates:
         self._await_files(wait=False, most=10**9)
         if self.disk_refused and kept > self.most:  # those that are kept already, and no more
             self.most = kept
-            self.places = dataclasses.replace(self.places, host=kept - self.places.device)
+            self.capacity = dataclasses.replace(self.capacity, host=kept - self.capacity.device)
         return self.most
 
     def read(self, kept: KeptState) -> Any:
@@ -423,8 +250,8 @@ class KeptStates:
         if arrays is None:
             if kept.file is None:
                 raise ReleasedError
-            arrays = state_files.read(kept.file, [s for leaf in self._leaves for s in leaf.shards])
-        return copied(jax.tree.unflatten(self._treedef, _on_device(self._leaves, arrays)))
+            arrays = state_files.read(kept.file, [s for each in self._shards for s in each.shards])
+        return copied(jax.tree.unflatten(self._treedef, to_devices(self._shards, arrays)))
 
     def drop(self, kept: KeptState) -> None:
         """Keep a state no longer."""
@@ -455,7 +282,7 @@ class KeptStates:
             if kept.file is None:
                 if kept.arrays is None:
                     raise ReleasedError
-                arrays = kept.arrays if kept.on_host else _on_host(self._leaves, kept.arrays)
+                arrays = kept.arrays if kept.on_host else to_host(self._shards, kept.arrays)
                 try:
                     kept.file = state_files.write(self._folder().path / kept.name, arrays)
                 except (OSError, UnwritableFolderError) as error:
@@ -521,86 +348,3 @@ class KeptStates:
                 path = path / str(jax.process_index())
             self._opened = Folder(path, self._run)
         return self._opened
-
-
-def _on_host(leaves: Sequence[_Leaf], state: Any) -> list[np.ndarray]:
-    pairs = zip(leaves, jax.tree.leaves(state), strict=True)
-    return [array for leaf, value in pairs for array in leaf.on_host(value)]
-
-
-def _on_device(leaves: Sequence[_Leaf], arrays: Sequence[np.ndarray]) -> list[jax.Array]:
-    rest = iter(arrays)
-    return [leaf.on_device([next(rest) for _ in leaf.shards]) for leaf in leaves]
-
-
-@jax.jit
-def copied(state: Any) -> Any:
-    """Return a copy of a state on the device: programs may use the buffers of the other."""
-
-    def copy(leaf: jax.Array) -> jax.Array:
-        if not _is_key(leaf):
-            return jnp.copy(leaf)
-        data = jnp.copy(jax.random.key_data(leaf))
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-
-    return jax.tree.map(copy, state)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """A leaf of a state: of which shards it consists in this process."""
-
-    shape: tuple[int, ...]
-    sharding: jax.sharding.Sharding | None  # None: on the default device, committed to none
-    shards: list[Any]  # the shape and dtype of each different one
-    devices: list[list[Any]]  # those that have each of them
-    key_impl: Any  # of a leaf of PRNG keys, which are saved as their data; else None
-
-    @classmethod
-    def of(cls, leaf: Any) -> _Leaf:
-        where = getattr(leaf, "sharding", None)
-        if isinstance(leaf, jax.Array) and not _data(leaf).committed:
-            where = None
-        data, impl = leaf, None
-        if _is_key(leaf):
-            impls: list[Any] = []
-            jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), leaf)
-            data, impl = jax.eval_shape(jax.random.key_data, leaf), impls[0]
-        shape, copies = data.shape, {"": [None]}
-        if where is not None:
-            shape, copies = where.shard_shape(data.shape), {}
-            for device, index in where.addressable_devices_indices_map(data.shape).items():
-                copies.setdefault(str(index), []).append(device)
-        shards = [jax.ShapeDtypeStruct(shape, data.dtype)] * len(copies)
-        return cls(data.shape, where, shards, [*copies.values()], impl)
-
-    @property
-    def nbytes(self) -> int:
-        return self.shard_bytes * len(self.shards)
-
-    @property
-    def shard_bytes(self) -> int:
-        return math.prod(self.shards[0].shape) * self.shards[0].dtype.itemsize
-
-    def on_host(self, value: jax.Array) -> list[np.ndarray]:
-        shards = {shard.device: shard.data for shard in _data(value).addressable_shards}
-        if self.sharding is None:
-            return [np.asarray(shard) for shard in shards.values()]
-        return [np.asarray(shards[same[0]]) for same in self.devices]
-
-    def on_device(self, arrays: Sequence[np.ndarray]) -> jax.Array:
-        if self.sharding is None:
-            data = jax.device_put(arrays[0])
-        else:
-            pairs = zip(arrays, self.devices, strict=True)
-            single = [jax.device_put(array, device) for array, same in pairs for device in same]
-            data = jax.make_array_from_single_device_arrays(self.shape, self.sharding, single)
-        return data if self.key_impl is None else jax.random.wrap_key_data(data, impl=self.key_impl)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _data(leaf: jax.Array) -> jax.Array:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf

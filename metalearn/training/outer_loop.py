@@ -132,7 +132,7 @@ class OuterLoop:
         self.fit, self.outer, self.reads, self.bars = fit, outer, reads, bars
         self.loggers, self.checkpoints = loggers, checkpoints
         self._segments = outer.segments
-        self._marks: list[tuple[Any, int | None]] = []  # of programs that may still run
+        self._latest: list[tuple[Any, int | None]] = []  # of programs that may still run
         self._row_at = time.perf_counter()  # when a row was logged last
         self._watch = Watch(fit.faults)
         self._clock = Clock(outer.tasks_per_step)
@@ -162,9 +162,9 @@ class OuterLoop:
             state, metrics = self.outer.step(state, self.reads(step, state)(ALL_STEPS))
             self._read_metrics()
         while segments is not None and metrics is None:
-            self.bars.stands_at(segments.place, state)
+            self.bars.stands_at(segments.progress, state)
             state, metrics = segments.take_reading(state, self.reads(step, state))
-            self._wait_for(step, segments.mark, segments.newest_step(state))
+            self._wait_for(step, segments.latest, segments.newest_step(state))
             self._read_metrics()
             if metrics is None:
                 self._after_program(segments, step, state)
@@ -172,18 +172,18 @@ class OuterLoop:
         self._after_step(step, state)
         return state
 
-    def _wait_for(self, step: int, mark: Any, inner_step: int | None) -> None:
+    def _wait_for(self, step: int, latest: Any, inner_step: int | None) -> None:
         """Wait until the device is at the program that was started last; log a row if due.
 
         Args:
           step: the outer step.
-          mark: of the program; see `SegmentRun.mark`.
+          latest: of the program; see `SegmentRun.latest`.
           inner_step: that the program has reached for the first time; None: it has not.
         """
-        self._marks.append((mark, inner_step))
-        if len(self._marks) == 1:
+        self._latest.append((latest, inner_step))
+        if len(self._latest) == 1:
             return
-        before, reached = self._marks.pop(0)
+        before, reached = self._latest.pop(0)
         jax.block_until_ready(before)
         due = time.perf_counter() - self._row_at > ROW_SECONDS
         if due and reached is not None and self.fit.log_every:
@@ -204,7 +204,7 @@ class OuterLoop:
             self._save_within(checkpoints, segments, step, state)
         if reason:
             raise Interrupted(
-                f"{reason} after {segments.place(state)} of outer step {step} of {fit.steps}. "
+                f"{reason} after {segments.progress(state)} of outer step {step} of {fit.steps}. "
                 f"{self._saved(step - 1, programs)}"
             )
 
@@ -212,10 +212,10 @@ class OuterLoop:
         self, checkpoints: Checkpoints, segments: SegmentRun, step: int, state: TrainState
     ) -> None:
         """Save a state between two programs; a full disk does not end the run."""
-        place, arrays = segments.place(state), segments.arrays(state)
+        progress, arrays = segments.progress(state), segments.arrays(state)
         checkpoints.save_within(
-            *(arrays, step - 1, place.inner_step, self._records()),
-            where=str(place),
+            *(arrays, step - 1, progress.inner_step, self._records()),
+            where=str(progress),
             run=lambda: segments.saved(state),
         )
         segments.checkpointed(checkpoints.saved_within)

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from metalearn.train_state import TrainState
-from metalearn.training.segment_run import Place
+from metalearn.training.segment_plan import Progress
 
 # What the bar of a segmented outer step says. It counts the work in segments advanced; a segment
 # that cotangents are pulled back through counts as several.
@@ -45,12 +45,12 @@ class Bars:
         """Set the bar of outer steps back to `step`."""
         self._outer.n = step
 
-    def stands_at(self, place: Callable[[TrainState], Place], state: TrainState) -> None:
-        """Show where an outer step of several programs stands; `place` says it of a state."""
+    def stands_at(self, progress: Callable[[TrainState], Progress], state: TrainState) -> None:
+        """Show where an outer step of several programs stands; `progress` says it of a state."""
         bar, now = self._inner, time.perf_counter()
         if bar is None or bar.disable or now - self._shown < bar.mininterval:
             return
-        self._shown, stands = now, place(state)
+        self._shown, stands = now, progress(state)
         bar.total = stands.of_work
         if stands.work < bar.n:
             bar.initial = 0

@@ -4,11 +4,11 @@ An outer step that is cut into segments fits in no single program: it reports it
 saved and stopped between any two segments, and differentiates runs of any length. The result is
 that of the uncut loop, to rounding. Five small functions serve every engine,
 
-    start      eta                               -> theta_0, with whatever the engine carries along
-    advance    eta, state, batches [K]           -> state, inner gradients [K]
-    judge      eta, state                        -> outer loss, cotangents of the last state
-    pull_back  eta, state, batches [K], inner gradients [K], cotangents -> cotangents
-    outcome    eta, cotangents                   -> meta-gradient
+    start          eta                                       -> theta_0, and what the engine carries
+    advance        eta, state, batches [K]                   -> state, inner gradients [K]
+    outer_loss     eta, state                                -> outer loss, cotangents of the state
+    pull_back      eta, state, batches, inner gradients [K], cotangents    -> cotangents
+    meta_gradient  eta, cotangents                           -> meta-gradient
 
 each for all tasks of an outer step. There are inner gradients only where the engine's `pull_back`
 reads them (`metalearn.engines.segments`).
@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class PartialUnroll:
       stream: the inner states, for `Forward` with their tangents; () where none is at hand.
       inner: inner losses and norms recorded so far, leaves [tasks, T, ...].
       cotangents: `engines.segments.Cotangents`; () before the outer loss is known.
-      judged: (outer loss, metrics) of each task; () before they are known.
+      outer_loss: (outer loss, metrics) of each task; () before they are known.
       gradients: inner gradients of the segment that `advance` has run, leaves [tasks, K, ...]; ()
         between programs.
       position: where the run stands; not an array.
@@ -65,7 +65,7 @@ class PartialUnroll:
     stream: Any = ()
     inner: Any = ()
     cotangents: Any = ()
-    judged: Any = ()
+    outer_loss: Any = ()
     gradients: Any = ()
     position: Position | None = dataclasses.field(default=None, metadata={"static": True})
     programs: int = dataclasses.field(default=0, metadata={"static": True})
@@ -73,25 +73,32 @@ class PartialUnroll:
     kept_gradients: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
-class Cut(NamedTuple):
-    """How an unroll is cut into segments."""
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """The segments of an unroll."""
 
     steps: int  # T, the horizon
-    segment: int  # K, inner steps of a segment; the last one may be shorter
+    length: int  # K, inner steps of a segment; the last one may be shorter
     ends: tuple[int, ...]  # of `Forward`: see `Streaming.ends`
+    has_backward_pass: bool  # whether the engine pulls cotangents back through them
 
     @property
-    def segments(self) -> int:
+    def count(self) -> int:
         """The number of segments."""
-        return -(-self.steps // self.segment)
+        return -(-self.steps // self.length)
 
-    def length(self, segment: int) -> int:
+    @property
+    def last_is_full(self) -> bool:
+        """Whether the last of several segments is as long as the others."""
+        return self.count > 1 and self.steps == self.count * self.length
+
+    def steps_of(self, segment: int) -> int:
         """Return the inner steps of a segment, counted from 0."""
-        return min(self.segment, self.steps - segment * self.segment)
+        return min(self.length, self.steps - segment * self.length)
 
     def until(self, segment: int) -> int | None:
         """Return before which step an entry of eta is first read whose tangent a segment pushes."""
-        stop = min((segment + 1) * self.segment, self.steps)
+        stop = min((segment + 1) * self.length, self.steps)
         return next((end for end in self.ends if end >= stop), None)
 
 
@@ -120,9 +127,9 @@ class SegmentedUnroll(FullUnroll):
     segment: int | str
     gradients: bool
 
-    def cut(self, eta: Eta, tasks: Tasks, key: jax.Array) -> Cut:
-        """Return how the unrolls of tasks are cut. The arguments may be shapes."""
-        cuts: list[Cut] = []
+    def segments(self, eta: Eta, tasks: Tasks, key: jax.Array) -> Segments:
+        """Return the segments of the unrolls of tasks. The arguments may be shapes."""
+        traced: list[Segments] = []
 
         def trace(eta: Eta, tasks: Tasks, key: jax.Array) -> None:
             task = self.draw(tasks, key)
@@ -140,13 +147,13 @@ class SegmentedUnroll(FullUnroll):
                 )
             engine = self.engine
             ends = engine.ends(task.unroll, eta, steps) if isinstance(engine, Streaming) else ()
-            cuts.append(Cut(steps, segment, tuple(ends)))
+            traced.append(Segments(steps, segment, tuple(ends), self.has_backward_pass))
 
         jax.eval_shape(trace, eta, tasks, key)
-        return cuts[-1]
+        return traced[-1]
 
     @property
-    def goes_back(self) -> bool:
+    def has_backward_pass(self) -> bool:
         """Whether the engine has a backward pass through the segments."""
         return not isinstance(self.engine, Streaming)
 
@@ -186,7 +193,7 @@ class SegmentedUnroll(FullUnroll):
           inner: what was recorded so far.
           first: (), int32: the number of the segment's first step.
           steps: of the segment.
-          until: for `Forward`, see `Cut.until`.
+          until: for `Forward`, see `Segments.until`.
         """
 
         def on_run(eta: Eta, tasks: Tasks, first: jax.Array, run: Any) -> tuple[Any, Any]:
@@ -206,12 +213,12 @@ class SegmentedUnroll(FullUnroll):
         loss, each = self.batch.mean_and_each(on_run, shared, (keys, stream, inner))
         return strong(each), loss
 
-    def judge(self, eta: Eta, tasks: Tasks, keys: jax.Array, stream: Any) -> PartialUnroll:
+    def outer_loss(self, eta: Eta, tasks: Tasks, keys: jax.Array, stream: Any) -> PartialUnroll:
         """Return the outer losses, and the cotangents of the last states."""
 
         def of_task(eta: Eta, task: DrawnTask, state: Any) -> PartialUnroll:
-            judged, cotangents = segments.outer_cotangents(task.unroll, eta, state)
-            return PartialUnroll(judged=judged, cotangents=cotangents)
+            outer, cotangents = segments.outer_cotangents(task.unroll, eta, state)
+            return PartialUnroll(outer_loss=outer, cotangents=cotangents)
 
         return self._each(of_task, eta, tasks, keys, stream)
 
@@ -239,7 +246,7 @@ class SegmentedUnroll(FullUnroll):
         shared, runs = (eta, tasks, first), (keys, stream, gradients, cotangents)
         return strong(self.batch.mean_and_each(on_run, shared, runs)[1])
 
-    def outcome(self, eta: Eta, tasks: Tasks, keys: jax.Array, run: PartialUnroll) -> Any:
+    def meta_gradient(self, eta: Eta, tasks: Tasks, keys: jax.Array, run: PartialUnroll) -> Any:
         """Return (meta-gradient, metrics) of an outer step."""
 
         def on_run(eta: Eta, tasks: Tasks, each: Any) -> tuple[Any, tuple[()]]:
@@ -248,7 +255,7 @@ class SegmentedUnroll(FullUnroll):
             if isinstance(self.engine, Streaming):
                 result = self.engine.finish(task.unroll, eta, run.stream, run.inner)
             else:
-                loss, metrics = run.judged
+                loss, metrics = run.outer_loss
                 grads = segments.through_init(task.unroll, eta, run.cotangents)
                 result = (loss, Aux(metrics, (), run.inner)), grads
             return self.counted(result), ()

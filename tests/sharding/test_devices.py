@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from metalearn import Layout, Trainer, make_mesh
@@ -168,7 +168,7 @@ def test_chunks_that_do_not_divide_the_share_of_a_device_are_refused():
 
 
 def test_a_trainer_checks_its_tasks_against_its_layout():
-    mesh = jax.sharding.AbstractMesh((8,), ("tasks",))
+    mesh = AbstractMesh((8,), ("tasks",), (AxisType.Auto,))
     with pytest.raises(ValueError, match="tasks_per_step=20 does not divide by the 8 devices"):
         Trainer(MAML(MODELS["linen-MLP"]), tasks_per_step=20, layout=Layout(mesh))
 
@@ -179,6 +179,28 @@ def test_a_mesh_without_an_axis_of_tasks_is_refused():
         "`metalearn.make_mesh()` makes one."
     ):
         Layout(Mesh(np.array(jax.devices()), ("data",)))
+
+
+def explicit_mesh():
+    return jax.make_mesh((1,), ("tasks",))
+
+
+def manual_axis():
+    return AbstractMesh((4, 2), ("tasks", "model"), (AxisType.Auto, AxisType.Manual))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes", "count"),
+    [(explicit_mesh, "'tasks' is Explicit", 1), (manual_axis, "'model' is Manual", 2)],
+)
+def test_a_mesh_with_axes_that_are_not_of_type_auto_is_refused(mesh, axes, count):
+    with refused(
+        "A layout needs a mesh whose axes are all of type Auto, along which the compiler "
+        f"partitions, but of this one {axes}. `metalearn.make_mesh()` makes one. "
+        "`jax.make_mesh` makes axes Explicit where no types are named: pass "
+        f"`axis_types=(jax.sharding.AxisType.Auto,) * {count}`."
+    ):
+        Layout(mesh())
 
 
 def test_a_rule_for_an_axis_that_is_not_there_is_refused():

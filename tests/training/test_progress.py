@@ -8,7 +8,7 @@ import tqdm.std
 
 from metalearn.training import progress
 from metalearn.training.progress import bars
-from metalearn.training.segment_run import Place
+from metalearn.training.segment_plan import Progress
 
 
 class Terminal(io.StringIO):
@@ -31,7 +31,7 @@ def clock(monkeypatch):
 
 def stands(work):
     """Return what says of a state that so many of 40 segments have been advanced."""
-    return lambda state: Place("forward", work, 40, work, 40, work, 40)
+    return lambda state: Progress("forward", work, 40, work, 40, work, 40)
 
 
 def rate(bar):

@@ -41,15 +41,15 @@ def trainer(engine=MIXED, segment=SEGMENT, **options):
 def with_replay(made, replay, folder=None, tasks=AIMS):
     """The programs of a trainer, with states kept elsewhere."""
     run = made.segments(tasks)
-    return SegmentRun(run._unrolls, run.cut, run._programs, replay, run._shapes, folder)
+    return SegmentRun(run.segments, run._programs, replay, run._shapes, folder)
 
 
 def taken(run, state, tasks=AIMS):
     """Take an outer step: (state, metrics, the phases of its programs)."""
     phases, metrics = [], None
-    of = run.place(state).of
+    of = run.progress(state).of
     while metrics is None:
-        place = run.place(state)
+        place = run.progress(state)
         assert (place.programs, place.of) == (len(phases), of)
         phases.append(place.phase)
         state, metrics = run.take(state, tasks)
@@ -82,9 +82,9 @@ ENGINES = {
 
 def test_copies_of_shards_count_on_the_devices_and_not_in_host_memory():
     replay = Replay(device=100, host=100, gradients=1000)
-    places = replay.places(10, 8, 20, on_devices=(40, 80))
-    assert (places.device, places.host, places.disk) == (2, 4, 0)
-    assert (places.device_gradients, places.host_gradients) == (0, 3)
+    capacity = replay.capacity(10, 8, 20, on_devices=(40, 80))
+    assert (capacity.device, capacity.host, capacity.disk) == (2, 4, 0)
+    assert (capacity.device_gradients, capacity.host_gradients) == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_number_in_the_first_state_is_an_array_of_it():
 
 def test_a_segment_may_be_chosen_by_the_horizon():
     run = trainer(segment="auto", steps=10_000).segments(AIMS)
-    assert (run.cut.segment, run.cut.segments) == (100, 100)
+    assert (run.segments.length, run.segments.count) == (100, 100)
     with pytest.raises(ValueError, match=r"`Trainer\(segment=often\)`: it is an integer"):
         trainer(segment="often")
 
@@ -346,7 +346,7 @@ def test_a_resumed_run_compiles_each_program_once(at, tmp_path):
     resumed = dataclasses.replace(made)  # with programs of its own
     fit(resumed, 2, tmp_path)
     compiled = {name: each._cache_size() for name, each in resumed._programs._asdict().items()}
-    assert compiled.pop("judge") == 0 and set(compiled.values()) == {1}, compiled
+    assert compiled.pop("outer_loss") == 0 and set(compiled.values()) == {1}, compiled
 
 
 @pytest.mark.parametrize("at", PLACES)

@@ -19,7 +19,7 @@ from metalearn.training.faults import NonFiniteError
 from metalearn.training.outer_loop import Interrupted
 from metalearn.training.progress import Bars, bars
 from metalearn.training.replay_schedule import Position
-from metalearn.training.segment_run import Place
+from metalearn.training.segment_plan import Progress
 from metalearn.unroll import Unroll
 from tests.helpers.checkpoints import bits, flip_a_bit
 from tests.helpers.selection import quick
@@ -107,7 +107,7 @@ def test_a_step_goes_on_from_where_its_state_stands(x64):
     expected, _ = made.step(state, Aims())
     for programs, stop in enumerate(STOPS[:2], 1):
         state, metrics = segments.take(state, Aims())
-        place = segments.place(state)
+        place = segments.progress(state)
         assert metrics is None and int(state.step) == 0
         assert (place.programs, place.of, place.inner_step) == (programs, 4, stop)
     found, _ = made.step(state, Aims())
@@ -311,7 +311,7 @@ def test_the_bar_of_segments_moves(monkeypatch):
 
 def test_a_bar_of_segments_is_set_and_begun_anew(capfd):
     def place(work):
-        return Place("replay", 8 * work, 30, work, 4, work, 4)
+        return Progress("replay", 8 * work, 30, work, 4, work, 4)
 
     with bars(3, 0, 2, segmented=True) as both:
         both._inner.mininterval = 0
