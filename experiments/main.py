@@ -2,6 +2,7 @@
 
     metalearn plan  --config=maml_omniglot --budget=4GiB
     metalearn compare --config=fds_digits
+    metalearn smooth --config=fds_digits --out=smooth.png
     metalearn train --config=maml_omniglot --workdir=runs/omniglot --config.seed=1
     metalearn eval  --workdir=runs/omniglot --tasks=1000 --best
     metalearn adapt --workdir=runs/omniglot --support=letters --query=scans --out=read.npz
@@ -18,9 +19,11 @@
 --config.engine=auto and of the plan; else the memory of the device). adapt: --support and --query,
 each an .npz file with `inputs` and `labels`, or a folder of images by class. compare runs every
 engine on a config and prints its error beside its cost; with --tolerance=0.01, engine=auto of train
-takes the fastest engine within that error. sweep searches keys of a config by trials, and resumes;
-list shows what a config may name, or the keys of a name; doctor
-tries every engine on this machine, and exits with status 1 where something does not work.
+takes the fastest engine within that error. smooth measures whether the meta-gradient of a config
+predicts the outer loss, with a verdict; --search tries settings that make it smoother. sweep
+searches keys of a config by trials, and resumes; list shows what a config may name, or the keys of
+a name; doctor tries every engine on this machine, and exits with status 1 where something does not
+work.
 
 A name that is set, --config.model.name=mlp, brings its own keys with their defaults; keys that
 both names have keep their values. `None`, `null` or nothing behind the equals sign unsets a key
@@ -54,7 +57,7 @@ from metalearn.experiments.build import sections
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.cli.compilation_cache import kept_programs
 from metalearn.experiments.commands import adapt as adaptation
-from metalearn.experiments.commands import compare, doctor, listing, plan, run
+from metalearn.experiments.commands import compare, doctor, listing, plan, run, smooth
 from metalearn.experiments.commands import report as reporting
 from metalearn.experiments.commands import sweep as sweeping
 from metalearn.sharding import distributed as processes
@@ -80,6 +83,7 @@ _TOLERANCE = flags.DEFINE_float(
 _X64 = flags.DEFINE_bool("x64", False, "Compare in float64.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON and nothing else.")
 _LARGEST = flags.DEFINE_string("largest", None, "Find the largest value of this key that fits.")
+_SEARCH = flags.DEFINE_bool("search", False, "Try settings that make the inner run smoother.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show no progress bar.")
 _CHANGE = flags.DEFINE_bool("allow_config_change", False, "Resume whatever the config.")
 _IMPORTS = flags.DEFINE_bool(
@@ -103,27 +107,31 @@ _SAMPLER_SEED = flags.DEFINE_integer("sampler_seed", 0, "The same seed suggests 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
 WITHOUT_DEVICES = ("list", "sweep")  # which neither look for a device nor compile anything
-WITH_DEVICES = ("plan", "compare", "train", "eval", "adapt", "export", "draw", "report", "doctor")
+WITH_DEVICES = (
+    *("plan", "compare", "smooth", "train", "eval", "adapt", "export", "draw", "report", "doctor"),
+)
 
 # Options of some commands alone; all others are of every command.
 OPTIONS = {
-    "config": ("plan", "compare", "train", "sweep"),
-    "workdir": ("train", "eval", "adapt", "export", "draw", "sweep"),
+    "config": ("plan", "compare", "smooth", "train", "sweep"),
+    "workdir": ("smooth", "train", "eval", "adapt", "export", "draw", "sweep"),
     "tasks": ("eval",),
-    "out": ("adapt", "export", "report"),
+    "out": ("smooth", "adapt", "export", "report"),
     "support": ("adapt",),
     "query": ("adapt",),
     "inner_steps": ("adapt",),
     "budget": ("plan", "train"),
     "tolerance": ("compare", "train"),
     "x64": ("compare",),
-    "json": ("plan", "compare", "list"),
+    "json": ("plan", "compare", "smooth", "list"),
+    "search": ("smooth",),
     "largest": ("plan",),
     "progress": ("train",),
     "allow_config_change": ("train",),
     "best": ("eval", "adapt", "export"),
     "test": ("train",),
-    **dict.fromkeys(("trials", "jobs", "metric", "sampler", "pruner", "sampler_seed"), ("sweep",)),
+    **dict.fromkeys(("trials", "sampler_seed"), ("smooth", "sweep")),
+    **dict.fromkeys(("jobs", "metric", "sampler", "pruner"), ("sweep",)),
     **dict.fromkeys(("coordinator", "processes", "process", "distributed"), WITH_DEVICES),
     "compilation_cache": (*WITH_DEVICES, "sweep"),
 }
@@ -152,6 +160,16 @@ def show_plan() -> None:
 def compare_engines() -> None:
     """Print how wrong each engine's meta-gradient is on the config, with its cost."""
     compare.show(_config("compare"), _JSON.value, _X64.value, _TOLERANCE.value)
+
+
+def show_smoothness() -> None:
+    """Print whether the meta-gradient of the config predicts the outer loss."""
+    out, workdir = (pathlib.Path(v) if v else None for v in (_OUT.value, _WORKDIR.value))
+    words = tuple(arguments.of_trials(sys.argv))
+    options = smooth.Options(
+        *(_JSON.value, out, _SEARCH.value, _TRIALS.value, workdir, _SAMPLER_SEED.value, words)
+    )
+    smooth.show(_config("smooth"), options)
 
 
 def adapt() -> None:
@@ -211,6 +229,7 @@ def diagnose() -> int:
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "plan": show_plan,
     "compare": compare_engines,
+    "smooth": show_smoothness,
     "train": train,
     "eval": evaluate,
     "adapt": adapt,

@@ -40,6 +40,15 @@ FEATURES = {
     "hypergradients of the last steps": ("metalearn/engines/approximate/truncated.py", "Truncated"),
     "SAMA": ("metalearn/engines/approximate/sama.py", "SAMA"),
     "the error of each engine": ("metalearn/diagnostics/comparison.py", "compare"),
+    "whether a meta-gradient predicts anything": (
+        "metalearn/diagnostics/smoothness.py",
+        "smoothness",
+    ),
+    "metasmoothness": ("metalearn/diagnostics/perturbed_runs.py", "metasmoothness"),
+    "settings that make a meta-gradient predict more": (
+        "experiments/commands/smooth.py",
+        "search",
+    ),
     "rematerialisation of the inner loop": ("metalearn/engines/inner_loop.py", "Remat"),
     "inner runs of any length, in segments": ("metalearn/training/segment_run.py", "SegmentRun"),
     "the programs of an outer step in segments": (

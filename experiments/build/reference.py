@@ -309,7 +309,7 @@ RUN: dict[str, Any] = {
     "chunk": (Trainer, "chunk"),
     "isolate": (Trainer, "isolate"),
     "segment": (Trainer, "segment"),
-    "health": "check one meta-gradient for NaN before training.",
+    "health": "check one meta-gradient for NaN before training, and whether it predicts anything.",
     "log_every": (Trainer.fit, "log_every"),
     "eval_every": (Trainer.fit, "eval_every"),
     "eval_tasks": (Trainer.fit, "eval_tasks"),

@@ -31,7 +31,7 @@ from metalearn.checkpoints.record import versions
 from metalearn.eta_file import save_eta
 from metalearn.experiments import build, run_data
 from metalearn.experiments.cli import import_paths
-from metalearn.experiments.commands import pictures, summary
+from metalearn.experiments.commands import pictures, smooth, summary
 from metalearn.experiments.commands import plan as auto
 from metalearn.experiments.runs import checkpoints_of, load_run, open_checkpoints
 from metalearn.loggers import ConsoleLogger, JsonlLogger, Logger, WandbLogger
@@ -118,6 +118,8 @@ def _train(
         state = trainer.init(key, splits.train)
         if plain["health"] and checkpoints.latest() is None:
             check(trainer, state, splits.train)
+            if rough := smooth.warning(plain, trainer, state, splits.train):
+                say(f"Warning: {rough}")
         with asked_to_stop() as asked:
             state = trainer.fit(
                 splits.train,

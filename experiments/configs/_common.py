@@ -43,7 +43,8 @@ def maml() -> ml_collections.ConfigDict:
     config.algorithm = ml_collections.ConfigDict()
     config.algorithm.name = "maml"
     config.algorithm.objective = "cross_entropy"
-    # The inner optimizer. Adam and its relatives need `eps_root`, such as 1e-8.
+    # The inner optimizer. Adam and its relatives need `eps_root`: 1e-8 against NaN, and more, such
+    # as 1e-6, where the meta-gradient predicts too little (docs/smoothness.md).
     config.algorithm.optimizer = {"name": "sgd", "learning_rate": 0.4}
     config.algorithm.optimizer.eps_root = placeholder(float)
     config.algorithm.inner_steps = 1

@@ -47,7 +47,8 @@ WRAP = "wrap it: `metalearn.optimizers.differentiable_at_zero(optimizer)`"
 ROOT = (
     "An infinite derivative of the inner optimizer, as sqrt(v) has at v = 0, meets a gradient "
     "that is exactly zero. Give the inner optimizer `eps_root=1e-8` if it takes that (adam, "
-    "adamw, nadam, nadamw and amsgrad of optax do), which mends that root and no norm beside it; "
+    "adamw, nadam, nadamw and amsgrad of optax do), which mends that root and no norm beside it "
+    "(a larger one, such as 1e-6, also makes the meta-gradient predict more: `metalearn smooth`); "
     f"or {WRAP}. A root or norm that `step` takes itself needs the same: sqrt(sum(g**2) + 1e-12)."
 )
 NORM = (

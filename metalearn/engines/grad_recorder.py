@@ -74,10 +74,15 @@ class Recorder:
         self._losses.append(loss)
         self._finite.append(jnp.isfinite(sum(map(_squared_norm, jax.tree.leaves(grads)))))
 
+    def differentiated(self, state: Any) -> list[bool]:
+        """Return of each leaf of a state whether `grad` took it as it stands, as part of theta."""
+        return [id(leaf) in self._theta for leaf in jax.tree.leaves(state)]
+
     def inner(self, before: Any, after: Any) -> Inner:
         """Return what was recorded for one step from state to state: leaves [n]."""
         pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=False)
-        moved = [(old, new) for old, new in pairs if id(old) in self._theta]
+        theta = self.differentiated(before)
+        moved = [pair for pair, is_theta in zip(pairs, theta, strict=False) if is_theta]
         squares = [_squared_norm(new - old) for old, new in moved]
         norms = [jnp.sqrt(sum(squares[1:], squares[0]))] if squares else []
         inner = Inner(

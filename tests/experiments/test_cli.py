@@ -57,7 +57,8 @@ def test_help_lists_the_commands_and_the_packaged_configs(words, capsys):
 
 def test_an_unknown_command_is_refused_with_the_nearest_one(refused):
     there_are = (
-        "There are: adapt, compare, doctor, draw, eval, export, list, plan, report, sweep, train."
+        "There are: adapt, compare, doctor, draw, eval, export, list, plan, report, smooth, sweep, "
+        "train."
     )
     expected = f"No command is called 'trian'. Did you mean 'train'? {there_are}"
     assert refused("trian") == expected
@@ -357,8 +358,9 @@ def test_help_of_a_command_shows_its_options_and_no_others(word, capsys):
         (("plan", "--noprogress"), "--progress is an option of `metalearn train`, not of `metale"),
         (
             ("eval", "--config.seed=3"),
-            "--config is an option of `metalearn plan`, `metalearn compare`, `metalearn train` and "
-            "`metalearn sweep`, not of `metalearn eval`. That has: --workdir, --tasks, ",
+            "--config is an option of `metalearn plan`, `metalearn compare`, `metalearn smooth`, "
+            "`metalearn train` and `metalearn sweep`, not of `metalearn eval`. That has: "
+            "--workdir, --tasks, ",
         ),
         (("draw", "--allow_config_change"), "--allow-config-change is an option of `metalearn tr"),
     ],

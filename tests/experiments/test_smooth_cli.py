@@ -1,0 +1,160 @@
+"""`metalearn smooth`: its table, JSON and picture, the settings it searches, and the warning."""
+
+import ast
+import contextlib
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from metalearn import ES, MixedFlow, Trainer
+from metalearn.diagnostics.perturbed_runs import PerturbedRuns, ThreeRuns
+from metalearn.experiments import build
+from metalearn.experiments.cli.arguments import packaged
+from metalearn.experiments.commands import run, smooth
+from metalearn.experiments.commands.smooth import Trial, changed, frontier, levers, value_at
+from tests.helpers.command_line import call
+from tests.helpers.small_configs import module
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
+
+SMALL = (
+    *("--config=fds_digits", "--config.model.hidden=(3,)", "--config.algorithm.inner_steps=14"),
+    *("--config.algorithm.batch=4", "--config.dataset.validation=8"),
+)
+
+
+ENGINE = MixedFlow()
+
+
+def plain(name, **changes):
+    config = module(name).get_config()
+    config.update_from_flattened_dict(changes)
+    return build.to_json(config)
+
+
+@pytest.mark.slow
+def test_json_picture_and_search_of_a_small_config(tmp_path):
+    words = *SMALL, "--json", "--search", "--trials=1", f"--workdir={tmp_path / 'trials'}"
+    for _ in range(2):  # the second time the trial is there
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert call("smooth", *words, f"--out={tmp_path / 'smooth.png'}") == 0
+    result = json.loads(printed.getvalue())
+    assert result["inner_steps"] == 14 and len(result["tangents"]) == 14
+    assert result["worth"] in ("useful", "doubtful", "useless") and result["verdict"]
+    directions = [each["direction"] for each in result["predictions"]]
+    assert directions == ["meta-gradient", "outer step", "random 1"]
+    assert [trial["settings"] == {} for trial in result["trials"]] == [True, False]
+    assert any(trial["best"] for trial in result["trials"])
+    assert (tmp_path / "smooth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_table_ends_with_the_verdict(capsys):
+    assert call("smooth", *SMALL) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("One task of 14 inner steps, outer loss ")
+    assert lines[2].split()[0] == "direction" and lines[3].startswith("meta-gradient")
+    assert lines[-1].split(":")[0] in ("Useful", "Doubtful", "Useless")
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("fds_digits", ["hyperparameters.learning_rate.start", "batch", "model.hidden"]),
+        ("loss_weights_shakespeare", ["eps_root", "learning_rate", "dataset.batch", "width"]),
+        ("learning_rates_shakespeare", ["eps_root", "initial", "dataset.batch", "model.width"]),
+        ("maml_digits", ["optimizer.learning_rate", "model.filters"]),
+    ],
+)
+def test_a_search_has_those_settings_that_a_config_has(name, keys):
+    config = plain(name)
+    space = levers(config)
+    assert len(space) == len(keys)
+    for each, key in zip(space, keys, strict=True):
+        assert each.key.endswith(key)
+        assert each.kind == "choice" or each.low < each.high
+        now = value_at(config, each.key)
+        if each.choices:
+            first = ast.literal_eval(each.choices[0])
+            assert first == (tuple(now) if isinstance(now, list) else now)
+
+
+def test_a_config_without_such_settings_is_refused():
+    bare = {"algorithm": {"name": "mine"}, "dataset": {}}
+    with pytest.raises(ValueError, match="and this config has none of them set. Leave --search"):
+        levers(bare)
+
+
+def test_changes_are_of_a_copy():
+    config = plain("fds_digits")
+    other = changed(config, {"model.hidden": (128,), "algorithm.batch": 256})
+    assert other["model"]["hidden"] == (128,) and other["algorithm"]["batch"] == 256
+    assert config == plain("fds_digits")
+
+
+def test_the_frontier_holds_what_no_other_trial_beats_in_both():
+    trials = [Trial({"a": i}, *pair) for i, pair in enumerate([(0.9, 2.0), (0.5, 1.0), (0.4, 1.5)])]
+    failed = Trial({"a": 4}, float("nan"), float("nan"))
+    assert frontier([*trials, failed]) == trials[:2]
+
+
+@pytest.mark.parametrize("option", ["--trials=3", "--workdir=somewhere"])
+def test_an_option_of_a_search_without_it_is_refused(option, capsys):
+    assert call("smooth", *SMALL, option) == 2
+    assert (
+        f"{option.partition('=')[0]} is of `metalearn smooth --search`" in capsys.readouterr().err
+    )
+
+
+def measured(monkeypatch, value):
+    """Let three runs have a metasmoothness; return how often they were run."""
+    calls = []
+
+    def three(runs, draw, step):
+        calls.append(runs.horizon)
+        return ThreeRuns(np.float32(value), np.ones(3))
+
+    monkeypatch.setattr(PerturbedRuns, "three", three)
+    return calls
+
+
+def small_run(engine=ENGINE, **changes):
+    """Return (config, trainer, state, tasks) of a run whose inner optimizer is Adam."""
+    adam = {"name": "adam", "learning_rate": 0.01, "eps_root": 1e-8}
+    steps = changes.pop("steps", 12)
+    config = plain("maml_sinusoid")
+    config["algorithm"] |= {"optimizer": adam, "inner_steps": steps} | changes
+    splits = build.splits(config["dataset"])
+    learner = build.trainer(config, splits).algorithm
+    trainer = Trainer(learner, engine, tasks_per_step=1)
+    return config, trainer, trainer.init(jax.random.key(0)), splits.train
+
+
+def test_a_run_is_warned_where_the_meta_gradient_predicts_nothing(monkeypatch):
+    calls = measured(monkeypatch, 0.3)
+    message = smooth.warning(*small_run())
+    assert "The metasmoothness of the first task is 0.30, of at most 1" in message
+    assert "`metalearn smooth` says over which steps it holds" in message
+    measured(monkeypatch, 0.6)
+    assert smooth.warning(*small_run()) == "" and calls == [12]
+
+
+def test_nothing_is_measured_of_short_loops_estimates_and_optimizers_without_a_root(monkeypatch):
+    calls = measured(monkeypatch, 0.0)
+    assert smooth.warning(*small_run(steps=9)) == ""
+    assert smooth.warning(*small_run(engine=ES())) == ""
+    assert smooth.warning(*small_run(optimizer={"name": "sgd", "learning_rate": 0.01})) == ""
+    assert calls == []
+    assert run.smooth is smooth
+
+
+def test_of_the_packaged_configs_those_with_adam_inside_are_measured():
+    those = [name for name in packaged() if smooth.divides_by_root(optimizer_of(name))]
+    assert those == ["learning_rates_shakespeare", "loss_weights_shakespeare"]
+
+
+def optimizer_of(name):
+    return plain(name)["algorithm"].get("optimizer")
