@@ -8,6 +8,7 @@
     metalearn export --workdir=runs/omniglot --out=eta.safetensors
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
+    metalearn attribute --config=data_weights_digits --workdir=runs/worth --validate
     metalearn report runs/omniglot runs/other --out=report.html
     metalearn sweep --config=maml_digits --sweep.tasks_per_step="[4,8]" --workdir=runs/sweep
     metalearn list maml
@@ -18,9 +19,10 @@
 --config.engine=auto and of the plan; else the memory of the device). adapt: --support and --query,
 each an .npz file with `inputs` and `labels`, or a folder of images by class. compare runs every
 engine on a config and prints its error beside its cost; with --tolerance=0.01, engine=auto of train
-takes the fastest engine within that error. sweep searches keys of a config by trials, and resumes;
-list shows what a config may name, or the keys of a name; doctor
-tries every engine on this machine, and exits with status 1 where something does not work.
+takes the fastest engine within that error. attribute computes what each training example is worth,
+and --validate trains without some. sweep searches keys of a config by trials, and resumes; list
+shows what a config may name, or the keys of a name; doctor tries every engine on this machine, and
+exits with status 1 where something does not work.
 
 A name that is set, --config.model.name=mlp, brings its own keys with their defaults; keys that
 both names have keep their values. `None`, `null` or nothing behind the equals sign unsets a key
@@ -54,6 +56,7 @@ from metalearn.experiments.build import sections
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.cli.compilation_cache import kept_programs
 from metalearn.experiments.commands import adapt as adaptation
+from metalearn.experiments.commands import attribute as attribution
 from metalearn.experiments.commands import compare, doctor, listing, plan, run
 from metalearn.experiments.commands import report as reporting
 from metalearn.experiments.commands import sweep as sweeping
@@ -80,6 +83,15 @@ _TOLERANCE = flags.DEFINE_float(
 _X64 = flags.DEFINE_bool("x64", False, "Compare in float64.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON and nothing else.")
 _LARGEST = flags.DEFINE_string("largest", None, "Find the largest value of this key that fits.")
+_QUERIES = flags.DEFINE_integer(
+    "queries", 8, "Query examples that have scores of their own.", lower_bound=0
+)
+_SPLIT = flags.DEFINE_string("split", "train", "Whose run: train, validation or test.")
+_VALIDATE = flags.DEFINE_bool("validate", False, "Compare scores with training without examples.")
+_LEAVE_OUT = flags.DEFINE_integer(
+    "leave_out", None, "Examples that such a training is without; else one in a hundred."
+)
+_TRAININGS = flags.DEFINE_integer("trainings", 100, "How many trainings.", lower_bound=3)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show no progress bar.")
 _CHANGE = flags.DEFINE_bool("allow_config_change", False, "Resume whatever the config.")
 _IMPORTS = flags.DEFINE_bool(
@@ -103,12 +115,23 @@ _SAMPLER_SEED = flags.DEFINE_integer("sampler_seed", 0, "The same seed suggests 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
 WITHOUT_DEVICES = ("list", "sweep")  # which neither look for a device nor compile anything
-WITH_DEVICES = ("plan", "compare", "train", "eval", "adapt", "export", "draw", "report", "doctor")
+WITH_DEVICES = (
+    "plan",
+    "compare",
+    "train",
+    "eval",
+    "adapt",
+    "export",
+    "draw",
+    "attribute",
+    "report",
+    "doctor",
+)
 
 # Options of some commands alone; all others are of every command.
 OPTIONS = {
-    "config": ("plan", "compare", "train", "sweep"),
-    "workdir": ("train", "eval", "adapt", "export", "draw", "sweep"),
+    "config": ("plan", "compare", "train", "sweep", "attribute"),
+    "workdir": ("train", "eval", "adapt", "export", "draw", "sweep", "attribute"),
     "tasks": ("eval",),
     "out": ("adapt", "export", "report"),
     "support": ("adapt",),
@@ -123,6 +146,7 @@ OPTIONS = {
     "allow_config_change": ("train",),
     "best": ("eval", "adapt", "export"),
     "test": ("train",),
+    **dict.fromkeys(("queries", "split", "validate", "leave_out", "trainings"), ("attribute",)),
     **dict.fromkeys(("trials", "jobs", "metric", "sampler", "pruner", "sampler_seed"), ("sweep",)),
     **dict.fromkeys(("coordinator", "processes", "process", "distributed"), WITH_DEVICES),
     "compilation_cache": (*WITH_DEVICES, "sweep"),
@@ -174,6 +198,12 @@ def draw() -> None:
     run.draw(_workdir(), _IMPORTS.value)
 
 
+def attribute() -> None:
+    """Score every training example of a config for some queries, and show the extremes."""
+    options = _QUERIES.value, _SPLIT.value, _VALIDATE.value, _LEAVE_OUT.value, _TRAININGS.value
+    attribution.run(_config("attribute"), _workdir(), attribution.Options(*options))
+
+
 def report(*workdirs: str) -> None:
     """Write one page of HTML of the runs in some workdirs: `metalearn report runs/a runs/b`."""
     out = pathlib.Path(_OUT.value) if _OUT.value else None
@@ -216,6 +246,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "adapt": adapt,
     "export": export,
     "draw": draw,
+    "attribute": attribute,
     "report": report,
     "sweep": sweep,
     "list": show_names,
