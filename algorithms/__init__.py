@@ -1,6 +1,18 @@
 """Algorithms: what is learned, and what one inner step is."""
 
 from metalearn.algorithms.cavia import CAVIA
+from metalearn.algorithms.data_weights.algorithm import DataWeights
+from metalearn.algorithms.data_weights.attribution import (
+    Attribution,
+    attribute,
+    predicted_changes,
+)
+from metalearn.algorithms.data_weights.validation import (
+    LeaveOut,
+    attribution_baselines,
+    lds,
+    leave_k_out,
+)
 from metalearn.algorithms.epochs import epochs, read_rows
 from metalearn.algorithms.fds.algorithm import FDS
 from metalearn.algorithms.fds.augmentation import jitter
@@ -59,7 +71,9 @@ from metalearn.algorithms.reptile import Reptile
 from metalearn.algorithms.sgd import sgd
 
 __all__ = [
+    "Attribution",
     "CAVIA",
+    "DataWeights",
     "DomainWeights",
     "ExampleWeights",
     "FDS",
@@ -70,6 +84,7 @@ __all__ = [
     "Hyperparameter",
     "LearnedOptimizer",
     "LearningRates",
+    "LeaveOut",
     "LossWeights",
     "MAML",
     "MAMLPlusPlus",
@@ -99,16 +114,21 @@ __all__ = [
     "TunedRule",
     "UpdateRule",
     "Weighting",
+    "attribute",
+    "attribution_baselines",
     "bounded",
     "cross_entropy",
     "epochs",
     "fds_rule",
     "in_ranges",
     "jitter",
+    "lds",
+    "leave_k_out",
     "load_optimizer",
     "load_schedules",
     "load_rule",
     "mean_one",
+    "predicted_changes",
     "save_optimizer",
     "save_schedules",
     "read_rows",

@@ -5,6 +5,7 @@ adaptation  MAML and its relatives: the loss on the query sets of a few held-out
 rates       learned rates: their distribution in every parameter of the model
 weights     loss weights: their distribution over the examples or tokens of a trained task, clean
             and corrupted where that is known, else by source
+            of data weights, of which all examples have one: how many have which
 updates     learned optimizers: the update by the gradient, when the same gradient comes again
 
 Those of schedules are in `metalearn.algorithms.fds.pictures`.
@@ -150,6 +151,18 @@ def weights(
         ax.hist(group.ravel(), bins, alpha=0.6, density=True, label=name)
     ax.set(xlabel="weight", ylabel="density")
     ax.legend(fontsize="small")
+    return {"weights.png": figure}
+
+
+def data_weights(
+    trainer: Trainer, state: TrainState, tasks: Tasks, workdir: pathlib.Path
+) -> dict[str, Any]:
+    """Draw how many examples have which weight."""
+    del tasks, workdir
+    values = np.asarray(trainer.learned(state), float).ravel()
+    figure, (ax,) = row_of_panels(1)
+    ax.hist(values, 40)
+    ax.set(xlabel="weight", ylabel="examples")
     return {"weights.png": figure}
 
 

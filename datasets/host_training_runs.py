@@ -85,6 +85,8 @@ class FetchedRuns(Tasks):
       query: [n, v] int32, where the rows of the queries are in `query_data`.
       data: (inputs [k, ...], targets [k], training targets [k]), the rows that were read.
       query_data: (inputs [m, ...], targets [m]) of the queries; None: those of `data`.
+      numbers: [k] int32, the number in the dataset of each row of `data`.
+      count: the rows of the dataset.
     """
 
     keys: jax.Array = dataclasses.field(repr=False)
@@ -93,18 +95,21 @@ class FetchedRuns(Tasks):
     query: jax.Array = dataclasses.field(repr=False)
     data: tuple[jax.Array, jax.Array, jax.Array] = dataclasses.field(repr=False)
     query_data: tuple[jax.Array, jax.Array] | None = dataclasses.field(repr=False)
+    numbers: jax.Array = dataclasses.field(repr=False)
+    count: int = dataclasses.field(metadata={"static": True})
 
     def sample(self, key: jax.Array) -> Episode:
         """Return the episode of `key`."""
         number, present = number_of(self.keys, key)
-        inputs, targets, inner_targets = (ReadColumn(column) for column in self.data)
+        columns = (ReadColumn(column, self.count) for column in self.data)
+        inputs, targets, inner_targets = columns
         if self.query_data is not None:
             inputs_of_query, targets = (ReadColumn(column) for column in self.query_data)
         else:
             inputs_of_query = inputs
         positions = jnp.where(present, self.positions[number], ABSENT)
         query = jnp.where(present, self.query[number], ABSENT)
-        support = inputs, inner_targets, StepRows(positions, self.start[number])
+        support = inputs, inner_targets, StepRows(positions, self.start[number], self.numbers)
         return Episode(support, (inputs_of_query, targets, query))
 
 
@@ -316,9 +321,12 @@ def _fetched(
     positions: Any = places[: steps.size].reshape(steps.shape).astype(np.int32)
     if query_data is None:
         query = places[steps.size :].reshape(query.shape).astype(np.int32)
-    arrays: Any = jax.tree.map(jnp.asarray, (starts, positions, query, columns))
-    begin, positions, query, data = arrays
-    return FetchedRuns(episode_keys(keys), begin, positions, query, data, query_data)
+    row_numbers = np.full(most, ABSENT, np.int32)
+    row_numbers[: rows.size] = rows
+    arrays: Any = jax.tree.map(jnp.asarray, (starts, positions, query, columns, row_numbers))
+    begin, positions, query, data, read = arrays
+    of_keys = episode_keys(keys), begin, positions, query, data, query_data
+    return FetchedRuns(*of_keys, read, table.count)
 
 
 def _padded(leaf: np.ndarray, most: int) -> np.ndarray:

@@ -9,6 +9,7 @@
     metalearn export --workdir=runs/omniglot --out=eta.safetensors
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
+    metalearn attribute --config=data_weights_digits --workdir=runs/worth --validate
     metalearn report runs/omniglot runs/other --out=report.html
     metalearn sweep --config=maml_digits --sweep.tasks_per_step="[4,8]" --workdir=runs/sweep
     metalearn list maml
@@ -20,10 +21,10 @@
 each an .npz file with `inputs` and `labels`, or a folder of images by class. compare runs every
 engine on a config and prints its error beside its cost; with --tolerance=0.01, engine=auto of train
 takes the fastest engine within that error. smooth measures whether the meta-gradient of a config
-predicts the outer loss, with a verdict; --search tries settings that make it smoother. sweep
-searches keys of a config by trials, and resumes; list shows what a config may name, or the keys of
-a name; doctor tries every engine on this machine, and exits with status 1 where something does not
-work.
+predicts the outer loss, with a verdict; --search tries settings that make it smoother. attribute
+computes what each training example is worth, and --validate trains without some. sweep searches
+keys of a config by trials, and resumes; list shows what a config may name, or the keys of a name;
+doctor tries every engine on this machine, and exits with status 1 where something does not work.
 
 A name that is set, --config.model.name=mlp, brings its own keys with their defaults; keys that
 both names have keep their values. `None`, `null` or nothing behind the equals sign unsets a key
@@ -57,6 +58,7 @@ from metalearn.experiments.build import sections
 from metalearn.experiments.cli import arguments
 from metalearn.experiments.cli.compilation_cache import kept_programs
 from metalearn.experiments.commands import adapt as adaptation
+from metalearn.experiments.commands import attribute as attribution
 from metalearn.experiments.commands import compare, doctor, listing, plan, run, smooth
 from metalearn.experiments.commands import report as reporting
 from metalearn.experiments.commands import sweep as sweeping
@@ -84,6 +86,15 @@ _X64 = flags.DEFINE_bool("x64", False, "Compare in float64.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON and nothing else.")
 _LARGEST = flags.DEFINE_string("largest", None, "Find the largest value of this key that fits.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try settings that make the inner run smoother.")
+_QUERIES = flags.DEFINE_integer(
+    "queries", 8, "Query examples that have scores of their own.", lower_bound=0
+)
+_SPLIT = flags.DEFINE_string("split", "train", "Whose run: train, validation or test.")
+_VALIDATE = flags.DEFINE_bool("validate", False, "Compare scores with training without examples.")
+_LEAVE_OUT = flags.DEFINE_integer(
+    "leave_out", None, "Examples that such a training is without; else one in a hundred."
+)
+_TRAININGS = flags.DEFINE_integer("trainings", 100, "How many trainings.", lower_bound=3)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show no progress bar.")
 _CHANGE = flags.DEFINE_bool("allow_config_change", False, "Resume whatever the config.")
 _IMPORTS = flags.DEFINE_bool(
@@ -108,13 +119,14 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where it w
 
 WITHOUT_DEVICES = ("list", "sweep")  # which neither look for a device nor compile anything
 WITH_DEVICES = (
-    *("plan", "compare", "smooth", "train", "eval", "adapt", "export", "draw", "report", "doctor"),
+    *("plan", "compare", "smooth", "train", "eval", "adapt", "export", "draw", "attribute"),
+    *("report", "doctor"),
 )
 
 # Options of some commands alone; all others are of every command.
 OPTIONS = {
-    "config": ("plan", "compare", "smooth", "train", "sweep"),
-    "workdir": ("smooth", "train", "eval", "adapt", "export", "draw", "sweep"),
+    "config": ("plan", "compare", "smooth", "train", "sweep", "attribute"),
+    "workdir": ("smooth", "train", "eval", "adapt", "export", "draw", "sweep", "attribute"),
     "tasks": ("eval",),
     "out": ("smooth", "adapt", "export", "report"),
     "support": ("adapt",),
@@ -130,6 +142,7 @@ OPTIONS = {
     "allow_config_change": ("train",),
     "best": ("eval", "adapt", "export"),
     "test": ("train",),
+    **dict.fromkeys(("queries", "split", "validate", "leave_out", "trainings"), ("attribute",)),
     **dict.fromkeys(("trials", "sampler_seed"), ("smooth", "sweep")),
     **dict.fromkeys(("jobs", "metric", "sampler", "pruner"), ("sweep",)),
     **dict.fromkeys(("coordinator", "processes", "process", "distributed"), WITH_DEVICES),
@@ -192,6 +205,12 @@ def draw() -> None:
     run.draw(_workdir(), _IMPORTS.value)
 
 
+def attribute() -> None:
+    """Score every training example of a config for some queries, and show the extremes."""
+    options = _QUERIES.value, _SPLIT.value, _VALIDATE.value, _LEAVE_OUT.value, _TRAININGS.value
+    attribution.run(_config("attribute"), _workdir(), attribution.Options(*options))
+
+
 def report(*workdirs: str) -> None:
     """Write one page of HTML of the runs in some workdirs: `metalearn report runs/a runs/b`."""
     out = pathlib.Path(_OUT.value) if _OUT.value else None
@@ -235,6 +254,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "adapt": adapt,
     "export": export,
     "draw": draw,
+    "attribute": attribute,
     "report": report,
     "sweep": sweep,
     "list": show_names,

@@ -10,6 +10,7 @@ are
 - `ReadColumn` in place of an array, and `StepRows` in place of row numbers: the rows that some
   inner steps read, which the host has read before the program runs. The numbers are then positions
   among those that were read. A program neither waits, nor draws a permutation of all rows.
+  `row_numbers` returns the numbers in the dataset, for what is stored by row beside it.
 
 A row that was not read comes back as NaN, or as the largest integer, so that it cannot pass for
 data.
@@ -31,6 +32,7 @@ class Table(Protocol):
     """Data on the host, read by row."""
 
     example: Any  # the shapes and types of one row, as stored: a pytree
+    count: int  # rows
 
     def read(self, rows: np.ndarray) -> Any:
         """Return some rows [k] int64: leaves [k, ...]."""
@@ -43,9 +45,11 @@ class ReadColumn:
 
     Args:
       values: leaves [k, ...].
+      count: n, the rows of the whole column; None: unknown.
     """
 
     values: Any
+    count: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def take(self, positions: jax.Array) -> Any:
         """Return the values at positions [...]: leaves [..., *]; NaN or the largest elsewhere."""
@@ -93,10 +97,13 @@ class StepRows:
     Args:
       positions: [t, batch] int32, of the rows of consecutive steps.
       start: (), int32, the number of the first of these steps.
+      numbers: [k] int32, the number in the dataset of each row that was read; `ABSENT` of padding.
+        None: unknown.
     """
 
     positions: jax.Array
     start: jax.Array
+    numbers: jax.Array | None = None
 
     def at(self, steps: jax.Array, batch: int) -> jax.Array:
         """Return the positions of the rows of steps [k]: [k, batch], `ABSENT` of other steps.
@@ -129,6 +136,28 @@ def take(column: Any, rows: jax.Array) -> Any:
     if isinstance(column, ReadColumn | HostColumn):
         return column.take(rows)
     return jax.tree.map(lambda leaf: leaf[rows], column)
+
+
+def row_numbers(split: Any, rows: jax.Array) -> jax.Array:
+    """Return the numbers in the dataset of rows [...], as an inner step gets them: [...] int32.
+
+    Args:
+      split: the rows of a training run: [m], or `StepRows`.
+      rows: of `epochs(split, ...)`: numbers already, or of `StepRows` positions.
+    """
+    if not isinstance(split, StepRows) or split.numbers is None:
+        return rows
+    return split.numbers.at[rows].get(mode="fill", fill_value=ABSENT)
+
+
+def row_count(column: Any) -> int | None:
+    """Return n, the rows of a whole column, wherever it is; None: unknown."""
+    if isinstance(column, ReadColumn):
+        return column.count
+    if isinstance(column, HostColumn):
+        return column.table.count
+    leaves = jax.tree.leaves(column)
+    return leaves[0].shape[0] if leaves and jnp.ndim(leaves[0]) else None
 
 
 def absent_value(dtype: Any) -> Any:

@@ -58,6 +58,7 @@ from metalearn.training.full_unroll import FullUnroll, step_metrics
 from metalearn.training.outer_loop import Fetch, Fit, OuterStep
 from metalearn.training.prefetch import prefetching
 from metalearn.training.program import Program
+from metalearn.training.query_sets import QueryGradients
 from metalearn.training.replay import Replay
 from metalearn.training.replay_schedule import Position
 from metalearn.training.segment_run import SegmentRun
@@ -441,6 +442,27 @@ class Trainer:
         with known(label_range(tasks), self.labels_seen):
             (loss, aux), grads = self.unrolls.solve(eta, tasks, key)
         return grads, step_metrics(loss, aux)
+
+    @functools.cached_property
+    def query_gradients(self) -> QueryGradients:
+        """Return the meta-gradients of one task's outer losses on several query sets. Compiled.
+
+        (eta, tasks, key, queries) -> (grads, leaves [Q, ...], metrics [Q]); the queries are stacked
+        in place of `Episode.query`, leaves [Q, ...]. The inner loop runs once, in segments where
+        the trainer cuts it. See `metalearn.training.query_sets`.
+
+        Raises:
+          ValueError: for truncated unrolls, and for devices of a mesh.
+        """
+        for name, value in (("truncation", self.truncation), ("layout", self.layout)):
+            if value is not None:
+                raise ValueError(
+                    f"`Trainer.query_gradients` differentiates one full inner run on one device, "
+                    f"and this trainer has {name}={value!r:.80}. Make one without `{name}`; a run "
+                    "of any length fits with `segment`."
+                )
+        fields = self.algorithm, self.engine, self.segment, self.replay
+        return QueryGradients(*fields, self._compiled)
 
     @functools.cached_property
     def labels_seen(self) -> Seen:

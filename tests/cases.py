@@ -33,6 +33,7 @@ from metalearn.algorithms import (
     FDS,
     MAML,
     R2D2,
+    DataWeights,
     ExampleWeights,
     Gradient,
     Hyperparameter,
@@ -380,6 +381,10 @@ def _loss_weights(weighting, **options):
     return functools.partial(LossWeights, weighting=weighting, optimizer=optimizer, **options)
 
 
+def _data_weights(model):
+    return DataWeights(model, 5, inner_steps=3, batch=2, optimizer=optax.sgd(0.3, momentum=0.9))
+
+
 def _lora(model, objective):
     """Low-rank terms of a pretrained network, which adapt from a learned start."""
     model = LoRA(_pretrained(model), 1)
@@ -425,6 +430,7 @@ ALGORITHMS = {
     "LearningRates": AlgorithmCase(_learning_rates, run=True),
     "FDS": AlgorithmCase(_fds, "classifier"),
     "LearnedOptimizer": AlgorithmCase(_learned_optimizer, "classifier"),
+    "DataWeights": AlgorithmCase(_data_weights, "classifier"),
     "LearningRates-ConvNet": AlgorithmCase(_learning_rates, "ConvNet", run=True),
 }
 # Exercised in full for every library; the transductive ConvNet for linen alone.

@@ -187,6 +187,7 @@ def test_estimators_serve_every_algorithm_and_hand_back_a_state_like_the_one_giv
 REFUSED = {
     **{name: "is read by `Unroll.init` alone" for name in ALGORITHMS},
     "FDS": "",
+    "DataWeights": "",
     "LearnedOptimizer": "",
     **dict.fromkeys(("LearningRates", "LearningRates-ConvNet", "Trainable"), ""),
     **dict.fromkeys(("example-weights", "token-weights"), ""),

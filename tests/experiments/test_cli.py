@@ -57,8 +57,8 @@ def test_help_lists_the_commands_and_the_packaged_configs(words, capsys):
 
 def test_an_unknown_command_is_refused_with_the_nearest_one(refused):
     there_are = (
-        "There are: adapt, compare, doctor, draw, eval, export, list, plan, report, smooth, sweep, "
-        "train."
+        "There are: adapt, attribute, compare, doctor, draw, eval, export, list, plan, report, "
+        "smooth, sweep, train."
     )
     expected = f"No command is called 'trian'. Did you mean 'train'? {there_are}"
     assert refused("trian") == expected

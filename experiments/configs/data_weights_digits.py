@@ -1,0 +1,54 @@
+"""Weights of training examples on scikit-learn's digits, of which 30% have a wrong label.
+
+Reproduces   the method of MAGIC (arXiv:2504.16430) and of metagradient descent
+             (arXiv:2503.13751) at a size for a laptop: an MLP is trained for 200 steps on 1,000
+             of 1,300 digits. The derivative of its loss on the 300 others, whose labels are
+             right, with respect to a weight for each training example moves these weights
+             between 0 and 2. Each outer step draws another split, theta_0 and order.
+Command      metalearn train --config=data_weights_digits --workdir=runs/data_weights
+             The scores of one run: metalearn attribute --config=data_weights_digits
+Takes        TAKES
+Expect       EXPECT
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from metalearn.experiments.configs import _common
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = _common.maml()
+
+    config.algorithm = ml_collections.ConfigDict()
+    config.algorithm.name = "data_weights"
+    config.algorithm.examples = 1300  # rows of the dataset: each has a weight
+    config.algorithm.inner_steps = 200  # T
+    config.algorithm.batch = 100
+    config.algorithm.optimizer = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}
+    config.algorithm.objective = "cross_entropy"
+    config.algorithm.tokens = placeholder(int)  # weights of an example's tokens; None: one for all
+    config.algorithm.bounds = (0.0, 2.0)  # of the weights
+
+    config.model = {"name": "mlp", "library": "linen", "hidden": (64,)}
+
+    config.dataset = ml_collections.ConfigDict()
+    config.dataset.name = "training_run"
+    config.dataset.tfds = "digits"
+    config.dataset.data_dir = placeholder(str)
+    config.dataset.on = "device"  # or "host": see docs/data.md
+    config.dataset.validation = 300  # examples, drawn anew for each outer step
+    config.dataset.held_out = 0.0  # weights are of all training examples, those of the final run
+    config.dataset.label_noise = 0.3  # share of wrong labels in the inner loop
+    config.dataset.noise_seed = 0
+
+    config.optimizer = {"name": "adam", "learning_rate": 0.1, "schedule": "constant"}
+    config.tasks_per_step = 1
+
+    config.steps = 20
+    config.log_every = 1
+    config.eval_every = 0
+    config.checkpoint_every = 10
+    config.test_tasks = 10  # runs from scratch on all the training data
+    config.pictures = ("weights",)
+    return config
