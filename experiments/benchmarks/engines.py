@@ -1,13 +1,16 @@
-"""Memory, FLOPs and time of the engines on a language model, and how they grow.
+"""Memory, FLOPs and time of the engines on a language model or a small MLP, and how they grow.
 
     python -m metalearn.experiments.benchmarks.engines                     # the workload below
     python -m metalearn.experiments.benchmarks.engines --layers 2 6 12 24  # against depth
     python -m metalearn.experiments.benchmarks.engines --task weights --seconds 7
+    python -m metalearn.experiments.benchmarks.engines --task sinusoid --width 40 --batch 10
 
 One meta-gradient of a task of Kemaev et al. 2025 (arXiv:2505.00793): per-parameter learning
-rates (`rates`), MAML (`maml`) or loss weights (`weights`), a transformer trained with Adam.
-By default T=2, batch 4, sequence 256, 12 layers, width 64, 4 heads, 256 tokens. Every axis
-takes several values, and every combination is a row per setting.
+rates (`rates`), MAML (`maml`) or loss weights (`weights`), of a transformer; or of MAML on
+sinusoids (`sinusoid`), of an MLP with two layers of `width` units on `batch` points, whatever the
+other sizes are. All are trained with Adam. By default T=2, batch 4, sequence 256, 12 layers,
+width 64, 4 heads, 256 tokens. Every axis takes several values, and every combination is a row per
+setting.
 
 Memory is the temporaries of the compiled program, FLOPs are its matrix products with loop
 trip counts, in units of F, one forward pass of an inner batch, per inner step: both are
@@ -32,11 +35,12 @@ import jax.numpy as jnp
 import optax
 
 from metalearn import Algorithm, Episode, MetaGradient, MixedFlow, Reverse
-from metalearn.algorithms import MAML, LearningRates, LossWeights, TokenWeights
+from metalearn.algorithms import MAML, LearningRates, LossWeights, TokenWeights, squared_error
 from metalearn.cost import Cost, cost
 from metalearn.datasets.text import Windows
 from metalearn.experiments.benchmarks import reporting
-from metalearn.models import Functions
+from metalearn.models import Functions, Linen, Model
+from metalearn.models.linen_networks import MLP
 from metalearn.models.transformer import Architecture
 from metalearn.optimizers import reversible
 from metalearn.planning.step_cost import REFUSALS
@@ -84,7 +88,7 @@ def architecture(size: Sizes, block: str) -> Architecture:
     return Architecture(256, size["width"], size["layers"], heads=4, remat=block)
 
 
-def rates(model: Functions, size: Sizes) -> tuple[Algorithm, Episode]:
+def rates(model: Model, size: Sizes) -> tuple[Algorithm, Episode]:
     """Per-parameter learning rates: eta is as large as theta."""
     optimizer = reversible.adam(1.0, eps_root=1e-8)  # as optax.adam, and reversible
     return LearningRates(model, optimizer=optimizer, mean_over_examples=True), Episode(
@@ -92,22 +96,31 @@ def rates(model: Functions, size: Sizes) -> tuple[Algorithm, Episode]:
     )
 
 
-def maml(model: Functions, size: Sizes) -> tuple[Algorithm, Episode]:
+def maml(model: Model, size: Sizes) -> tuple[Algorithm, Episode]:
     """MAML: eta is theta_0; every step reads the same batch."""
     algorithm = MAML(model, optimizer=optax.adam(1e-3, eps_root=1e-8), inner_steps=size["T"])
     return algorithm, Episode((_tokens(size),) * 2, (_tokens(size),) * 2)
 
 
-def weights(model: Functions, size: Sizes) -> tuple[Algorithm, Episode]:
+def weights(model: Model, size: Sizes) -> tuple[Algorithm, Episode]:
     """Loss weights: eta is a small network on each token's loss and position."""
     algorithm = LossWeights(model, TokenWeights(), optax.adam(1e-3, eps_root=1e-8))
     return algorithm, Episode(_windows(size, "T"), _windows(size))
 
 
-TASKS: dict[str, Callable[[Functions, Sizes], tuple[Algorithm, Episode]]] = {
+def sinusoid(model: Model, size: Sizes) -> tuple[Algorithm, Episode]:
+    """MAML on sinusoid regression: the task of arXiv:1703.03400, with Adam in the inner loop."""
+    optimizer = optax.adam(1e-3, eps_root=1e-8)
+    algorithm = MAML(model, squared_error, optimizer, inner_steps=size["T"])
+    points = (jax.ShapeDtypeStruct((size["batch"], 1), jnp.float32),) * 2
+    return algorithm, Episode(points, points)
+
+
+TASKS: dict[str, Callable[[Model, Sizes], tuple[Algorithm, Episode]]] = {
     "rates": rates,
     "maml": maml,
     "weights": weights,
+    "sinusoid": sinusoid,
 }
 
 
@@ -122,10 +135,18 @@ def _windows(size: Sizes, *leading: str) -> Windows:
     return Windows(tokens, tokens, source, None)
 
 
+def network(task: str, size: Sizes, block: str) -> Model:
+    """Return the model of a task: a transformer; a small MLP for sinusoids."""
+    if task == "sinusoid":
+        hidden = size["width"], size["width"]
+        return Linen(MLP(1, hidden), jax.ShapeDtypeStruct((1, 1), jnp.float32))
+    shape = architecture(size, block)
+    return Functions(shape.init, shape.apply)
+
+
 def program(task: str, size: Sizes, setting: Setting) -> tuple[Any, tuple[Any, ...]]:
     """Return (a jitted meta-gradient, the shapes of its arguments)."""
-    shape = architecture(size, setting.block)
-    algorithm, episode = TASKS[task](Functions(shape.init, shape.apply), size)
+    algorithm, episode = TASKS[task](network(task, size, setting.block), size)
 
     def meta_gradient(eta: Any, episode: Episode, key: jax.Array) -> Any:
         unroll = algorithm.unroll(episode, key)
@@ -137,16 +158,21 @@ def program(task: str, size: Sizes, setting: Setting) -> tuple[Any, tuple[Any, .
     return jax.jit(meta_gradient), (jax.eval_shape(algorithm.init, key), episode, key)
 
 
-def forward_flops(size: Sizes) -> int:
+def forward_flops(task: str, size: Sizes) -> int:
     """Return F: the FLOPs of one forward pass of the model on one inner batch."""
-    shape = architecture(size, "none")
-    params = jax.eval_shape(shape.init, jax.random.key(0))
-    return cost(jax.jit(shape.apply), params, _tokens(size)).flops
+    model = network(task, size, "none")
+    _, episode = TASKS[task](model, size)
+    inputs = episode.support[0] if task == "sinusoid" else _tokens(size)
+
+    def forward(params: Any, state: Any, inputs: Any) -> Any:
+        return model.apply(params, state, inputs, train=True)[0]
+
+    return cost(jax.jit(forward), *jax.eval_shape(model.init, jax.random.key(0)), inputs).flops
 
 
 def measure(task: str, size: Sizes, chosen: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
     """Yield a row per setting, with its ratios to the strongest standard set-up."""
-    flops = forward_flops(size)
+    flops = forward_flops(task, size)
     programs = {name: program(task, size, settings(size)[name]) for name in chosen}
     costs = {name: needs for name in chosen if (needs := _cost(name, *programs[name]))}
     programs = {name: programs[name] for name in costs}
@@ -157,7 +183,7 @@ def measure(task: str, size: Sizes, chosen: Sequence[str], rounds: int) -> Itera
             "task": task,
             **size,
             "setting": name,
-            "temporaries_mib": round(needs.temporaries / 2**20, 1),
+            "temporaries_mib": round(needs.temporaries / 2**20, 3),
             "memory_below_b": round(base.temporaries / needs.temporaries, 2),
             "flops_f_per_step": round(needs.flops / flops / size["T"], 2),
             "flops_of_b": round(needs.flops / base.flops, 3),

@@ -30,3 +30,19 @@ def test_an_engine_that_refuses_a_task_is_left_out_and_says_why(tmp_path, capsys
     engines.main([*sizes, "--settings", *names, f"--out={tmp_path}"])
     assert "MixedFlow(inexact_reconstruct) refuses: " in capsys.readouterr().out
     assert "| MixedFlow() |" in (tmp_path / "engines.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_small_maml_takes_fewest_flops_in_reverse_mode_and_less_memory_nested(tmp_path):
+    sizes = ["--task", "sinusoid", "--T", "8", "--batch", "10", "--width", "40"]
+    names = ["plain reverse", engines.BASE, "MixedFlow()", "MixedFlow(nested)"]
+    engines.main([*sizes, "--settings", *names, f"--out={tmp_path}"])
+    with (tmp_path / "engines.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    flops, memory = (
+        {row["setting"]: float(row[column]) for row in rows}
+        for column in ("flops_f_per_step", "temporaries_mib")
+    )
+    plain, _, default, nested = names
+    assert flops[plain] < 0.95 * flops[default] and flops[nested] == flops[default]
+    assert memory[nested] <= memory[engines.BASE] < memory[default]
