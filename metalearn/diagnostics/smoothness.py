@@ -311,9 +311,9 @@ def roughness(trainer: Any, state: TrainState, tasks: Tasks) -> str:
 
     "" where they do not, and where they are not run: for fewer than `LONG` inner steps, of which
     one program more would cost more than it could say; and for inner runs that are cut into
-    segments, of which three may take hours.
+    segments, of which three may take hours, or shared by several processes.
     """
-    if trainer.segment is not None:
+    if trainer.segment is not None or jax.process_count() > 1:
         return ""
     runs = PerturbedRuns.create(trainer, state, tasks)
     if runs.horizon < LONG:

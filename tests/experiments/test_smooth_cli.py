@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from metalearn import ES, MixedFlow, Trainer
+from metalearn.diagnostics import perturbed_runs
 from metalearn.diagnostics.perturbed_runs import PerturbedRuns, ThreeRuns
 from metalearn.experiments import build
+from metalearn.experiments.benchmarks import smoothness as benchmark
 from metalearn.experiments.cli.arguments import packaged
 from metalearn.experiments.commands import run, smooth
 from metalearn.experiments.commands.smooth import Trial, changed, frontier, levers, value_at
+from metalearn.models.transformer import Architecture
 from tests.helpers.command_line import call
-from tests.helpers.small_configs import module
+from tests.helpers.small_configs import module, skip_without, small
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 
@@ -49,6 +52,22 @@ def test_json_picture_and_search_of_a_small_config(tmp_path):
     assert [trial["settings"] == {} for trial in result["trials"]] == [True, False]
     assert any(trial["best"] for trial in result["trials"])
     assert (tmp_path / "smooth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", packaged())
+def test_every_packaged_config_has_a_smoothness(name, monkeypatch):
+    """Its programs are traced; test_json_picture_and_search_of_a_small_config runs them."""
+    config = small(name)
+    skip_without(config.dataset.name, config.dataset.get("tfds"))
+    monkeypatch.setattr(perturbed_runs, "_once", jax.eval_shape)
+    trainer, state, tasks = smooth.built(build.to_json(config))
+    runs = PerturbedRuns.create(trainer, state, tasks)
+    pulled = runs.pull_back([jax.random.key(0)])
+    norms = {pulled.cotangents.shape, *(part.shape for part in runs.tangents(state.eta)[1:])}
+    assert norms == {(runs.horizon,)} and pulled.slopes.shape == (3,)
+    ends = runs.three(jax.random.key(0), 0.1)
+    assert ends.metasmoothness.shape == () and ends.losses.shape == (3,)
 
 
 @pytest.mark.slow
@@ -158,3 +177,17 @@ def test_of_the_packaged_configs_those_with_adam_inside_are_measured():
 
 def optimizer_of(name):
     return plain(name)["algorithm"].get("optimizer")
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_a_row_for_each_setting_and_the_verdicts(monkeypatch, capsys):
+    skip_without("text")
+    sizes = {"EXAMPLES": 16, "EPOCHS": 2, "QUERIES": 2, "LENGTH": 8, "AT_ONCE": 2}
+    decoder = Architecture(benchmark.CHARACTERS, 8, 1, heads=1)
+    for name, value in {**sizes, "DECODER": decoder}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    benchmark.main(["--eps-root", "1e-8", "1e-4", "--retrainings", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:6]] == ["1e-08", "1e-04", "1e-08", "1e-05"]
+    assert any(line.startswith("rank correlation of metasmoothness and LDS") for line in lines)
+    assert any(line.startswith("rate 0.02, eps_root 1e-08: ") for line in lines)
