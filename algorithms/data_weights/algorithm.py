@@ -222,8 +222,8 @@ class DataWeights(Algorithm):
             if losses.shape != weights.shape:
                 raise ValueError(
                     f"`DataWeights(tokens={self.tokens})` has weights {[*weights.shape[1:]]} for "
-                    f"each example, whose losses are {[*losses.shape[1:]]}. Let `tokens` be the targets of an "
-                    "example, or None: one weight for all of them."
+                    f"each example, whose losses are {[*losses.shape[1:]]}. Let `tokens` be "
+                    "the targets of an example, or None: one weight for all of them."
                 )
             return (weights * losses).mean(), statistics
 
