@@ -214,8 +214,8 @@ def descended(
     optimizer = algorithm.outer_optimizer(optax.adam(rate))
     eta = algorithm.init(key)
     state, first = optimizer.init(eta), None
-    own = [tuple(np.asarray(part) for part in query_of(tasks, key))]
-    ((_, query),) = stacks(own)
+    inputs, targets = map(np.asarray, query_of(tasks, key))
+    ((_, query),) = stacks([(inputs, targets)])
     for step in range(steps):
         step_key = jax.random.fold_in(key, step)
         grads = trainer.query_gradients(eta, tasks, step_key, query)[0][0]
@@ -261,10 +261,10 @@ def select(setting: Setting, seeds: int, steps: int, rate: float) -> None:
         "| kept by | AUC | test accuracy | minus that of everything |\n|---|---|---|---|"
     )
     everything = np.asarray(accuracies["everything"])
-    for name, values in accuracies.items():
-        area = interval(np.asarray(areas[name])) if name in areas else ""
-        paired = "" if name == "everything" else interval(np.asarray(values) - everything)
-        print(f"| {name} | {area} | {interval(np.asarray(values))} | {paired} |", flush=True)
+    for name, of_seeds in accuracies.items():
+        separation = interval(np.asarray(areas[name])) if name in areas else ""
+        paired = "" if name == "everything" else interval(np.asarray(of_seeds) - everything)
+        print(f"| {name} | {separation} | {interval(np.asarray(of_seeds))} | {paired} |")
 
 
 def losses_after(algorithm: DataWeights, data: Split, key: jax.Array) -> np.ndarray:
