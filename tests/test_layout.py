@@ -91,6 +91,13 @@ FEATURES = {
     "R2-D2": ("algorithms/r2d2.py", "R2D2"),
     "heads in closed form": ("algorithms/closed_form.py", "ClosedFormHead"),
     "hyperparameter schedules by FDS": ("algorithms/fds/algorithm.py", "FDS"),
+    "a weight for each training example": ("algorithms/data_weights/algorithm.py", "DataWeights"),
+    "scores of training examples": ("algorithms/data_weights/attribution.py", "attribute"),
+    "training without some examples": ("algorithms/data_weights/validation.py", "leave_k_out"),
+    "several query sets of one inner loop": (
+        "metalearn/training/query_sets.py",
+        "QueryGradients",
+    ),
     "exporting a learned optimizer": (
         "algorithms/learned_optimizer/export.py",
         "save_optimizer",

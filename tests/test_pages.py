@@ -46,7 +46,7 @@ MINUTES = (  # or a good part of one, on a busy machine
         "models",
     ),
     *("nan", "own_algorithm", "quickstart", "schedules", "tracking", "scaling", "runs", "replay"),
-    *("approximate_hypergradients", "smoothness"),
+    *("approximate_hypergradients", "data_weights", "smoothness"),
 )
 SEVERAL_DEVICES = ("devices", "scaling")
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if python_blocks(path.stem))

@@ -52,22 +52,13 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from metalearn import (
-    Algorithm,
-    Episode,
-    MetaGradient,
-    MixedFlow,
-    Replay,
-    Reverse,
-    Tasks,
-    Trainer,
-    Unroll,
-)
+from metalearn import Episode, MetaGradient, MixedFlow, Replay, Reverse, Tasks, Trainer
 from metalearn._utils import strict_json
+from metalearn.algorithms import DataWeights
 from metalearn.engines.inner_loop import inner_loop
-from metalearn.models import load_hugging_face
-from metalearn.models.transformer import Architecture
+from metalearn.models import Functions, load_hugging_face, with_params
 from metalearn.tasks import draw_task
+from metalearn.unroll import task_keys
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH, BATCH = 4096, 128, 4, 4, 64, 8
 # eps_root: without it the derivative of Adam's square root at a gradient of zero is infinite.
@@ -136,51 +127,10 @@ def write_workload(folder: pathlib.Path, steps: int, seed: int = 0) -> None:
     (folder / "adamw.json").write_text(strict_json.dumps(ADAMW))
 
 
-@dataclasses.dataclass(frozen=True)
-class ExampleWeights(Algorithm):
-    """A weight on each training example of one run; eta is its change from one, [T, batch].
-
-    An episode's support is (theta_0, tokens [T, batch, S]), and its query tokens [batch, S].
-
-    architecture: of the decoder.
-    optimizer: of the run.
-    steps: T.
-    """
-
-    architecture: Architecture
-    optimizer: optax.GradientTransformation
-    steps: int
-
-    def init(self, key: jax.Array) -> jax.Array:
-        """Return weights of one, that is changes of zero."""
-        return jnp.zeros((self.steps, BATCH))
-
-    def batches(self, episode: Episode, key: jax.Array) -> Any:
-        """Return the tokens of each step, and its number."""
-        return episode.support[1], jnp.arange(self.steps)
-
-    def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
-        """Return the training run, and the mean loss on the query."""
-
-        def weighted_loss(params: Any, weights: jax.Array, tokens: jax.Array) -> jax.Array:
-            logits = self.architecture.apply(params, tokens)[:, :-1]
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-            return (weights[:, None] * losses).mean()
-
-        def init(eta: jax.Array) -> Any:
-            params = episode.support[0]
-            return params, self.optimizer.init(params)
-
-        def step(eta: jax.Array, state: Any, batch: Any, grad: Any) -> Any:
-            (params, optimizer), (tokens, number) = state, batch
-            grads = grad(weighted_loss)(params, 1 + eta[number], tokens)
-            updates, optimizer = self.optimizer.update(grads, optimizer, params)
-            return optax.apply_updates(params, updates), optimizer
-
-        def loss(eta: jax.Array, state: Any) -> Any:
-            return weighted_loss(state[0], jnp.ones(len(episode.query)), episode.query), {}
-
-        return Unroll(init, step, loss)
+def next_token(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return (the mean loss of the tokens after the first (), no metrics)."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+    return losses.mean(), {}
 
 
 @jax.tree_util.register_dataclass
@@ -222,8 +172,11 @@ def contenders(segment: int) -> dict[str, Contender]:
     }
 
 
-def workload(folder: pathlib.Path, steps: int, block: str) -> tuple[ExampleWeights, OneTask]:
-    """Return the algorithm and its task from the files of `write_workload`."""
+def workload(folder: pathlib.Path, steps: int, block: str) -> tuple[DataWeights, OneTask]:
+    """Return the algorithm and its task from the files of `write_workload`.
+
+    The sequences are stored in the order in which the run of `KEY` reads those of the files.
+    """
     architecture, params = load_hugging_face(folder, remat=block)
     tokens = np.load(folder / "tokens.npz")
     train, query = (jnp.asarray(tokens[name], jnp.int32) for name in ("train", "query"))
@@ -232,30 +185,45 @@ def workload(folder: pathlib.Path, steps: int, block: str) -> tuple[ExampleWeigh
         *(ADAMW["beta1"], ADAMW["beta2"], ADAMW["eps"], ADAMW["eps_root"]),
         weight_decay=ADAMW["decay"],
     )
-    support = params, train.reshape(steps, BATCH, LENGTH)
-    return ExampleWeights(architecture, optimizer, steps), OneTask(Episode(support, query))
+    model = with_params(Functions(architecture.init, architecture.apply), params)
+    algorithm = DataWeights(model, steps * BATCH, steps, BATCH, optimizer, next_token)
+    rows = jnp.arange(steps * BATCH, dtype=jnp.int32)
+    order = rows_in_order(algorithm)
+    stored = jnp.zeros_like(train).at[order.reshape(-1)].set(train)
+    support, query_rows = (stored, stored, rows), jnp.arange(BATCH, dtype=jnp.int32)
+    return algorithm, OneTask(Episode(support, (query, query, query_rows)))
 
 
-def plain_training(algorithm: ExampleWeights, tasks: OneTask) -> Callable[[], Any]:
+def rows_in_order(algorithm: DataWeights) -> jax.Array:
+    """Return the rows that each step of the run reads, [T, batch]."""
+    rows = jnp.arange(algorithm.examples, dtype=jnp.int32)
+    steps = jnp.arange(algorithm.inner_steps, dtype=jnp.int32)
+    key = task_keys(jax.random.key(KEY)).batches
+    return algorithm.rows_at(Episode((None, None, rows), None), key, steps)
+
+
+def plain_training(algorithm: DataWeights, tasks: OneTask) -> Callable[[], Any]:
     """Return a call of the training run alone, in one program."""
-    key = jax.random.key(KEY)
+    key, constants = jax.random.key(KEY), algorithm.constants()
 
-    def train(tasks: OneTask) -> Any:
-        task = draw_task(algorithm, tasks, key)
+    def train(tasks: OneTask, constants: Any) -> Any:
+        task = draw_task(algorithm.bind(constants), tasks, key)
         return inner_loop(task.unroll, algorithm.init(key), task.batches())[0]
 
     compiled = jax.jit(train)
-    return lambda: jax.block_until_ready(compiled(tasks))
+    return lambda: jax.block_until_ready(compiled(tasks, constants))
 
 
-def scoring(contender: Contender, algorithm: ExampleWeights, tasks: OneTask) -> Callable[[], Any]:
-    """Return a call that trains and returns the scores [T, batch]."""
-    trainer = Trainer(
-        algorithm, contender.engine, optax.sgd(1.0), tasks_per_step=1, **contender.options
+def scoring(contender: Contender, algorithm: DataWeights, tasks: OneTask) -> Callable[[], Any]:
+    """Return a call that trains and returns the scores [T, batch], in the order of the files."""
+    trainer = Trainer(algorithm, contender.engine, tasks_per_step=1, **contender.options)
+    key, eta, order = (
+        jax.random.key(KEY),
+        algorithm.init(jax.random.key(KEY)),
+        rows_in_order(algorithm),
     )
-    state = trainer.init(jax.random.key(KEY), tasks)
-    # From an eta of zero, a step of gradient descent ends at the negative meta-gradient.
-    return lambda: -np.asarray(trainer.step(state, tasks)[0].eta)
+    queries = jax.tree.map(lambda leaf: leaf[None], tasks.episode.query)
+    return lambda: -np.asarray(trainer.query_gradients(eta, tasks, key, queries)[0][0][order])
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -316,6 +316,7 @@ def training_run(
     noise_seed: int,
     held_out: float = 0.0,
     on: str = "device",
+    final_on_held_out: bool = True,
 ) -> Splits:
     """Read a dataset of images as training runs, for what is learned of one training run.
 
@@ -332,6 +333,8 @@ def training_run(
       noise_seed: decides which labels are wrong.
       held_out: the share of the training split for evaluations during training; 0: none of it.
       on: "device", or "host": examples stay on the host, and the rows of a step are read from it.
+      final_on_held_out: whether the final run trains on what is held out, too; False where what is
+        learned is of each training example.
     """
     host = on_host(on)
     train, test = (read_images(tfds, split, data_dir=data_dir) for split in ("train", "test"))
@@ -344,7 +347,8 @@ def training_run(
     if count < len(noisy):
         unseen = train.inputs[count:], train.labels[count:]
         validation_runs = _final_run(host, train.inputs[:count], noisy[:count], *unseen)
-    final = _final_run(host, train.inputs, noisy, *test)
+    rows = slice(None if final_on_held_out else count)
+    final = _final_run(host, train.inputs[rows], noisy[rows], *test)
     image = jax.ShapeDtypeStruct((1, *train.inputs.shape[1:]), jnp.float32)
     return Splits(runs, validation_runs, final, image, int(train.labels.max()) + 1)
 

@@ -39,9 +39,13 @@ def test_every_contender_scores_the_examples_alike(small, tmp_path):
 def test_the_initial_decoder_and_the_tokens_come_back_from_their_files(small, tmp_path):
     attribution.write_workload(tmp_path, 4)
     algorithm, tasks = attribution.workload(tmp_path, 4, "none")
-    params, train = tasks.episode.support
-    assert train.shape == (4, 3, 6) and tasks.episode.query.shape == (3, 6)
-    logits = algorithm.architecture.apply(params, train[0])
+    inputs, targets, rows = tasks.episode.support
+    assert inputs.shape == targets.shape == (12, 6) and tasks.episode.query[0].shape == (3, 6)
+    order = attribution.rows_in_order(algorithm)
+    assert sorted(order.reshape(-1).tolist()) == rows.tolist() == [*range(12)]
+    read = np.load(tmp_path / "tokens.npz")["train"]
+    np.testing.assert_array_equal(inputs[order].reshape(12, 6), read)  # as bergson reads them
+    logits, _ = algorithm.model.apply(*algorithm.model.init(KEY), inputs[:3], train=False)
     assert logits.shape == (3, 6, 32) and jnp.isfinite(logits).all()
 
 
