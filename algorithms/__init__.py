@@ -22,6 +22,7 @@ from metalearn.algorithms.learned_optimizer.features import (
     Tensor,
 )
 from metalearn.algorithms.learned_optimizer.hypergradient_rule import HypergradientRule
+from metalearn.algorithms.learned_optimizer.meta_training import MetaTraining
 from metalearn.algorithms.learned_optimizer.networks import Network, PointwiseGRU, PointwiseMLP
 from metalearn.algorithms.learned_optimizer.per_parameter import PerParameter
 from metalearn.algorithms.learned_optimizer.problems import (
@@ -74,6 +75,7 @@ __all__ = [
     "MAML",
     "MAMLPlusPlus",
     "MetaCurvature",
+    "MetaTraining",
     "Momenta",
     "Network",
     "ParameterScale",

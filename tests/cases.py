@@ -66,6 +66,7 @@ from metalearn.datasets import (
     HostHeldOut,
     HostText,
     HostTrainingRuns,
+    MetaTrainingRuns,
     Quadratics,
     SideBySide,
     Sinusoid,
@@ -225,6 +226,7 @@ TASKS = {
     "WithConstants": WithConstants(Quadratics(3), ()),
     "AtOuterStep": AtOuterStep(Quadratics(3), jnp.zeros((), jnp.int32)),
     "SideBySide": SideBySide({"bowl": Quadratics(2), "wave": Sinusoid()}),
+    "MetaTrainingRuns": MetaTrainingRuns.create(Quadratics(3), Sinusoid(), queries=2),
     "HeldOut": HeldOut.create(
         np.eye(3, dtype=np.float32), np.arange(3), np.ones((2, 3), np.float32), [0, 1]
     ),

@@ -74,6 +74,8 @@ FEATURES = {
     "R2-D2": ("algorithms/r2d2.py", "R2D2"),
     "heads in closed form": ("algorithms/closed_form.py", "ClosedFormHead"),
     "hyperparameter schedules by FDS": ("algorithms/fds/algorithm.py", "FDS"),
+    "three levels, and more": ("algorithms/learned_optimizer/meta_training.py", "MetaTraining"),
+    "tasks of a level above": ("datasets/meta_training_runs.py", "MetaTrainingRuns"),
     "exporting a learned optimizer": (
         "algorithms/learned_optimizer/export.py",
         "save_optimizer",

@@ -713,6 +713,7 @@ INSTANCES = {
     "MAML": MAML(linear(3)),
     "MAMLPlusPlus": algorithms.MAMLPlusPlus(linear(3)),
     "MetaCurvature": algorithms.MetaCurvature(linear(3)),
+    "MetaTraining": algorithms.MetaTraining(MAML(linear(3))),
     "ProtoNet": algorithms.ProtoNet(linear(3), 3),
     "R2D2": algorithms.R2D2(linear(3), 3),
     "Reptile": algorithms.Reptile(linear(3)),
