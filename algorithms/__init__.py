@@ -1,12 +1,14 @@
 """Algorithms: what is learned, and what one inner step is."""
 
 from metalearn.algorithms.cavia import CAVIA
+from metalearn.algorithms.comln import COMLN
 from metalearn.algorithms.epochs import epochs, read_rows
 from metalearn.algorithms.fds.algorithm import FDS
 from metalearn.algorithms.fds.augmentation import jitter
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter
 from metalearn.algorithms.fds.outer_rules import fds_rule, in_ranges, sign_steps, within
 from metalearn.algorithms.fds.schedule import Schedule, load_schedules, save_schedules
+from metalearn.algorithms.learned_loss import LearnedLoss
 from metalearn.algorithms.learned_optimizer.algorithm import LearnedOptimizer
 from metalearn.algorithms.learned_optimizer.export import load_optimizer, load_rule, save_optimizer
 from metalearn.algorithms.learned_optimizer.features import (
@@ -49,6 +51,7 @@ from metalearn.algorithms.loss_weights.weighting import (
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.maml_plus_plus import MAMLPlusPlus
 from metalearn.algorithms.meta_curvature import MetaCurvature
+from metalearn.algorithms.meta_ntk import MetaNTK
 from metalearn.algorithms.objectives import (
     cross_entropy,
     squared_error,
@@ -61,6 +64,7 @@ from metalearn.algorithms.sgd import sgd
 
 __all__ = [
     "CAVIA",
+    "COMLN",
     "DomainWeights",
     "ExampleWeights",
     "FDS",
@@ -69,12 +73,14 @@ __all__ = [
     "Gradient",
     "HypergradientRule",
     "Hyperparameter",
+    "LearnedLoss",
     "LearnedOptimizer",
     "LearningRates",
     "LossWeights",
     "MAML",
     "MAMLPlusPlus",
     "MetaCurvature",
+    "MetaNTK",
     "MetaTraining",
     "Momenta",
     "Network",
