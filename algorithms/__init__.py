@@ -25,6 +25,7 @@ from metalearn.algorithms.learned_optimizer.features import (
 )
 from metalearn.algorithms.learned_optimizer.hypergradient_rule import HypergradientRule
 from metalearn.algorithms.learned_optimizer.meta_training import MetaTraining
+from metalearn.algorithms.learned_optimizer.mirror_descent import MirrorDescent
 from metalearn.algorithms.learned_optimizer.networks import Network, PointwiseGRU, PointwiseMLP
 from metalearn.algorithms.learned_optimizer.per_parameter import PerParameter
 from metalearn.algorithms.learned_optimizer.problems import (
@@ -82,6 +83,7 @@ __all__ = [
     "MetaCurvature",
     "MetaNTK",
     "MetaTraining",
+    "MirrorDescent",
     "Momenta",
     "Network",
     "ParameterScale",

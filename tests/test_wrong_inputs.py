@@ -713,6 +713,7 @@ INSTANCES = {
     "COMLN": algorithms.COMLN(linear(3), 3),
     "LearnedLoss": algorithms.LearnedLoss(linear(3)),
     "MetaNTK": algorithms.MetaNTK(linear(3)),
+    "MirrorDescent": algorithms.MirrorDescent(),
     "MAML": MAML(linear(3)),
     "MAMLPlusPlus": algorithms.MAMLPlusPlus(linear(3)),
     "MetaCurvature": algorithms.MetaCurvature(linear(3)),
