@@ -1,6 +1,7 @@
 """Algorithms: what is learned, and what one inner step is."""
 
 from metalearn.algorithms.cavia import CAVIA
+from metalearn.algorithms.comln import COMLN
 from metalearn.algorithms.data_weights.algorithm import DataWeights
 from metalearn.algorithms.data_weights.attribution import (
     Attribution,
@@ -19,6 +20,7 @@ from metalearn.algorithms.fds.augmentation import jitter
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter
 from metalearn.algorithms.fds.outer_rules import fds_rule, in_ranges, sign_steps, within
 from metalearn.algorithms.fds.schedule import Schedule, load_schedules, save_schedules
+from metalearn.algorithms.learned_loss import LearnedLoss
 from metalearn.algorithms.learned_optimizer.algorithm import LearnedOptimizer
 from metalearn.algorithms.learned_optimizer.export import load_optimizer, load_rule, save_optimizer
 from metalearn.algorithms.learned_optimizer.features import (
@@ -34,6 +36,8 @@ from metalearn.algorithms.learned_optimizer.features import (
     Tensor,
 )
 from metalearn.algorithms.learned_optimizer.hypergradient_rule import HypergradientRule
+from metalearn.algorithms.learned_optimizer.meta_training import MetaTraining
+from metalearn.algorithms.learned_optimizer.mirror_descent import MirrorDescent
 from metalearn.algorithms.learned_optimizer.networks import Network, PointwiseGRU, PointwiseMLP
 from metalearn.algorithms.learned_optimizer.per_parameter import PerParameter
 from metalearn.algorithms.learned_optimizer.problems import (
@@ -60,6 +64,7 @@ from metalearn.algorithms.loss_weights.weighting import (
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.maml_plus_plus import MAMLPlusPlus
 from metalearn.algorithms.meta_curvature import MetaCurvature
+from metalearn.algorithms.meta_ntk import MetaNTK
 from metalearn.algorithms.objectives import (
     cross_entropy,
     squared_error,
@@ -73,6 +78,7 @@ from metalearn.algorithms.sgd import sgd
 __all__ = [
     "Attribution",
     "CAVIA",
+    "COMLN",
     "DataWeights",
     "DomainWeights",
     "ExampleWeights",
@@ -82,6 +88,7 @@ __all__ = [
     "Gradient",
     "HypergradientRule",
     "Hyperparameter",
+    "LearnedLoss",
     "LearnedOptimizer",
     "LearningRates",
     "LeaveOut",
@@ -89,6 +96,9 @@ __all__ = [
     "MAML",
     "MAMLPlusPlus",
     "MetaCurvature",
+    "MetaNTK",
+    "MetaTraining",
+    "MirrorDescent",
     "Momenta",
     "Network",
     "ParameterScale",

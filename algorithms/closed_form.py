@@ -52,8 +52,35 @@ class Members(NamedTuple):
     present: jax.Array
 
 
+class ClosedForm(SupportAlgorithm):
+    """What algorithms share that adapt in closed form, in `Unroll.init`: T = 0. Abstract."""
+
+    def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
+        """Return no batches: T = 0."""
+        del episode, key
+        return jnp.arange(0)
+
+    def model_mode(self) -> str:
+        """Say in which mode the network is for the support set and for queries."""
+        return super().model_mode().replace("in inner steps", "for the support set")
+
+    def with_steps(self, steps: int) -> Algorithm:
+        """Refuse a number of inner steps: there are none."""
+        name = type(self).__name__
+        raise ValueError(
+            f"`{name}.adapt(steps={steps})`: {name} adapts in closed form, without inner steps. "
+            "Leave `steps`."
+        )
+
+
+def no_step(eta: Eta, state: ModelTraining, batch: Batch, grad: GradFn) -> ModelTraining:
+    """Return the state: the inner step of an unroll that is never stepped."""
+    del eta, batch, grad
+    return state
+
+
 @dataclasses.dataclass(frozen=True)
-class ClosedFormHead(SupportAlgorithm):
+class ClosedFormHead(ClosedForm):
     """A learned embedding, and a head of it in closed form. Abstract.
 
     Support and query: (inputs [n, ...], labels [n] int). Labels may be `metalearn.Masked`; a class
@@ -107,21 +134,12 @@ class ClosedFormHead(SupportAlgorithm):
             head = {**self.head(eta, embeddings, members), "present": members.present}
             return ModelTraining(head, (), updated if policy.carry_statistics else statistics)
 
-        def step(eta: Eta, state: ModelTraining, batch: Batch, grad: GradFn) -> ModelTraining:
-            del eta, batch, grad
-            return state
-
         def loss(eta: Eta, state: ModelTraining) -> tuple[jax.Array, Metrics]:
             inputs, labels = episode.query
             logits = self.predict(*self.trained(eta, state), inputs, key)
             return self.objective(logits, labels)
 
-        return Unroll(init, step, loss)
-
-    def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
-        """Return no batches: T = 0."""
-        del episode, key
-        return jnp.arange(0)
+        return Unroll(init, no_step, loss)
 
     def trained(self, eta: Eta, state: ModelTraining) -> tuple[Any, Any]:
         """Return ({"embedding": parameters of the network, and the head}, running statistics)."""
@@ -136,18 +154,6 @@ class ClosedFormHead(SupportAlgorithm):
         logits = self.logits(params, embeddings)
         never = jnp.asarray(jnp.finfo(logits.dtype).min, logits.dtype)
         return jnp.where(params["present"][None], logits, never)
-
-    def model_mode(self) -> str:
-        """Say in which mode the network is for the support set and for queries."""
-        return super().model_mode().replace("in inner steps", "for the support set")
-
-    def with_steps(self, steps: int) -> Algorithm:
-        """Refuse a number of inner steps: there are none."""
-        name = type(self).__name__
-        raise ValueError(
-            f"`{name}.adapt(steps={steps})`: {name} adapts in closed form, without inner steps. "
-            "Leave `steps`."
-        )
 
     def _embed(self, params: Any, statistics: Any, inputs: Any, **mode: Any) -> tuple[Any, Any]:
         """Return (embeddings [n, d], the network's next statistics)."""

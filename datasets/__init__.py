@@ -29,6 +29,7 @@ from metalearn.datasets.host_few_shot import HostFewShot
 from metalearn.datasets.host_text import HostText
 from metalearn.datasets.host_training_runs import HostHeldOut, HostTrainingRuns
 from metalearn.datasets.images import Images, read_images, with_label_noise
+from metalearn.datasets.meta_training_runs import MetaTrainingRuns
 from metalearn.datasets.omniglot import omniglot
 from metalearn.datasets.reading import DatasetNotPreparedError, open_source
 from metalearn.datasets.synthetic import Quadratics, SideBySide, Sinusoid
@@ -50,6 +51,7 @@ __all__ = [
     "HostText",
     "HostTrainingRuns",
     "Images",
+    "MetaTrainingRuns",
     "Quadratics",
     "SideBySide",
     "Sinusoid",

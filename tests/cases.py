@@ -30,6 +30,7 @@ from metalearn import (
 from metalearn._utils.trees import is_differentiable
 from metalearn.algorithms import (
     CAVIA,
+    COMLN,
     FDS,
     MAML,
     R2D2,
@@ -37,11 +38,13 @@ from metalearn.algorithms import (
     ExampleWeights,
     Gradient,
     Hyperparameter,
+    LearnedLoss,
     LearnedOptimizer,
     LearningRates,
     LossWeights,
     MAMLPlusPlus,
     MetaCurvature,
+    MetaNTK,
     Momenta,
     PerParameter,
     PointwiseMLP,
@@ -67,6 +70,7 @@ from metalearn.datasets import (
     HostHeldOut,
     HostText,
     HostTrainingRuns,
+    MetaTrainingRuns,
     Quadratics,
     SideBySide,
     Sinusoid,
@@ -226,6 +230,7 @@ TASKS = {
     "WithConstants": WithConstants(Quadratics(3), ()),
     "AtOuterStep": AtOuterStep(Quadratics(3), jnp.zeros((), jnp.int32)),
     "SideBySide": SideBySide({"bowl": Quadratics(2), "wave": Sinusoid()}),
+    "MetaTrainingRuns": MetaTrainingRuns.create(Quadratics(3), Sinusoid(), queries=2),
     "HeldOut": HeldOut.create(
         np.eye(3, dtype=np.float32), np.arange(3), np.ones((2, 3), np.float32), [0, 1]
     ),
@@ -352,6 +357,19 @@ def _meta_curvature(model, objective):
     return MetaCurvature(model, objective, rate=0.1, inner_steps=2)
 
 
+def _learned_loss(model, objective):
+    return LearnedLoss(model, objective, optax.sgd(0.2), inner_steps=2, hidden=(3,))
+
+
+def _comln(model, objective):
+    """A flow from zero in two steps; the embedding has batch statistics."""
+    return COMLN(model, WAYS, objective, time=0.5, inner_steps=2, batch_norm="running")
+
+
+def _meta_ntk(model, objective):
+    return MetaNTK(model, objective, scale=None if objective is squared_error else 5.0)
+
+
 def _closed_form(build, **options):
     """A classifier whose head is a function of the support set: T = 0."""
     return lambda model, objective: build(model, WAYS, objective, **options)
@@ -425,6 +443,11 @@ ALGORITHMS = {
     "MAML++-annealing": AlgorithmCase(_maml_plus_plus(3, multi_step=10)),
     "CAVIA": AlgorithmCase(_cavia, "context"),
     "MetaCurvature": AlgorithmCase(_meta_curvature),
+    "LearnedLoss": AlgorithmCase(_learned_loss),
+    "LearnedLoss-classes": AlgorithmCase(_learned_loss, "ConvNet"),
+    "COMLN": AlgorithmCase(_comln, "ConvNet"),
+    "MetaNTK": AlgorithmCase(_meta_ntk),
+    "MetaNTK-classes": AlgorithmCase(_meta_ntk, "ConvNet"),
     "ProtoNet": AlgorithmCase(_closed_form(ProtoNet), "ConvNet"),
     "R2D2": AlgorithmCase(_closed_form(R2D2, batch_norm="running"), "ConvNet"),
     "LearningRates": AlgorithmCase(_learning_rates, run=True),

@@ -87,6 +87,9 @@ FEATURES = {
     "Reptile": ("algorithms/reptile.py", "Reptile"),
     "Meta-Curvature": ("algorithms/meta_curvature.py", "MetaCurvature"),
     "CAVIA": ("algorithms/cavia.py", "CAVIA"),
+    "a learned inner loss": ("algorithms/learned_loss.py", "LearnedLoss"),
+    "adaptation by a neural tangent kernel": ("algorithms/meta_ntk.py", "MetaNTK"),
+    "adaptation by a gradient flow": ("algorithms/comln.py", "COMLN"),
     "prototypical networks": ("algorithms/protonet.py", "ProtoNet"),
     "R2-D2": ("algorithms/r2d2.py", "R2D2"),
     "heads in closed form": ("algorithms/closed_form.py", "ClosedFormHead"),
@@ -98,6 +101,8 @@ FEATURES = {
         "metalearn/training/query_sets.py",
         "QueryGradients",
     ),
+    "three levels, and more": ("algorithms/learned_optimizer/meta_training.py", "MetaTraining"),
+    "tasks of a level above": ("datasets/meta_training_runs.py", "MetaTrainingRuns"),
     "exporting a learned optimizer": (
         "algorithms/learned_optimizer/export.py",
         "save_optimizer",

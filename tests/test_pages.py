@@ -42,6 +42,7 @@ MINUTES = (  # or a good part of one, on a busy machine
         "coming_from",
         "few_shot",
         "learned_optimizers",
+        "levels",
         "long_runs",
         "models",
     ),

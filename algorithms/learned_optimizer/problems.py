@@ -9,6 +9,7 @@ distribution over tasks:
 | `Streamed`     | `Text`, or any with a batch per step    | leaves [T, batch, ...]             |
 | `Quadratic`    | `Quadratics`                            | curvatures [d], minimum [d]        |
 | `Together`     | `SideBySide`                            | {name: support}                    |
+| `MetaTraining` | `MetaTrainingRuns`                      | tasks of the level below           |
 
 `Together` trains one learned optimizer on a mixture of problems.
 """

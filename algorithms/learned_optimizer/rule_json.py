@@ -30,6 +30,7 @@ from metalearn._utils.checks import nearest, pick
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter
 from metalearn.algorithms.learned_optimizer import features
 from metalearn.algorithms.learned_optimizer.hypergradient_rule import HypergradientRule
+from metalearn.algorithms.learned_optimizer.mirror_descent import MirrorDescent
 from metalearn.algorithms.learned_optimizer.networks import PointwiseGRU, PointwiseMLP
 from metalearn.algorithms.learned_optimizer.per_parameter import PerParameter
 from metalearn.algorithms.learned_optimizer.tuned_rule import TunedRule
@@ -40,6 +41,7 @@ CLASSES: dict[str, type] = {
     "Gradient": features.Gradient,
     "HypergradientRule": HypergradientRule,
     "Hyperparameter": Hyperparameter,
+    "MirrorDescent": MirrorDescent,
     "Momenta": features.Momenta,
     "ParameterScale": features.ParameterScale,
     "ParameterValue": features.ParameterValue,

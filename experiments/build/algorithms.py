@@ -29,6 +29,7 @@ from metalearn.algorithms import (
     LearnedOptimizer,
     LearningRates,
     LossWeights,
+    MirrorDescent,
     PerParameter,
     PointwiseGRU,
     PointwiseMLP,
@@ -303,7 +304,7 @@ def _learned_optimizer(
 
     Args:
       model: the network that the learned optimizer trains.
-      rule: "per_parameter", "tuned" or "hypergradient", and its options.
+      rule: "per_parameter", "tuned", "hypergradient" or "mirror_descent", and its options.
       problem: "supervised", a whole dataset in shuffled epochs, or "streamed", batches of a text.
       batch: examples of an inner step of the problem "supervised".
       inner_steps: T.
@@ -316,7 +317,7 @@ def _learned_optimizer(
 
 
 def build_rule(config: Mapping[str, Any]) -> UpdateRule:
-    """Build an update rule by name: "per_parameter", "tuned" or "hypergradient"."""
+    """Build an update rule by its name in `RULES`."""
     return pick(RULES, config["name"], "update rule")(config)
 
 
@@ -358,6 +359,7 @@ RULES: dict[str, Callable[[Mapping[str, Any]], UpdateRule]] = {
     "per_parameter": _per_parameter,
     "tuned": _tuned,
     "hypergradient": lambda config: HypergradientRule(),
+    "mirror_descent": lambda config: MirrorDescent(),
 }
 RULE_NETWORKS: dict[str, Callable[..., Any]] = {"mlp": PointwiseMLP, "gru": _gru}
 PROBLEMS = {"supervised": _supervised, "streamed": _streamed}

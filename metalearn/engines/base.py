@@ -81,6 +81,25 @@ class MetaGradient(abc.ABC):
         del key, unroll, eta
         return ()
 
+    def rollout(self, unroll: Unroll, eta: Any, batches: Any) -> tuple[jax.Array, Aux]:
+        """Return (loss (), aux) as a function of eta that a level above may differentiate twice.
+
+        Its gradient is the meta-gradient of this engine, and the gradient of that is exact too: for
+        `metalearn.algorithms.MetaTraining`, where an outer step is the inner step of another loop.
+        By default refused.
+
+        Args:
+          unroll: the inner loop and its loss.
+          eta: pytree of floating-point arrays.
+          batches: pytree with leaves [T, ...]; step t reads slice t.
+        """
+        del unroll, eta, batches
+        raise ValueError(
+            f"`{self}` returns a meta-gradient that a level above cannot differentiate once more, "
+            "so it cannot be the engine of a lower level. Use `Reverse()`, with any `remat`, as "
+            "`MetaTraining(engine=)`; the engine of the level above, the Trainer's, may be any."
+        )
+
     def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Say why the meta-gradient may be wrong: {name of a metric: a paragraph}.
 

@@ -30,7 +30,7 @@ from metalearn._utils.fields import check_fields
 from metalearn.engines import segments
 from metalearn.engines.base import Aux, MetaGradient
 from metalearn.engines.grad_recorder import Inner
-from metalearn.engines.inner_loop import Remat, backpropagate
+from metalearn.engines.inner_loop import Remat, backpropagate, rollout
 from metalearn.unroll import Batch, Eta, InnerState, Unroll
 
 
@@ -60,6 +60,10 @@ class Reverse(MetaGradient):
     ) -> tuple[tuple[jax.Array, Aux], Eta]:
         """Return ((loss (), aux), meta-gradient like eta)."""
         return backpropagate(unroll, eta, batches, jax.value_and_grad, self._remat())
+
+    def rollout(self, unroll: Unroll, eta: Eta, batches: Batch) -> tuple[jax.Array, Aux]:
+        """Return (loss (), aux), a function of eta that a level above may differentiate twice."""
+        return rollout(unroll, eta, batches, jax.value_and_grad, self._remat())
 
     def advance(
         self, unroll: Unroll, eta: Eta, state: InnerState, batches: Batch

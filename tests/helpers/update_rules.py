@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from metalearn.algorithms import (
     HypergradientRule,
     Hyperparameter,
+    MirrorDescent,
     ParameterScale,
     PerParameter,
     PointwiseGRU,
@@ -29,6 +30,7 @@ RULES: dict[str, UpdateRule] = {
     "TunedRule": ADAMW,
     "per tensor": HypergradientRule(rate=0.1, hyper_rate=0.3, momentum=0.5),
     "global": HypergradientRule(rate=0.1, hyper_rate=0.3, momentum=0.5, rates="global"),
+    "mirror": MirrorDescent(rate=0.1, beta=0.5, momentum=0.5),
     "PerParameter": PerParameter(**SMALL),
     "PerParameter-base": PerParameter(
         **SMALL | {"network": PointwiseGRU(2)},

@@ -44,7 +44,7 @@ from metalearn._utils.fields import check_fields
 from metalearn.engines import custom_rules, segments
 from metalearn.engines.base import Aux, MetaGradient
 from metalearn.engines.grad_recorder import Inner
-from metalearn.engines.inner_loop import REMAT, Remat, backpropagate
+from metalearn.engines.inner_loop import REMAT, Remat, backpropagate, rollout
 from metalearn.engines.mixed_flow import forward_over_reverse as commuted
 from metalearn.engines.mixed_flow import micro_batches
 from metalearn.engines.mixed_flow.reverse_scan import (
@@ -135,6 +135,16 @@ class MixedFlow(MetaGradient):
             return sweep(unroll, eta, batches, self._inner, self._saved, self.peel)
         remat = Remat() if self._saved is not None else self._remat()  # without steps, nothing
         return backpropagate(unroll, eta, batches, self._inner, remat)
+
+    def rollout(self, unroll: Unroll, eta: Any, batches: Any) -> tuple[jax.Array, Aux]:
+        """Return (loss (), aux), a function of eta that a level above may differentiate twice.
+
+        Raises:
+          ValueError: where an explicit reverse scan, and not JAX, differentiates the loop.
+        """
+        if self._saved is not None:
+            return super().rollout(unroll, eta, batches)
+        return rollout(unroll, eta, batches, self._inner, self._remat())
 
     def advance(
         self, unroll: Unroll, eta: Any, state: Any, batches: Any

@@ -17,6 +17,7 @@ from metalearn.algorithms import (
     Gradient,
     HypergradientRule,
     Hyperparameter,
+    MirrorDescent,
     Momenta,
     Network,
     ParameterScale,
@@ -196,6 +197,26 @@ def test_a_tuned_rule_is_the_optimizer_with_the_same_numbers():
 def test_a_tuned_rule_refuses_what_it_cannot_learn(fields, error, message):
     with pytest.raises(error, match=message):
         TunedRule(*fields)
+
+
+# Mirror descent.
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("beta", [0.3, 1e6])
+def test_mirror_descent_steps_in_the_mirror_and_is_gradient_descent_for_a_large_beta(beta):
+    rule = MirrorDescent(rate=0.1, beta=beta, momentum=0.5)
+    optimizer = rule.optimizer(rule.init(jax.random.key(0)))
+    theta, velocity = np.array([-2.0, 0.0, 0.7]), np.zeros(3)
+    params = jnp.asarray(theta)
+    state = optimizer.init(params)
+    for grads in np.array([[1.0, -0.5, 0.2], [0.3, 0.4, -2.0]]):
+        updates, state = optimizer.update(jnp.asarray(grads), state, params)
+        params = optax.apply_updates(params, updates)
+        velocity = 0.5 * velocity + grads
+        mirrored = beta * np.arcsinh(theta / beta) - 0.1 * velocity
+        theta = beta * np.sinh(mirrored / beta)
+    np.testing.assert_allclose(params, theta, rtol=1e-9)
 
 
 # Hypergradients.
