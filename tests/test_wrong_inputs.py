@@ -24,6 +24,7 @@ from metalearn._utils.labels import known
 from metalearn.algorithms import (
     FDS,
     MAML,
+    DataWeights,
     Hyperparameter,
     LearnedOptimizer,
     LearningRates,
@@ -701,6 +702,7 @@ INSTANCES = {
     "DomainWeights": algorithms.DomainWeights(3),
     "ExampleWeights": algorithms.ExampleWeights(),
     "FDS": FDS(linear(3), RATE, 3, 2),
+    "DataWeights": DataWeights(linear(3), 5, 3, 2),
     "FactoredMoments": algorithms.FactoredMoments(),
     "HypergradientRule": algorithms.HypergradientRule(),
     "Hyperparameter": Hyperparameter(0.0, 1.0),

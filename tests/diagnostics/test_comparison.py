@@ -95,6 +95,7 @@ def test_costs_stand_beside_the_errors_and_a_solver_has_a_lower_bound():
     assert row_of(Truncated(1)).cost.temporaries < row_of(Reverse()).cost.temporaries
 
 
+@pytest.mark.slow
 def test_what_refuses_says_why():
     row = row_of(MixedFlow(micro_batches=4))
     assert "ExampleMean" in row.refusal and row.cost is None and math.isnan(row.cosine)

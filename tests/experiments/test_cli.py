@@ -359,8 +359,8 @@ def test_help_of_a_command_shows_its_options_and_no_others(word, capsys):
         (
             ("eval", "--config.seed=3"),
             "--config is an option of `metalearn plan`, `metalearn compare`, `metalearn smooth`, "
-            "`metalearn train` and `metalearn sweep`, not of `metalearn eval`. That has: "
-            "--workdir, --tasks, ",
+            "`metalearn train`, `metalearn sweep` and `metalearn attribute`, not of "
+            "`metalearn eval`. That has: --workdir, --tasks, ",
         ),
         (("draw", "--allow_config_change"), "--allow-config-change is an option of `metalearn tr"),
     ],

@@ -95,6 +95,7 @@ def test_one_run_has_its_page_in_its_workdir_with_pictures_beside_it(runs):
     assert "What differs" not in text and "not counted: not asked for" in text
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_and_its_own_command_trains_the_run_again(runs, capsys):
     out = runs[0].parent / "report.html"
     assert call("report", runs[0], f"--out={out}") == 0

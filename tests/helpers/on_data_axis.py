@@ -1,8 +1,8 @@
 """What the tests of one inner run over several devices run in a process of their own.
 
-    python -m tests.helpers.on_data_axis quick            4 devices
-    python -m tests.helpers.on_data_axis more DIR         the same, what takes longer
-    python -m tests.helpers.on_data_axis part PORT I DIR  process I of 2, 2 devices each
+    python -m tests.helpers.on_data_axis one_task copies   4 devices; or sharded
+    python -m tests.helpers.on_data_axis more DIR          the same, what takes longer
+    python -m tests.helpers.on_data_axis part PORT I DIR   process I of 2, 2 devices each
 
 The last line of the output is JSON. Numbers are in float64.
 """
@@ -152,23 +152,20 @@ def advancing(rules):
     return kinds(segments._programs.advance.lower(*inputs, steps=3, until=None).compile())
 
 
-def quick():
-    """One task over four devices: data parallel, and with sharded inner states."""
-    tasks = runs()
+def one_task(states):
+    """One task over four devices: data parallel, or with sharded inner states."""
+    rules, tasks = {"copies": (), "sharded": RULES}[states], runs()
     first, one = compiled(trainer(), tasks)
-    answers = {}
-    for name, rules in (("copies", ()), ("sharded", RULES)):
-        program, found = compiled(trainer(layout(rules)), tasks)
-        sent = collectives(program.as_text())
-        answers[name] = {
-            "error": difference(found, one),
-            "kinds": kinds(program),
-            "gathered": sorted(each.size for each in sent if each.kind == "all-gather"),
-            "memory": memory(program) / memory(first),
-            "plain": plain(rules),
-            "advance": advancing(rules),
-        }
-    return answers
+    program, result = compiled(trainer(layout(rules)), tasks)
+    sent = collectives(program.as_text())
+    return {
+        "error": difference(result, one),
+        "kinds": kinds(program),
+        "gathered": sorted(each.size for each in sent if each.kind == "all-gather"),
+        "memory": memory(program) / memory(first),
+        "plain": plain(rules),
+        "advance": advancing(rules),
+    }
 
 
 # What takes longer.
@@ -309,7 +306,7 @@ def alone():
     return {"found": step(made, tasks).tolist(), "state bytes": segments.planned.state_bytes}
 
 
-WHAT = {"quick": quick, "more": more, "part": part, "alone": alone}
+WHAT = {"one_task": one_task, "more": more, "part": part, "alone": alone}
 
 if __name__ == "__main__":
     print(json.dumps(WHAT[sys.argv[1]](*sys.argv[2:])))

@@ -259,6 +259,7 @@ def own_rule(x):
 own_rule.defjvp(lambda primals, tangents: (primals[0] ** 2, 3 * primals[0] * tangents[0]))
 
 # Updates that use no value that is not finite: forward mode drops the tangents with the values.
+QUICK = ("vmap", "scan", "cond", "checkpoint", "reciprocal root", "logarithm")
 UPDATES = {
     "jit": lambda g: jax.jit(clipped)(g),
     "vmap": lambda g: jax.vmap(lambda x: jnp.where(x == 0, 2 * x, x**2 / jnp.abs(x)))(g),
@@ -306,7 +307,7 @@ def jacobians():
         return program(jnp.array([0.3, -0.8, 0.2]))
 
 
-@pytest.mark.parametrize("name", quick(UPDATES, lambda name: name != "jit"))
+@pytest.mark.parametrize("name", quick(UPDATES, lambda name: name in QUICK))
 def test_what_is_not_used_has_no_derivative_whatever_it_is_inside_of(jacobians, name):
     for forward, reverse, expected in jacobians[name]:
         assert jnp.linalg.norm(expected) > 1e-3

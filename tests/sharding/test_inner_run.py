@@ -34,8 +34,13 @@ def told(*words):
 
 
 @pytest.fixture(scope="module")
-def quick():
-    return told("quick")
+def copies():
+    return told("one_task", "copies")
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    return told("one_task", "sharded")
 
 
 @pytest.fixture(scope="module")
@@ -43,32 +48,41 @@ def more(tmp_path_factory):
     return told("more", str(tmp_path_factory.mktemp("runs")))
 
 
-@pytest.mark.parametrize("states", ["copies", "sharded"])
-def test_four_devices_that_share_a_task_find_the_meta_gradient_of_one(quick, states):
-    assert quick[states]["error"] < 1e-12
+def test_four_devices_that_share_a_task_find_the_meta_gradient_of_one(copies):
+    assert copies["error"] < 1e-12
 
 
-def test_inner_steps_send_what_a_data_parallel_training_step_sends(quick):
-    assert quick["copies"]["advance"] == quick["copies"]["plain"] == {"all-reduce": 1}
+def test_inner_steps_send_what_a_data_parallel_training_step_sends(copies):
+    assert copies["advance"] == copies["plain"] == {"all-reduce": 1}
 
 
-def test_inner_steps_of_sharded_states_gather_parameters_as_a_training_step_does(quick):
-    assert quick["sharded"]["plain"] == {"all-gather": 3, "all-reduce": 1}
-    # One more: of three numbers, whether the gradient is finite.
-    assert quick["sharded"]["advance"] == {"all-gather": 3, "all-reduce": 2}
-
-
-def test_a_meta_gradient_adds_a_message_for_the_backward_pass_and_two_for_the_outer_loss(quick):
+def test_a_meta_gradient_adds_a_message_for_the_backward_pass_and_two_for_the_outer_loss(copies):
     # Inner steps, their backward pass, the outer loss and its metric.
-    assert quick["copies"]["kinds"] == {"all-reduce": 4}
-    # And whether gradients are finite. Parameters are gathered for each of the three losses.
-    assert quick["sharded"]["kinds"] == {"all-gather": 9, "all-reduce": 5}
-    assert quick["sharded"]["gathered"] == sorted(3 * KERNELS)
+    assert copies["kinds"] == {"all-reduce": 4}
 
 
-def test_memory_falls_with_the_devices_and_further_where_states_are_sharded(quick):
-    assert quick["copies"]["memory"] < 0.5
-    assert quick["sharded"]["memory"] < 0.3
+def test_memory_falls_with_the_devices(copies):
+    assert copies["memory"] < 0.5
+
+
+@pytest.mark.slow
+def test_four_devices_that_shard_the_states_find_the_meta_gradient_of_one(sharded):
+    assert sharded["error"] < 1e-12
+    assert sharded["memory"] < 0.3
+
+
+@pytest.mark.slow
+def test_inner_steps_of_sharded_states_gather_parameters_as_a_training_step_does(sharded):
+    assert sharded["plain"] == {"all-gather": 3, "all-reduce": 1}
+    # One more: of three numbers, whether the gradient is finite.
+    assert sharded["advance"] == {"all-gather": 3, "all-reduce": 2}
+
+
+@pytest.mark.slow
+def test_a_meta_gradient_of_sharded_states_gathers_parameters_for_each_of_three_losses(sharded):
+    # And says whether gradients are finite.
+    assert sharded["kinds"] == {"all-gather": 9, "all-reduce": 5}
+    assert sharded["gathered"] == sorted(3 * KERNELS)
 
 
 @pytest.mark.slow
