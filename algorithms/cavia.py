@@ -111,11 +111,6 @@ class CAVIA(SupportAlgorithm):
 
         return Unroll(init, step, loss)
 
-    def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
-        """Return one key per inner step, [T]: every step reads the whole support set."""
-        del episode
-        return jax.random.split(key, self.inner_steps)
-
     def trained(self, eta: SharedNetwork, state: ModelTraining) -> tuple[Any, Any]:
         """Return ({"network": its parameters, "context": phi [size]}, running statistics)."""
         return {"network": eta.params, "context": state.params}, state.statistics

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from metalearn._utils.pixels import are_pixels
+from metalearn.algorithm import Algorithm
 from metalearn.rows import StepRows, take
+from metalearn.unroll import Batch, Episode
 
 MOST_READS = 2**31 - 1
 
@@ -79,3 +81,26 @@ def scaled(inputs: jax.Array) -> jax.Array:
     """
     pixels = are_pixels("An inner step", inputs.dtype, inputs.shape[1:])
     return inputs / 255.0 if pixels else inputs
+
+
+class InEpochs(Algorithm):
+    """An algorithm whose inner loop is a training run on (inputs, targets, rows). Abstract.
+
+    `inner_steps` and `batch` are fields of it. Rows are drawn in shuffled epochs, without repeats
+    within an epoch.
+    """
+
+    inner_steps: int
+    batch: int
+
+    def batches(self, episode: Episode, key: jax.Array) -> Batch:
+        """Return each step's number [T] and the rows of the data it reads [T, batch], int32."""
+        return self.batches_at(episode, key, jnp.arange(self.inner_steps, dtype=jnp.int32))
+
+    def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Batch:
+        """Return the numbers and the rows of these steps."""
+        return steps, self.rows_at(episode, key, steps)
+
+    def rows_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> jax.Array:
+        """Return the rows of these steps, [t, batch]."""
+        return epochs(episode.support[2], steps, self.batch, key)

@@ -118,11 +118,6 @@ class LearnedLoss(SupportAlgorithm):
 
         return Unroll(init, step, loss)
 
-    def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
-        """Return one key per inner step, [T]: every step reads the whole support set."""
-        del episode
-        return jax.random.split(key, self.inner_steps)
-
     def trained(self, eta: LossNetwork, state: ModelTraining) -> tuple[Any, Any]:
         """Return (the parameters of the trained model, its running statistics)."""
         del eta

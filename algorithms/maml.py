@@ -130,11 +130,17 @@ def batch_norm_policy(name: str) -> BatchNorm:
 class SupportAlgorithm(Algorithm):
     """What algorithms share that adapt a model to a support set (inputs, targets). Abstract.
 
-    `model` and `batch_norm` are fields of theirs, as of `MAML`.
+    `model`, `batch_norm` and `inner_steps` are fields of theirs, as of `MAML`.
     """
 
     model: Model
     batch_norm: str
+    inner_steps: int
+
+    def batches(self, episode: Episode, key: jax.Array) -> Batch:
+        """Return one key per inner step, [T]: every step reads the whole support set."""
+        del episode
+        return jax.random.split(key, self.inner_steps)
 
     def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
         """Return the outputs for queries [n, ...], under the policy of batch normalisation."""

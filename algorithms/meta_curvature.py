@@ -115,11 +115,6 @@ class MetaCurvature(SupportAlgorithm):
 
         return Unroll(init, step, loss)
 
-    def batches(self, episode: Episode, key: jax.Array) -> jax.Array:
-        """Return one key per inner step, [T]: every step reads the whole support set."""
-        del episode
-        return jax.random.split(key, self.inner_steps)
-
     def trained(self, eta: CurvedInitialisation, state: ModelTraining) -> tuple[Any, Any]:
         """Return (the parameters of the model after adaptation, its running statistics)."""
         del eta

@@ -40,9 +40,9 @@ import optax
 from metalearn._utils.checks import Count, is_integer
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import described, readable
-from metalearn.algorithm import TRAINING_RUN, Algorithm
+from metalearn.algorithm import TRAINING_RUN
 from metalearn.algorithms import pictures
-from metalearn.algorithms.epochs import check_reads, epochs, read_rows, scaled
+from metalearn.algorithms.epochs import InEpochs, check_reads, read_rows, scaled
 from metalearn.algorithms.fds.outer_rules import within
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.algorithms.support import with_rows
@@ -57,7 +57,7 @@ from metalearn.unroll import Batch, Episode, ExampleMean, GradFn, Metrics, Model
 
 @readable
 @dataclasses.dataclass(frozen=True)
-class DataWeights(Algorithm):
+class DataWeights(InEpochs):
     """A weight for each training example. eta: [examples], ones; [groups], or [examples, tokens].
 
     Support and query: (inputs [n, ...], targets [n, ...], rows [m]), the whole dataset and the
@@ -136,21 +136,6 @@ class DataWeights(Algorithm):
             return value, {**metrics, "weight_min": eta.min(), "weight_mean": eta.mean()}
 
         return Unroll(init, step, loss)
-
-    def batches(self, episode: Episode, key: jax.Array) -> Batch:
-        """Return each step's number [T] and the rows of the data it reads [T, batch], int32.
-
-        Rows are drawn in shuffled epochs, without repeats within an epoch.
-        """
-        return self.batches_at(episode, key, jnp.arange(self.inner_steps, dtype=jnp.int32))
-
-    def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Batch:
-        """Return the numbers and the rows of these steps."""
-        return steps, self.rows_at(episode, key, steps)
-
-    def rows_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> jax.Array:
-        """Return the rows of these steps, [t, batch]."""
-        return epochs(episode.support[2], steps, self.batch, key)
 
     def weights(self, eta: jax.Array, rows: jax.Array) -> jax.Array:
         """Return the weights of rows [...] of the dataset: [...], or [..., tokens]; NaN of none."""

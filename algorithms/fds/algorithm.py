@@ -36,8 +36,8 @@ from metalearn._utils.checks import Count, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import readable
 from metalearn._utils.trees import in_dtypes_of
-from metalearn.algorithm import TRAINING_RUN, Algorithm
-from metalearn.algorithms.epochs import check_reads, epochs, read_rows, scaled
+from metalearn.algorithm import TRAINING_RUN
+from metalearn.algorithms.epochs import InEpochs, check_reads, read_rows, scaled
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter, check_required, place
 from metalearn.algorithms.fds.outer_rules import fds_rule, in_ranges
 from metalearn.algorithms.fds.pictures import draw_schedules, draw_tangents
@@ -68,7 +68,7 @@ MOST_SHOWN = 16  # windows; the values of more are one metric, their mean
 
 @readable
 @dataclasses.dataclass(frozen=True)
-class FDS(Algorithm):
+class FDS(InEpochs):
     """Learn schedules of hyperparameters, by name. eta: {name: coordinates [N, ...]}.
 
     Support and query: (inputs [n, ...], targets [n], rows [m]), the whole dataset and the numbers
@@ -174,21 +174,6 @@ class FDS(Algorithm):
             return value, {**metrics, **self._value_metrics(eta)}
 
         return Unroll(init, step, loss, begins=self._begins())
-
-    def batches(self, episode: Episode, key: jax.Array) -> Batch:
-        """Return each step's number [T] and the rows of the data it reads [T, batch], int32.
-
-        Rows are drawn in shuffled epochs, without repeats within an epoch.
-        """
-        return self.batches_at(episode, key, jnp.arange(self.inner_steps, dtype=jnp.int32))
-
-    def batches_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> Batch:
-        """Return the numbers and the rows of these steps."""
-        return steps, self.rows_at(episode, key, steps)
-
-    def rows_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> jax.Array:
-        """Return the rows of these steps, [t, batch]."""
-        return epochs(episode.support[2], steps, self.batch, key)
 
     def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
         """Return the episode with the rows of the query sharded; the dataset is not."""

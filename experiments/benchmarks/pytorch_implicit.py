@@ -172,7 +172,9 @@ def main() -> None:
     data = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "decays"}
     decays = torch.from_numpy(arrays["decays"])
     call = contender(options.contender, data, decays, options)
-    gradient, seconds, plains = call(), [], []
+    gradient = call()
+    seconds: list[float] = []
+    plains: list[float] = []
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux: KiB
     for _ in range(options.rounds):
         for times, function in (
