@@ -29,7 +29,7 @@ CASES = {**{n: c for n, c in ALGORITHMS.items() if n != "first-order"}, "transdu
 PAIRS = [(name, library) for name in CASES for library in ("linen", "nnx", "haiku", "equinox")]
 PLAIN = ("MAML", "Functions")  # the model of two plain functions
 QUICK = {
-    *(PLAIN, ("ANIL", "linen"), ("LearningRates", "linen"), ("MAML", "equinox")),
+    *(PLAIN, ("ANIL", "linen"), ("MAML", "equinox")),
 }
 
 

@@ -43,6 +43,7 @@ LARGE = (
     *("mini-batches", "MAML++", "MAML++-annealing", "CAVIA", "MetaCurvature"),
     *("running", "LoRA", "Trainable", "Meta-SGD", "LearningRates", "Reptile"),
     *("LearnedLoss", "LearnedLoss-classes", "COMLN", "MetaNTK", "MetaNTK-classes"),
+    *("DataWeights", "ProtoNet"),
 )
 EXACT_PAIRS = quick(
     [pair for pair in PAIRS if ALGORITHMS[pair[0]].exact],

@@ -47,7 +47,7 @@ MINUTES = (  # or a good part of one, on a busy machine
         "models",
     ),
     *("nan", "own_algorithm", "quickstart", "schedules", "tracking", "scaling", "runs", "replay"),
-    *("approximate_hypergradients", "data_weights", "smoothness"),
+    *("approximate_hypergradients", "data_weights", "smoothness", "inner_optimizers"),
 )
 SEVERAL_DEVICES = ("devices", "scaling")
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if python_blocks(path.stem))
@@ -262,6 +262,7 @@ def reptile_inputs():
     return trainer.algorithm.init(jax.random.key(0)), tasks.sample(jax.random.key(1)).support
 
 
+@pytest.mark.slow
 def test_example_weights_find_the_wrong_labels():
     trainer, tasks = recipe("weighting")
     eta = trainer.fit(tasks, 40, key=jax.random.key(0), progress=False).eta

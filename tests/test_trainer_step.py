@@ -158,6 +158,7 @@ def test_evaluation_takes_any_number_of_tasks_in_chunks_of_a_step():
     assert np.isnan(single.ci95) and np.isfinite(single.mean)
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_of_sinusoid_lower_the_loss():
     algorithm = MAML(MODELS["linen-MLP"], squared_error, optax.sgd(0.02))
     trainer = Trainer(algorithm, optimizer=optax.adam(0.02), tasks_per_step=16)

@@ -185,8 +185,14 @@ def main() -> None:
             function()
             times.append(time.perf_counter() - began)
     np.save(options.folder / "gradient.npy", gradient.numpy())
-    numbers = {"seconds": statistics.median(seconds), "plain": statistics.median(plains)}
-    print(json.dumps({**numbers, "compile": 0.0, "peak_mib": peak, "torch": torch.__version__}))
+    numbers = {
+        "seconds": statistics.median(seconds),
+        "plain": statistics.median(plains),
+        "compile": 0.0,
+        "peak_mib": peak,
+        "torch": torch.__version__,
+    }
+    print(json.dumps(numbers, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_meta_curvature_of_identities_is_maml():
     curved = MetaCurvature(MODEL, squared_error, rate=0.1, inner_steps=2)
     plain = MAML(MODEL, squared_error, optax.sgd(0.1), inner_steps=2)

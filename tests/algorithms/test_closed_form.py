@@ -230,9 +230,10 @@ def test_labels_beyond_the_ways_are_refused(build_):
 # Configs.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
-    quick([("protonet", ProtoNet), ("r2d2", R2D2)], lambda name, kind: kind is R2D2),
+    [("protonet", ProtoNet), ("r2d2", R2D2)],
 )
 def test_a_config_names_it_and_its_network_has_no_head(name, kind):
     digits = {"name": "digits", "rotations": True, "ways": 3, "shots": 1, "queries": 2}

@@ -60,6 +60,7 @@ def test_scores_are_minus_the_meta_gradient_of_the_loss_on_the_query_of_the_task
     assert (scores.scores[0][scores.reads == 0] == 0).all() and scores.scores.any()
 
 
+@pytest.mark.slow
 def test_reads_count_how_often_the_run_reads_each_example():
     reads = attribution().reads
     assert reads.sum() == 6 * 4 and (reads > 0).sum() == N - 8  # eight are validation examples

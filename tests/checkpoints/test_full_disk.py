@@ -117,6 +117,7 @@ def test_a_full_disk_at_the_very_end_costs_no_result(finished, tmp_path, monkeyp
     assert (workdir / "test.json").read_bytes() == (finished / "test.json").read_bytes()
 
 
+@pytest.mark.slow
 @needs_full
 def test_a_score_on_a_full_disk_is_printed(finished, tmp_path, capsys):
     workdir = shutil.copytree(finished, tmp_path / "run")

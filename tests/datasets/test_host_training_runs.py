@@ -30,6 +30,7 @@ from metalearn.training import evaluation
 from tests.helpers.checkpoints import bits
 from tests.helpers.few_shot_data import Pairs, Records, differences, images, linear
 from tests.helpers.processes import program
+from tests.helpers.selection import quick
 
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 3)
@@ -107,7 +108,9 @@ def test_every_step_reads_the_bits_of_the_device_from_any_source(source, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "runs"), [(fds(), "splits"), (learned(), "final")], ids=["splits", "final"]
+    ("algorithm", "runs"),
+    quick([(fds(), "splits"), (learned(), "final")], lambda algorithm, runs: runs == "final"),
+    ids=["splits", "final"],
 )
 def test_segments_read_the_bits_of_the_device_in_any_order_and_again(algorithm, runs):
     device, host = (on_device(), on_host()) if runs == "splits" else final_runs()

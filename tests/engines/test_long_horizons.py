@@ -159,6 +159,7 @@ def test_an_outer_step_of_fds_compiles_once():
     assert trainer.step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_memory_of_forward_mode_does_not_grow_with_the_horizon_but_for_indices():
     episode, temporaries, indices = make_episode(), [], []
     for horizon in (200, 20_000):

@@ -123,6 +123,7 @@ def test_the_error_has_no_bias_of_its_own():
     assert abs(np.mean(found) - expected) < 0.1 * expected
 
 
+@pytest.mark.slow
 def test_the_greedy_hypergradient_is_that_of_a_run_that_ends_there(measured):
     _, _, arrays = measured
     exact, greedy = arrays["exact"], arrays["greedy"]
@@ -172,6 +173,7 @@ def test_tuners_share_a_problem_and_a_budget_and_make_a_table_and_a_picture(tmp_
     assert (tmp_path / "regret_log.png").read_bytes()[:4] == PNG
 
 
+@pytest.mark.slow
 def test_regret_is_of_the_last_answer_that_had_cost_no_more(tmp_path):
     header = "box,tuner,seed,spent,seconds,loss,accuracy,last"
     lines = ["a,x,0,1,0,0.9,0,False", "a,x,0,2,0,0.5,0,True", "a,y,0,1.5,0,0.4,0,True"]

@@ -14,7 +14,6 @@ from metalearn.optimizers.master_weights import MasterWeights
 from metalearn.tasks import draw_episode, fetched
 from tests.helpers.checkpoints import bits
 from tests.helpers.refusals import refused
-from tests.helpers.selection import quick
 from tests.helpers.small_configs import skip_without, small
 
 KEY = jax.random.key(0)
@@ -35,12 +34,10 @@ def data_read(trainer, tasks):
     return bits(draw_episode(fetched(tasks, keys, 0, trainer.algorithm), keys[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
-    quick(
-        [("maml_digits", HostFewShot), ("learning_rates_shakespeare", HostText)],
-        lambda name, kind: kind is HostText,
-    ),
+    [("maml_digits", HostFewShot), ("learning_rates_shakespeare", HostText)],
 )
 def test_the_tasks_of_a_config_may_stay_on_the_host_with_the_same_bits(name, kind):
     trainer, device = built(name)

@@ -80,6 +80,7 @@ def test_the_file_of_the_page_trains_resumes_evaluates_and_exports(write, tmp_pa
     assert (eta["layers_0"]["kernel"] == restored.eta["layers_0"]["kernel"]).all()
 
 
+@pytest.mark.slow
 def test_a_run_of_ones_own_classes_is_read_from_another_folder(
     write, tmp_path, monkeypatch, capsys
 ):

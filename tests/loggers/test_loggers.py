@@ -16,6 +16,7 @@ from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Sinusoid
 from metalearn.loggers import ConsoleLogger, JsonlLogger, WandbLogger
 from metalearn.models import Functions
+from tests.helpers.selection import quick
 from tests.helpers.wandb_runs import records_of
 
 TABLE = {"loss": Estimate(1.25, 0.5, 600), "accuracy": Estimate(0.75, 0.125, 600)}
@@ -356,7 +357,9 @@ def test_where_the_wandb_server_does_not_answer_the_run_is_logged_offline(
     assert history[0]["item"]["loss"] == 0.5
 
 
-@pytest.mark.parametrize(("fails", "code"), [(False, 0), (True, 1)])
+@pytest.mark.parametrize(
+    ("fails", "code"), quick([(False, 0), (True, 1)], lambda fails, code: fails)
+)
 def test_a_run_that_failed_is_marked_as_such(wandb, tmp_path, fails, code):
     logger = WandbLogger(mode="offline", directory=tmp_path)
     logger.start(0, {}, {})

@@ -19,7 +19,6 @@ from metalearn.algorithms import MAML, Hyperparameter, TunedRule, squared_error
 from metalearn.engines.inner_loop import rollout
 from metalearn.models import NNX, Haiku, Linen, no_flag, train_flag
 from tests.cases import ALGORITHMS, Float64, to_float64
-from tests.helpers.selection import quick
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 ROW = jax.ShapeDtypeStruct((1, 3), jnp.float32)
@@ -394,12 +393,10 @@ def test_a_collection_that_holds_state_and_is_sown_into_is_refused():
 ALGORITHMS_WITH_STATE = ["running", "FDS", "LearnedOptimizer", "LearningRates"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "library"),
-    quick(
-        itertools.product(ALGORITHMS_WITH_STATE, ("linen", "nnx")),
-        lambda name, library: (name, library) == ("running", "nnx"),
-    ),
+    itertools.product(ALGORITHMS_WITH_STATE, ("linen", "nnx")),
 )
 def test_every_algorithm_trains_a_network_that_sows(name, library, x64):
     """The loss is that of the same network with no sowing: it is finite, and has a gradient."""

@@ -231,6 +231,7 @@ def test_a_plan_of_segments_says_what_is_kept_and_what_is_run_again():
     assert "differentiate" in StepCosts(trainer, Aims()).row(Candidate(ES()), 2).refusal
 
 
+@pytest.mark.slow
 def test_the_temporaries_of_a_segment_do_not_grow_with_the_horizon():
     def temporaries(steps):
         trainer = Trainer(Walk(steps), MixedFlow(), tasks_per_step=2, segment=2)

@@ -48,19 +48,23 @@ def more(tmp_path_factory):
     return told("more", str(tmp_path_factory.mktemp("runs")))
 
 
+@pytest.mark.slow
 def test_four_devices_that_share_a_task_find_the_meta_gradient_of_one(copies):
     assert copies["error"] < 1e-12
 
 
+@pytest.mark.slow
 def test_inner_steps_send_what_a_data_parallel_training_step_sends(copies):
     assert copies["advance"] == copies["plain"] == {"all-reduce": 1}
 
 
+@pytest.mark.slow
 def test_a_meta_gradient_adds_a_message_for_the_backward_pass_and_two_for_the_outer_loss(copies):
     # Inner steps, their backward pass, the outer loss and its metric.
     assert copies["kinds"] == {"all-reduce": 4}
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_devices(copies):
     assert copies["memory"] < 0.5
 

@@ -86,9 +86,8 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "options", quick(OPTIONS.values(), lambda options: "tasks" in options), ids=OPTIONS
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_an_outer_step_in_segments_is_the_one_in_a_single_program(options, x64):
     whole, cut = trainer(**{**options, "segment": None}), trainer(**options)
     expected, found = (made.init(KEY, Aims()) for made in (whole, cut))
@@ -138,6 +137,7 @@ def test_between_outer_steps_nothing_is_kept_of_inner_runs():
     assert state.inner == ()
 
 
+@pytest.mark.slow
 def test_the_programs_of_a_step_are_traced_once():
     made = trainer()
     assert made.segments(Aims()) is made.segments(Aims())

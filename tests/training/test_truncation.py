@@ -120,6 +120,7 @@ def run(trainer, steps, tasks=Bowls()):
 WHOLE = quick([Reverse(), Forward(), MixedFlow()], lambda engine: engine == MixedFlow())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", WHOLE, ids=str)
 def test_a_truncation_as_long_as_the_horizon_is_a_whole_unroll(engine):
     whole = run(trainer(None, engine=engine), 3)
@@ -296,6 +297,7 @@ class Sick(Descent):
 PROBLEMS = quick(["supervised", "quadratic", "fds"], lambda problem: problem == "quadratic")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_a_truncation_costs_what_its_own_steps_cost_whatever_the_horizon(problem):
     def temporaries(horizon):

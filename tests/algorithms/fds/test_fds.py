@@ -106,6 +106,7 @@ def test_one_reverse_pass_without_sharing_gives_every_window_size():
         np.testing.assert_allclose(found, shared[name], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_exactly_zero_leaves_the_hypergradient_finite():
     """Adam's root has no derivative at zero, and an unused input has a gradient of zero."""
     episode = make_episode()
