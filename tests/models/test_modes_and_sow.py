@@ -396,7 +396,7 @@ ALGORITHMS_WITH_STATE = ["running", "FDS", "LearnedOptimizer", "LearningRates"]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "library"),
-    itertools.product(ALGORITHMS_WITH_STATE, ("linen", "nnx")),
+    [*itertools.product(ALGORITHMS_WITH_STATE, ("linen", "nnx"))],
 )
 def test_every_algorithm_trains_a_network_that_sows(name, library, x64):
     """The loss is that of the same network with no sowing: it is finite, and has a gradient."""
