@@ -172,7 +172,7 @@ def test_labels_and_masks_by_path_choose_the_parameters_they_name(network, kind,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapt", "engine"),
-    itertools.product(("", "hidden"), (Reverse(), MixedFlow())),
+    [*itertools.product(("", "hidden"), (Reverse(), MixedFlow()))],
     ids=str,
 )
 def test_a_mask_of_weight_decay_by_path_decays_what_it_names(adapt, engine):
