@@ -187,7 +187,7 @@ def compare(options: argparse.Namespace) -> None:
         own = [sys.executable, "-m", "metalearn.experiments.benchmarks.implicit", *shared]
         for solver in SOLVERS:
             command = [*own, f"--folder={folder}", f"--measure={solver}"]
-            rows[repr(engine(solver, options.iterations, options.last))] = run(command, folder)
+            rows[f"metalearn-{solver}"] = run(command, folder)
             if options.peers_python is None:
                 continue
             script = pathlib.Path(__file__).with_name("pytorch_implicit.py")

@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 
 Data = dict[str, torch.Tensor]
+OUTER_RATE = 1e4  # so that the step is not lost in the rounding of eta
 
 
 def penalized(weights: torch.Tensor, decays: torch.Tensor, data: Data) -> torch.Tensor:
@@ -73,7 +74,7 @@ class Table(torch.nn.Module):
 def by_betty(
     kind: str, data: Data, decays: torch.Tensor, options: argparse.Namespace
 ) -> torch.Tensor:
-    """Return the hypergradient of one outer step of SGD with a rate of 1."""
+    """Return the hypergradient, read off one outer step of SGD."""
     from betty.configs import Config, EngineConfig
     from betty.engine import Engine
     from betty.problems import ImplicitProblem
@@ -103,14 +104,14 @@ def by_betty(
         "outer",
         Config(),
         eta,
-        torch.optim.SGD(eta.parameters(), 1.0),
+        torch.optim.SGD(eta.parameters(), OUTER_RATE),
         train_data_loader=batches,
     )
     dependencies = {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}}
     config = EngineConfig(train_iters=options.steps, valid_step=options.steps + 1)
     with contextlib.redirect_stdout(io.StringIO()):
         Engine([outer, inner], config, dependencies).run()
-    return decays - eta.values.detach()
+    return (decays - eta.values.detach()) / OUTER_RATE
 
 
 def by_custom_root(data: Data, decays: torch.Tensor, options: argparse.Namespace) -> torch.Tensor:
