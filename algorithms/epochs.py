@@ -8,6 +8,7 @@ before its program runs, by `Algorithm.rows_at`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from metalearn._utils.pixels import are_pixels
-from metalearn.algorithm import Algorithm
+from metalearn.algorithm import TRAINING_RUN, Algorithm
+from metalearn.algorithms.support import with_rows
+from metalearn.model import Model
 from metalearn.rows import StepRows, take
 from metalearn.unroll import Batch, Episode
 
@@ -86,10 +89,11 @@ def scaled(inputs: jax.Array) -> jax.Array:
 class InEpochs(Algorithm):
     """An algorithm whose inner loop is a training run on (inputs, targets, rows). Abstract.
 
-    `inner_steps` and `batch` are fields of it. Rows are drawn in shuffled epochs, without repeats
-    within an epoch.
+    `model`, `inner_steps` and `batch` are fields of it. Rows are drawn in shuffled epochs, without
+    repeats within an epoch.
     """
 
+    model: Model
     inner_steps: int
     batch: int
 
@@ -104,3 +108,21 @@ class InEpochs(Algorithm):
     def rows_at(self, episode: Episode, key: jax.Array, steps: jax.Array) -> jax.Array:
         """Return the rows of these steps, [t, batch]."""
         return epochs(episode.support[2], steps, self.batch, key)
+
+    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
+        """Return the episode with the rows of the query sharded; the dataset is not."""
+        inputs, targets, rows = episode.query
+        return episode._replace(query=(inputs, targets, shard(rows)))
+
+    def model_mode(self) -> str:
+        """Say in which mode the model is in inner steps and for queries."""
+        return TRAINING_RUN
+
+    def support_set(self, support: Any) -> Any:
+        """Return (inputs, targets, rows to train on); of (inputs, targets), all rows."""
+        return with_rows(type(self).__name__, support)
+
+    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
+        """Return the outputs of the trained model in evaluation mode, for inputs [n, ...]."""
+        del key
+        return self.model.apply(params, statistics, scaled(inputs), train=False)[0]

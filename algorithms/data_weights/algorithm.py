@@ -40,12 +40,10 @@ import optax
 from metalearn._utils.checks import Count, is_integer
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import described, readable
-from metalearn.algorithm import TRAINING_RUN
 from metalearn.algorithms import pictures
-from metalearn.algorithms.epochs import InEpochs, check_reads, read_rows, scaled
+from metalearn.algorithms.epochs import InEpochs, check_reads, read_rows
 from metalearn.algorithms.fds.outer_rules import within
 from metalearn.algorithms.objectives import Objective, cross_entropy
-from metalearn.algorithms.support import with_rows
 from metalearn.engines.inner_loop import depends
 from metalearn.learner import Learner
 from metalearn.model import Model
@@ -154,32 +152,14 @@ class DataWeights(InEpochs):
         each = jax.vmap(of_one)
         return (each if self.tokens is None else jax.vmap(each))(outputs, targets)
 
-    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
-        """Return the episode with the rows of the query sharded; the dataset is not."""
-        inputs, targets, rows = episode.query
-        return episode._replace(query=(inputs, targets, shard(rows)))
-
     def with_steps(self, steps: int) -> DataWeights:
         """Return the same algorithm with another number of inner steps."""
         return dataclasses.replace(self, inner_steps=steps)
-
-    def model_mode(self) -> str:
-        """Say in which mode the model is in inner steps and for queries."""
-        return TRAINING_RUN
-
-    def support_set(self, support: Any) -> Any:
-        """Return (inputs, targets, rows to train on); of (inputs, targets), all rows."""
-        return with_rows("DataWeights", support)
 
     def trained(self, eta: jax.Array | None, state: ModelTraining) -> tuple[Any, Any]:
         """Return (the parameters of the trained model, its running statistics)."""
         del eta
         return evaluation_params(state.optimizer, state.params), state.statistics
-
-    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
-        """Return the outputs of the trained model in evaluation mode, for inputs [n, ...]."""
-        del key
-        return self.model.apply(params, statistics, scaled(inputs), train=False)[0]
 
     def outer_optimizer(
         self, optimizer: optax.GradientTransformation
@@ -244,7 +224,7 @@ class DataWeights(InEpochs):
                 f"`DataWeights(outer_loss={name})` returned an array {[*jnp.shape(value)]}, but a "
                 "loss is one number, (). Take the mean over the queries."
             )
-        if not depends(lambda params: judged(params), params):
+        if not depends(judged, params):
             raise ValueError(
                 f"`DataWeights(outer_loss={name})` does not depend on the parameters of the model, "
                 "so that all scores would be zero. Compute it from what the trained model says of "

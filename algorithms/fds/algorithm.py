@@ -36,8 +36,7 @@ from metalearn._utils.checks import Count, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import readable
 from metalearn._utils.trees import in_dtypes_of
-from metalearn.algorithm import TRAINING_RUN
-from metalearn.algorithms.epochs import InEpochs, check_reads, read_rows, scaled
+from metalearn.algorithms.epochs import InEpochs, check_reads, read_rows
 from metalearn.algorithms.fds.hyperparameter import Hyperparameter, check_required, place
 from metalearn.algorithms.fds.outer_rules import fds_rule, in_ranges
 from metalearn.algorithms.fds.pictures import draw_schedules, draw_tangents
@@ -50,7 +49,6 @@ from metalearn.algorithms.fds.schedule import (
     window_of,
 )
 from metalearn.algorithms.objectives import cross_entropy
-from metalearn.algorithms.support import with_rows
 from metalearn.engines.inner_loop import depends
 from metalearn.model import Model, no_model
 from metalearn.optimizers.differentiable import differentiable_at_zero
@@ -175,11 +173,6 @@ class FDS(InEpochs):
 
         return Unroll(init, step, loss, begins=self._begins())
 
-    def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
-        """Return the episode with the rows of the query sharded; the dataset is not."""
-        inputs, targets, rows = episode.query
-        return episode._replace(query=(inputs, targets, shard(rows)))
-
     def evaluation(self) -> FDS:
         """Return the same algorithm with every schedule stretched to `eval_steps` steps."""
         return self.stretched(self.eval_steps or self.inner_steps)
@@ -188,23 +181,10 @@ class FDS(InEpochs):
         """Return the same algorithm with every schedule stretched to another number of steps."""
         return self.stretched(steps)
 
-    def model_mode(self) -> str:
-        """Say in which mode the model is in inner steps and for queries."""
-        return TRAINING_RUN
-
-    def support_set(self, support: Any) -> Any:
-        """Return (inputs, targets, rows to train on); of (inputs, targets), all rows."""
-        return with_rows("FDS", support)
-
     def trained(self, eta: Eta, state: ModelTraining) -> tuple[Any, Any]:
         """Return (the parameters of the trained model, its running statistics)."""
         del eta
         return evaluation_params(state.optimizer, state.params), state.statistics
-
-    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
-        """Return the outputs of the trained model in evaluation mode, for inputs [n, ...]."""
-        del key
-        return self.model.apply(params, statistics, scaled(inputs), train=False)[0]
 
     def outer_optimizer(
         self, optimizer: optax.GradientTransformation

@@ -126,29 +126,10 @@ class _SegmentedQueries(SegmentedUnroll):
 
         return strong(self.batch.mean_and_each(on_run, (eta, tasks), (keys, stream))[1])
 
-    def pull_back(
-        self,
-        eta: Eta,
-        tasks: Tasks,
-        keys: jax.Array,
-        stream: Any,
-        gradients: Any,
-        cotangents: Any,
-        first: jax.Array,
-        steps: int,
-    ) -> PartialUnroll:
-        """Pull the cotangents of all query sets back through a segment."""
-
-        def on_run(eta: Eta, tasks: Tasks, first: jax.Array, run: Any) -> tuple[Any, Any]:
-            key, state, gradients, cotangents = run
-            task, engine = self.draw(tasks, key), self._backward
-            batches = task.batches_at(first + jnp.arange(steps, dtype=first.dtype))
-            read = task.unroll, eta, state, batches, gradients
-            pulled = jax.vmap(functools.partial(engine.pull_back, *read))(cotangents)
-            return (), PartialUnroll(cotangents=pulled)
-
-        shared, runs = (eta, tasks, first), (keys, stream, gradients, cotangents)
-        return strong(self.batch.mean_and_each(on_run, shared, runs)[1])
+    def _pulled_back(self, *read: Any, cotangents: Any) -> Any:
+        """Return the cotangents of all query sets before a segment."""
+        pull_back = functools.partial(super()._pulled_back, *read)
+        return jax.vmap(lambda cotangents: pull_back(cotangents=cotangents))(cotangents)
 
     def meta_gradient(self, eta: Eta, tasks: Tasks, keys: jax.Array, run: PartialUnroll) -> Any:
         """Return (meta-gradients [Q, ...], metrics [Q]); all finite or not, they are not masked."""

@@ -239,9 +239,8 @@ class SegmentedUnroll(FullUnroll):
             key, state, gradients, cotangents = run
             task = self.draw(tasks, key)
             batches = task.batches_at(first + jnp.arange(steps, dtype=first.dtype))
-            engine = self._backward
-            pulled = engine.pull_back(task.unroll, eta, state, batches, gradients, cotangents)
-            return (), PartialUnroll(cotangents=pulled)
+            read = task.unroll, eta, state, batches, gradients
+            return (), PartialUnroll(cotangents=self._pulled_back(*read, cotangents=cotangents))
 
         shared, runs = (eta, tasks, first), (keys, stream, gradients, cotangents)
         return strong(self.batch.mean_and_each(on_run, shared, runs)[1])
@@ -292,6 +291,11 @@ class SegmentedUnroll(FullUnroll):
         if isinstance(self.engine, Streaming):
             return *self.engine.advance(task.unroll, eta, stream, batches, until), []
         return self._backward.advance(task.unroll, eta, stream, batches)
+
+    def _pulled_back(self, *read: Any, cotangents: Any) -> Any:
+        """Return the cotangents before a segment; `read`: the arguments of `Backward.pull_back`."""
+        pull_back: Callable[..., Any] = self._backward.pull_back
+        return pull_back(*read, cotangents)
 
     @property
     def _backward(self) -> Backward:
