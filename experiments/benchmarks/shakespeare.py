@@ -193,7 +193,7 @@ def main() -> None:
     """Take the meta-gradient, then check it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--segment", type=int, default=2)
+    parser.add_argument("--segment", type=int, default=1)
     parser.add_argument("--host", default="0")
     parser.add_argument("--disk", default="18GiB")
     parser.add_argument("--data-dir", help="of TensorFlow Datasets")

@@ -251,7 +251,8 @@ class KeptStates:
             if kept.file is None:
                 raise ReleasedError
             arrays = state_files.read(kept.file, [s for each in self._shards for s in each.shards])
-        return copied(jax.tree.unflatten(self._treedef, to_devices(self._shards, arrays)))
+        state = jax.tree.unflatten(self._treedef, to_devices(self._shards, arrays))
+        return state if kept.arrays is None else copied(state)  # what was read is no one else's
 
     def drop(self, kept: KeptState) -> None:
         """Keep a state no longer."""

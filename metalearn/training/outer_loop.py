@@ -164,7 +164,7 @@ class OuterLoop:
         while segments is not None and metrics is None:
             self.bars.stands_at(segments.progress, state)
             state, metrics = segments.take_reading(state, self.reads(step, state))
-            self._wait_for(step, segments.latest, segments.newest_step(state))
+            self._log_inner_loss(step, segments.latest, segments.newest_step(state))
             self._read_metrics()
             if metrics is None:
                 self._after_program(segments, step, state)
@@ -172,8 +172,8 @@ class OuterLoop:
         self._after_step(step, state)
         return state
 
-    def _wait_for(self, step: int, latest: Any, inner_step: int | None) -> None:
-        """Wait until the device is at the program that was started last; log a row if due.
+    def _log_inner_loss(self, step: int, latest: Any, inner_step: int | None) -> None:
+        """Log a row of the program before the last one, which is complete, if due.
 
         Args:
           step: the outer step.
@@ -184,7 +184,6 @@ class OuterLoop:
         if len(self._latest) == 1:
             return
         before, reached = self._latest.pop(0)
-        jax.block_until_ready(before)
         due = time.perf_counter() - self._row_at > ROW_SECONDS
         if due and reached is not None and self.fit.log_every:
             row = {"run/inner_step": float(reached), "run/inner_loss": float(before)}

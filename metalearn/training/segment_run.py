@@ -82,6 +82,7 @@ class SegmentRun:
         self._replay, self._shapes, self._folder = replay, shapes, folder
         self._opened: KeptStates | None = None
         self.latest: Any = None
+        self._before_latest: Any = None
 
     # The programs.
 
@@ -91,6 +92,9 @@ class SegmentRun:
 
     def take_reading(self, state: TrainState, read: Read) -> tuple[TrainState, Any]:
         """Run the next program of an outer step, whose tasks are read as it needs them.
+
+        Returns when the program before it is complete: one that waits for its turn holds its
+        inputs and results beside those of the one that runs.
 
         Args:
           state: between two programs.
@@ -105,6 +109,8 @@ class SegmentRun:
             self._states(state)  # a state inside an outer step may come from a closed run
         inputs = Inputs(state, read)
         run = self._next(inputs, run)
+        jax.block_until_ready(self._before_latest)
+        self._before_latest = self.latest
         if not self._is_done(run):
             return dataclasses.replace(state, inner=run), None
         done = dataclasses.replace(run, position=None, programs=0, kept=(), kept_gradients=())
@@ -267,6 +273,7 @@ class SegmentRun:
             assert self._opened is not None
             try:
                 stream = self._opened.read(kept[-1])
+                jax.block_until_ready(self.latest)  # three states would be in memory otherwise
                 break
             except DamagedStateError as error:
                 say(f"A kept state is lost ({error}): its segments are run again.")
