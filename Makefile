@@ -18,6 +18,11 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # A file's tests stay with one worker: what a module prepares is prepared once.
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
+# Bytecode is kept, also where the caller's Python is told to write none: compiling all that is
+# imported takes seconds, and the tests start many processes.
+export PYTHONDONTWRITEBYTECODE =
+export PYTHONPYCACHEPREFIX = $(abspath $(VENV))/pycache
+
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all lint docs format lock clean
 .DELETE_ON_ERROR:

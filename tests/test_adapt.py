@@ -154,6 +154,7 @@ def test_a_learner_goes_through_jit_and_back(anil, x64):
     assert (back.steps, repr(back).split("(")[0]) == (1, "Learner")
 
 
+@pytest.mark.slow
 def test_transductive_queries_are_predicted_as_a_batch():
     algorithm = MAML(conv_net("linen"), optimizer=optax.sgd(0.1))
     episode = jax.jit(TASKS["FewShot"].sample)(KEY)

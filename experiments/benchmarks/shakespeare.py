@@ -24,6 +24,8 @@ error of F divided by h. That derivative is estimated from a fourth point,
 (F(2h v) - 3 F(h v) + 3 F(0) - F(-h v)) / h^3, and the rounding error by what F differs by between
 two programs that compute it in another order: the run in segments, and the run in one program. The
 tolerance printed beside each difference is the sum of the two errors.
+
+XLA's flags are those of the `attribution` benchmark, unless `XLA_FLAGS` is set.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ import optax
 from metalearn import Algorithm, Episode, MixedFlow, Replay, Trainer, Unroll
 from metalearn.datasets.text import Text, Windows, read_text
 from metalearn.engines.inner_loop import rollout
-from metalearn.experiments.benchmarks.attribution import OneTask, seconds
+from metalearn.experiments.benchmarks.attribution import OneTask, seconds, xla_flags
 from metalearn.experiments.benchmarks.host_fed import largest_during, peak_anonymous
 from metalearn.models.transformer import Architecture
 from metalearn.tasks import draw_task
@@ -200,6 +202,7 @@ def main() -> None:
     parser.add_argument("--directions", type=int, default=3)
     parser.add_argument("--step-size", type=float, default=0.02, help="h")
     options = parser.parse_args()
+    os.environ.setdefault("XLA_FLAGS", xla_flags())
     algorithm, tasks = problem(options.steps, options.data_dir)
     with tempfile.TemporaryDirectory(prefix="states-") as scratch:
         folder = pathlib.Path(scratch)

@@ -90,6 +90,7 @@ def test_running_statistics_are_those_of_the_support_set_and_start_anew_for_ever
     assert same(statistics[0], statistics[3])  # whatever was adapted to in between
 
 
+@pytest.mark.slow
 def test_running_statistics_are_the_average_that_the_momentum_says():
     """With a rate of 0 the network stands still, and its first mean can be written down."""
     episode, _ = episodes(2)

@@ -248,6 +248,7 @@ def test_a_config_names_it_and_its_network_has_no_head(name, kind):
     assert "ways" not in takes and "model" not in takes and "batch_norm" in takes
 
 
+@pytest.mark.slow
 def test_a_network_without_an_embedding_is_refused():
     splits = build.Splits(None, None, None, jax.ShapeDtypeStruct((1, 8), jnp.int32), None)
     message = "ends in logits of tokens, and this algorithm puts a head of its own on an embedding"

@@ -281,6 +281,7 @@ def test_any_algorithm_with_a_model_hands_its_constants_on():
     assert plain.constants() == {} and plain.bind({}) is plain
 
 
+@pytest.mark.slow
 def test_a_learned_optimizer_hands_on_the_constants_of_its_problems():
     problem = Supervised(pretrained(), squared_error)
     rule = TunedRule(optax.sgd, {"learning_rate": Hyperparameter(1e-3, 1.0, 0.1, space="log")})

@@ -108,6 +108,7 @@ def test_it_is_gradient_descent_on_a_weighted_loss_judged_by_a_plain_one():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("through", [False, True])
+@pytest.mark.slow
 def test_an_inner_step_takes_weights_as_constants_however_they_depend_on_theta(through):
     weighting = TokenWeights(hidden=(3,))
     algorithm = loss_weights(weighting, through_features=through)
@@ -150,6 +151,7 @@ def test_the_meta_gradient_travels_through_the_features_where_asked():
     ),
     ids=str,
 )
+@pytest.mark.slow
 def test_a_mean_over_examples_and_a_whole_batch_are_one_loss(weighting):
     apart = loss_weights(weighting)
     whole = loss_weights(weighting, normalize=lambda weights: weights)

@@ -247,6 +247,7 @@ def test_imaml_has_the_implicit_derivative_as_its_loop_converges():
     assert residuals[0] > residuals[1] > residuals[2]
 
 
+@pytest.mark.slow
 def test_imaml_of_anil_keeps_the_head_close_to_its_initialisation():
     far, near = (maml(adapted="head", proximal=p, inner_steps=20) for p in (1e-6, 5.0))
     eta = far.init(KEY)

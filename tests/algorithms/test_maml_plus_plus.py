@@ -73,6 +73,7 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)  # the weights are float32
 
 
+@pytest.mark.slow
 def test_with_equal_rates_and_the_last_loss_it_is_maml():
     plus, plain = algorithm(), MAML(MODEL, squared_error, optax.sgd(0.1), inner_steps=T)
     eta, maml_eta = plus.init(KEY), plain.init(KEY)

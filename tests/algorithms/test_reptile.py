@@ -35,6 +35,7 @@ def solve(algorithm, eta, engine):
 
 
 @pytest.mark.parametrize("engine", [Reverse(), MixedFlow(), Forward()], ids=repr)
+@pytest.mark.slow
 def test_the_meta_gradient_is_the_way_from_the_end_of_the_loop_to_its_beginning(engine):
     algorithm = reptile()
     eta = algorithm.init(KEY)

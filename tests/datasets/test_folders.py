@@ -33,6 +33,7 @@ def no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_images_are_read_by_class_and_tasks_drawn_of_them(tmp_path):
     images, labels, classes, files = read_folder(folder(tmp_path))
     assert files[:3] == ("ant/0.png", "ant/1.png", "bee/0.png")

@@ -56,6 +56,7 @@ def test_a_key_by_itself_draws_any_of_them():
     assert tasks.label_range() == (0, 2)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_the_same_visits(tmp_path):
     tasks = GivenTasks.create(EPISODES, shuffle=0)
     whole = trainer().fit(tasks, 6, key=KEY, progress=False)

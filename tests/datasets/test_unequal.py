@@ -37,6 +37,7 @@ def targets_of(objective):
 
 
 @pytest.mark.parametrize("objective", [cross_entropy, squared_error, weighted_cross_entropy])
+@pytest.mark.slow
 def test_an_objective_is_the_mean_over_the_examples_that_count(objective, x64):
     outputs = jnp.asarray(np.random.default_rng(1).normal(size=(5, 3)))
     targets, nonsense = targets_of(objective)

@@ -183,6 +183,7 @@ def test_adam_with_a_dead_unit_is_an_error_that_names_the_way_out(engine):
         pytest.param(differentiable_at_zero(optax.adam(0.1)), id="wrapper", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_both_ways_out_mend_a_dead_unit(optimizer):
     assert checked(trainer(optimizer, DEAD, MixedFlow())).healthy
 
@@ -412,6 +413,7 @@ def test_a_root_of_a_negative_number_in_the_outer_loss_is_not_blamed_on_zeros():
     assert re.search(r"no zero in any.*`loss` take such a root.*where\(used, x, 1\)", str(report))
 
 
+@pytest.mark.slow
 def test_a_failing_outer_optimizer_is_told_from_failing_tasks():
     broken = dataclasses.replace(trainer(optax.sgd(0.1)), optimizer=optax.sgd(math.inf))
     with pytest.raises(NonFiniteError, match=r"`meta_update_norm`.*Each of its tasks.*optimizer"):

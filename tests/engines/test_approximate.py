@@ -124,6 +124,7 @@ def test_a_step_that_changes_sign_needs_a_shorter_neumann_step():
 
 
 @pytest.mark.parametrize("solver", quick(["gmres", "bicgstab"], lambda solver: solver == "gmres"))
+@pytest.mark.slow
 def test_momentum_has_a_fixed_point_with_its_velocity(solver):
     unroll, eta, expected = quadratic(optax.sgd(0.1, momentum=0.8))
     engine = Implicit(solver, iterations=100, tolerance=1e-12)
@@ -146,6 +147,7 @@ def test_decoupled_weight_decay_with_momentum_needs_the_whole_state():
     assert error(whole[0], expected) < 1e-8 and error(part[0], expected) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_state_that_counts_its_steps_has_no_fixed_point_and_its_parameters_do():
     rule = optax.adam(0.05, eps=0.1, eps_root=1e-12)
     unroll, eta, expected = quadratic(rule)

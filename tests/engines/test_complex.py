@@ -194,6 +194,7 @@ class Spectral(Algorithm):
     ),
     ids=repr,
 )
+@pytest.mark.slow
 def test_a_run_with_complex_inner_parameters_trains(engine):
     trainer = Trainer(Spectral(), engine, optax.adam(0.1), tasks_per_step=2)
     start = trainer.init(jax.random.key(0))

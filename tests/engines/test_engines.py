@@ -628,6 +628,7 @@ def temporaries(engine, steps, learn_a_rate=False):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_less_is_kept_with_each_rematerialisation_and_with_mixed_flow():
     remats = "none", "step", "segments", "nested"
     everything, states, parts, some = (temporaries(Reverse(remat), 32) for remat in remats)

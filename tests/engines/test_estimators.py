@@ -361,6 +361,7 @@ def chaotic(eta):
         (chaotic, 1e-12),
     ],
 )
+@pytest.mark.slow
 def test_where_the_pathwise_derivative_is_of_no_use_the_weight_is_the_estimators(function, most):
     weight, grads, alone = mixture(function)
     assert 0 <= weight <= most

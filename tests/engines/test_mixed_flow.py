@@ -259,6 +259,7 @@ def test_bfloat16_copies_take_less_memory_than_states():
     assert temporaries(MixedFlow(store="inexact_bfloat16"), 64) < 0.7 * temporaries(MixedFlow(), 64)
 
 
+@pytest.mark.slow
 def test_nested_checkpoints_keep_inner_gradients_and_few_states():
     assert temporaries(MixedFlow("nested"), 64) < 0.6 * temporaries(MixedFlow(), 64)
 

@@ -64,6 +64,7 @@ def expected(workdir, images, steps=None):
     return np.asarray(learner.predict(query))
 
 
+@pytest.mark.slow
 def test_folders_of_images_are_adapted_to_predicted_and_scored(
     workdir, folders, images, tmp_path, capsys
 ):

@@ -305,6 +305,7 @@ def test_a_best_that_nothing_judges_is_refused(refused, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_process_with_a_mistake_ends_with_status_2_and_a_message_alone(tmp_path):
     done = process("train", "--config=maml_digits", f"--workdir={tmp_path}", "--config.step=1")
     assert done.returncode == 2 and done.stdout == ""

@@ -78,6 +78,7 @@ def test_a_corrupted_text_on_the_host_is_refused():
         built("loss_weights_shakespeare", **{"dataset.on": "host"})
 
 
+@pytest.mark.slow
 def test_low_rank_terms_precision_and_master_weights_are_keys_of_a_config():
     trainer, splits = built(
         "maml_digits",

@@ -73,6 +73,7 @@ def choice_of(workdir):
     return json.loads(record.read_text())["config"]["auto"]
 
 
+@pytest.mark.slow
 def test_plan_prints_json_alone_with_a_row_for_each_engine_and_setting(planned):
     assert planned["budget"] == device_memory.device_memory()
     assert planned["jax"] == jax.__version__

@@ -403,6 +403,7 @@ def swept(fake, tmp_path):
     return run(tmp_path / "sweep", BASE._replace(space=(RATE, CHOICE)), trials=6, jobs=2)
 
 
+@pytest.mark.slow
 def test_the_page_of_a_sweep_has_its_best_trial_its_figures_and_all_trials(swept):
     page = report_of(swept.workdir).read_text()
     assert not re.findall(r"https?://|<script|<link|@import|url\(", page)

@@ -164,6 +164,7 @@ def test_random_search_finds_the_same_whatever_is_trained_at_once():
         np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_hyperband_costs_what_its_rungs_add_up_to():
     rungs = [[27, 9, 3, 1], [0, 12, 4, 1], [0, 0, 6, 2], [0, 0, 0, 4]]
     lengths = [1, 3, 9, 27]
@@ -186,6 +187,7 @@ def test_no_run_of_hyperband_is_shorter_than_its_schedule_has_windows(windows, l
 
 
 @pytest.mark.parametrize("tuner", [BayesianOptimization(), BOHB(Hyperband(rungs=2))], ids=str)
+@pytest.mark.slow
 def test_a_model_of_what_was_seen_finds_better_than_chance(tuner):
     tuning = bowl(windows=4)
     *_, chance = RandomSearch().tune(tuning, 80 * 27, KEY)

@@ -74,6 +74,7 @@ def without_data(project, elsewhere):
 
 
 @pytest.mark.usefixtures("without_data")
+@pytest.mark.slow
 def test_a_run_is_exported_without_its_data(workdir):
     assert call("export", f"--workdir={workdir}", "--out=eta.safetensors") == 0
     run = metalearn.load_run(workdir)

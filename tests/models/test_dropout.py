@@ -139,6 +139,7 @@ class NNXAttention(nnx.Module):
 
 
 @pytest.mark.parametrize("model", [Linen(LinenAttention(), ROW), NNX(NNXAttention)], ids=type)
+@pytest.mark.slow
 def test_dropout_inside_attention_is_off_too(model):
     params, state = model.init(KEY)
     apply = functools.partial(model.apply, params, state, X, key=KEY)

@@ -291,6 +291,7 @@ def test_options_that_exclude_each_other_are_refused(options, message):
         Architecture(vocabulary=5, width=8, layers=1, heads=4, **options)
 
 
+@pytest.mark.slow
 def test_a_sequence_longer_than_the_learned_positions_is_refused():
     architecture = Architecture(5, 8, 1, 2, positions="learned", context=3)
     params = architecture.init(jax.random.key(0))

@@ -121,6 +121,7 @@ def test_the_networks_of_all_libraries_compute_the_same(name, image, options, tr
 
 
 @pytest.mark.parametrize("library", quick(LIBRARIES, lambda library: library == "nnx"))
+@pytest.mark.slow
 def test_batch_statistics_change_in_training_and_are_used_out_of_it(library):
     model = network(library, "WideResNet", SMALL, depth=10, momentum=0.5)
     params, state = jax.jit(model.init)(KEY)

@@ -128,6 +128,7 @@ def test_an_nnx_module_is_put_into_the_mode_of_train(name):
         assert changed == [train] * len(changed)
 
 
+@pytest.mark.slow
 def test_running_statistics_of_an_nnx_module_serve_its_queries():
     """A rate of 0: the query loss is that of the module in evaluation, after one support set."""
     x, y = X[:4], jnp.ones((4, 3))

@@ -78,6 +78,7 @@ def test_the_meta_gradient_in_bfloat16_is_near_that_in_float32(kind, engine):
     assert 1e-4 < error < LARGEST_ERROR  # not float32 in disguise
 
 
+@pytest.mark.slow
 def test_types_are_what_was_asked_for_and_the_state_keeps_its_own():
     images = jnp.ones((2, 4, 4, 1), jnp.float32)
     model = Precision(conv_net("linen"), compute=jnp.bfloat16, params=jnp.bfloat16)

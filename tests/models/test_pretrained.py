@@ -101,6 +101,7 @@ def test_a_long_report_counts_what_it_leaves_out():
     assert str(match(tree, {})).endswith("layer15, and 12 more.")
 
 
+@pytest.mark.slow
 def test_a_model_begins_with_given_parameters_and_a_given_state():
     model = conv_net("linen")
     params, state = model.init(jax.random.key(5))

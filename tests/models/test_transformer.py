@@ -75,6 +75,7 @@ def assert_close(ours, theirs, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("name", quick(SHAPES, lambda name: name in ("gated", "rms")))
+@pytest.mark.slow
 def test_a_token_changes_its_own_logits_and_later_ones_alone(name):
     params = generic(SHAPES[name])
     apply = jax.jit(SHAPES[name].apply)
@@ -207,6 +208,7 @@ def hessian_product_backward():
 
 
 @pytest.mark.parametrize("remat", quick(["none", "block", "dots"], lambda r: r == "block"))
+@pytest.mark.slow
 def test_a_hessian_product_is_the_same_forward_and_backward(remat):
     params, tangent, expected = hessian_product_backward()
     grad = gradient(dataclasses.replace(TINY, remat=remat))

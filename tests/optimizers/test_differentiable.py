@@ -72,6 +72,7 @@ def test_updates_and_states_are_the_same_to_the_bit_one_operation_at_a_time(name
 
 
 @pytest.mark.parametrize("name", quick(KINDS, lambda name: name in ("adam", "madgrad")))
+@pytest.mark.slow
 def test_derivatives_are_the_same_where_no_gradient_is_zero(name):
     def outcome(optimizer, scale):
         return ravel_pytree(trained(optimizer, scale, PARAMS)[0])[0]

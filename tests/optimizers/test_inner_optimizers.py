@@ -403,6 +403,7 @@ def test_forward_mode_goes_through_the_line_search_of_lbfgs():
     quick([Reverse(remat="step"), *ENGINES[2:]], lambda engine: engine == MixedFlow()),
     ids=["Reverse", *IDS[2:]],
 )
+@pytest.mark.slow
 def test_the_line_search_of_lbfgs_is_refused_where_the_backward_pass_cannot_go(engine):
     algorithm = maml(optax.lbfgs())
     message = (
@@ -606,6 +607,7 @@ def trained(optimizer, steps=4):
 
 
 @pytest.mark.parametrize("name", quick(OUTER, lambda name: name in ("polyak_sgd", "lbfgs")))
+@pytest.mark.slow
 def test_outer_optimizers_get_the_loss_where_they_take_it(name):
     algorithm, optimizer = Bowl(), OUTER[name]
 

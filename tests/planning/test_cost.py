@@ -198,6 +198,7 @@ def test_program_and_jaxpr_agree_on_a_meta_gradient(engine):
     assert 3 * forward < on_program <= on_jaxpr <= 1.1 * on_program
 
 
+@pytest.mark.slow
 def test_program_and_jaxpr_agree_on_a_transformer():
     made = Architecture(vocabulary=32, width=16, layers=3, heads=2, remat="block")
     tokens = jax.ShapeDtypeStruct((2, 12), jnp.int32)

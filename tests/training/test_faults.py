@@ -178,6 +178,7 @@ def test_a_step_whose_tasks_are_all_left_out_says_so():
         trainer.fit(Poisoned(1.0), 3, key=KEY, progress=False)
 
 
+@pytest.mark.slow
 def test_without_a_fault_isolation_changes_nothing(x64):
     waves = Sinusoid(shots=3, queries=4)
     found = []

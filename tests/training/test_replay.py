@@ -106,6 +106,7 @@ ALGORITHMS = quick(
     [
         (name, engine, segment)
         for name in cases.ALGORITHMS
+        if not name.startswith("MAML++")  # it anneals: refused, as its own tests see
         for engine in ("Reverse-step", "Forward", "MixedFlow")
         for segment in (1, 2)
     ],
@@ -298,6 +299,7 @@ def two_states_on_disk():
     return dataclasses.replace(trainer(), replay=Replay(states=2, host=0, disk="1MB"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_states_that_are_on_disk(tmp_path, capfd):
     made = two_states_on_disk()
     with pytest.raises(Interrupted):
@@ -339,6 +341,7 @@ def names_in(folder):
 
 
 @pytest.mark.parametrize("at", quick([6, 10], lambda at: at == 6))
+@pytest.mark.slow
 def test_a_resumed_run_compiles_each_program_once(at, tmp_path):
     made = two_states_on_disk()
     with pytest.raises(Interrupted):

@@ -215,6 +215,7 @@ def test_horizons_are_log_uniform_multiples_of_the_truncation():
     np.testing.assert_allclose(found, [0, *chances], atol=4 * 0.5 / np.sqrt(len(keys)))
 
 
+@pytest.mark.slow
 def test_a_task_that_is_not_finite_is_left_out_counted_and_replaced():
     made = trainer(together(3), tasks_per_step=8)
     tasks = Bowls(broken=True)
@@ -246,6 +247,7 @@ def test_a_task_that_is_not_finite_is_left_out_counted_and_replaced():
     assert (same == finite).all()
 
 
+@pytest.mark.slow
 def test_a_step_in_which_no_task_is_finite_says_so_and_leaves_eta_alone():
     made, tasks = trainer(together(3), tasks_per_step=1), Bowls(broken=True)
     init = jax.jit(made.init)
@@ -378,6 +380,7 @@ PAIRS = quick(
 
 
 @pytest.mark.parametrize(("name", "engine"), PAIRS)
+@pytest.mark.slow
 def test_every_algorithm_runs_in_truncations_under_every_engine(name, engine):
     algorithm, tasks = ALGORITHMS[name].problem("linen")
     options = {"truncation": together(1), "tasks_per_step": 2, "optimizer": optax.sgd(1e-3)}
@@ -423,6 +426,7 @@ def test_a_run_resumed_in_mid_truncation_ends_where_it_would_have(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_what_truncated_unrolls_have_learned_is_read_without_their_tasks(tmp_path):
     made = trainer(Truncation(3))
     checkpoints = Checkpoints(tmp_path / "run", best="min eval/loss")

@@ -42,6 +42,7 @@ def schedules(draw):
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(schedules(), st.integers(1, 200))
+@pytest.mark.slow
 def test_a_step_of_a_stretched_schedule_has_the_value_of_its_place_in_the_first(schedule, steps):
     first, found = by_step(schedule), by_step(schedule.stretched(steps))
     assert found == [first[t * schedule.horizon // steps] for t in range(steps)]

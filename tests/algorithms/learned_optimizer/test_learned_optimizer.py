@@ -237,6 +237,7 @@ class Rosenbrock(Problem):
         return (1 - x) ** 2 + (y - x**2) ** 2, {}
 
 
+@pytest.mark.slow
 def test_a_problem_of_ones_own_is_one_small_class_and_a_learned_rate_gets_better_on_it():
     learner = LearnedOptimizer(Rosenbrock(), SGD, inner_steps=10)
     trainer = Trainer(learner, optimizer=optax.adam(0.1), tasks_per_step=4)

@@ -92,6 +92,7 @@ def test_derivative_matches_central_differences_in_both_modes(name):
 
 
 @every_rule
+@pytest.mark.slow
 def test_derivative_is_finite_where_every_gradient_is_exactly_zero(name):
     """And where it would not be for other parameters, as at a minimum."""
     rule, params = RULES[name], {**draw({"matrix": (2, 3)}), "zero": jnp.zeros(())}
