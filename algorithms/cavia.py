@@ -132,6 +132,8 @@ class CAVIA(SupportAlgorithm):
 def with_context(inputs: jax.Array, context: jax.Array) -> jax.Array:
     """Return inputs [n, ..., c] with a context [size] appended: [n, ..., c + size].
 
+    Their dtype is the wider of the two: a context is not rounded to the inputs' precision.
+
     Raises:
       ValueError: for inputs without an axis of features, or that are integers, such as tokens.
     """
@@ -142,5 +144,5 @@ def with_context(inputs: jax.Array, context: jax.Array) -> jax.Array:
             f"{inputs.dtype}{list(inputs.shape)}. Give them an axis of features, as floats; tokens "
             "have none to append to."
         )
-    beside = jnp.broadcast_to(context.astype(inputs.dtype), (*inputs.shape[:-1], context.size))
+    beside = jnp.broadcast_to(context, (*inputs.shape[:-1], context.size))
     return jnp.concatenate([inputs, beside], -1)

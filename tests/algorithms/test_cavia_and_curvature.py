@@ -117,6 +117,11 @@ def test_cavia_adapts_the_context_alone():
     assert abs(learner.params["context"]).min() > 0
 
 
+def test_a_context_is_not_rounded_to_the_precision_of_the_inputs():
+    inputs, context = jnp.zeros((2, 1), jnp.bfloat16), jnp.full(1, 0.1, jnp.float32)
+    assert with_context(inputs, context)[0, 1] == context[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cavia", "curvature"])
 def test_it_learns_waves(name):
