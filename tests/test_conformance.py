@@ -189,6 +189,7 @@ NO_STEPS = "takes none (T = 0)"
 # An approximate engine serves an algorithm, or says at trace time what it would not see. Which:
 REFUSED = {
     **{name: "is read by `Unroll.init` alone" for name in ALGORITHMS},
+    "CAVIA": "",
     "FDS": "",
     "DataWeights": "",
     "LearnedOptimizer": "",
