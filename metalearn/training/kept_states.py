@@ -193,7 +193,7 @@ class KeptStates:
             shards = self._shards if isinstance(kept, KeptState) else kept.shards
             kept.arrays, kept.on_host = to_host(shards, kept.arrays), True
             if isinstance(kept, KeptState) and kept.place == "disk":
-                self._await_files(most=1)
+                self._await_files()
                 path = self._folder().path / kept.name
                 kept.writing = self._writer.submit(state_files.write, path, kept.arrays)
                 self._writing.append(kept)

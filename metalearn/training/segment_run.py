@@ -272,8 +272,9 @@ class SegmentRun:
         while kept:
             assert self._opened is not None
             try:
+                if kept[-1].place == "disk":  # memory is scarce: not beside a program that runs
+                    jax.block_until_ready(self.latest)
                 stream = self._opened.read(kept[-1])
-                jax.block_until_ready(self.latest)  # three states would be in memory otherwise
                 break
             except DamagedStateError as error:
                 say(f"A kept state is lost ({error}): its segments are run again.")
