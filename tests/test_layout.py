@@ -46,7 +46,7 @@ FEATURES = {
     ),
     "metasmoothness": ("metalearn/diagnostics/perturbed_runs.py", "metasmoothness"),
     "the smoothness of an inner run in segments": (
-        "metalearn/diagnostics/segmented_runs.py",
+        "metalearn/training/segmented_runs.py",
         "SegmentedRuns",
     ),
     "settings that make a meta-gradient predict more": (

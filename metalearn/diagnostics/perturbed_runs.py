@@ -15,7 +15,8 @@ deterministic: the same eta gives the same bits. theta are those leaves of the i
 inner gradients are taken with respect to; where a step rebuilds them first, all floating-point
 leaves of the state.
 
-`metalearn.diagnostics.segmented_runs` has the same functions for a run that is cut into segments.
+`InnerRuns` is what they have in common with a run that is cut into segments
+(`metalearn.training.segmented_runs`).
 
 The cotangents cost no memory: each step passes its state through an identity whose backward pass
 returns the norm of the cotangent as the derivative with respect to a probe, a number per step.
@@ -23,6 +24,7 @@ returns the norm of the cotangent as the derivative with respect to a probe, a n
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -103,9 +105,44 @@ class Pullback(NamedTuple):
     outer_step: jax.Array
 
 
+class InnerRuns(abc.ABC):
+    """The inner run of one task, at any eta. Abstract.
+
+    Attributes:
+      key: (), draws the task.
+    """
+
+    key: jax.Array
+
+    @property
+    @abc.abstractmethod
+    def horizon(self) -> int:
+        """T, the inner steps that are run."""
+
+    @abc.abstractmethod
+    def run(self, v: Eta, h: float) -> End:
+        """Return the end of the run at eta + h v."""
+
+    @abc.abstractmethod
+    def three(self, draw: jax.Array, h: float) -> ThreeRuns:
+        """Return three runs along the random direction of a key."""
+
+    @abc.abstractmethod
+    def tangents(self, v: Eta) -> Tangents:
+        """Return the tangents of the run along v, by inner step."""
+
+    @abc.abstractmethod
+    def pull_back(self, draws: Sequence[jax.Array], given: Sequence[Eta] = ()) -> Pullback:
+        """Return the meta-gradient along directions, and its way back.
+
+        The directions are the negative meta-gradient, the first update of the outer optimizer,
+        those of `given`, and a random one for each key of `draws`.
+        """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class PerturbedRuns:
-    """The inner run of one task, at any eta.
+class PerturbedRuns(InnerRuns):
+    """The inner run of one task, at any eta, in one program.
 
     Args:
       trainer: a `Trainer`; its engine is not read.
@@ -189,11 +226,7 @@ class PerturbedRuns:
         return _once(tangents, self.state.eta, v, self.tasks, self.key)
 
     def pull_back(self, draws: Sequence[jax.Array], given: Sequence[Eta] = ()) -> Pullback:
-        """Return the meta-gradient along directions, and its way back. Compiled at each call.
-
-        The directions are the negative meta-gradient, the first update of the outer optimizer,
-        those of `given`, and a random one for each key of `draws`.
-        """
+        """Return the meta-gradient along directions, and its way back. Compiled at each call."""
 
         def pull_back(state: TrainState, given: Any, draws: Any, tasks: Any, key: Any) -> Pullback:
             task, batches = self.draw(tasks, key)

@@ -29,22 +29,27 @@ first update of the outer optimizer, and random ones.
 The cost is three programs to compile, and about as many inner runs as there are directions times
 step sizes; memory is that of `Reverse("nested")` on one task. A trainer with `segment=K` runs all
 of them in programs of K inner steps, with the memory of one segment and of the states that its
-`replay` keeps (`metalearn.diagnostics.segmented_runs`): the same numbers, to rounding.
+`replay` keeps (`metalearn.training.segmented_runs`): the same numbers, to rounding.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from metalearn._utils.checks import above, counts
-from metalearn.diagnostics.perturbed_runs import End, PerturbedRuns, ThreeRuns, metasmoothness
-from metalearn.diagnostics.segmented_runs import SegmentedRuns
+from metalearn.diagnostics.perturbed_runs import (
+    End,
+    InnerRuns,
+    PerturbedRuns,
+    ThreeRuns,
+    metasmoothness,
+)
 from metalearn.engines.base import check_eta
 from metalearn.tasks import Tasks, check_tasks
 from metalearn.train_state import TrainState
@@ -232,12 +237,8 @@ def smoothness(
     )
 
 
-Runs: TypeAlias = PerturbedRuns | SegmentedRuns
-
-
-def _runs(trainer: Any, state: TrainState, tasks: Tasks, key: jax.Array | None) -> Runs:
-    kind = PerturbedRuns if trainer.segment is None else SegmentedRuns
-    runs: Runs = kind.create(trainer, state, tasks, key)
+def _runs(trainer: Any, state: TrainState, tasks: Tasks, key: jax.Array | None) -> InnerRuns:
+    runs: InnerRuns = trainer.perturbed_runs(state, tasks, key)
     if not runs.horizon:
         raise ValueError(
             f"`smoothness` compares inner runs, and `{type(trainer.algorithm).__name__}` takes no "
@@ -269,7 +270,7 @@ def _checked(direction: Eta, eta: Eta) -> Eta:
 
 
 def _predict(
-    runs: Runs,
+    runs: InnerRuns,
     name: str,
     v: Eta,
     slope: float,

@@ -29,6 +29,7 @@ from metalearn._utils.trees import split
 from metalearn.diagnostics.perturbed_runs import (
     Carry,
     End,
+    InnerRuns,
     Pullback,
     Pushed,
     Tangents,
@@ -77,7 +78,7 @@ class _ProbedUnroll(SegmentedUnroll):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SegmentedRuns:
+class SegmentedRuns(InnerRuns):
     """The inner run of one task, at any eta, in segments.
 
     Args:
