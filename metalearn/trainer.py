@@ -29,6 +29,7 @@ from metalearn._utils.trees import select, strong
 from metalearn.algorithm import Algorithm
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.diagnostics import health, memory
+from metalearn.diagnostics.perturbed_runs import InnerRuns, PerturbedRuns
 from metalearn.diagnostics.probe import Look, look_at
 from metalearn.diagnostics.symmetry import Measure
 from metalearn.engines import MetaGradient, MixedFlow
@@ -62,6 +63,7 @@ from metalearn.training.query_sets import QueryGradients
 from metalearn.training.replay import Replay
 from metalearn.training.replay_schedule import Position
 from metalearn.training.segment_run import SegmentRun
+from metalearn.training.segmented_runs import SegmentedRuns
 from metalearn.training.segmented_unroll import SegmentedUnroll, spread
 from metalearn.training.task_batch import TaskBatch
 from metalearn.training.truncated_unroll import TruncatedUnroll, Truncation
@@ -463,6 +465,22 @@ class Trainer:
                 )
         fields = self.algorithm, self.engine, self.segment, self.replay
         return QueryGradients(*fields, self._compiled)
+
+    def perturbed_runs(
+        self, state: TrainState, tasks: Tasks, key: jax.Array | None = None
+    ) -> InnerRuns:
+        """Return the inner run of one task as a function of eta, in segments where they are cut.
+
+        `metalearn.diagnostics.smoothness` measures it.
+
+        Args:
+          state: where eta is, before an outer step.
+          tasks: that are trained on.
+          key: (), draws the task; None: the first task of that outer step.
+        """
+        if self.segment is None:
+            return PerturbedRuns.create(self, state, tasks, key)
+        return SegmentedRuns.create(self, state, tasks, key)
 
     @functools.cached_property
     def labels_seen(self) -> Seen:

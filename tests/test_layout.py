@@ -45,6 +45,10 @@ FEATURES = {
         "smoothness",
     ),
     "metasmoothness": ("metalearn/diagnostics/perturbed_runs.py", "metasmoothness"),
+    "the smoothness of an inner run in segments": (
+        "metalearn/training/segmented_runs.py",
+        "SegmentedRuns",
+    ),
     "settings that make a meta-gradient predict more": (
         "experiments/commands/smooth.py",
         "search",

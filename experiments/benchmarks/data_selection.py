@@ -2,6 +2,7 @@
 
     python -m metalearn.experiments.benchmarks.data_selection lds
     python -m metalearn.experiments.benchmarks.data_selection select [--data=fashion_mnist]
+    python -m metalearn.experiments.benchmarks.data_selection select --schedule=constant
 
 `lds`: an MLP is trained on 1,000 digits. For 16 query examples, and at several learning rates, the
 linear datamodelling score of metagradient scores (`metalearn.algorithms.attribute`) over 100
@@ -16,22 +17,30 @@ trained on the best 70%, over as many steps as one trained on everything?
     cosine          of its gradient with that of the queries, there
     queries alone   the example's loss under a model that is trained on the queries alone
     score           minus the metagradient of one run
-    descent         the weight after several steps of projected metagradient descent, each through a
-                    run of its own
+    mean score      of several runs, each of another theta_0 and order
+    descent         the weight after as many steps of projected metagradient descent, each through
+                    a run of its own
     right labels    an oracle
 
-The test split is read once a seed, and nothing was chosen by it. Arms share theta_0, and runs of
-one size their order: differences to training on everything are paired.
+Of `select` the learning rate falls linearly to zero. With a constant one the last steps are an
+average of nothing: what an example is worth depends on when the run reads it last, and the scores
+of two runs, of another theta_0 and order, have little in common (their correlation is printed).
+`--schedule=constant` measures that.
+
+The test split is read once a seed, and nothing was chosen by it: schedule, number of queries and
+outer rate were, on seeds from 100 on. Arms share theta_0, and runs of one size their order:
+differences to training on everything are paired.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -54,12 +63,12 @@ from metalearn.algorithms.data_weights.attribution import query_of, stacks
 from metalearn.algorithms.loss_weights.features import auc
 from metalearn.cost import cost
 from metalearn.datasets import HeldOut, Images, read_images, with_label_noise
+from metalearn.diagnostics.smoothness import three_runs
 from metalearn.models import Linen, train_flag
 from metalearn.models.linen_networks import MLP
 
 NOISE, KEPT = 0.3, 0.7
-OPTIMIZERS = {"learning_rate": 0.02, "momentum": 0.9}
-BATCH = 100
+MOMENTUM, BATCH = 0.9, 100
 
 
 class Setting(NamedTuple):
@@ -70,17 +79,19 @@ class Setting(NamedTuple):
       examples: to train on.
       queries: with right labels, disjoint from them.
       steps: T.
+      rate: the learning rate, of the first step.
     """
 
     data: str
     examples: int
     queries: int
     steps: int
+    rate: float
 
 
 SETTINGS = {
-    "digits": Setting("digits", 1000, 300, 200),
-    "fashion_mnist": Setting("fashion_mnist", 2000, 500, 200),
+    "digits": Setting("digits", 1000, 300, 200, 0.02),
+    "fashion_mnist": Setting("fashion_mnist", 2000, 2000, 200, 0.01),
 }
 
 
@@ -102,25 +113,35 @@ class Split(NamedTuple):
     noisy: np.ndarray
 
 
+images_of = functools.cache(read_images)
+
+
 def split(setting: Setting, seed: int, noise: float = NOISE) -> Split:
     """Draw training examples and queries from the training split, and wrong labels."""
     count = setting.examples + setting.queries
     name = "train" if setting.data == "digits" else f"train[:{4 * count}]"
-    images = read_images(setting.data, name)
+    images = images_of(setting.data, name)
     rows = np.random.default_rng(seed).permutation(len(images.labels))[:count]
     parts = np.split(rows, [setting.examples])
     train, queries = (Images(images.inputs[part], images.labels[part]) for part in parts)
     noisy = with_label_noise(train, noise, seed).labels
-    test = read_images(setting.data, "test")
+    test = images_of(setting.data, "test")
     return Split(train, queries, test, noisy != train.labels, noisy)
 
 
-def algorithm_of(setting: Setting, rate: float = OPTIMIZERS["learning_rate"]) -> DataWeights:
+SCHEDULES: dict[str, Callable[[float, int], Any]] = {
+    "constant": lambda rate, steps: rate,
+    "linear": lambda rate, steps: optax.linear_schedule(rate, 0.0, steps),
+}
+
+
+def algorithm_of(setting: Setting, schedule: str) -> DataWeights:
     """Return the training run: a smooth MLP, SGD with momentum."""
-    shape = read_images(setting.data, "test").inputs.shape[1:]
+    shape = images_of(setting.data, "test").inputs.shape[1:]
     model = MLP(10, hidden=(64,), activation=nn.tanh)
     network = Linen(model, jax.ShapeDtypeStruct((1, *shape), jnp.float32), train_flag)
-    optimizer = optax.sgd(rate, momentum=OPTIMIZERS["momentum"])
+    rates = SCHEDULES[schedule](setting.rate, setting.steps)
+    optimizer = optax.sgd(rates, momentum=MOMENTUM)
     return DataWeights(network, setting.examples, setting.steps, BATCH, optimizer)
 
 
@@ -149,7 +170,8 @@ def validate(rates: list[float], queries: int, runs: int, k: int, noise: float) 
     sets = [(inputs[i : i + 1], targets[i : i + 1]) for i in range(queries)]
     print("| learning rate | query loss | scores | gradient cosine | final loss |\n|" + "---|" * 5)
     for rate in rates:
-        trainer = Trainer(algorithm_of(setting, rate), MixedFlow(), tasks_per_step=1)
+        algorithm = algorithm_of(setting._replace(rate=rate), "constant")
+        trainer = Trainer(algorithm, MixedFlow(), tasks_per_step=1)
         scores = attribute(trainer, tasks, key, sets)
         without = leave_k_out(trainer, tasks, key, sets, k=k, runs=runs)
         cheap = attribution_baselines(trainer, tasks, key, sets)
@@ -206,48 +228,75 @@ class Arms:
         return jax.vmap(accuracy)(rows)
 
 
-def descended(
-    trainer: Trainer, tasks: Any, key: jax.Array, steps: int, rate: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (scores of the first run, weights after the last), [examples] each."""
-    algorithm: Any = trainer.algorithm
-    optimizer = algorithm.outer_optimizer(optax.adam(rate))
-    eta = algorithm.init(key)
-    state, first = optimizer.init(eta), None
-    inputs, targets = map(np.asarray, query_of(tasks, key))
-    ((_, query),) = stacks([(inputs, targets)])
-    for step in range(steps):
-        step_key = jax.random.fold_in(key, step)
-        grads = trainer.query_gradients(eta, tasks, step_key, query)[0][0]
-        first = -np.asarray(grads) if first is None else first
-        updates, state = optimizer.update(grads, state, eta)
-        eta = optax.apply_updates(eta, updates)
-    assert first is not None
-    return first, np.asarray(eta)
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Metagradients of the loss on the queries, each through a run of its own.
+
+    Args:
+      trainer: of the training run.
+      tasks: whose query the queries are.
+      key: of the runs.
+    """
+
+    trainer: Trainer
+    tasks: Any
+    key: jax.Array
+
+    def metagradient(self, eta: jax.Array, run: int) -> jax.Array:
+        """Return the derivative in the weights [examples], through the run of a number."""
+        inputs, targets = map(np.asarray, query_of(self.tasks, self.key))
+        ((_, query),) = stacks([(inputs, targets)])
+        key = jax.random.fold_in(self.key, run)
+        return self.trainer.query_gradients(eta, self.tasks, key, query)[0][0]
+
+    def scores(self, count: int) -> np.ndarray:
+        """Return the scores of so many runs at weights of one, [count, examples]."""
+        ones = self.trainer.algorithm.init(self.key)
+        return np.stack([-np.asarray(self.metagradient(ones, run)) for run in range(count)])
+
+    def descended(self, steps: int, rate: float) -> np.ndarray:
+        """Return the weights [examples] after projected metagradient descent."""
+        algorithm: Any = self.trainer.algorithm
+        optimizer, eta = algorithm.outer_optimizer(optax.adam(rate)), algorithm.init(self.key)
+        state = optimizer.init(eta)
+        for step in range(steps):
+            grads = self.metagradient(eta, step)
+            updates, state = optimizer.update(grads, state, eta)
+            eta = optax.apply_updates(eta, updates)
+        return np.asarray(eta)
 
 
-def select(setting: Setting, seeds: int, steps: int, rate: float) -> None:
+def select(setting: Setting, seeds: Sequence[int], steps: int, rate: float, schedule: str) -> None:
     """Print how well numbers per example find wrong labels, and what training on the rest gives."""
-    algorithm = algorithm_of(setting)
+    algorithm = algorithm_of(setting, schedule)
     trainer = Trainer(algorithm, MixedFlow(), tasks_per_step=1)
     arms, kept = Arms(algorithm), round(KEPT * setting.examples)
     areas: dict[str, list[float]] = {}
     accuracies: dict[str, list[float]] = {}
-    for seed in range(seeds):
+    agreements: list[float] = []  # of the scores of two runs
+    for seed in seeds:
         data, key = split(setting, seed), jax.random.key(seed)
         tasks = tasks_of(data)
-        first, weights = descended(trainer, tasks, jax.random.fold_in(key, 1), steps, rate)
+        runs = Runs(trainer, tasks, jax.random.fold_in(key, 1))
+        scores = runs.scores(max(steps, 2))
+        agreements.append(float(np.corrcoef(scores[:2])[0, 1]))
         cheap = attribution_baselines(trainer, tasks, key)
         values = {
             "loss": -cheap.loss,
             "cosine": cheap.cosine[0],
             "queries alone": -losses_after(algorithm, data, key),
-            "score": first,
-            "descent": weights,
+            "score": scores[0],
+            "mean score": scores.mean(0),
+            "descent": runs.descended(steps, rate),
         }
         for name, each in values.items():
             area = float(auc(jnp.asarray(each), jnp.asarray(~data.wrong)))
             areas.setdefault(name, []).append(area)
+        print(
+            f"seed {seed}: AUC",
+            {name: round(each[-1], 4) for name, each in areas.items()},
+            flush=True,
+        )
         values["right labels"] = -data.wrong.astype(float)
         values["random"] = np.random.default_rng(seed).random(setting.examples)
         rows = np.stack([np.sort(np.argsort(-v, kind="stable")[:kept]) for v in values.values()])
@@ -257,7 +306,10 @@ def select(setting: Setting, seeds: int, steps: int, rate: float) -> None:
             accuracies.setdefault(name, []).append(accuracy)
     print(
         f"\n{setting.data}: {setting.examples:,} examples, {NOISE:.0%} wrong labels, "
-        f"{setting.queries} queries, {seeds} seeds\n\n"
+        f"{setting.queries} queries, {schedule} learning rate {setting.rate:g}, {len(seeds)} "
+        f"seeds; {steps} steps of descent, runs of the mean score\n"
+        f"Scores of two runs: correlation {interval(np.asarray(agreements))}; metasmoothness "
+        f"{float(three_runs(trainer, trainer.init(key), tasks, key).metasmoothness):.3f}\n\n"
         "| kept by | AUC | test accuracy | minus that of everything |\n|---|---|---|---|"
     )
     everything = np.asarray(accuracies["everything"])
@@ -286,14 +338,22 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.0, help="share of wrong labels, of lds")
     parser.add_argument("--data", choices=sorted(SETTINGS), default="digits")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6, help="of metagradient descent")
-    parser.add_argument("--outer-rate", type=float, default=0.2, help="likewise")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--schedule", choices=sorted(SCHEDULES), default="linear", help="of select")
+    parser.add_argument("--clean", type=int, help="queries of select; by default those of the data")
+    parser.add_argument("--steps", type=int, default=4, help="of descent; runs of the mean score")
+    parser.add_argument("--outer-rate", type=float, default=0.1, help="of descent")
+    parser.add_argument("--rate", type=float, help="of select; by default that of the data")
     options = parser.parse_args()
     if options.what == "lds":
         sizes = options.queries, options.trainings, options.leave_out, options.noise
         validate(options.rates, *sizes)
     else:
-        select(SETTINGS[options.data], options.seeds, options.steps, options.outer_rate)
+        setting, first = SETTINGS[options.data], options.first_seed
+        queries, rate = options.clean or setting.queries, options.rate or setting.rate
+        setting = setting._replace(queries=queries, rate=rate)
+        seeds = range(first, first + options.seeds)
+        select(setting, seeds, options.steps, options.outer_rate, options.schedule)
     print(f"\n{os.cpu_count()} cores, jax {jax.__version__}")
 
 

@@ -135,8 +135,8 @@ def divides_by_root(optimizer: Mapping[str, Any] | None) -> bool:
 def built(plain: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """Return (trainer, initial state, tasks) of a config."""
     splits = build.splits(plain["dataset"])
-    open_config = {**plain, "engine": "mixed_flow", "engine_options": {}, "segment": None}
-    trainer = build.trainer({**open_config, "replay": {}}, splits, build.layout(open_config))
+    open_config = {**plain, "engine": "mixed_flow", "engine_options": {}}
+    trainer = build.trainer(open_config, splits, build.layout(open_config))
     tasks = trainer.place(splits.train)
     return trainer, trainer.init(build.key_of(plain["seed"]), tasks), tasks
 

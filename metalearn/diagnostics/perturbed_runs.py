@@ -15,12 +15,16 @@ deterministic: the same eta gives the same bits. theta are those leaves of the i
 inner gradients are taken with respect to; where a step rebuilds them first, all floating-point
 leaves of the state.
 
+`InnerRuns` is what they have in common with a run that is cut into segments
+(`metalearn.training.segmented_runs`).
+
 The cotangents cost no memory: each step passes its state through an identity whose backward pass
 returns the norm of the cotangent as the derivative with respect to a probe, a number per step.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -101,9 +105,44 @@ class Pullback(NamedTuple):
     outer_step: jax.Array
 
 
+class InnerRuns(abc.ABC):
+    """The inner run of one task, at any eta. Abstract.
+
+    Attributes:
+      key: (), draws the task.
+    """
+
+    key: jax.Array
+
+    @property
+    @abc.abstractmethod
+    def horizon(self) -> int:
+        """T, the inner steps that are run."""
+
+    @abc.abstractmethod
+    def run(self, v: Eta, h: float) -> End:
+        """Return the end of the run at eta + h v."""
+
+    @abc.abstractmethod
+    def three(self, draw: jax.Array, h: float) -> ThreeRuns:
+        """Return three runs along the random direction of a key."""
+
+    @abc.abstractmethod
+    def tangents(self, v: Eta) -> Tangents:
+        """Return the tangents of the run along v, by inner step."""
+
+    @abc.abstractmethod
+    def pull_back(self, draws: Sequence[jax.Array], given: Sequence[Eta] = ()) -> Pullback:
+        """Return the meta-gradient along directions, and its way back.
+
+        The directions are the negative meta-gradient, the first update of the outer optimizer,
+        those of `given`, and a random one for each key of `draws`.
+        """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class PerturbedRuns:
-    """The inner run of one task, at any eta.
+class PerturbedRuns(InnerRuns):
+    """The inner run of one task, at any eta, in one program.
 
     Args:
       trainer: a `Trainer`; its engine is not read.
@@ -135,12 +174,7 @@ class PerturbedRuns:
         key = trainer.task_keys(state)[0] if key is None else key
         steps = None if trainer.truncation is None else trainer.truncation.steps
         tasks = fetched(tasks, key[None], first, trainer.algorithm, Reads(0, steps))
-        tasks = trainer.place(tasks)
-        if jax.tree.leaves(trainer.constants):
-            tasks = WithConstants(tasks, trainer.constants)
-        if trainer.algorithm.anneals:
-            tasks = AtOuterStep(tasks, state.step)
-        return cls(trainer, tasks, state, key, steps)
+        return cls(trainer, with_arguments(trainer, state, tasks), state, key, steps)
 
     def draw(self, tasks: Tasks, key: jax.Array) -> tuple[DrawnTask, Batch]:
         """Return the task, and the batches of its inner steps."""
@@ -192,28 +226,52 @@ class PerturbedRuns:
         return _once(tangents, self.state.eta, v, self.tasks, self.key)
 
     def pull_back(self, draws: Sequence[jax.Array], given: Sequence[Eta] = ()) -> Pullback:
-        """Return the meta-gradient along directions, and its way back. Compiled at each call.
-
-        The directions are the negative meta-gradient, the first update of the outer optimizer,
-        those of `given`, and a random one for each key of `draws`.
-        """
+        """Return the meta-gradient along directions, and its way back. Compiled at each call."""
 
         def pull_back(state: TrainState, given: Any, draws: Any, tasks: Any, key: Any) -> Pullback:
             task, batches = self.draw(tasks, key)
-            loss, grads, cotangents = _pulled(task.unroll, state.eta, batches)
-            optimizer = self.trainer.optimizer
-            update, _ = update_outer(optimizer, grads, state.optimizer, state.eta, loss)
-            size = optax.tree.norm(scale_of(state.eta))
-            descent, followed = (
-                scaled(tree, size) for tree in (optax.tree.scale(-1, grads), update)
-            )
-            directions = [descent, followed, *given]
-            directions += [random_direction(state.eta, draw) for draw in draws]
-            slopes = jnp.stack([optax.tree.vdot(grads, v) for v in directions])
-            return Pullback(loss, cotangents, directions, slopes, optax.tree.norm(update) / size)
+            pulled = _pulled(task.unroll, state.eta, batches)
+            return along_directions(self.trainer.optimizer, state, given, draws, *pulled)
 
         state = dataclasses.replace(self.state, inner=())
         return _once(pull_back, state, list(given), list(draws), self.tasks, self.key)
+
+
+def with_arguments(trainer: Any, state: TrainState, tasks: Tasks) -> Tasks:
+    """Return tasks with what a program reads beside them: constants, and the outer step."""
+    tasks = trainer.place(tasks)
+    if jax.tree.leaves(trainer.constants):
+        tasks = WithConstants(tasks, trainer.constants)
+    return AtOuterStep(tasks, state.step) if trainer.algorithm.anneals else tasks
+
+
+def along_directions(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    given: Sequence[Eta],
+    draws: Sequence[jax.Array],
+    loss: jax.Array,
+    grads: Eta,
+    cotangents: jax.Array,
+) -> Pullback:
+    """Return the directions that a meta-gradient leads to, and its slope along them.
+
+    Args:
+      optimizer: the outer optimizer.
+      state: before the outer step.
+      given: further directions.
+      draws: keys of random ones.
+      loss: (), the outer loss.
+      grads: the meta-gradient.
+      cotangents: [T], see `Pullback`.
+    """
+    update, _ = update_outer(optimizer, grads, state.optimizer, state.eta, loss)
+    size = optax.tree.norm(scale_of(state.eta))
+    descent, followed = (scaled(tree, size) for tree in (optax.tree.scale(-1, grads), update))
+    directions = [descent, followed, *given]
+    directions += [random_direction(state.eta, draw) for draw in draws]
+    slopes = jnp.stack([optax.tree.vdot(grads, v) for v in directions])
+    return Pullback(loss, cotangents, directions, slopes, optax.tree.norm(update) / size)
 
 
 def metasmoothness(thetas: Sequence[jax.Array]) -> jax.Array:
@@ -296,49 +354,104 @@ def is_theta(unroll: Unroll, eta: Eta, batches: Batch) -> list[bool]:
     return theta if any(theta) else [is_differentiable(leaf) for leaf in jax.tree.leaves(state)]
 
 
+class Carry(NamedTuple):
+    """An inner state with its tangent along one direction of eta.
+
+    Args:
+      floats: leaves of the state that carry derivatives.
+      others: its other leaves.
+      tangents: of `floats`.
+    """
+
+    floats: list[jax.Array]
+    others: list[Any]
+    tangents: list[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pushed:
+    """The tangent of d/dh at eta + h v, pushed through an inner loop in as many parts as one likes.
+
+    Args:
+      unroll: the inner loop.
+      eta: the meta-parameters.
+      v: the direction, like eta.
+    """
+
+    unroll: Unroll
+    eta: Eta
+    v: Eta
+
+    def _at(self, h: jax.Array) -> Eta:
+        return moved(self.eta, self.v, h)
+
+    def start(self) -> Carry:
+        """Return theta_0 with its tangent."""
+
+        def init(h: jax.Array) -> Any:
+            return split(self.unroll.init(self._at(h)))[:2]
+
+        zero, one = jnp.float32(0), jnp.float32(1)
+        floats, tangents, others = jax.jvp(init, (zero,), (one,), has_aux=True)
+        return Carry(floats, others, tangents)
+
+    def advance(self, carry: Carry, batches: Batch) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+        """Take some inner steps: (carry, norms [K] of the tangents of theta, of the gradients)."""
+        theta = is_theta(self.unroll, self.eta, batches)
+        state = jax.eval_shape(self.unroll.init, self.eta)
+        kinds = [is_differentiable(leaf) for leaf in jax.tree.leaves(state)]
+        of_floats = [part for part, is_float in zip(theta, kinds, strict=True) if is_float]
+
+        def body(carry: Carry, batch: Any) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+            def step(floats: list[jax.Array], h: jax.Array) -> Any:
+                tape = Tape()
+                recorder = Recorder(tape.recording(jax.value_and_grad))
+                before = self._join(floats, carry.others)
+                state = self.unroll.step(self._at(h), before, batch, recorder.grad)
+                results = [result[1] for result in tape.results if result is not None]
+                after, others, _ = split(state)
+                return (after, split(results)[0]), others
+
+            primals, (tangents, of_gradients), others = jax.jvp(
+                step,
+                (carry.floats, jnp.float32(0)),
+                (carry.tangents, jnp.float32(1)),
+                has_aux=True,
+            )
+            of_theta = [t for t, part in zip(tangents, of_floats, strict=True) if part]
+            return Carry(primals[0], others, tangents), (_norm(of_theta), _norm(of_gradients))
+
+        return jax.lax.scan(body, carry, batches)
+
+    def slope(self, carry: Carry) -> jax.Array:
+        """Return the derivative () of the outer loss, from the carry after the last step."""
+
+        def loss(floats: list[jax.Array], h: jax.Array) -> jax.Array:
+            return outer_loss(self.unroll, self._at(h), self._join(floats, carry.others))[0]
+
+        primals, tangents = (carry.floats, jnp.float32(0)), (carry.tangents, jnp.float32(1))
+        return jax.jvp(loss, primals, tangents)[1]
+
+    def _join(self, floats: list[jax.Array], others: list[Any]) -> InnerState:
+        return split(self.unroll.init(self.eta))[2](floats, others)
+
+
 def _push(unroll: Unroll, eta: Eta, v: Eta, batches: Batch) -> Tangents:
     """Push the tangent of d/dh at eta + h v through the loop."""
-    zero, one = jnp.float32(0), jnp.float32(1)
-    theta = is_theta(unroll, eta, batches)
-    kinds = [is_differentiable(leaf) for leaf in jax.tree.leaves(jax.eval_shape(unroll.init, eta))]
-    of_floats = [part for part, is_float in zip(theta, kinds, strict=True) if is_float]
-    *_, join = split(unroll.init(eta))
-
-    def init(h: jax.Array) -> Any:
-        return split(unroll.init(moved(eta, v, h)))[:2]
-
-    def body(carry: Any, batch: Any) -> Any:
-        floats, others, tangents = carry
-
-        def step(floats: list[jax.Array], h: jax.Array) -> Any:
-            tape = Tape()
-            recorder = Recorder(tape.recording(jax.value_and_grad))
-            state = unroll.step(moved(eta, v, h), join(floats, others), batch, recorder.grad)
-            results = [result[1] for result in tape.results if result is not None]
-            after, rest, _ = split(state)
-            return (after, split(results)[0]), rest
-
-        primals, (tangents, of_gradients), others = jax.jvp(
-            step, (floats, zero), (tangents, one), has_aux=True
-        )
-        of_theta = [t for t, part in zip(tangents, of_floats, strict=True) if part]
-        norms = _norm(of_theta), _norm(of_gradients)
-        return (primals[0], others, tangents), norms
-
-    floats, tangents, others = jax.jvp(init, (zero,), (one,), has_aux=True)
-    carry = floats, others, tangents
-    (floats, others, tangents), norms = jax.lax.scan(body, carry, batches)
-
-    def loss(floats: list[jax.Array], h: jax.Array) -> jax.Array:
-        return outer_loss(unroll, moved(eta, v, h), join(floats, others))[0]
-
-    _, slope = jax.jvp(loss, (floats, zero), (tangents, one))
-    return Tangents(slope, *norms)
+    pushed = Pushed(unroll, eta, v)
+    carry, norms = pushed.advance(pushed.start(), batches)
+    return Tangents(pushed.slope(carry), *norms)
 
 
-def _pulled(unroll: Unroll, eta: Eta, batches: Batch) -> tuple[jax.Array, Eta, jax.Array]:
-    """Return (outer loss (), meta-gradient, norms [T] of the cotangents of theta)."""
-    theta, steps = is_theta(unroll, eta, batches), jnp.arange(horizon(batches))
+def probed(unroll: Unroll, theta: Sequence[bool]) -> Unroll:
+    """Return an unroll whose eta is (eta, probes [T]), and whose batches have step numbers beside.
+
+    The derivative with respect to a probe is the norm of the cotangent of theta after its step.
+
+    Args:
+      unroll: of eta.
+      theta: of each leaf of the inner state whether it is part of theta.
+    """
 
     @jax.custom_vjp
     def tap(floats: list[jax.Array], probe: jax.Array) -> list[jax.Array]:
@@ -358,14 +471,20 @@ def _pulled(unroll: Unroll, eta: Eta, batches: Batch) -> tuple[jax.Array, Eta, j
         floats, others, join = split(after, theta)
         return join(tap(floats, probes[batch[1]]), others)
 
-    probed = Unroll(
+    return Unroll(
         lambda probed: unroll.init(probed[0]),
         step,
         lambda probed, state: unroll.loss(probed[0], state),
     )
+
+
+def _pulled(unroll: Unroll, eta: Eta, batches: Batch) -> tuple[jax.Array, Eta, jax.Array]:
+    """Return (outer loss (), meta-gradient, norms [T] of the cotangents of theta)."""
+    steps = jnp.arange(horizon(batches))
+    with_probes = probed(unroll, is_theta(unroll, eta, batches))
     probes = jnp.zeros(steps.shape, jnp.float32)
     engine = Reverse("nested")
-    (loss, _), (grads, norms) = engine.value_and_grad(probed, (eta, probes), (batches, steps))
+    (loss, _), (grads, norms) = engine.value_and_grad(with_probes, (eta, probes), (batches, steps))
     return loss, grads, norms
 
 

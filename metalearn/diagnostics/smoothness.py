@@ -27,7 +27,9 @@ what `bergson` measures its metasmoothness at. The directions are the negative m
 first update of the outer optimizer, and random ones.
 
 The cost is three programs to compile, and about as many inner runs as there are directions times
-step sizes; memory is that of `Reverse("nested")` on one task.
+step sizes; memory is that of `Reverse("nested")` on one task. A trainer with `segment=K` runs all
+of them in programs of K inner steps, with the memory of one segment and of the states that its
+`replay` keeps (`metalearn.training.segmented_runs`): the same numbers, to rounding.
 """
 
 from __future__ import annotations
@@ -41,7 +43,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn._utils.checks import above, counts
-from metalearn.diagnostics.perturbed_runs import End, PerturbedRuns, ThreeRuns, metasmoothness
+from metalearn.diagnostics.perturbed_runs import (
+    End,
+    InnerRuns,
+    PerturbedRuns,
+    ThreeRuns,
+    metasmoothness,
+)
 from metalearn.engines.base import check_eta
 from metalearn.tasks import Tasks, check_tasks
 from metalearn.train_state import TrainState
@@ -179,7 +187,8 @@ def smoothness(
     far that of an approximate engine is from it, `metalearn.diagnostics.compare` measures.
 
     Args:
-      trainer: a `Trainer`; its engine is not read. Of truncated unrolls the first is measured.
+      trainer: a `Trainer`; its engine is not read. Of truncated unrolls the first is measured; with
+        `segment` inner runs are cut as its outer steps are.
       state: where eta is; its step and key say the task.
       tasks: that are trained on.
       key: (), draws the task; None: the first task of the outer step after `state`.
@@ -190,7 +199,7 @@ def smoothness(
 
     Raises:
       ValueError: for a loop without inner steps, a direction of another structure or shape, or that
-        is zero, or a step size that is not positive.
+        is zero, a step size that is not positive, or `segment` with a layout over devices.
       TypeError: for an eta with a leaf that is not floating-point, or tasks that are none.
     """
     check_tasks("smoothness(tasks=)", tasks)
@@ -228,8 +237,8 @@ def smoothness(
     )
 
 
-def _runs(trainer: Any, state: TrainState, tasks: Tasks, key: jax.Array | None) -> PerturbedRuns:
-    runs = PerturbedRuns.create(trainer, state, tasks, key)
+def _runs(trainer: Any, state: TrainState, tasks: Tasks, key: jax.Array | None) -> InnerRuns:
+    runs: InnerRuns = trainer.perturbed_runs(state, tasks, key)
     if not runs.horizon:
         raise ValueError(
             f"`smoothness` compares inner runs, and `{type(trainer.algorithm).__name__}` takes no "
@@ -261,7 +270,7 @@ def _checked(direction: Eta, eta: Eta) -> Eta:
 
 
 def _predict(
-    runs: PerturbedRuns,
+    runs: InnerRuns,
     name: str,
     v: Eta,
     slope: float,

@@ -9,11 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from metalearn import Algorithm, Forward, Trainer, Unroll
-from metalearn.datasets import Quadratics
+from metalearn import Algorithm, Forward, Layout, Replay, Trainer, Unroll, make_mesh
+from metalearn.algorithms import FDS, Hyperparameter
+from metalearn.datasets import HostTrainingRuns, Quadratics, TrainingRuns
 from metalearn.diagnostics import smoothness
 from metalearn.diagnostics.perturbed_runs import PerturbedRuns, metasmoothness, scale_of
 from metalearn.diagnostics.smoothness import growth, largest_jump, three_runs
+from tests.helpers.few_shot_data import images, linear
 
 KEY, TASKS = jax.random.key(0), Quadratics(2)
 CURVATURE = jnp.array([1.0, 2.0])
@@ -168,6 +170,67 @@ def test_growth_and_jumps_are_read_off_the_norms():
     assert largest_jump(np.array([0.0, 1.0, 2.0, 60.0])) == (30.0, 4)
     assert largest_jump(np.array([1.0])) == (1.0, 0)
     assert growth(np.array([1.0, 1.0, 4.0, 8.0])) == 2.0 and growth(np.zeros(3)) == 1.0
+
+
+SLOW = pytest.mark.slow
+
+
+def equal_numbers(results):
+    """Compare two results of `smoothness`, leaf by leaf."""
+    parts = [
+        [*jax.tree.leaves(result._replace(predictions=())), [p[1:] for p in result.predictions]]
+        for result in results
+    ]
+    for part, expected in zip(*parts, strict=True):
+        for leaf, other in zip(jax.tree.leaves(part), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(leaf, other, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "segment", [2, pytest.param(4, marks=SLOW), pytest.param("auto", marks=SLOW)], ids=str
+)
+def test_a_run_in_segments_has_the_numbers_of_one_program(segment):
+    """Of 6 inner steps; in segments of 4, the last one is shorter."""
+    results, directions = [], {"direction": {"target": jnp.array([0.3, -0.7])}, "sizes": (0.1, 0.5)}
+    for trainer in (
+        Trainer(Pull(), optimizer=optax.sgd(0.1), tasks_per_step=1),
+        Trainer(Pull(), optimizer=optax.sgd(0.1), tasks_per_step=1, segment=segment),
+    ):
+        results.append(smoothness(trainer, trainer.init(KEY), TASKS, **directions))
+        assert results[-1].inner_steps == len(results[-1].cotangents) == 6
+    equal_numbers(results)
+    runs = three_runs(trainer, trainer.init(KEY), TASKS)
+    assert np.isclose(runs.losses[0], results[0].loss, rtol=1e-6) and runs.metasmoothness == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_training_runs_on_the_host_are_read_a_segment_at_a_time(monkeypatch):
+    algorithm = FDS(linear(outputs=10), {"learning_rate": Hyperparameter(0.01, 1.0, 0.1)}, 12, 8)
+    reads, results, fetch_steps = [], [], HostTrainingRuns.fetch_steps
+
+    def spied(tasks, keys, first, algorithm, read):
+        reads.append(read.steps)
+        return fetch_steps(tasks, keys, first, algorithm, read)
+
+    monkeypatch.setattr(HostTrainingRuns, "fetch_steps", spied)
+    replay = Replay(states=1)
+    for kind, options in (
+        (TrainingRuns, {}),
+        (HostTrainingRuns, {"segment": 3, "replay": replay}),
+    ):
+        trainer = Trainer(algorithm, tasks_per_step=1, **options)
+        tasks = kind.create(*images(), validation=10)
+        results.append(smoothness(trainer, trainer.init(KEY), tasks, sizes=(0.1,)))
+    equal_numbers(results)
+    assert {*reads} == {0, 3}  # and the queries alone
+
+
+def test_segments_of_a_run_are_on_one_device():
+    trainer = Trainer(Pull(), tasks_per_step=1, segment=2, layout=Layout(make_mesh(1)))
+    with pytest.raises(ValueError, match="whose segments run on one device, and this trainer has"):
+        smoothness(trainer, trainer.init(KEY), TASKS)
 
 
 def refused(message, algorithm=Pull(), eta=None, error=ValueError, **options):

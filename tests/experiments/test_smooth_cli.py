@@ -71,8 +71,9 @@ def test_every_packaged_config_has_a_smoothness(name, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_table_ends_with_the_verdict(capsys):
-    assert call("smooth", *SMALL) == 0
+@pytest.mark.parametrize("options", [(), ("--config.segment=5",)], ids=["one program", "segments"])
+def test_the_table_ends_with_the_verdict(options, capsys):
+    assert call("smooth", *SMALL, *options) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("One task of 14 inner steps, outer loss ")
     assert lines[2].split()[0] == "direction" and lines[3].startswith("meta-gradient")
