@@ -43,7 +43,7 @@ LARGE = (
     *("mini-batches", "MAML++", "MAML++-annealing", "CAVIA", "MetaCurvature"),
     *("running", "LoRA", "Trainable", "Meta-SGD", "LearningRates", "Reptile"),
     *("LearnedLoss", "LearnedLoss-classes", "COMLN", "MetaNTK", "MetaNTK-classes"),
-    *("DataWeights", "ProtoNet"),
+    *("DataWeights", "DataRater", "ProtoNet"),
 )
 EXACT_PAIRS = quick(
     [pair for pair in PAIRS if ALGORITHMS[pair[0]].exact],
@@ -191,6 +191,7 @@ REFUSED = {
     **{name: "is read by `Unroll.init` alone" for name in ALGORITHMS},
     "FDS": "",
     "DataWeights": "",
+    "DataRater": "",
     "LearnedOptimizer": "",
     **dict.fromkeys(("LearningRates", "LearningRates-ConvNet", "Trainable"), ""),
     **dict.fromkeys(("example-weights", "token-weights"), ""),
