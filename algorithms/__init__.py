@@ -2,6 +2,9 @@
 
 from metalearn.algorithms.cavia import CAVIA
 from metalearn.algorithms.comln import COMLN
+from metalearn.algorithms.data_rater.algorithm import DataRater
+from metalearn.algorithms.data_rater.networks import text_rater
+from metalearn.algorithms.data_rater.selection import Selection, rate_examples, top_fraction
 from metalearn.algorithms.data_weights.algorithm import DataWeights
 from metalearn.algorithms.data_weights.attribution import (
     Attribution,
@@ -79,6 +82,7 @@ __all__ = [
     "Attribution",
     "CAVIA",
     "COMLN",
+    "DataRater",
     "DataWeights",
     "DomainWeights",
     "ExampleWeights",
@@ -114,6 +118,7 @@ __all__ = [
     "Reptile",
     "Schedule",
     "SecondMoments",
+    "Selection",
     "StepFeatures",
     "StepLoss",
     "Streamed",
@@ -140,11 +145,14 @@ __all__ = [
     "mean_one",
     "predicted_changes",
     "save_optimizer",
+    "rate_examples",
     "save_schedules",
     "read_rows",
     "sgd",
     "sign_steps",
     "squared_error",
+    "text_rater",
+    "top_fraction",
     "unbounded",
     "weighted_cross_entropy",
     "within",

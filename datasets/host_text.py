@@ -172,6 +172,18 @@ class HostText(Tasks):
         """Return (0, vocabulary - 1)."""
         return 0, self.files.vocabulary - 1
 
+    def windows(self) -> Windows:
+        """Return the training text as windows side by side, leaves [n, ...]: views of its tokens.
+
+        Those of a `numpy.memmap` are read when they are indexed. Tokens at the end that fill no
+        window are left out.
+        """
+        size = self.sizes.length + 1
+        tokens = self.files.train.data
+        cut = tokens[: len(tokens) // size * size].reshape(-1, size)
+        flags: Any = np.zeros(len(cut), np.int32), np.zeros(len(cut), bool)
+        return Windows(cut[:, :-1], cut[:, 1:], *flags)
+
     def sample(self, key: jax.Array) -> Episode:
         """Draw one task: support = Windows [T, batch], query = Windows [queries].
 

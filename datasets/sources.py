@@ -76,7 +76,7 @@ class ArrayRows(Rows):
     def __init__(self, data: Any, what: str = "HostFewShot"):
         """Take arrays, a pytree of them, leaves [n, ...]; `what` reads them, for messages."""
         data = jax.tree.map(np.asanyarray, arrays(what, "inputs", data, "[n, ...]"))
-        self._data, self.count = data, rows_of(what, "inputs", data)
+        self.data, self.count = data, rows_of(what, "inputs", data)
         self.name = f"The array that `{what}` reads"
         self.example = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), data
@@ -88,7 +88,7 @@ class ArrayRows(Rows):
             now = os.path.getsize(path) if os.path.exists(path) else 0
             if now < size:
                 raise self._shrunk(f"its file {path} has {now:,} bytes of {size:,}")
-        return jax.tree.map(lambda leaf: np.asarray(leaf[rows]), self._data)
+        return jax.tree.map(lambda leaf: np.asarray(leaf[rows]), self.data)
 
 
 def _mapped_files(data: Any) -> Iterator[tuple[str, int]]:

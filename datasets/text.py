@@ -218,6 +218,18 @@ class Text(Tasks):
         clean = np.flatnonzero(~np.asarray(self.train.corrupted))
         return dataclasses.replace(self, train=Pieces(*(x[clean] for x in self.train)))
 
+    def windows(self) -> Windows:
+        """Return the training text as windows side by side, leaves [n, ...], on the host.
+
+        The tokens at the end of a piece that fill no window are left out. To score all of the
+        text, and to train on a part of it; tasks draw windows that begin anywhere.
+        """
+        tokens, source, corrupted = map(np.asarray, self.train)
+        each = tokens.shape[1] // (self.length + 1)  # windows of a piece
+        cut = tokens[:, : each * (self.length + 1)].reshape(-1, self.length + 1).astype(np.int32)
+        columns: Any = cut[:, :-1], cut[:, 1:], np.repeat(source, each), np.repeat(corrupted, each)
+        return Windows(*columns)
+
     def sample(self, key: jax.Array) -> Episode:
         """Draw one task: support = Windows [T, batch], query = Windows [queries + probes]."""
         support_key, query_key, probe_key = jax.random.split(key, 3)

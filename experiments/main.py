@@ -10,6 +10,7 @@
     metalearn export --workdir=runs/fds --out=schedules.json
     metalearn draw --workdir=runs/fds
     metalearn attribute --config=data_weights_digits --workdir=runs/worth --validate
+    metalearn attribute --workdir=runs/data_rater --fraction=0.5
     metalearn report runs/omniglot runs/other --out=report.html
     metalearn sweep --config=maml_digits --sweep.tasks_per_step="[4,8]" --workdir=runs/sweep
     metalearn list maml
@@ -22,7 +23,8 @@ each an .npz file with `inputs` and `labels`, or a folder of images by class. co
 engine on a config and prints its error beside its cost; with --tolerance=0.01, engine=auto of train
 takes the fastest engine within that error. smooth measures whether the meta-gradient of a config
 predicts the outer loss, with a verdict; --search tries settings that make it smoother. attribute
-computes what each training example is worth, and --validate trains without some. sweep searches
+computes what each training example is worth, and --validate trains without some; without --config
+it scores the training data of a trained data_rater; --fraction keeps the best share. sweep searches
 keys of a config by trials, and resumes; list shows what a config may name, or the keys of a name;
 doctor tries every engine on this machine, and exits with status 1 where something does not work.
 
@@ -60,6 +62,7 @@ from metalearn.experiments.cli.compilation_cache import kept_programs
 from metalearn.experiments.commands import adapt as adaptation
 from metalearn.experiments.commands import attribute as attribution
 from metalearn.experiments.commands import compare, doctor, listing, plan, run, smooth
+from metalearn.experiments.commands import rate as rating
 from metalearn.experiments.commands import report as reporting
 from metalearn.experiments.commands import sweep as sweeping
 from metalearn.sharding import distributed as processes
@@ -95,6 +98,9 @@ _LEAVE_OUT = flags.DEFINE_integer(
     "leave_out", None, "Examples that such a training is without; else one in a hundred."
 )
 _TRAININGS = flags.DEFINE_integer("trainings", 100, "How many trainings.", lower_bound=3)
+_FRACTION = flags.DEFINE_float(
+    "fraction", None, "Keep this share of the examples, the best ones: between 0 and 1."
+)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show no progress bar.")
 _CHANGE = flags.DEFINE_bool("allow_config_change", False, "Resume whatever the config.")
 _IMPORTS = flags.DEFINE_bool(
@@ -143,6 +149,7 @@ OPTIONS = {
     "best": ("eval", "adapt", "export"),
     "test": ("train",),
     **dict.fromkeys(("queries", "split", "validate", "leave_out", "trainings"), ("attribute",)),
+    "fraction": ("attribute",),
     **dict.fromkeys(("trials", "sampler_seed"), ("smooth", "sweep")),
     **dict.fromkeys(("jobs", "metric", "sampler", "pruner"), ("sweep",)),
     **dict.fromkeys(("coordinator", "processes", "process", "distributed"), WITH_DEVICES),
@@ -206,9 +213,12 @@ def draw() -> None:
 
 
 def attribute() -> None:
-    """Score every training example of a config for some queries, and show the extremes."""
+    """Score every training example: of a config for some queries, or by a trained data_rater."""
+    if _CONFIG.value is None:
+        rating.run(_workdir(), _FRACTION.value, _IMPORTS.value)
+        return
     options = _QUERIES.value, _SPLIT.value, _VALIDATE.value, _LEAVE_OUT.value, _TRAININGS.value
-    attribution.run(_config("attribute"), _workdir(), attribution.Options(*options))
+    attribution.run(_CONFIG.value, _workdir(), attribution.Options(*options, _FRACTION.value))
 
 
 def report(*workdirs: str) -> None:

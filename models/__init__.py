@@ -8,7 +8,7 @@ sizes and initial values of the image networks.
 
 from metalearn.model import Model
 from metalearn.models.adapters import deterministic_flag, no_flag, train_flag
-from metalearn.models.attention import BlockedAttention, causal_attention
+from metalearn.models.attention import BlockedAttention, causal_attention, full_attention
 from metalearn.models.equinox import Equinox
 from metalearn.models.functions import Functions
 from metalearn.models.haiku import Haiku
@@ -36,6 +36,7 @@ __all__ = [
     "Trainable",
     "causal_attention",
     "deterministic_flag",
+    "full_attention",
     "load_hugging_face",
     "match",
     "no_flag",

@@ -1,13 +1,14 @@
-"""Causal self-attention and rotary positions, as plain functions of arrays.
+"""Self-attention, causal and not, and rotary positions, as plain functions of arrays.
 
 An attention is any callable (q, k, v) -> out, each [batch, S, heads, head_dim]. `MixedFlow`
 differentiates it forward over reverse, so every operation in it, including those of a hand-written
-backward pass, needs a JVP. Most fused kernels have none; the two attentions here are ordinary JAX,
+backward pass, needs a JVP. Most fused kernels have none; the attentions here are ordinary JAX,
 with derivatives of any order.
 
 | attention               | memory of one layer's gradient | extra work              |
 |-------------------------|--------------------------------|-------------------------|
 | `causal_attention`      | batch * heads * S * S          | none                    |
+| `full_attention`        | batch * heads * S * S          | none                    |
 | `BlockedAttention(n)`   | batch * heads * n * S          | the scores, recomputed  |
 
 References: Vaswani et al. 2017 (arXiv:1706.03762); Su et al. 2021 for rotary positions
@@ -31,6 +32,11 @@ Heads = Float[Array, "batch S heads head_dim"]
 def causal_attention(q: Heads, k: Heads, v: Heads) -> Heads:
     """Causal self-attention: q, k, v [batch, S, heads, head_dim] -> the same shape."""
     return _attend(q, k, v, jnp.arange(q.shape[1]))
+
+
+def full_attention(q: Heads, k: Heads, v: Heads) -> Heads:
+    """Self-attention to all positions: q, k, v [batch, S, heads, head_dim] -> the same shape."""
+    return _attend(q, k, v, jnp.full(q.shape[1], q.shape[1] - 1))
 
 
 @dataclasses.dataclass(frozen=True)

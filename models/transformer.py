@@ -228,6 +228,15 @@ class Architecture:
 
     def apply(self, params: Params, tokens: jax.Array) -> jax.Array:
         """Return next-token logits [batch, S, vocabulary], at least float32."""
+        x = self.hidden_states(params, tokens)
+        name = "embedding" if self.tied else "head"
+        head = self._cast({name: params[name]})[name]
+        head = head.T if self.tied else head
+        precise = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.einsum("bsd,dv->bsv", x, head, preferred_element_type=precise)
+
+    def hidden_states(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """Return the normalised residual stream after the last block: [batch, S, width]."""
         _check(tokens)
         stacked = {name: params[name] for name in self._block()}
         outside = self._cast({name: params[name] for name in params.keys() - stacked.keys()})
@@ -235,10 +244,7 @@ class Architecture:
         if self.remat != "none":
             block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
         x, _ = jax.lax.scan(block, self._embed(outside, tokens), stacked)
-        x = self._normalise(x, outside, "final_norm")
-        head = outside["embedding"].T if self.tied else outside["head"]
-        precise = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.einsum("bsd,dv->bsv", x, head, preferred_element_type=precise)
+        return self._normalise(x, outside, "final_norm")
 
     def _apply_block(self, x: jax.Array, params: Params) -> tuple[jax.Array, None]:
         """Apply one layer to the residual stream [batch, S, width]."""

@@ -34,6 +34,7 @@ from metalearn.algorithms import (
     FDS,
     MAML,
     R2D2,
+    DataRater,
     DataWeights,
     ExampleWeights,
     Gradient,
@@ -179,6 +180,23 @@ class Tokenwise(Model):
         return outputs.reshape(*inputs.shape, -1), state
 
 
+@dataclasses.dataclass(frozen=True)
+class Rating(Model):
+    """A network [n, 4] -> [n, 4] as a rater of (inputs, targets) [batch, S], by their parities."""
+
+    model: Model
+
+    def init(self, key):
+        return self.model.init(key)
+
+    def apply(self, params, state, examples, **mode):
+        pairs = (2 * (examples[0] % 2) + examples[1] % 2).reshape(-1)
+        outputs, state = self.model.apply(
+            params, state, to_float64(jax.nn.one_hot(pairs, 4)), **mode
+        )
+        return outputs.reshape(*examples[0].shape, 4)[..., 0].mean(1), state
+
+
 def _pretrained(model: Model) -> Model:
     return with_params(model, model.init(jax.random.key(1))[0])
 
@@ -309,6 +327,9 @@ class AlgorithmCase:
         """Return (algorithm, tasks)."""
         if self.network == "language":
             return self.make(Float64(Tokenwise(mlp(library, width=4)))), TASKS["Text"]
+        if self.network == "rated language":
+            network = mlp(library, width=4)
+            return self.make(Float64(Tokenwise(network)), Float64(Rating(network))), TASKS["Text"]
         if self.network == "classifier":
             return self.make(Float64(mlp(library, width=5))), TASKS["TrainingRuns"]
         if self.network == "context":
@@ -399,6 +420,10 @@ def _loss_weights(weighting, **options):
     return functools.partial(LossWeights, weighting=weighting, optimizer=optimizer, **options)
 
 
+def _data_rater(model, rater):
+    return DataRater(model, rater, optax.adam(0.3, eps_root=1e-4))
+
+
 def _data_weights(model):
     return DataWeights(model, 5, inner_steps=3, batch=2, optimizer=optax.sgd(0.3, momentum=0.9))
 
@@ -454,6 +479,7 @@ ALGORITHMS = {
     "FDS": AlgorithmCase(_fds, "classifier"),
     "LearnedOptimizer": AlgorithmCase(_learned_optimizer, "classifier"),
     "DataWeights": AlgorithmCase(_data_weights, "classifier"),
+    "DataRater": AlgorithmCase(_data_rater, "rated language"),
     "LearningRates-ConvNet": AlgorithmCase(_learning_rates, "ConvNet", run=True),
 }
 # Exercised in full for every library; the transductive ConvNet for linen alone.

@@ -43,7 +43,7 @@ LARGE = (
     *("mini-batches", "MAML++", "MAML++-annealing", "CAVIA", "MetaCurvature"),
     *("running", "LoRA", "Trainable", "Meta-SGD", "LearningRates", "Reptile"),
     *("LearnedLoss", "LearnedLoss-classes", "COMLN", "MetaNTK", "MetaNTK-classes"),
-    *("DataWeights", "ProtoNet"),
+    *("DataWeights", "DataRater", "ProtoNet"),
 )
 EXACT_PAIRS = quick(
     [pair for pair in PAIRS if ALGORITHMS[pair[0]].exact],
@@ -192,6 +192,7 @@ REFUSED = {
     "CAVIA": "",
     "FDS": "",
     "DataWeights": "",
+    "DataRater": "",
     "LearnedOptimizer": "",
     **dict.fromkeys(("LearningRates", "LearningRates-ConvNet", "Trainable"), ""),
     **dict.fromkeys(("example-weights", "token-weights"), ""),

@@ -98,6 +98,13 @@ FEATURES = {
     "R2-D2": ("algorithms/r2d2.py", "R2D2"),
     "heads in closed form": ("algorithms/closed_form.py", "ClosedFormHead"),
     "hyperparameter schedules by FDS": ("algorithms/fds/algorithm.py", "FDS"),
+    "a network that rates training examples": ("algorithms/data_rater/algorithm.py", "DataRater"),
+    "a rater of texts": ("algorithms/data_rater/networks.py", "text_rater"),
+    "the best of a dataset": ("algorithms/data_rater/selection.py", "top_fraction"),
+    "training on weighted losses": (
+        "algorithms/loss_weights/weighted_training.py",
+        "WeightedTraining",
+    ),
     "a weight for each training example": ("algorithms/data_weights/algorithm.py", "DataWeights"),
     "scores of training examples": ("algorithms/data_weights/attribution.py", "attribute"),
     "training without some examples": ("algorithms/data_weights/validation.py", "leave_k_out"),

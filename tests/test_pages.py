@@ -47,7 +47,7 @@ MINUTES = (  # or a good part of one, on a busy machine
         "models",
     ),
     *("nan", "own_algorithm", "quickstart", "schedules", "tracking", "scaling", "runs", "replay"),
-    *("approximate_hypergradients", "data_weights", "smoothness", "inner_optimizers"),
+    *("approximate_hypergradients", "data_weights", "data_rater", "smoothness", "inner_optimizers"),
 )
 SEVERAL_DEVICES = ("devices", "scaling")
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if python_blocks(path.stem))

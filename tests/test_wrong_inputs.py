@@ -702,6 +702,7 @@ INSTANCES = {
     "DomainWeights": algorithms.DomainWeights(3),
     "ExampleWeights": algorithms.ExampleWeights(),
     "FDS": FDS(linear(3), RATE, 3, 2),
+    "DataRater": algorithms.DataRater(linear(3), linear(1)),
     "DataWeights": DataWeights(linear(3), 5, 3, 2),
     "FactoredMoments": algorithms.FactoredMoments(),
     "HypergradientRule": algorithms.HypergradientRule(),

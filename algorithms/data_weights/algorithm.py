@@ -43,14 +43,15 @@ from metalearn._utils.readable import described, readable
 from metalearn.algorithms import pictures
 from metalearn.algorithms.epochs import InEpochs, check_reads, read_rows
 from metalearn.algorithms.fds.outer_rules import within
+from metalearn.algorithms.loss_weights.weighted_training import weighted_mean_gradient
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.engines.inner_loop import depends
 from metalearn.learner import Learner
 from metalearn.model import Model
 from metalearn.optimizers.differentiable import differentiable_at_zero
-from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
+from metalearn.optimizers.updates import Evaluated, evaluation_params, start, update
 from metalearn.rows import ABSENT, row_count, row_numbers
-from metalearn.unroll import Batch, Episode, ExampleMean, GradFn, Metrics, ModelTraining, Unroll
+from metalearn.unroll import Batch, Episode, GradFn, Metrics, ModelTraining, Unroll
 
 
 @readable
@@ -176,34 +177,21 @@ class DataWeights(InEpochs):
     ) -> tuple[Evaluated, Any]:
         """Return (the weighted loss of a batch with its gradient, the model's next statistics)."""
 
-        def weighted(
-            params: Any, examples: Any, weights: jax.Array, key: jax.Array
-        ) -> tuple[jax.Array, Any]:
+        def losses(params: Any, examples: Any, key: jax.Array) -> tuple[jax.Array, Any]:
             inputs, targets = examples
             outputs, statistics = self.model.apply(
                 params, state.statistics, inputs, train=True, key=key
             )
             losses = self.losses(outputs, targets)
-            if losses.shape != weights.shape:
+            if losses.shape[1:] != weights.shape[1:]:
                 raise ValueError(
                     f"`DataWeights(tokens={self.tokens})` has weights {[*weights.shape[1:]]} for "
                     f"each example, whose losses are {[*losses.shape[1:]]}. Let `tokens` be the "
                     "targets of an example, or None: one weight for all of them."
                 )
-            return (weights * losses).mean(), statistics
+            return losses, statistics
 
-        def example_loss(params: Any, example: Any) -> jax.Array:
-            *parts, key = example
-            examples, weights = jax.tree.map(lambda leaf: leaf[None], parts)
-            return weighted(params, examples, weights, key)[0]
-
-        if jax.tree.leaves(state.statistics):
-            evaluated = evaluate(grad, weighted, state.params, examples, weights, key)
-            return evaluated, evaluated.aux
-        # No example depends on another, so engines may split the batch into micro-batches.
-        keys = jax.random.split(key, weights.shape[0])
-        mean = ExampleMean(example_loss)
-        return evaluate(grad, mean, state.params, (examples, weights, keys)), state.statistics
+        return weighted_mean_gradient(grad, losses, state, examples, weights, key)
 
     def _outer_loss(
         self, params: Any, statistics: Any, key: jax.Array, inputs: Any, targets: Any

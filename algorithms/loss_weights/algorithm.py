@@ -15,15 +15,13 @@ Ren et al. 2018, "Learning to Reweight Examples" (arXiv:1803.09050): one step, n
 Shu et al. 2019, Meta-Weight-Net (arXiv:1902.07379): a small network on the example's loss.
 Kemaev et al. 2025 (arXiv:2505.00793): weights of a language model's data, by mixed flow.
 
-Batches have fields `inputs`, `targets`, `source` [batch] and, in the query, `corrupted`
-[batch] bool or None, as `metalearn.datasets.Text` draws them. Corrupted query examples are left out
-of the outer loss; they serve to measure how well the weights separate them from clean ones.
+What batches are, and the training itself: `metalearn.algorithms.loss_weights.weighted_training`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,9 +30,8 @@ import optax
 
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import described, readable
-from metalearn.algorithm import TRAINING_RUN, Algorithm
-from metalearn.algorithms import pictures
-from metalearn.algorithms.loss_weights.features import Examples, WeightInputs, auc
+from metalearn.algorithms.loss_weights.features import WeightInputs
+from metalearn.algorithms.loss_weights.weighted_training import WeightedTraining
 from metalearn.algorithms.loss_weights.weighting import (
     Function,
     Weighting,
@@ -43,26 +40,15 @@ from metalearn.algorithms.loss_weights.weighting import (
     check_squash,
     check_weighting,
 )
-from metalearn.algorithms.objectives import check_labels, unmasked
-from metalearn.algorithms.support import check_pair
+from metalearn.algorithms.objectives import unmasked
 from metalearn.model import Model
-from metalearn.optimizers.updates import Evaluated, evaluate, evaluation_params, start, update
-from metalearn.unroll import (
-    Batch,
-    Episode,
-    Eta,
-    ExampleMean,
-    GradFn,
-    Masked,
-    Metrics,
-    ModelTraining,
-    Unroll,
-)
+from metalearn.optimizers.updates import Evaluated, evaluate
+from metalearn.unroll import Batch, Eta, ExampleMean, GradFn, Masked, ModelTraining
 
 
 @readable
 @dataclasses.dataclass(frozen=True)
-class LossWeights(Algorithm):
+class LossWeights(WeightedTraining):
     """Learn how much each token, example or domain counts. eta: the weighting's parameters.
 
     Support: batches with leaves [T, batch, ...], one slice per inner step. Query: leaves [m, ...].
@@ -100,75 +86,13 @@ class LossWeights(Algorithm):
         """Return the initial parameters of the weighting."""
         return self.weighting.init(key)
 
-    def unroll(self, episode: Episode, key: jax.Array) -> Unroll:
-        """Return the training of a fresh model, drawn with `key`."""
-        params, statistics = self.model.init(key)
-
-        def init(eta: Eta) -> ModelTraining:
-            del eta
-            return ModelTraining(params, start(self.optimizer, params), statistics)
-
-        def step(eta: Eta, state: ModelTraining, batch: Batch, grad: GradFn) -> ModelTraining:
-            batch, key = batch
-            evaluated, statistics = self._evaluate(eta, state, batch, key, grad)
-            updates, optimizer = update(self.optimizer, evaluated, state.optimizer, state.params)
-            return ModelTraining(optax.apply_updates(state.params, updates), optimizer, statistics)
-
-        def loss(eta: Eta, state: ModelTraining) -> tuple[jax.Array, Metrics]:
-            return self._held_out_loss(eta, state, episode.query)
-
-        return Unroll(init, step, loss)
-
-    def batches(self, episode: Episode, key: jax.Array) -> Batch:
-        """Return the support batches, leaves [T, batch, ...], and a key for each, [T]."""
-        steps = jax.tree.leaves(episode.support)[0].shape[0]
-        return episode.support, jax.random.split(key, steps)
-
     def weights(self, eta: Eta, losses: jax.Array, batch: Batch) -> jax.Array:
         """Return the weights of a batch, [batch, 1] or [batch, S], from its losses [batch, S]."""
         source = jnp.zeros(losses.shape[:1], jnp.int32) if batch.source is None else batch.source
         weights = self.squash(self.weighting(eta, WeightInputs(losses, source)))
         return weights if self.normalize is None else self.normalize(weights)
 
-    def losses(self, state: ModelTraining, batch: Batch) -> jax.Array:
-        """Return the unweighted losses of a batch, with the evaluation parameters: [batch, S]."""
-        outputs = self.predict(*self.trained(None, state), batch.inputs, None)
-        return self.losses_of(outputs, batch)
-
-    def trained(self, eta: Eta, state: ModelTraining) -> tuple[Any, Any]:
-        """Return (the parameters of the trained model, its running statistics)."""
-        del eta
-        return evaluation_params(state.optimizer, state.params), state.statistics
-
-    def predict(self, params: Any, statistics: Any, inputs: Any, key: jax.Array | None) -> Any:
-        """Return the outputs of the trained model in evaluation mode, for inputs [n, ...]."""
-        del key
-        return self.model.apply(params, statistics, inputs, train=False)[0]
-
-    def model_mode(self) -> str:
-        """Say in which mode the model is in inner steps and for queries."""
-        return TRAINING_RUN
-
-    def support_set(self, support: Any) -> Any:
-        """Return batches with the fields that the losses need; of a pair, all of one source."""
-        check_pair("LossWeights", support, "[T, batch, ...]")
-        if len(support) == 2:
-            return Examples(*support)
-        try:
-            _ = support.inputs, support.targets, support.source
-        except AttributeError:
-            raise ValueError(
-                f"`LossWeights.adapt(support=)` got a {type(support).__name__} of {len(support)}, "
-                "but takes (inputs, targets), leaves [T, batch, ...], or batches with the fields "
-                "`inputs`, `targets` and `source`, as `metalearn.datasets.Text` draws them."
-            ) from None
-        return support
-
-    def pictures(self) -> Mapping[str, Callable[..., Mapping[str, Any]]]:
-        """Return "weights": see `metalearn.algorithms.pictures`."""
-        return {"weights": pictures.weights}
-
-    def _evaluate(
+    def weighted_gradient(
         self, eta: Eta, state: ModelTraining, batch: Batch, key: jax.Array, grad: GradFn
     ) -> tuple[Evaluated, Any]:
         """Return (the weighted loss with its gradient, the model's next statistics).
@@ -207,43 +131,3 @@ class LossWeights(Algorithm):
         examples = batch, jax.random.split(key, batch.targets.shape[0])
         mean = ExampleMean(example_loss)
         return evaluate(grad, mean, state.params, examples, state.params, eta), state.statistics
-
-    def _losses(self, state: ModelTraining, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        """Return (the losses [batch, S] of an inner step, the model's next statistics)."""
-        outputs, statistics = self.model.apply(
-            state.params, state.statistics, batch.inputs, train=True, key=key
-        )
-        return self.losses_of(outputs, batch), statistics
-
-    def losses_of(self, outputs: Any, batch: Batch) -> jax.Array:
-        """Return the losses [batch, S] of a model's outputs."""
-        targets, _ = unmasked(batch.targets)
-        if self.loss_fn is optax.softmax_cross_entropy_with_integer_labels:
-            targets = check_labels("LossWeights", outputs, targets)
-        losses = self.loss_fn(outputs, targets)
-        return losses.reshape(losses.shape[0], -1)
-
-    def _held_out_loss(
-        self, eta: Eta, state: ModelTraining, query: Batch
-    ) -> tuple[jax.Array, Metrics]:
-        """Return (mean unweighted loss of the clean examples (), metrics of the weights)."""
-        losses = self.losses(state, query)
-        weights = self.weights(eta, losses, query)
-        metrics = {"weight_min": weights.min(), "weight_mean": weights.mean()}
-        _, mean = unmasked(query.targets)
-        if query.corrupted is None:
-            return mean(losses), metrics
-        if isinstance(query.targets, Masked):
-            raise ValueError(
-                "`LossWeights` got a query set with `corrupted` and with `Masked` targets, of "
-                "which each leaves examples out. Mark the padding as corrupted instead."
-            )
-        clean, example_weights = ~query.corrupted, weights.mean(1)
-        metrics["weight_clean"] = _mean_where(clean, example_weights)
-        metrics["weight_corrupted"] = _mean_where(query.corrupted, example_weights)
-        metrics["weight_auc"] = auc(example_weights, clean)
-        return _mean_where(clean, losses.mean(1)), metrics
-
-
-def _mean_where(where: jax.Array, values: jax.Array) -> jax.Array:
-    return jnp.where(where, values, 0).sum() / where.sum()

@@ -22,6 +22,7 @@ from metalearn import Algorithm, algorithms
 from metalearn._utils.checks import pick
 from metalearn.algorithms import (
     FDS,
+    DataRater,
     DomainWeights,
     ExampleWeights,
     HypergradientRule,
@@ -44,6 +45,7 @@ from metalearn.algorithms import (
     cross_entropy,
     jitter,
     mean_one,
+    text_rater,
     unbounded,
 )
 from metalearn.experiments.build.datasets import Sizes, Splits
@@ -67,6 +69,7 @@ AUGMENTATIONS = {"none": None, "jitter": jitter}
 WEIGHTINGS = {"domain": DomainWeights, "example": ExampleWeights, "token": TokenWeights}
 SQUASHES = {"bounded": bounded, "unbounded": unbounded}
 NORMALIZATIONS = {"none": None, "mean_one": mean_one}
+RATERS: dict[str, Callable[..., Model]] = {"text": text_rater}
 
 AnySizes = TypeVar("AnySizes", Sizes, Splits)
 
@@ -93,6 +96,8 @@ def algorithm(
     check_call(f"algorithm {name!r}", options, build, filled=filled(build))
     if has_own_head(build):
         options["ways"] = outputs
+    if "outputs" in filled(build):
+        options["outputs"] = outputs
     if name in SPECIAL:
         return SPECIAL[name](network, **options)
     return check_kind(construct(build, network, options), name, "algorithm", (Algorithm,))
@@ -129,7 +134,9 @@ def has_own_head(build: Callable[..., Any]) -> bool:
 
 def filled(build: Callable[..., Any]) -> tuple[str, ...]:
     """Return the arguments of an algorithm that do not come from its section of a config."""
-    return ("model", "ways") if has_own_head(build) else ("model",)
+    if has_own_head(build):
+        return ("model", "ways")
+    return ("model", "outputs") if build is _data_rater else ("model",)
 
 
 def sized_for(config: Mapping[str, Any], sizes: AnySizes) -> AnySizes:
@@ -283,6 +290,25 @@ def _loss_weights(
     return construct(LossWeights, model, values)
 
 
+def _data_rater(
+    model: Model, optimizer: Mapping[str, Any], rater: Mapping[str, Any], outputs: int
+) -> Algorithm:
+    """Build `DataRater` around a model.
+
+    Args:
+      model: the network that is trained.
+      optimizer: the name of the inner optimizer, and its arguments.
+      rater: the network that scores examples: "text", and its options.
+      outputs: the number of classes, or of tokens, which the rater is sized by.
+    """
+    options = without_unset(rater)
+    name = options.pop("name")
+    build: Any = find(RATERS, name, "rater", ())
+    check_call(f"rater {name!r}", options, build, filled=("vocabulary",))
+    network = check_kind(build(outputs, **options), name, "rater", (Model,))
+    return construct(DataRater, model, {"optimizer": optimizer, "rater": network})
+
+
 def build_weighting(config: Mapping[str, Any]) -> Any:
     """Build a weighting by name, from those of its options that are set."""
     options = without_unset(config)
@@ -365,6 +391,7 @@ RULE_NETWORKS: dict[str, Callable[..., Any]] = {"mlp": PointwiseMLP, "gru": _gru
 PROBLEMS = {"supervised": _supervised, "streamed": _streamed}
 
 SPECIAL: dict[str, Callable[..., Algorithm]] = {
+    "data_rater": _data_rater,
     "fds": _fds,
     "learned_optimizer": _learned_optimizer,
     "learning_rates": _learning_rates,

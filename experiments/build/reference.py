@@ -26,7 +26,7 @@ from metalearn._utils.readable import show
 from metalearn.algorithms import FDS, Hyperparameter, PerParameter, fds_rule
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Corruption
-from metalearn.experiments.build.algorithms import ALGORITHMS, INNER_OPTIMIZERS, WEIGHTINGS
+from metalearn.experiments.build.algorithms import ALGORITHMS, INNER_OPTIMIZERS, RATERS, WEIGHTINGS
 from metalearn.experiments.build.datasets import DATASETS, few_shot
 from metalearn.experiments.build.models import LIBRARIES
 from metalearn.experiments.build.registry import (
@@ -344,6 +344,7 @@ PARTS: dict[str, Sequence[Any]] = {
     r"engine_options": tuple(ENGINES.values()),
     r"algorithm\.(rule\.base\.)?hyperparameters\.\w+": (Hyperparameter,),
     r"algorithm\.weighting": tuple(WEIGHTINGS.values()),
+    r"algorithm\.rater": tuple(RATERS.values()),
     r"algorithm\.rule": (PerParameter,),
     r"dataset\.corruption": (Corruption,),
 }

@@ -110,13 +110,17 @@ def _network(config: Mapping[str, Any], sizes: Sizes | Splits) -> Model | None:
 
 def truncation(config: Mapping[str, Any]) -> Truncation | None:
     """Build a truncation; None, full unrolls, where its number of steps is not set."""
-    if config["steps"] is not None:
-        return Truncation(**config)
-    if config.get("shortest") is not None:
-        raise ValueError(
-            f"truncation.shortest={config['shortest']} is of truncated unrolls, but unrolls are "
-            "full: truncation.steps is not set. Set it, or leave both."
-        )
+    options = without_unset(config)
+    if "steps" in options:
+        if "transform" in options:
+            options["transform"] = optimizer({"name": options["transform"]})
+        return Truncation(**options)
+    for key in ("shortest", "transform"):
+        if key in options:
+            raise ValueError(
+                f"truncation.{key}={options[key]} is of truncated unrolls, but unrolls are full: "
+                "truncation.steps is not set. Set it, or leave both."
+            )
     return None
 
 

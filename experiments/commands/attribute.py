@@ -4,9 +4,14 @@ The config's training run (`data_weights`) is taken once, and the scores of all 
 are computed for some of its query examples, each alone, and for all of them together
 (`metalearn.algorithms.attribute`). In the workdir are then
 
-    attribution.npz    scores [Q, examples], and of which query: rows of `queries`; what was read
+    attribution.npz    scores [Q, examples], and of which query: rows of `queries`; what was read;
+                       with --fraction the best examples, `kept` [k], and the lowest score among
+                       them, `threshold`
     attribution.html   each query beside the examples that help and that harm it most
     attribution.json   with --validate: how well scores predict training without examples
+
+Without a config the workdir is that of a trained `data_rater`, whose network scores every example
+of the run's training data (`metalearn.experiments.commands.rate`): the same files, of one row.
 
 --validate trains again without random examples, and prints the linear datamodelling score of the
 scores, of gradient cosines and of losses.
@@ -30,12 +35,15 @@ from metalearn._utils.checks import at_least, pick
 from metalearn._utils.readable import aligned
 from metalearn.algorithms import (
     Attribution,
+    DataRater,
     DataWeights,
+    Selection,
     attribute,
     attribution_baselines,
     lds,
     leave_k_out,
     predicted_changes,
+    top_fraction,
 )
 from metalearn.algorithms.data_weights.attribution import query_of
 from metalearn.experiments import build
@@ -60,6 +68,7 @@ class Options(NamedTuple):
       validate: whether to train again without examples.
       leave_out: how many examples each of these trainings is without; None: one in a hundred.
       trainings: how many.
+      fraction: the share of the examples to keep, the best for all queries together; None: all.
     """
 
     queries: int = 8
@@ -67,6 +76,7 @@ class Options(NamedTuple):
     validate: bool = False
     leave_out: int | None = None
     trainings: int = 100
+    fraction: float | None = None
 
 
 def run(config: Any, workdir: pathlib.Path, options: Options) -> dict[str, Any]:
@@ -87,6 +97,12 @@ def run(config: Any, workdir: pathlib.Path, options: Options) -> dict[str, Any]:
             "queries are examples that the run does not train on."
         )
     trainer = build.trainer(plain, splits, None)
+    if isinstance(trainer.algorithm, DataRater):
+        raise ValueError(
+            "`metalearn attribute --config=` takes a training run of its own, and a 'data_rater' "
+            "is trained first: `metalearn train --config=NAME --workdir=RUN`, and then `metalearn "
+            "attribute --workdir=RUN`, without a config."
+        )
     if not isinstance(trainer.algorithm, DataWeights):
         raise ValueError(
             f"`metalearn attribute` needs a config with the algorithm 'data_weights', which has a "
@@ -102,7 +118,8 @@ def run(config: Any, workdir: pathlib.Path, options: Options) -> dict[str, Any]:
     began = time.perf_counter()
     scores = attribute(trainer, tasks, key, sets)
     seconds = time.perf_counter() - began
-    _write(workdir, scores, numbers, inputs, targets)
+    selection = best_of(scores, options.fraction)
+    write(workdir, scores, numbers, (inputs, targets), selection)
     validated = _validate(trainer, tasks, key, sets, scores, options) if options.validate else {}
     if validated:
         disk.write(workdir / f"{NAME}.json", strict_json.dumps(validated, indent=2) + "\n")
@@ -111,15 +128,49 @@ def run(config: Any, workdir: pathlib.Path, options: Options) -> dict[str, Any]:
     print(
         f"{workdir / NAME}.npz: scores {[*scores.scores.shape]} of {len(sets)} query sets in "
         f"{seconds:.1f} s, compilation included; {workdir / NAME}.html shows them."
+        f"{said(selection, int((scores.reads > 0).sum()))}"
     )
     if validated:
         print("\n".join(_table(validated)))
     return validated
 
 
-def _write(
-    workdir: pathlib.Path, found: Attribution, numbers: np.ndarray, inputs: Any, targets: Any
+def best_of(found: Attribution, fraction: float | None) -> Selection | None:
+    """Return the best share of the examples that were read, for all queries together."""
+    if fraction is None:
+        return None
+    scores = found.scores[-1].reshape(found.scores.shape[1], -1).sum(-1)
+    of_examples = len(scores) == len(found.reads)
+    known = np.flatnonzero(found.reads) if of_examples else np.arange(len(scores))  # else groups
+    selection = top_fraction(scores[known], fraction)
+    return selection._replace(rows=known[selection.rows])
+
+
+def said(selection: Selection | None, count: int) -> str:
+    """Return a sentence: how many of `count` examples are kept, and from which score on."""
+    if selection is None:
+        return ""
+    rows, threshold = selection
+    return f" Kept: {len(rows):,} of {count:,} examples, of a score of {threshold:.3g} and above."
+
+
+def write(
+    workdir: pathlib.Path,
+    found: Attribution,
+    numbers: np.ndarray,
+    queries: tuple[Any, Any],
+    selection: Selection | None,
 ) -> None:
+    """Write the scores into `attribution.npz`.
+
+    Args:
+      workdir: where.
+      found: the scores.
+      numbers: [Q], the query of each row of scores, or `TOGETHER`.
+      queries: inputs and targets of the queries.
+      selection: the examples that are kept; None: no choice was asked for.
+    """
+    inputs, targets = queries
     arrays = {
         "scores": found.scores,
         "losses": found.losses,
@@ -129,6 +180,8 @@ def _write(
         "query_inputs": inputs,
         "query_targets": targets,
     }
+    if selection is not None:
+        arrays |= {"kept": selection.rows, "threshold": np.asarray(selection.threshold)}
     content = io.BytesIO()
     np.savez(content, **arrays)  # type: ignore[arg-type]
     disk.write(workdir / f"{NAME}.npz", content.getvalue())
@@ -219,11 +272,11 @@ def _page(
                 rows = [["group", "score"], *([str(u), f"{scores[u]:.3g}"] for u in units)]
                 parts.append(table(rows))
                 continue
-            parts.append(shown.cards(_examples(support, units, scores)))
+            parts.append(shown.cards(cards_of(support, units, scores)))
     return document("What training examples are worth", parts)
 
 
-def _examples(support: Any, rows: Sequence[int], scores: np.ndarray) -> list[tuple[Any, str]]:
+def cards_of(support: Any, rows: Sequence[int], scores: np.ndarray) -> list[tuple[Any, str]]:
     """Return (input, caption) of some rows of a dataset."""
     if not len(rows):
         return []

@@ -81,11 +81,13 @@ def maml() -> ml_collections.ConfigDict:
     config.mesh = {"tasks": placeholder(int), "data": 1, "model": 1, "tangents": 1, "rules": ()}
 
     # Truncated unrolls of `steps` inner steps, carried across outer steps up to horizons drawn
-    # from `shortest` to the algorithm's own. None: full unrolls.
+    # from `shortest` to the algorithm's own. None: full unrolls. `transform`: of each task's
+    # meta-gradient before the mean, such as "optax.scale_by_adam".
     config.truncation = {
         "steps": placeholder(int),
         "shortest": placeholder(int),
         "staggered": True,
+        "transform": placeholder(str),
     }
 
     # Segmented unrolls: inner steps of a program (0: about sqrt(T)), so that an inner run of any

@@ -15,6 +15,11 @@ arXiv:2009.11243).
 Ignoring the derivative through earlier truncations biases the meta-gradient towards the short
 term (Wu et al. 2018, arXiv:1803.02021). `metalearn.PES` is unbiased, at the cost of variance.
 
+Each task may have a transformation of its own of its meta-gradients, such as Adam's, whose state is
+carried with the task and outlives its inner loop: the tasks of a batch are then a population whose
+updates are averaged, and one whose meta-gradients are large does not outweigh the others (Calian et
+al. 2025, arXiv:2505.17895). It costs the memory of its state, times the number of tasks.
+
 Non-finite tasks are masked out of the mean, counted (`tasks_reset`) and replaced; the others are
 not affected.
 """
@@ -26,9 +31,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from metalearn._utils.checks import Count, is_integer
 from metalearn._utils.fields import check_fields
+from metalearn._utils.readable import described, readable
 from metalearn._utils.trees import select
 from metalearn.sharding.batched_means import divisors
 from metalearn.tasks import Tasks
@@ -37,6 +44,7 @@ from metalearn.training.full_unroll import FullUnroll, step_metrics
 from metalearn.unroll import Eta, InnerState, Metrics, horizon, resumed
 
 
+@readable
 @dataclasses.dataclass(frozen=True)
 class Truncation:
     """How unrolls are truncated. The longest horizon T is the algorithm's own number of steps.
@@ -51,11 +59,14 @@ class Truncation:
         None: all horizons are T.
       staggered: cut the first horizons to fractions of their length, so that tasks end at
         different outer steps.
+      transform: of the meta-gradient of each task, before the mean over tasks, such as
+        `optax.scale_by_adam()`. It rescales: the outer optimizer descends.
     """
 
     steps: int
     shortest: Count | None = None
     staggered: bool = True
+    transform: optax.GradientTransformation = described(optax.identity)
 
     def __post_init__(self) -> None:
         check_fields(self, "steps")
@@ -69,6 +80,8 @@ class Truncation:
                 f"No horizon is shorter than a truncation: shortest={self.shortest}, steps="
                 f"{self.steps}. Take shortest >= {self.steps}, or shorter truncations."
             )
+        if self.transform is not type(self).transform:
+            _check_transform(self.transform)
 
     def check(self, horizon: int) -> None:
         """Raise ValueError where `horizon` inner steps cannot be truncated like this."""
@@ -121,6 +134,7 @@ class CarriedUnroll(NamedTuple):
     horizon: jax.Array  # (), int32: inner steps it will take; 0: a new task is drawn next
     state: InnerState
     engine: Any  # the engine's own state
+    transform: Any  # the state of the transformation of its meta-gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +157,8 @@ class TruncatedUnroll(FullUnroll):
         def placeholder(eta: Eta, tasks: Tasks, key: jax.Array) -> CarriedUnroll:
             task, zero = self.draw(tasks, key), jnp.zeros((), jnp.int32)
             engine = self.engine.init(task.engine_key, task.unroll, eta)
-            return CarriedUnroll(key, zero, zero, task.unroll.init(eta), engine)
+            transform = self.truncation.transform.init(eta)
+            return CarriedUnroll(key, zero, zero, task.unroll.init(eta), engine, transform)
 
         return jax.jit(jax.vmap(placeholder, (None, None, 0)))(eta, tasks, keys)
 
@@ -198,6 +213,30 @@ class TruncatedUnroll(FullUnroll):
         unroll = resumed(task.unroll, ends, carried.state)
         (loss, aux), grads = self.engine.value_and_grad(unroll, eta, batches, engine)
         finite = all_finite(loss, aux, grads)
+        grads, transform = self.truncation.transform.update(grads, carried.transform, eta)
+        transform = select(finite, transform, carried.transform)
         step = jnp.where(finite, start + self.truncation.steps, last)
-        after = CarriedUnroll(key, step, last, aux.state, aux.engine)
+        after = CarriedUnroll(key, step, last, aux.state, aux.engine, transform)
         return or_zero(finite, (grads, step_metrics(loss, aux))), after
+
+
+def _check_transform(transform: optax.GradientTransformation) -> None:
+    """Raise ValueError for a transformation that changes the sign of a gradient, as optimizers do.
+
+    The outer optimizer would then ascend.
+    """
+    with jax.ensure_compile_time_eval():
+        one = jnp.ones(1)
+        try:
+            update, _ = transform.update(one, transform.init(one), one)
+        except Exception:  # it needs the tree of eta, such as one by names of parameters
+            return
+        value = float(update[0])
+    if value < 0:
+        raise ValueError(
+            f"`Truncation(transform=)` turns the meta-gradient 1 into {value:.3g}: it descends, as "
+            "an optimizer with a learning rate does, and the outer optimizer, which descends as "
+            "well, would go uphill. Take a transformation that rescales, such as "
+            "`optax.scale_by_adam()` in place of `optax.adam(1e-3)`, and give the learning rate to "
+            "the outer optimizer, such as `optax.sgd(1e-3)`."
+        )

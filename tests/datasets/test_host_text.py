@@ -45,6 +45,14 @@ def test_the_same_key_draws_the_same_windows_as_on_the_device(tmp_path):
     assert host.label_range() == (0, 299)
 
 
+def test_the_windows_of_a_file_are_views_of_it_and_those_of_the_same_text(tmp_path):
+    host = on_host(mapped(tmp_path / "train", TRAIN))
+    windows, expected = host.windows(), on_device().windows()
+    assert np.shares_memory(windows.inputs, windows.targets) and len(windows.inputs) == 33
+    for ours, theirs in zip(windows, expected, strict=True):
+        assert (ours == theirs).all()
+
+
 @pytest.mark.slow
 def test_training_reads_the_windows_from_the_host():
     model = Functions(

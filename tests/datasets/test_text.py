@@ -101,6 +101,17 @@ def test_the_clean_part_holds_the_clean_pieces_alone():
     assert not tasks.clean().sample(KEY).support.corrupted.any()
 
 
+def test_the_text_is_cut_into_windows_side_by_side_which_say_whether_they_are_corrupted():
+    tasks = noisy(length=6)
+    windows = tasks.windows()
+    tokens = np.asarray(tasks.train.tokens)
+    assert windows.inputs.shape == (8 * 7, 6) and isinstance(windows.inputs, np.ndarray)
+    assert (windows.inputs[8] == tokens[1, 7:13]).all()  # seven windows of 7 tokens in each of 50
+    assert (windows.targets[8] == tokens[1, 8:14]).all()
+    assert windows.source.tolist() == np.repeat(np.arange(8), 7).tolist()
+    assert (windows.corrupted == np.asarray(tasks.train.corrupted)[windows.source]).all()
+
+
 def test_corruption_is_decided_by_its_seed():
     def corrupted(seed):
         tasks = counted(corruption=Corruption(kinds=("random",), seed=seed), pieces=8)

@@ -167,7 +167,7 @@ def test_the_cosine_schedule_ends_at_zero_after_the_outer_steps_and_the_constant
 @pytest.mark.parametrize("name", build.OBJECTIVES)
 def test_every_objective_goes_with_every_algorithm(name):
     inner = {"name": "sgd", "learning_rate": 0.1}
-    own = {"loss_weights", "fds", "learned_optimizer", "data_weights"}
+    own = {"loss_weights", "fds", "learned_optimizer", "data_weights", "data_rater"}
     for algorithm in build.ALGORITHMS.keys() - own:  # they have their own
         config = {"name": algorithm, "objective": name}
         if "optimizer" in inspect.signature(build.ALGORITHMS[algorithm]).parameters:

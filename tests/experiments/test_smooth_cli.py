@@ -173,7 +173,8 @@ def test_nothing_is_measured_of_short_loops_estimates_and_optimizers_without_a_r
 
 def test_of_the_packaged_configs_those_with_adam_inside_are_measured():
     those = [name for name in packaged() if smooth.divides_by_root(optimizer_of(name))]
-    assert those == ["learning_rates_shakespeare", "loss_weights_shakespeare"]
+    adam = ["data_rater_shakespeare", "learning_rates_shakespeare", "loss_weights_shakespeare"]
+    assert those == adam
 
 
 def optimizer_of(name):

@@ -79,6 +79,7 @@ TABLES = {  # of `name`, by the part before it
     "rule": tuple(algorithms.RULES),
     "base": tuple(build.OPTIMIZERS),
     "weighting": tuple(algorithms.WEIGHTINGS),
+    "rater": tuple(algorithms.RATERS),
     "optimizer": (*build.OPTIMIZERS, "fds_rule"),
     "wandb": ("a name",),
 }

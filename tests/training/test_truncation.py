@@ -470,6 +470,64 @@ def test_a_truncation_that_cannot_be_is_refused():
         Truncation(3, shortest=2)
 
 
+def test_each_task_has_a_transformation_of_its_own_before_the_mean():
+    """By hand: an Adam for each task, whose state outlives its inner loop."""
+    adam, made = optax.scale_by_adam(), {}
+    outer = optax.chain(optax.trace(0.0), optax.scale(-0.01))  # its state is the mean
+    for name, truncation in (("plain", Truncation(6)), ("adam", Truncation(6, transform=adam))):
+        made[name] = trainer(truncation, optimizer=outer, tasks_per_step=2)
+    states = {name: each.init(KEY, Bowls()) for name, each in made.items()}
+    eta = states["plain"].eta
+    slots, still = [adam.init(eta)] * 2, made["plain"].unrolls
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(None, 0))
+    def each_task(eta, run):
+        (grads, *_), carried = still._advance(eta, Bowls(), run)
+        return grads, carried
+
+    for step in range(4):  # the first task begins anew after one step, the second after two
+        state = states["adam"]
+        keys = made["adam"].task_keys(state)
+        shares = still.truncation.shares(2, jnp.asarray(step == 0))
+        plain = state.inner._replace(transform=states["plain"].inner.transform)
+        grads, _ = each_task(state.eta, (plain, keys, shares))
+        updates = []
+        for task in range(2):
+            mine = jax.tree.map(lambda leaf, task=task: leaf[task], grads)
+            update, slots[task] = adam.update(mine, slots[task])
+            updates.append(update)
+        expected = jax.tree.map(lambda a, b: (a + b) / 2, *updates)
+        states["adam"], metrics = made["adam"].step(state, Bowls())
+        np.testing.assert_allclose(
+            flat(states["adam"].optimizer[0].trace), flat(expected), rtol=1e-9
+        )
+    assert states["adam"].inner.transform.count.tolist() == [4, 4]
+    assert metrics["tasks_reset"] == 0
+
+
+@pytest.mark.slow
+def test_the_transformation_of_a_task_that_is_not_finite_stays_as_it_was():
+    transform = optax.scale_by_adam()
+    made = trainer(together(3, transform=transform), optimizer=optax.sgd(0.0), tasks_per_step=8)
+    state, metrics = made.step(made.init(KEY, Bowls(broken=True)), Bowls(broken=True))
+    counts = state.inner.transform.count
+    assert counts.sum() == 8 - metrics["tasks_reset"] and 0 < metrics["tasks_reset"] < 8
+    assert np.isfinite(flat((state.inner.transform.mu, state.inner.transform.nu))).all()
+
+
+def test_a_transformation_that_descends_is_refused():
+    message = (
+        r"`Truncation\(transform=\)` turns the meta-gradient 1 into -0.5: it descends, .* "
+        r"would go uphill. Take a transformation that rescales, such as `optax.scale_by_adam\(\)`"
+    )
+    with pytest.raises(ValueError, match=message):
+        Truncation(3, transform=optax.sgd(0.5))
+    assert Truncation(3) == Truncation(3) and "identity()" in repr(Truncation(3))
+    by_name = optax.partition({"a": optax.scale(2.0)}, {"rate": "a", "start": "a"})
+    assert Truncation(3, transform=by_name).transform is by_name
+
+
 def test_inner_runs_need_tasks_to_begin_with():
     with pytest.raises(ValueError, match=r"call `Trainer.init\(key, tasks\)`"):
         trainer(Truncation(3)).init(KEY)

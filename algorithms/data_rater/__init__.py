@@ -1,0 +1,1 @@
+"""A network that rates training examples, and the choice of the best of them."""
