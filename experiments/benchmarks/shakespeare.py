@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--disk", default="18GiB")
     parser.add_argument("--data-dir", help="of TensorFlow Datasets")
     parser.add_argument("--directions", type=int, default=3)
-    parser.add_argument("--step-size", type=float, default=0.02, help="h")
+    parser.add_argument("--step-size", type=float, default=0.002, help="h")
     options = parser.parse_args()
     os.environ.setdefault("XLA_FLAGS", xla_flags())
     algorithm, tasks = problem(options.steps, options.data_dir)
