@@ -31,9 +31,11 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metalearn.checkpoints.state_files import DamagedStateError
@@ -83,6 +85,7 @@ class SegmentRun:
         self._opened: KeptStates | None = None
         self.latest: Any = None
         self._before_latest: Any = None
+        self._compiling: Future[Any] | None = None
 
     # The programs.
 
@@ -108,6 +111,8 @@ class SegmentRun:
         if self.segments.has_backward_pass:
             self._states(state)  # a state inside an outer step may come from a closed run
         inputs = Inputs(state, read)
+        if run.programs == 0:
+            self._compile_pull_back(inputs)
         run = self._next(inputs, run)
         jax.block_until_ready(self._before_latest)
         self._before_latest = self.latest
@@ -121,6 +126,27 @@ class SegmentRun:
     def reads(self) -> list[list[Reads]]:
         """Return what the programs of an outer step read, program by program, as it is planned."""
         return segment_plan.reads(self.segments, self.planned)
+
+    def _compile_pull_back(self, inputs: Inputs) -> None:
+        """Compile `pull_back` in a thread, beside the compilation and the run of `advance`.
+
+        On CPUs alone: the compiler of other devices times kernels on them, and one of several
+        processes may not run ahead of the others.
+        """
+        last, alone = self.segments.count - 1, jax.process_count() == 1
+        has_several = self.segments.has_backward_pass and last > 0
+        if self._compiling or not has_several or not alone or jax.default_backend() != "cpu":
+            return
+        run = self._shapes(Position(last - 1, 0, 0), gradients=True).inner
+        program: Any = self._programs.pull_back
+        lowered = program.lower(
+            *inputs.shared(reads_of(self.segments, 0)),
+            *(run.stream, run.gradients, run.cotangents, jax.ShapeDtypeStruct((), jnp.int32)),
+            steps=self.segments.length,
+        )
+        thread = ThreadPoolExecutor(1, "compile")
+        self._compiling = thread.submit(lowered.compile)
+        thread.shutdown(wait=False)
 
     def _next(self, inputs: Inputs, run: PartialUnroll) -> PartialUnroll:
         if run.position is not None and run.position.live is None:
@@ -194,7 +220,7 @@ class SegmentRun:
         before = run.stream
         ahead, _ = self._advance(shared, dataclasses.replace(run, stream=copied(before)), segment)
         outer = self._programs.outer_loss(*inputs.shared(OUTER_LOSS), ahead.stream)
-        pulled, self.latest = self._programs.pull_back(
+        pulled, self.latest = self._pull_back(
             *shared, before, ahead.gradients, outer.cotangents, first, steps=steps
         )
         return dataclasses.replace(
@@ -205,11 +231,16 @@ class SegmentRun:
         assert run.position is not None
         segment = run.position.target
         run = self._with_inner_gradients(shared, run, segment)
-        pulled, self.latest = self._programs.pull_back(
+        pulled, self.latest = self._pull_back(
             *(*shared, run.stream, run.gradients, run.cotangents, self._first(segment)),
             steps=self.segments.steps_of(segment),
         )
         return dataclasses.replace(run, gradients=(), cotangents=pulled.cotangents)
+
+    def _pull_back(self, *args: Any, steps: int) -> Any:
+        if self._compiling is not None:
+            self._compiling.exception()  # waits; the call has the same program, or the same error
+        return self._programs.pull_back(*args, steps=steps)
 
     def _with_inner_gradients(self, shared: Any, run: PartialUnroll, segment: int) -> PartialUnroll:
         """Read the inner gradients of the segment before which a run stands, or compute them."""

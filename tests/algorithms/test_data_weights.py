@@ -23,6 +23,7 @@ from metalearn.algorithms import (
 )
 from metalearn.datasets import HeldOut, HostTrainingRuns, Sinusoid, TrainingRuns
 from metalearn.models import Functions
+from tests.helpers.compilations import compilations
 from tests.helpers.selection import quick
 
 REVERSE, N, KEY = Reverse(), 24, jax.random.key(3)
@@ -305,3 +306,18 @@ def test_an_inner_loop_that_reads_the_query_set_is_not_cut():
     gradients = dataclasses.replace(gradients, algorithm=algorithm)
     with pytest.raises(ValueError, match="reads the query set"):
         gradients(algorithm.init(KEY), Sinusoid(), KEY, queries)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tasks", [RUNS, HostTrainingRuns.create(INPUTS, TARGETS, validation=8)], ids=["device", "host"]
+)
+def test_the_backward_pass_of_query_sets_is_compiled_once_and_ahead(tasks):
+    gradients = trainer(engine=MixedFlow(), segment=2).query_gradients
+    shapes = jax.eval_shape(RUNS.sample, KEY).query
+    queries = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), shapes)
+    with compilations() as programs:
+        for _ in range(2):
+            gradients(WEIGHTS.init(KEY), tasks, KEY, queries)
+    threads = [thread for name, thread in programs if name == "pull_back"]
+    assert len(threads) == 1 and threads[0].startswith("compile"), programs
