@@ -223,7 +223,7 @@ def scoring(contender: Contender, algorithm: DataWeights, tasks: OneTask) -> Cal
         rows_in_order(algorithm),
     )
     queries = jax.tree.map(lambda leaf: leaf[None], tasks.episode.query)
-    return lambda: -np.asarray(trainer.query_gradients(eta, tasks, key, queries)[0][0][order])
+    return lambda: np.asarray(trainer.query_gradients(eta, tasks, key, queries)[0][0][order])
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -132,7 +132,7 @@ class OuterLoop:
         self.fit, self.outer, self.reads, self.bars = fit, outer, reads, bars
         self.loggers, self.checkpoints = loggers, checkpoints
         self._segments = outer.segments
-        self._latest: list[tuple[Any, int | None]] = []  # of programs that may still run
+        self._reached: int | None = None  # the inner step of the last program; see `newest_step`
         self._row_at = time.perf_counter()  # when a row was logged last
         self._watch = Watch(fit.faults)
         self._clock = Clock(outer.tasks_per_step)
@@ -164,7 +164,8 @@ class OuterLoop:
         while segments is not None and metrics is None:
             self.bars.stands_at(segments.progress, state)
             state, metrics = segments.take_reading(state, self.reads(step, state))
-            self._log_inner_loss(step, segments.latest, segments.newest_step(state))
+            self._log_inner_loss(step, segments.complete)
+            self._reached = segments.newest_step(state)
             self._read_metrics()
             if metrics is None:
                 self._after_program(segments, step, state)
@@ -172,21 +173,17 @@ class OuterLoop:
         self._after_step(step, state)
         return state
 
-    def _log_inner_loss(self, step: int, latest: Any, inner_step: int | None) -> None:
+    def _log_inner_loss(self, step: int, inner_loss: Any) -> None:
         """Log a row of the program before the last one, which is complete, if due.
 
         Args:
           step: the outer step.
-          latest: of the program; see `SegmentRun.latest`.
-          inner_step: that the program has reached for the first time; None: it has not.
+          inner_loss: of the program; see `SegmentRun.complete`.
         """
-        self._latest.append((latest, inner_step))
-        if len(self._latest) == 1:
-            return
-        before, reached = self._latest.pop(0)
+        reached = self._reached
         due = time.perf_counter() - self._row_at > ROW_SECONDS
         if due and reached is not None and self.fit.log_every:
-            row = {"run/inner_step": float(reached), "run/inner_loss": float(before)}
+            row = {"run/inner_step": float(reached), "run/inner_loss": float(inner_loss)}
             for logger in self.loggers:
                 logger.log(step, row)
             self._row_at = time.perf_counter()

@@ -61,6 +61,7 @@ class SegmentRun:
       segments: of an outer step.
       latest: () of the program that was started last, ready when it is complete; of a forward
         program the mean last inner loss.
+      complete: the same of the program before it, which is complete.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class SegmentRun:
         self._replay, self._shapes, self._folder = replay, shapes, folder
         self._opened: KeptStates | None = None
         self.latest: Any = None
-        self._before_latest: Any = None
+        self.complete: Any = None
         self._compiling: Future[Any] | None = None
 
     # The programs.
@@ -113,9 +114,9 @@ class SegmentRun:
         inputs = Inputs(state, read)
         if run.programs == 0:
             self._compile_pull_back(inputs)
+        before = self.latest
         run = self._next(inputs, run)
-        jax.block_until_ready(self._before_latest)
-        self._before_latest = self.latest
+        self.complete = jax.block_until_ready(before)
         if not self._is_done(run):
             return dataclasses.replace(state, inner=run), None
         done = dataclasses.replace(run, position=None, programs=0, kept=(), kept_gradients=())
