@@ -196,7 +196,8 @@ REFUSED = {
     "LearnedOptimizer": "",
     **dict.fromkeys(("LearningRates", "LearningRates-ConvNet", "Trainable"), ""),
     **dict.fromkeys(("example-weights", "token-weights"), ""),
-    **dict.fromkeys(("LearnedLoss", "LearnedLoss-classes", "COMLN"), ""),
+    **dict.fromkeys(("LearnedLoss", "LearnedLoss-classes"), ""),
+    "COMLN": "no step changes it, and it is read afterwards",
     **dict.fromkeys(("ProtoNet", "R2D2", "MetaNTK", "MetaNTK-classes"), NO_STEPS),
 }
 COUNTS = "the inner state has no fixed point as a whole"
