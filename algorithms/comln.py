@@ -23,7 +23,7 @@ A step sees embeddings, not the network: they are computed once, and are part of
 with W. The paper's own algorithm, forward mode in the space of the support examples, keeps memory
 flat in the number of steps; here `Reverse` saves T states of W and logits, and
 `MixedFlow(remat="nested")` about sqrt(T). Engines that do not see theta_0 (`Truncated`, `Implicit`,
-`SAMA`) do not see how the embeddings of the support set depend on the network: take an exact one.
+`SAMA`) would not see how the embeddings of the support set depend on the network, and refuse it.
 """
 
 from __future__ import annotations

@@ -54,6 +54,15 @@ class Algorithm(abc.ABC):
     # then draws the tasks of an outer step with `at_outer_step`
     anneals: ClassVar[bool] = False
 
+    @property
+    def reads_tasks(self) -> bool:
+        """Whether the support set of an episode is a distribution over tasks. False, the default.
+
+        True for a level above, whose inner steps are outer steps of another algorithm: its tasks
+        are `metalearn.datasets.MetaTrainingRuns`, which every other algorithm refuses.
+        """
+        return False
+
     @abc.abstractmethod
     def init(self, key: jax.Array) -> Eta:
         """Return eta, the meta-parameters: any pytree of floating-point arrays."""

@@ -440,6 +440,9 @@ def draw_task(
       key: (); the same key draws the same episode, batches and engine key.
       transform: applied to the unroll; None: nothing.
       layout: how inner batches and inner states are laid out over devices; None: on one device.
+
+    Raises:
+      ValueError: for tasks of a level above (`MetaTrainingRuns`) and an algorithm of one level.
     """
     step = None
     if isinstance(tasks, AtOuterStep):
@@ -449,6 +452,8 @@ def draw_task(
     if step is not None:
         algorithm = algorithm.at_outer_step(step)
     keys, episode = task_keys(key), draw_episode(tasks, key)
+    if not algorithm.reads_tasks:
+        _check_level(algorithm, tasks, episode)
     examples: list[tuple[int, ...]] = []
     if layout is not None:
         episode, examples = _over_devices(algorithm, episode, layout)
@@ -466,6 +471,21 @@ def draw_task(
         laid_out(algorithm.batches_at),
         keys.engine,
     )
+
+
+def _check_level(algorithm: Algorithm, tasks: Tasks, episode: Episode) -> None:
+    """Raise ValueError where the support set of an episode is a distribution over tasks."""
+    nodes = jax.tree.leaves(episode.support, is_leaf=lambda node: isinstance(node, Tasks))
+    inside = [type(node).__name__ for node in nodes if isinstance(node, Tasks)]
+    if inside:
+        name, outside = type(algorithm).__name__, type(tasks).__name__
+        raise ValueError(
+            f"{name} got the tasks `{outside}`, of which an episode is a whole meta-training run: "
+            f"its support set is a distribution over tasks, `{inside[0]}`, not examples. Pass "
+            f"{name} the `{inside[0]}` itself; or, to learn how an algorithm is meta-trained, one "
+            f"level above it, pass `{outside}` to `LearnedOptimizer(MetaTraining(algorithm), rule, "
+            "inner_steps)`."
+        )
 
 
 def _over_devices(

@@ -100,6 +100,11 @@ class LearnedOptimizer(Algorithm):
                 f"one step, not inner_steps={self.inner_steps}."
             )
 
+    @property
+    def reads_tasks(self) -> bool:
+        """Whether the problem is the meta-training of an algorithm."""
+        return self.problem.reads_tasks
+
     def init(self, key: jax.Array) -> Eta:
         """Return the initial parameters of the learned optimizer."""
         return self.rule.init(key)

@@ -69,6 +69,11 @@ class MetaTraining(Problem):
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def reads_tasks(self) -> bool:
+        """True: the support set is the distribution that the outer steps draw their tasks from."""
+        return True
+
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return (the initial meta-parameters of the lower level, no state)."""
         return self.algorithm.init(key), ()

@@ -52,6 +52,11 @@ class StepLoss(NamedTuple):
 class Problem(abc.ABC):
     """A training problem. Subclasses are frozen dataclasses of pure functions."""
 
+    @property
+    def reads_tasks(self) -> bool:
+        """Whether the support set is a distribution over tasks: see `Algorithm.reads_tasks`."""
+        return False
+
     @abc.abstractmethod
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Return (theta_0, the model's mutable state), which is `()` for a model without one."""
@@ -324,6 +329,11 @@ class Together(Problem):
                 f"`Together` got weights for {sorted(self.weights)} and problems "
                 f"{sorted(self.parts)}. Give each problem a weight, or none."
             )
+
+    @property
+    def reads_tasks(self) -> bool:
+        """Whether the support set of a part is a distribution over tasks."""
+        return any(part.reads_tasks for part in self.parts.values())
 
     def constants(self) -> Any:
         """Return {name: constants} of the problems."""

@@ -11,7 +11,7 @@ import pytest
 from scipy.integrate import solve_ivp
 from scipy.special import softmax
 
-from metalearn import Trainer
+from metalearn import SAMA, Implicit, Trainer, Truncated
 from metalearn.algorithms import COMLN
 from metalearn.datasets import FewShot
 from metalearn.engines.inner_loop import rollout
@@ -80,6 +80,19 @@ def test_a_head_of_another_size_is_refused():
     episode = tasks().sample(KEY)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         ended(algorithm, algorithm.init(KEY), episode)
+
+
+@pytest.mark.parametrize("engine", [Truncated(3), Implicit(variables="params"), SAMA()], ids=str)
+def test_engines_that_do_not_see_the_embeddings_of_the_support_set_are_refused(engine):
+    algorithm = COMLN(embedding(), 3)
+    message = (
+        "'embeddings' of the inner state is computed by `Unroll.init` from params/w of eta, no "
+        "step changes it, and it is read afterwards: what of the derivative goes through it would "
+        "be lost. That needs the whole loop: `MixedFlow()` or `Reverse()`."
+    )
+    gradient = Trainer(algorithm, engine).task_gradient
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax.eval_shape(gradient, algorithm.init(KEY), tasks(), KEY)
 
 
 @pytest.mark.slow

@@ -413,6 +413,49 @@ def test_an_initialisation_that_only_theta_0_reads_is_refused(engine):
         jax.eval_shape(trainer.task_gradient, eta, TASKS["Sinusoid"], jax.random.key(1))
 
 
+def head_on_features(kept, reads=True):
+    """A head fitted to `kept(features)`, which is beside it in the state and which no step changes.
+
+    The outer loss reads `features` of eta too, so that some of its derivative is always seen.
+    """
+
+    def step(eta, state, batch, grad):
+        head, x = state
+        inputs = x if reads else jnp.ones((2, 2))
+        slope = grad(lambda head: jnp.sum((inputs @ head - eta["targets"]) ** 2))(head)
+        return head - 0.1 * slope, x
+
+    def loss(eta, state):
+        return jnp.sum((eta["features"] @ state[0]) ** 2), {}
+
+    return Unroll(lambda eta: (jnp.zeros(2), kept(eta["features"])), step, loss)
+
+
+FEATURES = {"features": jnp.eye(2), "targets": jnp.ones(2)}
+
+
+@pytest.mark.parametrize("engine", LEARNED_START, ids=lambda engine: type(engine).__name__)
+def test_a_path_through_a_leaf_that_no_step_changes_is_refused(engine):
+    message = (
+        "does not see theta_0. '1' of the inner state is computed by `Unroll.init` from features "
+        "of eta, no step changes it, and it is read afterwards"
+    )
+    with pytest.raises(ValueError, match=message):
+        engine_call(engine, head_on_features(jnp.sin), FEATURES, jnp.arange(4))
+
+
+@pytest.mark.parametrize("case", ["constant", "unread", "all steps"])
+def test_a_leaf_that_no_step_changes_is_served_where_no_derivative_is_lost(case):
+    kept = jax.lax.stop_gradient if case == "constant" else jnp.sin
+    unroll = head_on_features(kept, reads=case != "unread")
+    last = 4 if case == "all steps" else 1
+    grads = engine_call(Truncated(last), unroll, FEATURES, jnp.arange(4))[1]
+    expected = engine_call(Reverse(), unroll, FEATURES, jnp.arange(4))[1]
+    seen = slice(None) if case == "all steps" else slice(4)  # those of `features`
+    grads, expected = (ravel_pytree(tree)[0][seen] for tree in (grads, expected))
+    assert error(grads, expected) < 1e-12 and jnp.linalg.norm(expected) > 1e-3
+
+
 @pytest.mark.parametrize("engine", LEARNED_START, ids=lambda engine: type(engine).__name__)
 def test_segments_are_refused(engine):
     with pytest.raises(ValueError, match="does not differentiate them: it estimates .* the end of"):

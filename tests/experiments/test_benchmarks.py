@@ -2,9 +2,12 @@
 
 import csv
 
+import jax
+import numpy as np
 import pytest
 
-from metalearn.experiments.benchmarks import engines
+from metalearn import Truncated
+from metalearn.experiments.benchmarks import engines, forward_estimates
 
 NAMES = [engines.BASE, "MixedFlow()"]
 
@@ -46,3 +49,34 @@ def test_a_small_maml_takes_fewest_flops_in_reverse_mode_and_less_memory_nested(
     plain, _, default, nested = names
     assert flops[plain] < 0.95 * flops[default] and flops[nested] == flops[default]
     assert memory[nested] <= memory[engines.BASE] < memory[default]
+
+
+@pytest.mark.parametrize(("kept", "count"), [("stable", 40), ("stationary", 40_000)])
+def test_a_trajectory_of_few_modes_is_continued_exactly(kept, count):
+    times = np.arange(20)[:, None]
+
+    def at(t):
+        return np.array([1.0, -2.0]) + np.array([3.0, 0.5]) * 0.9**t + np.array([1.0, 1.0]) * 0.5**t
+
+    continued = forward_estimates.continued(at(times), count, 4, 1e-10, kept)
+    np.testing.assert_allclose(continued, at(19 + count), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_forward_estimates_are_compared_with_the_exact_and_the_truncated_hypergradients(
+    x64, capsys
+):
+    algorithm, episode = forward_estimates.bowl(0)
+    key = jax.random.key(0)
+    eta, batches = algorithm.init(key), algorithm.batches(episode, key)[:40]
+    unroll = algorithm.unroll(episode, key)
+    shares = jax.jit(lambda eta: forward_estimates.shares(unroll, eta, batches))(eta)
+    path = jax.jit(lambda eta: forward_estimates.trajectory(unroll, eta, batches))(eta)
+    last = forward_estimates.through(Truncated(7))(unroll, eta, batches)
+    np.testing.assert_allclose(shares.sum(0), path[-1], rtol=1e-9)
+    np.testing.assert_allclose(shares[-7:].sum(0), last, rtol=1e-9)
+    ends = jax.jit(lambda eta: forward_estimates.terms(unroll, eta, batches))(eta)
+    np.testing.assert_allclose(ends[-1], shares[-1], rtol=1e-9)  # one step, by either
+    forward_estimates.main(["--problem", "quadratic", "--seeds", "1", "--steps", "250"])
+    table = capsys.readouterr().out
+    assert "| quadratic | FLOPs | error |" in table and "stable modes of 125 steps" in table

@@ -1,8 +1,14 @@
 """Which leaves a function reads, and which of eta an approximate hypergradient cannot see.
 
-An engine that differentiates the last steps of a loop, or its fixed point, does not see theta_0: an
-entry of eta that is read by `Unroll.init` alone would have a derivative of exactly zero, and would
-silently not be learned. Such a problem is refused when it is traced.
+An engine that differentiates the last steps of a loop, or its fixed point, does not see theta_0.
+Two paths from eta to the result are then lost whole, and a problem that has one is refused when it
+is traced:
+
+- an entry of eta that is read by `Unroll.init` alone: its derivative would be exactly zero, and it
+  would silently not be learned;
+- a leaf of the inner state that `Unroll.init` computes from eta, that no step changes, and that is
+  read afterwards, such as embeddings that a head is fitted to: what of the derivative goes through
+  it does not fade with the steps, as the dependence on a theta_0 does that steps contract.
 """
 
 from __future__ import annotations
@@ -23,25 +29,31 @@ from metalearn.unroll import Batch, Eta, InnerState, Unroll, horizon
 def leaves_read(
     function: Callable[[Any], Any], tree: Any, of: Callable[[Any], bool] = is_differentiable
 ) -> list[bool]:
-    """Return for each leaf of a tree whether a leaf of `function(tree)` may depend on it.
+    """Return for each leaf of a tree whether a derivative of `function(tree)` may go through it.
 
     Conservative, no false negatives: all outputs of an operation count as dependent on all of its
-    inputs.
+    inputs, but for `stop_gradient`.
 
     Args:
       function: of the tree.
       tree: any pytree of arrays.
       of: which leaves of the result count.
     """
-    return _read(jax.make_jaxpr(function)(tree).jaxpr, of)
+    jaxpr = jax.make_jaxpr(function)(tree).jaxpr
+    return _read(jaxpr, [v for v in jaxpr.outvars if of(v.aval)])
 
 
-def _read(jaxpr: Any, of: Callable[[Any], bool]) -> list[bool]:
+def _read(jaxpr: Any, outputs: Sequence[Any], values: bool = False) -> list[bool]:
+    """Return for each input of a jaxpr whether some of its variables may depend on it.
+
+    `values`: whether a dependence counts whose derivative is zero, by `stop_gradient`.
+    """
     if jaxpr.effects:  # a mutable reference may pass a value on where no variable does
         return [True] * len(jaxpr.invars)
-    needed = {v for v in jaxpr.outvars if not isinstance(v, Literal) and of(v.aval)}
+    needed = {v for v in outputs if not isinstance(v, Literal)}
     for equation in reversed(jaxpr.eqns):
-        if needed.intersection(equation.outvars):
+        stops = equation.primitive.name == "stop_gradient" and not values
+        if needed.intersection(equation.outvars) and not stops:
             needed.update(v for v in equation.invars if not isinstance(v, Literal))
     return [v in needed for v in jaxpr.invars]
 
@@ -66,7 +78,7 @@ def last_batch(engine: Any, batches: Batch) -> Batch:
 def check_reach(
     engine: Any, unroll: Unroll, eta: Eta, state: InnerState, batch: Batch, seen: str
 ) -> None:
-    """Raise ValueError where a leaf of eta is read by `init`, and by no step and no outer loss.
+    """Raise ValueError where a path from eta through `init` to the result would be lost whole.
 
     Args:
       engine: for the message.
@@ -78,21 +90,62 @@ def check_reach(
     """
     tangible = jax.tree.map(jnp.asarray, eta)  # Python scalars have no variable of their own
 
-    def later(eta: Eta) -> Any:
+    def later(eta: Eta, state: InnerState) -> Any:
         after, _ = step_body(unroll, eta, jax.value_and_grad)(state, batch)
         return after, outer_loss(unroll, eta, state)[0]
 
-    start, rest = leaves_read(unroll.init, tangible), leaves_read(later, tangible)
+    first = jax.make_jaxpr(unroll.init)(tangible).jaxpr
+    rest = jax.make_jaxpr(later)(tangible, state).jaxpr
     names = paths(tangible)
-    lost = [name or "eta" for name, a, b in zip(names, start, rest, strict=True) if a and not b]
+    start, ends = (
+        _read(j, [v for v in j.outvars if is_differentiable(v.aval)]) for j in (first, rest)
+    )
+    lost = [name or "eta" for name, a, b in zip(names, start, ends, strict=False) if a and not b]
+    blind = f"`{type(engine).__name__}` differentiates {seen}, and does not see theta_0."
     if lost:
         raise ValueError(
-            f"`{type(engine).__name__}` differentiates {seen}, and does not see theta_0. Of eta, "
-            f"{_listed(lost)} is read by `Unroll.init` alone: its derivative would be exactly "
-            "zero, and it would not be learned. A learned initialisation needs the whole loop: "
-            "`MixedFlow()` or `Reverse()`. Or let the inner loss read it too, as a proximal term "
-            "to theta_0 does."
+            f"{blind} Of eta, {_listed(lost)} is read by `Unroll.init` alone: its derivative would "
+            "be exactly zero, and it would not be learned. A learned initialisation needs the "
+            "whole loop: `MixedFlow()` or `Reverse()`. Or let the inner loss read it too, as a "
+            "proximal term to theta_0 does."
         )
+    kept = _kept(first, rest, len(names))
+    if kept:
+        leaf, sources = kept[0]
+        read = [name or "eta" for name, is_read in zip(names, sources, strict=True) if is_read]
+        raise ValueError(
+            f"{blind} {paths(state)[leaf]!r} of the inner state is computed by `Unroll.init` from "
+            f"{_listed(read)} of eta, no step changes it, and it is read afterwards: what of the "
+            "derivative goes through it would be lost. That needs the whole loop: `MixedFlow()` or "
+            "`Reverse()`. Or compute it from eta where it is read, in `step` or `loss`."
+        )
+
+
+def _kept(first: Any, rest: Any, count: int) -> list[tuple[int, list[bool]]]:
+    """Return the leaves of a state that `init` computes from eta, that are read and never changed.
+
+    A step that is compiled by itself, under `jax.jit`, hides which leaves it passes on unchanged.
+
+    Args:
+      first: the jaxpr of `init`, of the leaves of eta.
+      rest: that of (the next state, the outer loss), of the leaves of eta and of a state.
+      count: the number of leaves of eta.
+
+    Returns:
+      [(the number of the leaf, whether it is computed from each leaf of eta)].
+    """
+    if first.effects or rest.effects:
+        return []
+    after, outer = rest.outvars[:-1], rest.outvars[-1]
+    pairs = list(zip(rest.invars[count:], after, strict=True))
+    results = [outer, *(new for old, new in pairs if new is not old)]
+    read = _read(rest, [v for v in results if is_differentiable(v.aval)])[count:]
+    rows = [
+        (leaf, _read(first, [first.outvars[leaf]]))
+        for leaf, (old, new) in enumerate(pairs)
+        if new is old and read[leaf] and is_differentiable(old.aval)
+    ]
+    return [(leaf, sources) for leaf, sources in rows if any(sources)]
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:
@@ -110,7 +163,8 @@ def clocks(step: Callable[[InnerState], InnerState], state: InnerState) -> list[
       state: any pytree of arrays.
     """
     jaxpr = jax.make_jaxpr(step)(state).jaxpr
-    leaves = zip(jaxpr.invars, jaxpr.outvars, _read(jaxpr, is_differentiable), strict=True)
+    floats = [v for v in jaxpr.outvars if is_differentiable(v.aval)]
+    leaves = zip(jaxpr.invars, jaxpr.outvars, _read(jaxpr, floats, values=True), strict=True)
     return [
         i
         for i, (before, after, is_read) in enumerate(leaves)

@@ -17,10 +17,13 @@ from metalearn.algorithms import (
     LearnedOptimizer,
     MAMLPlusPlus,
     MetaTraining,
+    Quadratic,
+    Supervised,
+    Together,
     TunedRule,
     squared_error,
 )
-from metalearn.datasets import MetaTrainingRuns, Sinusoid, TaskStream
+from metalearn.datasets import MetaTrainingRuns, SideBySide, Sinusoid, TaskStream
 from metalearn.engines.inner_loop import rollout
 from metalearn.tasks import draw_task
 from tests.cases import MODELS, TASKS, WAYS, Float64, to_float64
@@ -241,6 +244,29 @@ def test_more_levels_than_the_tasks_have_are_refused():
     four = meta_training(meta_training())
     with refused_in_tracing(message):  # the lowest pair of levels lacks its tasks
         Trainer(four).fit(meta_runs(), 1, key=KEY, progress=False)
+
+
+def test_more_levels_than_the_algorithm_has_are_refused():
+    for algorithm, name in (
+        (maml(), "MAML"),
+        (LearnedOptimizer(Supervised(MODEL), RATE, OUTER_STEPS), "LearnedOptimizer"),
+    ):
+        message = (
+            f"{name} got the tasks `MetaTrainingRuns`, of which an episode is a whole "
+            "meta-training run: its support set is a distribution over tasks, `Sinusoid`, not "
+            f"examples. Pass {name} the `Sinusoid` itself; or, to learn how an algorithm is "
+            "meta-trained, one level above it, pass `MetaTrainingRuns` to "
+            "`LearnedOptimizer(MetaTraining(algorithm), rule, inner_steps)`."
+        )
+        with refused_in_tracing(message):
+            draw_task(algorithm, meta_runs(), KEY)
+    with refused_in_tracing("MAML got the tasks `MetaTrainingRuns`, of which an episode is"):
+        Trainer(maml()).fit(meta_runs(), 1, key=KEY, progress=False)
+    with refused_in_tracing("MAML got the tasks `MetaTrainingRuns`, of which an episode is"):
+        Trainer(meta_training()).fit(meta_runs(meta_runs()), 1, key=KEY, progress=False)
+    parts = LearnedOptimizer(Together({"bowl": Quadratic(2)}), RATE, OUTER_STEPS)
+    with refused_in_tracing("LearnedOptimizer got the tasks `SideBySide`, of which an episode is"):
+        draw_task(parts, SideBySide({"bowl": meta_runs()}), KEY)
 
 
 def test_tasks_of_a_level_above_are_on_the_device_and_say_their_labels():
