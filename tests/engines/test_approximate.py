@@ -456,6 +456,38 @@ def test_a_leaf_that_no_step_changes_is_served_where_no_derivative_is_lost(case)
     assert error(grads, expected) < 1e-12 and jnp.linalg.norm(expected) > 1e-3
 
 
+def judged_by_training():
+    """A learned rate, judged by the sum of the losses before each step."""
+
+    def objective(theta):
+        return jnp.sum((theta - 1) ** 2)
+
+    def step(eta, state, batch, grad):
+        theta, total = state
+        return theta - jnp.exp(eta["rate"]) * grad(objective)(theta), total + objective(theta)
+
+    return Unroll(
+        lambda eta: (jnp.zeros(3), jnp.zeros(())), step, lambda eta, state: (state[1], {})
+    )
+
+
+RATE = {"rate": jnp.log(0.1)}
+
+
+@pytest.mark.parametrize("engine", [Truncated(1), SAMA()], ids=lambda engine: type(engine).__name__)
+def test_an_entry_that_the_last_steps_do_not_read_is_refused(engine):
+    message = (
+        r"Of eta, rate enters the outer loss through earlier steps alone.*`Truncated\(last=2\)`"
+    )
+    with pytest.raises(ValueError, match=message):
+        engine_call(engine, judged_by_training(), RATE, jnp.arange(4))
+    two, exact = (
+        engine_call(engine, judged_by_training(), RATE, jnp.arange(4))[1]["rate"]
+        for engine in (Truncated(2), Reverse())
+    )
+    assert exact < two < 0
+
+
 @pytest.mark.parametrize("engine", LEARNED_START, ids=lambda engine: type(engine).__name__)
 def test_segments_are_refused(engine):
     with pytest.raises(ValueError, match="does not differentiate them: it estimates .* the end of"):

@@ -1,14 +1,16 @@
 """Which leaves a function reads, and which of eta an approximate hypergradient cannot see.
 
 An engine that differentiates the last steps of a loop, or its fixed point, does not see theta_0.
-Two paths from eta to the result are then lost whole, and a problem that has one is refused when it
-is traced:
+Three paths from eta to the result are then lost whole, and a problem that has one is refused when
+it is traced:
 
 - an entry of eta that is read by `Unroll.init` alone: its derivative would be exactly zero, and it
   would silently not be learned;
 - a leaf of the inner state that `Unroll.init` computes from eta, that no step changes, and that is
   read afterwards, such as embeddings that a head is fitted to: what of the derivative goes through
-  it does not fade with the steps, as the dependence on a theta_0 does that steps contract.
+  it does not fade with the steps, as the dependence on a theta_0 does that steps contract;
+- an entry of eta that enters the outer loss through earlier steps alone, such as a learned update
+  rule that is judged by the training losses: the last update enters none of them.
 """
 
 from __future__ import annotations
@@ -76,9 +78,15 @@ def last_batch(engine: Any, batches: Batch) -> Batch:
 
 
 def check_reach(
-    engine: Any, unroll: Unroll, eta: Eta, state: InnerState, batch: Batch, seen: str
+    engine: Any,
+    unroll: Unroll,
+    eta: Eta,
+    state: InnerState,
+    batch: Batch,
+    seen: str,
+    steps: int | None = None,
 ) -> None:
-    """Raise ValueError where a path from eta through `init` to the result would be lost whole.
+    """Raise ValueError where a path from eta to the result would be lost whole.
 
     Args:
       engine: for the message.
@@ -87,6 +95,7 @@ def check_reach(
       state: an inner state.
       batch: of one inner step.
       seen: what the engine differentiates, for the message.
+      steps: how many inner steps at the end; None: a fixed point, where all are the last one.
     """
     tangible = jax.tree.map(jnp.asarray, eta)  # Python scalars have no variable of their own
 
@@ -109,6 +118,14 @@ def check_reach(
             "whole loop: `MixedFlow()` or `Reverse()`. Or let the inner loss read it too, as a "
             "proximal term to theta_0 does."
         )
+    if steps is not None and (late := _late(rest, names, steps)):
+        name, needed = late[0]
+        raise ValueError(
+            f"`{type(engine).__name__}` differentiates {seen}. Of eta, {_listed([name])} enters "
+            "the outer loss through earlier steps alone: its derivative would be exactly zero, and "
+            f"it would not be learned. Take `Truncated(last={needed})` or more, or an exact "
+            "engine: `MixedFlow()` or `Reverse()`."
+        )
     kept = _kept(first, rest, len(names))
     if kept:
         leaf, sources = kept[0]
@@ -119,6 +136,29 @@ def check_reach(
             "derivative goes through it would be lost. That needs the whole loop: `MixedFlow()` or "
             "`Reverse()`. Or compute it from eta where it is read, in `step` or `loss`."
         )
+
+
+def _late(rest: Any, names: Sequence[str], steps: int) -> list[tuple[str, int]]:
+    """Return (name, how many last steps read it) of leaves of eta that so many steps do not reach.
+
+    Args:
+      rest: the jaxpr of (the next state, the outer loss), of the leaves of eta and of a state.
+      names: of the leaves of eta.
+      steps: how many there are.
+    """
+    count = len(names)
+    first_read: dict[str, int] = {}
+    wanted = [rest.outvars[-1]]
+    for number in range(len(rest.invars) - count + 1):  # a path passes a leaf of the state once
+        read = _read(rest, [v for v in wanted if is_differentiable(v.aval)])
+        for name, is_read in zip(names, read[:count], strict=True):
+            if is_read:
+                first_read.setdefault(name or "eta", number)
+        before = wanted
+        wanted = [v for v, is_read in zip(rest.outvars, read[count:], strict=False) if is_read]
+        if wanted == before or len(first_read) == count:
+            break
+    return [(name, number) for name, number in first_read.items() if number > steps]
 
 
 def _kept(first: Any, rest: Any, count: int) -> list[tuple[int, list[bool]]]:

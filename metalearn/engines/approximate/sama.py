@@ -66,7 +66,8 @@ class SAMA(MetaGradient):
         batch = last_batch(self, batches)
         theta_T, inner, _ = segments.advance(unroll, eta, unroll.init(eta), batches)
         last = jax.tree.map(lambda x: x[-1:], batches)
-        check_reach(self, unroll, eta, theta_T, batch, "one inner step at the end of the loop")
+        seen = "one inner step at the end of the loop"
+        check_reach(self, unroll, eta, theta_T, batch, seen, 1)
         (loss, metrics), bars = segments.outer_cotangents(unroll, eta, theta_T)
         difference = functools.partial(value_and_grad, move=self.finite_difference)
         bars = segments.pull_back(unroll, eta, theta_T, last, [], bars, difference, Remat())

@@ -101,7 +101,7 @@ class Truncated(MetaGradient):
         last_batch = jax.tree.map(lambda x: x[-1], batches)
         middle, first = forward(unroll, eta, batches, steps - self.last)
         seen = "the last inner step" if self.last == 1 else f"the last {self.last} inner steps"
-        check_reach(self, unroll, eta, middle, last_batch, seen)
+        check_reach(self, unroll, eta, middle, last_batch, seen, self.last)
         unroll = unroll._replace(init=lambda eta: middle, begins=None)
         batches = jax.tree.map(lambda x: x[steps - self.last :], batches)
         (loss, aux), grads = self._through(unroll, eta, batches)
