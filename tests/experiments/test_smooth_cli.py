@@ -87,6 +87,10 @@ def test_the_table_ends_with_the_verdict(options, capsys):
         ("fds_digits", ["hyperparameters.learning_rate.start", "batch", "model.hidden"]),
         ("loss_weights_shakespeare", ["eps_root", "learning_rate", "dataset.batch", "width"]),
         ("learning_rates_shakespeare", ["eps_root", "initial", "dataset.batch", "model.width"]),
+        (
+            "data_weights_digits",
+            ["optimizer.learning_rate", "decay_steps", "algorithm.batch", "model.hidden"],
+        ),
         ("maml_digits", ["optimizer.learning_rate", "model.filters"]),
     ],
 )
