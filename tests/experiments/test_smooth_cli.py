@@ -14,6 +14,7 @@ from metalearn.diagnostics import perturbed_runs
 from metalearn.diagnostics.perturbed_runs import PerturbedRuns, ThreeRuns
 from metalearn.diagnostics.smoothness import three_runs
 from metalearn.experiments import build
+from metalearn.experiments.benchmarks import settings
 from metalearn.experiments.benchmarks import smoothness as benchmark
 from metalearn.experiments.cli.arguments import packaged
 from metalearn.experiments.commands import run, smooth
@@ -215,3 +216,25 @@ def test_the_metasmoothness_of_the_benchmark_is_that_of_three_runs(small_benchma
     runs = three_runs(*small_benchmark.trainer_of(episode, 0))
     assert abs(result.metasmoothness - runs.metasmoothness) < 0.01
     assert abs(result.query - runs.losses[0]) < 1e-4 and result.metasmoothness < 0.99
+
+
+def test_settings_are_read_as_the_command_line_spells_them():
+    words = ["model.hidden=(128,)", "algorithm.batch=200", "algorithm.optimizer.decay_steps=None"]
+    assert settings.setting(words) == {
+        "model.hidden": (128,),
+        "algorithm.batch": 200,
+        "algorithm.optimizer.decay_steps": None,
+    }
+
+
+@pytest.mark.slow
+def test_a_smoother_setting_is_compared_with_the_config_as_it_is(monkeypatch, capsys):
+    config = small("data_weights_digits", steps=1)
+    monkeypatch.setattr(settings, "config_of", lambda name: build.to_json(config))
+    words = ["--try", "algorithm.optimizer.decay_steps=7", "--seeds", "0", "1", "--tasks", "2"]
+    settings.main(["data_weights_digits", *words])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[1].startswith("| as it is | ") and rows[1].endswith("|  |")
+    assert rows[2].startswith("| algorithm.optimizer.decay_steps=7 | ")
+    cells = rows[2].strip("| ").split(" | ")
+    assert len(cells) == 4 and all(" +- " in cell for cell in cells[2:])
