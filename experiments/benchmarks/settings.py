@@ -53,6 +53,11 @@ def smooth_of(plain: Mapping[str, Any], seed: int) -> float:
 def final_losses(plain: Mapping[str, Any], seeds: Sequence[int], tasks: int) -> list[float]:
     """Return the validation loss after meta-training, of each seed the mean over `tasks` tasks."""
     splits = build.splits(plain["dataset"])
+    if splits.validation is None:
+        raise ValueError(
+            "This dataset has no validation split (dataset.held_out=0), and settings are not "
+            "chosen by the test split. Take a config that holds out a share of the training split."
+        )
     trainer = build.trainer(plain, splits, build.layout(plain))
     losses = []
     for seed in seeds:
@@ -74,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", type=int, default=10, help="validation tasks of each seed")
     options = parser.parse_args(argv)
     plain = config_of(options.config)
-    lines, first = [], []
+    lines: list[str] = []
+    first: list[float] = []
     for words in [[], *options.tried]:
         name = " ".join(words) or "as it is"
         print(name, flush=True)
