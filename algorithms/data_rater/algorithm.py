@@ -24,8 +24,11 @@ own before the mean:
         truncation=Truncation(2, transform=optax.scale_by_adam()),
     )
 
-T is the number of inner steps of the tasks. The loss of an example is the mean over its tokens, in
-the paper their sum; for Adam as the inner optimizer the two are the same.
+T is the number of inner steps of the tasks. Two things differ from the paper. The loss of an
+example is the mean over its tokens, in the paper their sum; for Adam as the inner optimizer the two
+are the same. And the outer loss of an inner model is on the same m examples, those of its task, in
+all of its T steps, where the paper draws new ones for each outer step; more `queries`, or a larger
+population, make up for it.
 
 Calian et al. 2025, "DataRater: Meta-Learned Dataset Curation" (arXiv:2505.17895).
 """
@@ -33,6 +36,7 @@ Calian et al. 2025, "DataRater: Meta-Learned Dataset Curation" (arXiv:2505.17895
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +102,9 @@ class DataRater(WeightedTraining):
                 "with `Masked` targets the padding would have a part in it. Use batches without "
                 "padding."
             )
-        _, statistics = self.rater.init(jax.random.key(0))
+        statistics = self._statistics
+        if jax.tree.leaves(statistics):  # values, which may be those of a pretrained rater
+            _, statistics = self.rater.init(jax.random.key(0))
         pair = batch.inputs, batch.targets
         scores, _ = self.rater.apply(eta, statistics, pair, train=False)
         count = jax.tree.leaves(batch.inputs)[0].shape[0]
@@ -110,6 +116,11 @@ class DataRater(WeightedTraining):
                 "output, and take the mean over the tokens of an example."
             )
         return scores.reshape(count)
+
+    @functools.cached_property
+    def _statistics(self) -> Any:
+        """The shapes of the rater's statistics; no leaves for most, whose `init` is not needed."""
+        return jax.eval_shape(self.rater.init, jax.eval_shape(lambda: jax.random.key(0)))[1]
 
     def weights(self, eta: Eta, losses: jax.Array | None, batch: Batch) -> jax.Array:
         """Return the weights of a batch, [batch, 1]: a softmax of scores, times batch: mean one."""

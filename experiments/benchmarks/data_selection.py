@@ -254,13 +254,19 @@ class Runs:
         ones = self.trainer.algorithm.init(self.key)
         return np.stack([-np.asarray(self.metagradient(ones, run)) for run in range(count)])
 
-    def descended(self, steps: int, rate: float) -> np.ndarray:
-        """Return the weights [examples] after projected metagradient descent."""
+    def descended(self, steps: int, rate: float, first: np.ndarray) -> np.ndarray:
+        """Return the weights [examples] after projected metagradient descent.
+
+        Args:
+          steps: of the descent, step i through run i.
+          rate: of the outer optimizer.
+          first: [examples], the scores of run 0: minus the metagradient of the first step.
+        """
         algorithm: Any = self.trainer.algorithm
         optimizer, eta = algorithm.outer_optimizer(optax.adam(rate)), algorithm.init(self.key)
         state = optimizer.init(eta)
         for step in range(steps):
-            grads = self.metagradient(eta, step)
+            grads = self.metagradient(eta, step) if step else -jnp.asarray(first)
             updates, state = optimizer.update(grads, state, eta)
             eta = optax.apply_updates(eta, updates)
         return np.asarray(eta)
@@ -287,7 +293,7 @@ def select(setting: Setting, seeds: Sequence[int], steps: int, rate: float, sche
             "queries alone": -losses_after(algorithm, data, key),
             "score": scores[0],
             "mean score": scores.mean(0),
-            "descent": runs.descended(steps, rate),
+            "descent": runs.descended(steps, rate, scores[0]),
         }
         for name, each in values.items():
             area = float(auc(jnp.asarray(each), jnp.asarray(~data.wrong)))

@@ -1,6 +1,6 @@
 """What a meta-gradient predicts, by the `eps_root` of the inner Adam: metasmoothness beside LDS.
 
-    python -m metalearn.experiments.benchmarks.smoothness [--eps-root 1e-10 1e-8 ...]
+    python -m metalearn.experiments.benchmarks.smoothness [--eps-root 1e-10 1e-8 ...] [--seeds 0 1]
 
 A decoder (2 layers, width 32, characters) is trained on 64 windows of tiny Shakespeare by 48 steps
 of Adam, each window once an epoch in a fixed order. eta holds a weight for each window, and the
@@ -9,12 +9,14 @@ loss of a held-out window changes when the decoder is trained without it (arXiv:
 
 The linear datamodelling score (LDS; Park et al. 2023, arXiv:2303.14186) is how right that is: for
 each held-out window Spearman's correlation of the predicted and the true change over random
-subsets, in the mean over windows. The true ones are trainings from scratch, many in one program.
+subsets, in the mean over windows. The true ones are trainings from scratch. One program, compiled
+once, serves all settings and seeds.
 
 Beside the LDS stand the metasmoothness (`metalearn.diagnostics.smoothness`), which takes three
 trainings on all windows, and the losses that training ends with: what the smoother optimizer costs.
 Then the rank correlation of metasmoothness and LDS over the settings; and a learning rate at which
-the meta-gradient is finite and useless, its verdict, and what following that verdict gives.
+the meta-gradient is finite and useless, what following its verdict gives, and that verdict. A seed
+decides the windows, theta_0, their order, the subsets and the direction of the metasmoothness.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ from metalearn import Algorithm, Episode, Trainer, Unroll
 from metalearn.datasets import GivenTasks
 from metalearn.datasets.text import read_text
 from metalearn.diagnostics import smoothness
-from metalearn.diagnostics.smoothness import three_runs
+from metalearn.diagnostics.perturbed_runs import metasmoothness, random_direction
+from metalearn.diagnostics.smoothness import DIRECTIONS, STEP
 from metalearn.engines.inner_loop import Remat, inner_loop
+from metalearn.experiments.benchmarks.reporting import interval
 from metalearn.models.transformer import Architecture
 from metalearn.unroll import task_keys
 
@@ -48,8 +52,7 @@ EPS_ROOTS = (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 USELESS = 2e-2, 1e-8  # learning rate and eps_root
 REPAIRED = 3e-3, 1e-5
 LEFT_OUT = 0.1  # share of the windows in a subset
-AT_ONCE = 8  # trainings in one call
-KEY = 0
+AT_ONCE = 17  # trainings that are vmapped: a third of those of a setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +104,7 @@ class WindowWeights(Algorithm):
         return Unroll(init, step, loss)
 
 
-def windows(data_dir: str | None = None) -> tuple[Any, Any]:
+def windows(data_dir: str | None = None, seed: int = 0) -> tuple[Any, Any]:
     """Return (inputs, targets) of the training windows, and of the held-out ones.
 
     They begin at random places of the two splits.
@@ -117,7 +120,7 @@ def windows(data_dir: str | None = None) -> tuple[Any, Any]:
         rows = text[starts[:, None] + np.arange(LENGTH + 1)]
         return jnp.asarray(rows[:, :-1]), jnp.asarray(rows[:, 1:])
 
-    return cut("train", EXAMPLES, 0), cut("validation", QUERIES, 1)
+    return cut("train", EXAMPLES, 2 * seed), cut("validation", QUERIES, 2 * seed + 1)
 
 
 def episode_of(data: tuple[Any, Any], rate: float, eps_root: float) -> Episode:
@@ -126,82 +129,96 @@ def episode_of(data: tuple[Any, Any], rate: float, eps_root: float) -> Episode:
     return Episode((*train, (jnp.float32(rate), jnp.float32(eps_root))), query)
 
 
-class Scores(NamedTuple):
-    """What the meta-gradients of the held-out windows predict, and what retraining says.
+class Measured(NamedTuple):
+    """Trainings of one setting.
 
-    lds: Spearman's correlation over subsets, of each held-out window, [Q].
-    train: the mean loss of the training windows at the end of training on all.
-    query: that of the held-out windows.
+    Args:
+      losses: [n, Q], of the held-out windows, of each training.
+      train: [n], the mean losses of the training windows.
+      scores: [Q, N], the derivative of the held-out losses in the weights, at weights of one.
+      metasmoothness: (), of the first three trainings.
     """
 
-    lds: np.ndarray
+    losses: jax.Array
+    train: jax.Array
+    scores: jax.Array
+    metasmoothness: jax.Array
+
+
+class Row(NamedTuple):
+    """What one setting gives with one seed; see the table in docs/smoothness.md.
+
+    Args:
+      metasmoothness: from three trainings.
+      lds: Spearman's correlation over subsets, the mean over held-out windows.
+      train: the mean loss of the training windows at the end of training on all.
+      query: that of the held-out windows.
+    """
+
+    metasmoothness: float
+    lds: float
     train: float
     query: float
 
 
-def subsets(count: int) -> np.ndarray:
+@jax.jit
+def measured(weights: jax.Array, episode: Episode, key: jax.Array) -> Measured:
+    """Train with each row of the weights [n, N], AT_ONCE rows at once, and score the windows.
+
+    The one program of the benchmark: learning rate and `eps_root` are arrays in the episode. The
+    first three rows of the weights are 1, 1 + h v and 1 + 2 h v.
+    """
+    algorithm, keys = WindowWeights(), task_keys(key)
+    unroll = algorithm.unroll(episode, keys.unroll)
+    batches = algorithm.batches(episode, keys.batches)
+
+    def trained(eta: jax.Array) -> Any:
+        (params, _), _ = inner_loop(unroll, eta, batches, remat=Remat("step"))
+        of_training = algorithm.losses(params, *episode.support[:2]).mean()
+        return algorithm.losses(params, *episode.query), of_training, jax.tree.leaves(params)
+
+    losses, train, theta = jax.lax.map(trained, weights, batch_size=AT_ONCE)
+    scores = jax.jacrev(lambda eta: trained(eta)[0])(weights[0])
+    return Measured(losses, train, scores, metasmoothness([leaf[:3] for leaf in theta]))
+
+
+def subsets(count: int, seed: int) -> np.ndarray:
     """Return which windows each subset leaves out, [count, N] bool."""
-    draw, size = np.random.default_rng(2), round(LEFT_OUT * EXAMPLES)
+    draw, size = np.random.default_rng(2 + seed), round(LEFT_OUT * EXAMPLES)
     left_out = np.zeros((count, EXAMPLES), bool)
     for row in left_out:
         row[draw.choice(EXAMPLES, size, replace=False)] = True
     return left_out
 
 
-@jax.jit
-def trained(eta: jax.Array, episode: Episode) -> tuple[jax.Array, jax.Array]:
-    """Return (losses of the held-out windows [Q], mean loss of the training windows)."""
-    algorithm, key = WindowWeights(), task_keys(jax.random.key(KEY))
-    unroll = algorithm.unroll(episode, key.unroll)
-    batches = algorithm.batches(episode, key.batches)
-    (params, _), _ = inner_loop(unroll, eta, batches, remat=Remat("step"))
-    of_training = algorithm.losses(params, *episode.support[:2]).mean()
-    return algorithm.losses(params, *episode.query), of_training
-
-
-@jax.jit
-def scored(eta: jax.Array, episode: Episode) -> jax.Array:
-    """Return the derivative of the loss of each held-out window in the weights, [Q, N]."""
-    return jax.jacrev(lambda eta: trained(eta, episode)[0])(eta)
-
-
-@jax.jit
-def retrained(etas: jax.Array, episode: Episode) -> jax.Array:
-    """Return the losses of the held-out windows for many weights [n, N], [n, Q]."""
-    return jax.lax.map(lambda eta: trained(eta, episode)[0], etas, batch_size=AT_ONCE)
-
-
-def datamodelling(episode: Episode, count: int) -> Scores:
-    """Return the LDS over `count` trainings without a subset."""
-    ones, left_out = jnp.ones(EXAMPLES), subsets(count)
-    at_ones, train = trained(ones, episode)
-    weights = jnp.where(left_out, 0.0, ones[None])
-    changes = np.asarray(retrained(weights, episode)) - np.asarray(at_ones)
-    predicted = -left_out.astype(np.float32) @ np.asarray(scored(ones, episode)).T
+def row(episode: Episode, count: int, seed: int) -> Row:
+    """Return what a setting gives: its LDS over `count` trainings without a subset."""
+    key, left_out = jax.random.key(seed), subsets(count, seed)
+    ones = jnp.ones(EXAMPLES)
+    # The direction of `metalearn.diagnostics.smoothness.three_runs`.
+    v = random_direction(ones, jax.random.fold_in(jax.random.fold_in(key, DIRECTIONS), 0))
+    moved = ones[None] + STEP * jnp.arange(3.0)[:, None] * v[None]
+    result = measured(jnp.concatenate([moved, jnp.where(left_out, 0.0, 1.0)]), episode, key)
+    losses = np.asarray(result.losses)
+    changes = losses[3:] - losses[:1]
+    predicted = -left_out.astype(np.float32) @ np.asarray(result.scores).T
     pairs = zip(predicted.T, changes.T, strict=True)
-    lds = np.array([scipy.stats.spearmanr(p, c).statistic for p, c in pairs])
-    return Scores(np.nan_to_num(lds), float(train), float(at_ones.mean()))
+    lds = np.nan_to_num([scipy.stats.spearmanr(p, c).statistic for p, c in pairs])
+    smooth, train = float(result.metasmoothness), float(result.train[0])
+    return Row(smooth, float(lds.mean()), train, float(losses[0].mean()))
 
 
-def trainer_of(episode: Episode) -> tuple[Trainer, Any, GivenTasks, jax.Array]:
+def trainer_of(episode: Episode, seed: int) -> tuple[Trainer, Any, GivenTasks, jax.Array]:
     """Return the arguments of `smoothness` and `three_runs`, at weights of one."""
     trainer = Trainer(WindowWeights(), optimizer=optax.sgd(0.1), tasks_per_step=1)
-    key = jax.random.key(KEY)
+    key = jax.random.key(seed)
     return trainer, trainer.init(key), GivenTasks.create([episode]), key
 
 
-def row(data: tuple[Any, Any], rate: float, eps_root: float, count: int) -> tuple[float, float]:
-    """Print a setting, and return its (metasmoothness, LDS)."""
-    episode = episode_of(data, rate, eps_root)
-    smooth = float(three_runs(*trainer_of(episode)).metasmoothness)
-    scores = datamodelling(episode, count)
-    lds = float(scores.lds.mean())
-    print(
-        f"| {rate:g} | {eps_root:.0e} | {smooth:.3f} | {lds:.3f} | {scores.train:.3f} | "
-        f"{scores.query:.3f} |",
-        flush=True,
-    )
-    return smooth, lds
+def cells(rate: float, eps_root: float, rows: Sequence[Row]) -> str:
+    """Return a setting as a row of the Markdown table, means over seeds with their intervals."""
+    values = [interval(column) for column in zip(*rows, strict=True)]
+    return f"| {' | '.join([f'{rate:g}', f'{eps_root:.0e}', *values])} |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -210,21 +227,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--eps-root", type=float, nargs="+", default=EPS_ROOTS)
     parser.add_argument("--retrainings", type=int, default=48)
     parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--data-dir", help="of TensorFlow Datasets")
     options = parser.parse_args(argv)
-    data, count = windows(options.data_dir), options.retrainings
+    settings = [(options.rate, eps_root) for eps_root in options.eps_root]
+    rows: dict[tuple[float, float], list[Row]] = {}
+    ranks = []
+    for seed in options.seeds:
+        data = windows(options.data_dir, seed)
+        for setting in [*settings, USELESS, REPAIRED]:
+            result = row(episode_of(data, *setting), options.retrainings, seed)
+            rows.setdefault(setting, []).append(result)
+            print(
+                f"seed {seed}, rate {setting[0]:g}, eps_root {setting[1]:.0e}: {result}", flush=True
+            )
+        pairs = [rows[setting][-1][:2] for setting in settings]
+        ranks.append(float(scipy.stats.spearmanr(*zip(*pairs, strict=True)).statistic))
     columns = "rate", "eps_root", "metasmoothness", "LDS", "training loss", "held-out loss"
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
-    rows = [row(data, options.rate, eps_root, count) for eps_root in options.eps_root]
-    for setting in (USELESS, REPAIRED):
-        row(data, *setting, count)
-    if len(rows) > 1:
-        ranks = scipy.stats.spearmanr(*zip(*rows, strict=True)).statistic
-        print(f"\nrank correlation of metasmoothness and LDS by eps_root: {ranks:.2f}")
-    for setting in (USELESS, REPAIRED):
-        verdict = smoothness(*trainer_of(episode_of(data, *setting))).verdict
-        print(f"\nrate {setting[0]:g}, eps_root {setting[1]:g}: {verdict}", flush=True)
-    print(f"\n{os.cpu_count()} cores, jax {jax.__version__}")
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    print("\n".join(cells(*setting, of_seeds) for setting, of_seeds in rows.items()))
+    if len(settings) > 1:
+        correlation = interval(ranks)
+        print(
+            f"\nrank correlation of metasmoothness and LDS by eps_root: {correlation}", flush=True
+        )
+    seed = options.seeds[0]
+    episode = episode_of(windows(options.data_dir, seed), *USELESS)
+    verdict = smoothness(*trainer_of(episode, seed)).verdict
+    print(f"\nrate {USELESS[0]:g}, eps_root {USELESS[1]:g}: {verdict}")
+    print(f"\nseeds {options.seeds}, {os.cpu_count()} cores, jax {jax.__version__}")
 
 
 if __name__ == "__main__":

@@ -52,9 +52,10 @@ RATES = (  # of inner steps
     "algorithm.initial",
     "algorithm.hyperparameters.learning_rate.start",
 )
+DECAY = "algorithm.optimizer.decay_steps"  # the rate falls to zero over so many inner steps
 BATCHES = ("algorithm.batch", "dataset.batch")
 WIDTHS = ("model.width", "model.filters", "model.hidden")
-LEVERS = ", ".join((EPS_ROOT, *RATES, *BATCHES, *WIDTHS))
+LEVERS = ", ".join((EPS_ROOT, *RATES, DECAY, *BATCHES, *WIDTHS))
 
 
 class Trial(NamedTuple):
@@ -260,6 +261,11 @@ def levers(plain: Mapping[str, Any]) -> list[Parameter]:
         bounded = rate.endswith(".start")
         least, most = (low, high) if bounded else (0.0, math.inf)
         space.append(Parameter(rate, "log", max(now / 10, least), min(2 * now, most)))
+    horizon = value_at(plain, "algorithm.inner_steps")
+    if horizon and "decay_steps" in (value_at(plain, "algorithm.optimizer") or {}):
+        now = value_at(plain, DECAY)
+        values = (now, horizon) if now is None else (now, None)
+        space.append(Parameter(DECAY, "choice", choices=tuple(map(repr, values))))
     for keys, factors in ((BATCHES, (1, 2, 4)), (WIDTHS, (1, 2))):
         key = next((key for key in keys if value_at(plain, key)), None)
         if key is not None:

@@ -28,6 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.algorithm.inner_steps = 200  # T
     config.algorithm.batch = 100
     config.algorithm.optimizer = {"name": "sgd", "learning_rate": 0.02, "momentum": 0.9}
+    # The rate falls linearly to zero over so many steps; None: it is constant.
+    config.algorithm.optimizer.decay_steps = placeholder(int)
     config.algorithm.objective = "cross_entropy"
     config.algorithm.tokens = placeholder(int)  # weights of an example's tokens; None: one for all
     config.algorithm.bounds = (0.0, 2.0)  # of the weights

@@ -21,7 +21,7 @@ from metalearn.algorithms import (
 )
 from metalearn.algorithms.loss_weights.features import auc
 from metalearn.datasets import Corruption, Text, Tokenizer
-from metalearn.models import Functions
+from metalearn.models import Functions, Model
 from tests.cases import TASKS
 
 KEY = jax.random.key(0)
@@ -104,6 +104,33 @@ def test_equal_scores_are_training_without_weights():
 
 def _flat(table, pair):
     return 0 * table[pair[0]].mean(1) + 3.0
+
+
+def test_a_rater_is_applied_with_the_statistics_it_was_initialised_with():
+    batch = jax.tree.map(lambda x: x[0], text().support)
+    plain = rater().scores(jnp.asarray(ETA), batch)
+    scores = rater(rater=_Scaled()).scores(jnp.asarray(ETA), batch)
+    np.testing.assert_array_equal(scores, 3 * plain)
+
+
+class _Scaled(Model):
+    """The table of scores, times a statistic that training mode would change."""
+
+    def init(self, key):
+        return jnp.zeros(4), jnp.float32(3)
+
+    def apply(self, params, state, inputs, *, train, dropout=True, key=None):
+        return state * params[inputs[0]].mean(1), state + train
+
+
+def test_a_rater_without_statistics_is_not_initialised_with_every_batch():
+    initialised = []
+    batch = jax.tree.map(lambda x: x[0], text().support)
+    counted = Functions(lambda key: initialised.append(key) or jnp.zeros(4), TABLE.apply_fn)
+    algorithm = rater(rater=counted)
+    for _ in range(3):
+        algorithm.scores(jnp.asarray(ETA), batch)
+    assert len(initialised) == 1  # for the shapes of the statistics
 
 
 # What is refused.

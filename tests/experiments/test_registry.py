@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 
 import flax.linen as nn
@@ -212,6 +213,25 @@ def test_sgd_decays_weights_with_their_gradient():
     np.testing.assert_allclose(updates, -0.1 * velocity, rtol=1e-6)
     updates, _ = optimizer.update(grads, state, params)
     np.testing.assert_allclose(updates, -0.1 * (0.9 * velocity + velocity), rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight_decay", [None, 0.01])
+def test_the_rate_of_sgd_falls_linearly_to_zero(weight_decay):
+    params, grads = jnp.array([1.0, -2.0]), jnp.array([0.5, 0.25])
+    optimizer = sgd(0.1, weight_decay=weight_decay, decay_steps=4)
+    state, velocity = optimizer.init(params), grads + (weight_decay or 0) * params
+    for step in range(6):
+        updates, state = optimizer.update(grads, state, params)
+        rate = 0.1 * max(1 - step / 4, 0)
+        np.testing.assert_allclose(updates, -rate * velocity, rtol=1e-6)
+
+
+def test_a_decay_of_no_steps_or_of_a_rate_that_is_a_function_is_refused():
+    with pytest.raises(ValueError, match=re.escape("`sgd(decay_steps=0)`: it is an integer, 1 or")):
+        sgd(0.1, decay_steps=0)
+    message = "`sgd(decay_steps=9)` lets a learning rate fall from a number to zero, but"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sgd(lambda step: 0.1, decay_steps=9)
 
 
 COUNTED = """

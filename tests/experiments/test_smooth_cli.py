@@ -12,7 +12,9 @@ import pytest
 from metalearn import ES, MixedFlow, Trainer
 from metalearn.diagnostics import perturbed_runs
 from metalearn.diagnostics.perturbed_runs import PerturbedRuns, ThreeRuns
+from metalearn.diagnostics.smoothness import three_runs
 from metalearn.experiments import build
+from metalearn.experiments.benchmarks import settings
 from metalearn.experiments.benchmarks import smoothness as benchmark
 from metalearn.experiments.cli.arguments import packaged
 from metalearn.experiments.commands import run, smooth
@@ -86,6 +88,10 @@ def test_the_table_ends_with_the_verdict(options, capsys):
         ("fds_digits", ["hyperparameters.learning_rate.start", "batch", "model.hidden"]),
         ("loss_weights_shakespeare", ["eps_root", "learning_rate", "dataset.batch", "width"]),
         ("learning_rates_shakespeare", ["eps_root", "initial", "dataset.batch", "model.width"]),
+        (
+            "data_weights_digits",
+            ["optimizer.learning_rate", "decay_steps", "algorithm.batch", "model.hidden"],
+        ),
         ("maml_digits", ["optimizer.learning_rate", "model.filters"]),
     ],
 )
@@ -181,15 +187,54 @@ def optimizer_of(name):
     return plain(name)["algorithm"].get("optimizer")
 
 
-@pytest.mark.slow
-def test_the_benchmark_prints_a_row_for_each_setting_and_the_verdicts(monkeypatch, capsys):
+@pytest.fixture
+def small_benchmark(monkeypatch):
     skip_without("text")
-    sizes = {"EXAMPLES": 16, "EPOCHS": 2, "QUERIES": 2, "LENGTH": 8, "AT_ONCE": 2}
+    sizes = {"EXAMPLES": 16, "EPOCHS": 2, "QUERIES": 2, "LENGTH": 8, "AT_ONCE": 7}
     decoder = Architecture(benchmark.CHARACTERS, 8, 1, heads=1)
     for name, value in {**sizes, "DECODER": decoder}.items():
         monkeypatch.setattr(benchmark, name, value)
-    benchmark.main(["--eps-root", "1e-8", "1e-4", "--retrainings", "4"])
+    return benchmark
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_a_row_for_each_setting_and_the_verdict(small_benchmark, capsys):
+    small_benchmark.main(["--eps-root", "1e-8", "1e-4", "--retrainings", "4", "--seeds", "0", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[1] for line in lines[2:6]] == ["1e-08", "1e-04", "1e-08", "1e-05"]
+    rows = [line.split(" | ") for line in lines if line.startswith("| 0.")]
+    assert [row[1] for row in rows] == ["1e-08", "1e-04", "1e-08", "1e-05"]
+    assert all(" +- " in cell for row in rows for cell in row[2:])  # over two seeds
+    assert sum(line.startswith("seed ") for line in lines) == 8
     assert any(line.startswith("rank correlation of metasmoothness and LDS") for line in lines)
     assert any(line.startswith("rate 0.02, eps_root 1e-08: ") for line in lines)
+
+
+@pytest.mark.slow
+def test_the_metasmoothness_of_the_benchmark_is_that_of_three_runs(small_benchmark):
+    episode = small_benchmark.episode_of(small_benchmark.windows(), 0.02, 1e-8)
+    result = small_benchmark.row(episode, 4, 0)
+    runs = three_runs(*small_benchmark.trainer_of(episode, 0))
+    assert abs(result.metasmoothness - runs.metasmoothness) < 0.01
+    assert abs(result.query - runs.losses[0]) < 1e-4 and result.metasmoothness < 0.99
+
+
+def test_settings_are_read_as_the_command_line_spells_them():
+    words = ["model.hidden=(128,)", "algorithm.batch=200", "algorithm.optimizer.decay_steps=None"]
+    assert settings.setting(words) == {
+        "model.hidden": (128,),
+        "algorithm.batch": 200,
+        "algorithm.optimizer.decay_steps": None,
+    }
+
+
+@pytest.mark.slow
+def test_a_smoother_setting_is_compared_with_the_config_as_it_is(monkeypatch, capsys):
+    config = small("data_weights_digits", steps=1)
+    monkeypatch.setattr(settings, "config_of", lambda name: build.to_json(config))
+    words = ["--try", "algorithm.optimizer.decay_steps=7", "--seeds", "0", "1", "--tasks", "2"]
+    settings.main(["data_weights_digits", *words])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[1].startswith("| as it is | ") and rows[1].endswith("|  |")
+    assert rows[2].startswith("| algorithm.optimizer.decay_steps=7 | ")
+    cells = rows[2].strip("| ").split(" | ")
+    assert len(cells) == 4 and all(" +- " in cell for cell in cells[2:])
