@@ -86,6 +86,8 @@ TABLES = {  # of `name`, by the part before it
 BASES: dict[str, dict[str, Any]] = {  # where SMALL is not enough, or the data is not there
     "fds_fashion_mnist": {"dataset.tfds": "digits", "model.name": "conv_net"},
 }
+# No case is drawn of these: their data are the user's own.
+WITHOUT_DATA = {"maml_mini_imagenet", "protonet_cifar_fs", "r2d2_fc100"}
 # Of the configs that compile in seconds, one case in so many takes its step. The others are traced
 # alone, by the same code: what a program is refused for is found before it is compiled.
 ONE_IN = 2

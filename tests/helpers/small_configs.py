@@ -49,6 +49,8 @@ def _has(config, path):
 
 
 def skip_without(dataset, tfds=None):
+    if dataset == "mini_imagenet" and not pathlib.Path("data/mini_imagenet").is_dir():
+        pytest.skip("there is no folder data/mini_imagenet")
     where = os.environ.get("TFDS_DATA_DIR")
     folders = {"omniglot": "omniglot", "text": "tiny_shakespeare"}
     folder = (folders | dict.fromkeys(("cifar_fs", "fc100"), "cifar100")).get(dataset)
