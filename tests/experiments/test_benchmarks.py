@@ -4,7 +4,8 @@ import csv
 
 import pytest
 
-from metalearn.experiments.benchmarks import engines
+from metalearn.experiments.benchmarks import approximations, engines
+from tests.helpers.small_configs import small
 
 NAMES = [engines.BASE, "MixedFlow()"]
 
@@ -46,3 +47,30 @@ def test_a_small_maml_takes_fewest_flops_in_reverse_mode_and_less_memory_nested(
     plain, _, default, nested = names
     assert flops[plain] < 0.95 * flops[default] and flops[nested] == flops[default]
     assert memory[nested] <= memory[engines.BASE] < memory[default]
+
+
+def test_approximations_are_compared_by_the_differences_within_seeds():
+    exact = [{"loss": 1.0, "seconds": 3.0}, {"loss": 5.0, "seconds": 5.0}]
+    found = [{"loss": 1.2, "seconds": 9.0}, {"loss": 5.2, "seconds": 1.0}]
+    line = approximations.row("SAMA()", found, exact, ("loss",))
+    assert line == "| `SAMA()` | 3.200 +- 25.412 | 0.200 +- 0.000 | 5 |"
+    assert approximations.row("exact", exact, exact, ("loss",)).endswith(" |  | 4 |")
+
+
+@pytest.mark.slow
+def test_the_approximations_benchmark_trains_with_each_and_names_those_that_refuse(
+    monkeypatch, capsys
+):
+    def config():
+        return small("fds_digits", **{"algorithm.batch": 8, "dataset.validation": 20})
+
+    setting = approximations.Setting(config, 2, 2, ("loss", "accuracy"))
+    monkeypatch.setitem(approximations.SETTINGS, "fds_digits", setting)
+    approximations.main(["--config", "fds_digits", "--seeds=2"])
+    shown = capsys.readouterr().out
+    assert "fds_digits: 2 outer steps of 1 tasks of 7 inner steps, 2 seeds, 2 validation" in shown
+    rows = [line.split(" | ") for line in shown.splitlines() if line.startswith(("| `", "| exact"))]
+    names = [row[0].strip("| `") for row in rows]
+    assert names[:4] == ["exact", "Truncated()", "Truncated(last=3)", "SAMA()"]
+    assert all("+-" in row[1] and "+-" in row[3] for row in rows)
+    assert "Implicit" in shown
