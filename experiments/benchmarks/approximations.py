@@ -57,7 +57,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "maml_omniglot": Setting(maml_omniglot.get_config, 300, 200, ("loss", "accuracy")),
+    "maml_omniglot": Setting(maml_omniglot.get_config, 200, 200, ("loss", "accuracy")),
     "fds_digits": Setting(fds_digits.get_config, 10, 4, ("loss", "accuracy")),
     "loss_weights_shakespeare": Setting(
         loss_weights_shakespeare.get_config, 40, 2, ("loss", "weight_auc")

@@ -296,7 +296,7 @@ def test_the_meta_gradient_through_it_agrees_with_central_differences(name):
     def measured(flat):
         moves = 1e-5 * jnp.eye(flat.size)
         outer = jax.vmap(lambda v: rollout(unroll(optimizer), unravel(v), inner)[0])
-        near, far = (outer(flat + d) - outer(flat - d) for d in (moves, 2 * moves))
+        near, far = (outer(flat[None] + d) - outer(flat[None] - d) for d in (moves, 2 * moves))
         grads = [
             ravel_pytree(engine.value_and_grad(unroll(wrapped), unravel(flat), inner)[1])[0]
             for engine in (Reverse(), MixedFlow())
