@@ -75,8 +75,6 @@ def test_a_residual_network_takes_a_step_on_the_images():
 def test_a_packaged_config_takes_a_step_on_the_images(name):
     """With the network of the literature, narrower; no number of the part is a result."""
     config = small(name, **{"dataset.data_dir": str(SUBSET), "dataset.shots": 1})
-    if config.model.name == "res_net12":
-        config.model.filters = (4, 4, 4, 4)
     plain = build.to_json(config)
     splits = build.splits(plain["dataset"])
     assert splits.inputs.shape == (1, 32, 32, 3)

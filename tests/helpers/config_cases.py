@@ -30,7 +30,7 @@ from metalearn.loggers import WandbLogger
 from metalearn.training.evaluation import task_metrics
 from metalearn.training.faults import DIVERGED, NONFINITE, Faults
 from metalearn.training.outer_loop import Fit
-from tests.helpers.small_configs import SMALL
+from tests.helpers.small_configs import SMALL, as_small
 
 ROOT = pathlib.Path(metalearn.__file__).parent.parent
 BILLION = 10**9
@@ -111,7 +111,7 @@ def base(name: str) -> ml_collections.ConfigDict:
     config = module.get_config()
     small = {**SMALL, "tasks_per_step": 2, "model.layers": 1, "model.heads": 1}
     known = dict(fields(config))
-    present = {k: v for k, v in small.items() if k in known and known[k] not in (0, None)}
+    present = {k: as_small(v, known[k]) for k, v in small.items() if known.get(k)}
     config.update_from_flattened_dict({**present, **BASES.get(name, {})})
     return config
 
