@@ -87,19 +87,17 @@ def contenders(trainer: Trainer, steps: int) -> dict[str, Trainer]:
     return chosen | {short_repr(e): dataclasses.replace(trainer, engine=e) for e in engines}
 
 
-def scores(trainer: Trainer, splits: Any, setting: Setting, faults: Faults, seed: int) -> Scores:
-    """Meta-train with a seed, and return the scores on validation tasks."""
+def trained(trainer: Trainer, splits: Any, steps: int, faults: Faults, seed: int) -> Any:
+    """Meta-train with a seed, and return (the eta that was learned, seconds)."""
     key, began = key_of(seed), time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ApproximationWarning)  # it is what is measured
-        state = trainer.fit(splits.train, setting.steps, key=key, faults=faults, progress=False)
-    eta = jax.block_until_ready(trainer.learned(state))
-    seconds = time.perf_counter() - began
-    return {**evaluated(trainer, eta, splits, setting, seed), "seconds": seconds}
+        state = trainer.fit(splits.train, steps, key=key, faults=faults, progress=False)
+    return jax.block_until_ready(trainer.learned(state)), time.perf_counter() - began
 
 
 def evaluated(trainer: Trainer, eta: Any, splits: Any, setting: Setting, seed: int) -> Scores:
-    """Return the scores of an eta, on the validation tasks of a seed."""
+    """Return the scores of an eta on the validation tasks of a seed; no engine changes them."""
     key = jax.random.fold_in(key_of(seed), 1)
     found = trainer.evaluate(eta, splits.validation, key, setting.tasks)
     return {name: found[name].mean for name in setting.metrics}
@@ -134,10 +132,14 @@ def compare(name: str, setting: Setting, seeds: Sequence[int]) -> None:
     refused = []
     for each, contender in contenders(trainer, steps).items():
         try:
-            found = [scores(contender, splits, setting, faults, seed) for seed in seeds]
+            ends = [trained(contender, splits, setting.steps, faults, seed) for seed in seeds]
         except (*REFUSALS, NonFiniteError) as error:
             refused.append(f"{each}: {first_line(error)}")
             continue
+        found = [
+            {**evaluated(trainer, eta, splits, setting, seed), "seconds": seconds}
+            for seed, (eta, seconds) in zip(seeds, ends, strict=True)
+        ]
         exact = exact or found
         print(row(each, found, exact, setting.metrics), flush=True)
     start = [
