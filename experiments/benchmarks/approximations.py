@@ -136,7 +136,7 @@ def compare(name: str, setting: Setting, seeds: Sequence[int]) -> None:
         except (*REFUSALS, NonFiniteError) as error:
             refused.append(f"{each}: {first_line(error)}")
             continue
-        found = [
+        found: list[Scores] = [
             {**evaluated(trainer, eta, splits, setting, seed), "seconds": seconds}
             for seed, (eta, seconds) in zip(seeds, ends, strict=True)
         ]
