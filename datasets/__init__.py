@@ -30,6 +30,7 @@ from metalearn.datasets.host_text import HostText
 from metalearn.datasets.host_training_runs import HostHeldOut, HostTrainingRuns
 from metalearn.datasets.images import Images, read_images, with_label_noise
 from metalearn.datasets.meta_training_runs import MetaTrainingRuns
+from metalearn.datasets.mini_imagenet import mini_imagenet
 from metalearn.datasets.omniglot import omniglot
 from metalearn.datasets.reading import DatasetNotPreparedError, open_source
 from metalearn.datasets.synthetic import Quadratics, SideBySide, Sinusoid
@@ -65,6 +66,7 @@ __all__ = [
     "fc100",
     "from_labels",
     "image_folder",
+    "mini_imagenet",
     "omniglot",
     "open_source",
     "read_folder",

@@ -58,6 +58,7 @@ def read_folder(
     *,
     size: Sequence[int] | None = None,
     channels: int | None = None,
+    classes: Sequence[str] | None = None,
     training: bool = True,
     progress: bool = True,
 ) -> Folder:
@@ -67,20 +68,22 @@ def read_folder(
       folder: with a subfolder for each class, of .png, .jpg and .jpeg files.
       size: (height, width) to resize all images to; None: as they are, all of one size.
       channels: 1 (grey), 3 (RGB) or 4 (RGBA); None: 1 if every image is grey, else 3.
+      classes: the names of the subfolders to read, where the folder has others too; None: all.
       training: whether classes are told apart, which takes two. False: one will do, or a folder of
         images without subfolders, which have no labels.
       progress: show a progress bar while images are decoded.
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      ValueError: if it has too few classes, one of them has no images, an image cannot be read,
-        or the images have several sizes and none is asked for. The file is named.
+      ValueError: if it has too few classes, or not those of `classes`, one of them has no images,
+        an image cannot be read, or the images have several sizes and none is asked for. The file
+        is named.
     """
     if channels is not None:
         pick({str(count): count for count in MODES}, str(channels), "number of channels")
     wanted = None if size is None else _check_size(size)
     root = pathlib.Path(folder)
-    files = _files(root, training)
+    files = _files(root, training, classes)
     names = tuple(name for name in files if name)
     paths = [path for images in files.values() for path in images]
     labels = np.repeat(np.arange(len(names)), [len(images) for images in files.values()])
@@ -140,7 +143,9 @@ def _check_size(size: Any) -> Size:
     return int(values[0]), int(values[1])
 
 
-def _files(root: pathlib.Path, training: bool) -> dict[str, list[pathlib.Path]]:
+def _files(
+    root: pathlib.Path, training: bool, chosen: Sequence[str] | None
+) -> dict[str, list[pathlib.Path]]:
     """Return the sorted image files of each class, by its sorted names; "": of no class."""
     if not root.is_dir():
         raise FileNotFoundError(
@@ -150,6 +155,15 @@ def _files(root: pathlib.Path, training: bool) -> dict[str, list[pathlib.Path]]:
     classes = [
         path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] not in "._"
     ]
+    if chosen is not None:
+        missing = sorted({*chosen} - {path.name for path in classes})
+        if missing:
+            raise ValueError(
+                f"The folder {root} has no subfolder {missing[0]!r}, and `classes` names it"
+                f"{f', as {len(missing) - 1} others that are not there' if missing[1:] else ''}. "
+                "Leave it out, or name the folder that holds them all."
+            )
+        classes = [path for path in classes if path.name in {*chosen}]
     if not training and not classes:
         return {"": _images(root, "it is to be read")}
     if len(classes) < 2 and training:

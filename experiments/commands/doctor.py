@@ -59,6 +59,7 @@ from metalearn.planning.step_cost import short_repr
 
 APPROXIMATE = (Implicit, SAMA, Truncated)  # tried on a loop that converges
 OPTIONAL = {"equinox": "models of Equinox", "optuna": "metalearn sweep"}
+IN_TFDS = {"cifar_fs": "cifar100", "fc100": "cifar100"}  # where it has another name
 EXACT = 1e-6  # largest relative difference of an exact engine, in float64
 ALIKE = 0.5  # smallest cosine of an estimate
 PAIRS = 64  # of the estimates: their cosine is then above 0.8
@@ -169,8 +170,8 @@ def of_configs() -> dict[str, list[str]]:
     for config in packaged():
         module = importlib.import_module(f"metalearn.experiments.configs.{config}")
         dataset = module.get_config().dataset
-        name = dataset.get("tfds") or dataset.name
-        if name not in ("digits", "sinusoid"):  # which need nothing prepared
+        name = dataset.get("tfds") or IN_TFDS.get(dataset.name, dataset.name)
+        if name not in ("digits", "sinusoid", "mini_imagenet"):  # nothing of TFDS
             configs.setdefault(name, []).append(config)
     return configs
 

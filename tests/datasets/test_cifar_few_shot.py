@@ -17,6 +17,7 @@ from metalearn.datasets.cifar_few_shot import class_names
 from metalearn.experiments import build
 from metalearn.models import Linen, train_flag
 from metalearn.models.linen_networks import ResNet12
+from tests.helpers.small_configs import small
 
 SPLITS = ("train", "validation", "test")
 # A part of CIFAR-100, beside the datasets that are there in full.
@@ -66,6 +67,22 @@ def test_a_residual_network_takes_a_step_on_the_images():
     trainer = Trainer(ProtoNet(model, 2), optimizer=optax.adam(1e-3), tasks_per_step=1)
     _, metrics = trainer.step(trainer.init(jax.random.key(0)), tasks)
     assert all(np.isfinite(value) for value in metrics.values())
+
+
+@with_subset
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["protonet_cifar_fs", "r2d2_fc100"])
+def test_a_packaged_config_takes_a_step_on_the_images(name):
+    """With the network of the literature, narrower; no number of the part is a result."""
+    config = small(name, **{"dataset.data_dir": str(SUBSET), "dataset.shots": 1})
+    plain = build.to_json(config)
+    splits = build.splits(plain["dataset"])
+    assert splits.inputs.shape == (1, 32, 32, 3)
+    trainer = build.trainer(plain, splits)
+    state, metrics = trainer.step(trainer.init(jax.random.key(0), splits.train), splits.train)
+    assert int(state.step) == 1 and all(np.isfinite(value) for value in metrics.values())
+    accuracy = trainer.evaluate(state.eta, splits.test, jax.random.key(1), 2)["accuracy"]
+    assert 0 <= accuracy.mean <= 1
 
 
 def test_configs_name_them():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from metalearn import Truncated
-from metalearn.experiments.benchmarks import engines, forward_estimates
+from metalearn.experiments.benchmarks import approximations, engines, forward_estimates
+from tests.helpers.small_configs import small
 
 NAMES = [engines.BASE, "MixedFlow()"]
 
@@ -80,3 +81,29 @@ def test_forward_estimates_are_compared_with_the_exact_and_the_truncated_hypergr
     forward_estimates.main(["--problem", "quadratic", "--seeds", "1", "--steps", "250"])
     table = capsys.readouterr().out
     assert "| quadratic | FLOPs | error |" in table and "stable modes of 125 steps" in table
+
+
+def test_approximations_are_compared_by_the_differences_within_seeds():
+    exact = [{"loss": 1.0, "seconds": 3.0}, {"loss": 5.0, "seconds": 5.0}]
+    found = [{"loss": 1.2, "seconds": 9.0}, {"loss": 5.2, "seconds": 1.0}]
+    line = approximations.row("SAMA()", found, exact, ("loss",))
+    assert line == "| `SAMA()` | 3.200 +- 25.412 | 0.200 +- 0.000 | 5 |"
+    assert approximations.row("exact", exact, exact, ("loss",)).endswith(" |  | 4 |")
+
+
+@pytest.mark.slow
+def test_the_approximations_benchmark_trains_with_each_and_names_those_that_refuse(
+    monkeypatch, capsys
+):
+    """MAML: what the approximations would not see, they refuse when they are traced."""
+    setting = approximations.Setting(lambda: small("maml_sinusoid"), 2, 2, ("loss",))
+    monkeypatch.setitem(approximations.SETTINGS, "fds_digits", setting)
+    approximations.main(["--config", "fds_digits", "--seeds=2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("fds_digits: 2 outer steps of 2 tasks of 7 inner steps, 2 seeds, 2 ")
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")][2:]
+    assert [row[0].strip() for row in rows] == ["exact", "first order", "`ES(pairs=8)`", "none"]
+    assert all("+-" in row[1] for row in rows)
+    assert ["+-" in row[2] for row in rows] == [False, True, True, True]
+    names = ["Truncated()", "Truncated(last=3)", "SAMA()", "Implicit()"]
+    assert [line.partition(":")[0] for line in lines[-5:-1]] == names

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from metalearn import Reverse
+from metalearn.datasets.cifar_few_shot import class_names
 from metalearn.experiments import build
 from metalearn.experiments.build import algorithms, datasets
 from metalearn.experiments.cli import arguments
@@ -190,6 +191,16 @@ def test_every_network_of_every_library_fits_its_dataset(network, library):
     assert jax.eval_shape(outputs, batch).shape == (5, *per_token, 3)
 
 
+def mini_imagenet(root):
+    """Make a folder of the classes of mini-ImageNet with four images each; return it."""
+    for split in ("train", "validation", "test"):
+        for name in class_names("mini_imagenet", split):
+            (root / name).mkdir()
+            for i in range(4):
+                Image.new("RGB", (4, 4), (10 * i, 0, 0)).save(root / name / f"{i}.png")
+    return root
+
+
 def grey_images(root):
     """Make a folder of four classes with four images each; return it."""
     for name in "abcd":
@@ -203,14 +214,17 @@ def grey_images(root):
     "name", quick(sorted(build.DATASETS.keys() - RUNS), lambda name: name != "omniglot")
 )
 def test_every_dataset_has_three_splits_that_fit_what_it_says_of_them(name, tmp_path):
-    skip_without(name)
     config = {"name": name, "shots": 1, "queries": 2, "eval_queries": 3}
     if name != "sinusoid":
         config["ways"] = 4
     if name == "image_folder":
         config |= dict.fromkeys(("train", "validation", "test"), str(grey_images(tmp_path)))
-    elif name not in ("sinusoid", "cifar_fs", "fc100"):
-        config["rotations"] = True
+    elif name == "mini_imagenet":
+        config |= {"folder": str(mini_imagenet(tmp_path)), "size": (4, 4)}
+    else:
+        skip_without(name)
+        if name not in ("sinusoid", "cifar_fs", "fc100"):
+            config["rotations"] = True
     data = build.splits(config)
     keys = jax.random.key(0), jax.random.key(0), jax.random.key(0)
     tasks = data.train, data.validation, data.test

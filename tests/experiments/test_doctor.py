@@ -67,8 +67,10 @@ def test_every_engine_works_here():
 
 def test_datasets_of_configs_are_named_with_the_command_that_prepares_them(monkeypatch):
     assert of_configs()["omniglot"] == ["maml_omniglot"]
+    assert of_configs()["cifar100"] == ["protonet_cifar_fs", "r2d2_fc100"]
     assert {"tiny_shakespeare", "fashion_mnist"} <= {*of_configs()}
-    assert "digits" not in of_configs()  # which are part of the installation
+    # Which are part of the installation, and a folder of the user's own.
+    assert not {"digits", "mini_imagenet"} & {*of_configs()}
     monkeypatch.setattr(doctor, "of_configs", lambda: {"cifar10": ["mine"]})
     found = {finding.name: finding for finding in doctor.datasets()}
     assert all(finding.works for finding in found.values())  # those that lack are no fault

@@ -9,6 +9,8 @@ import pytest
 from metalearn.algorithms import MAML, R2D2, ProtoNet
 from metalearn.datasets import ClassIndex
 from metalearn.experiments.benchmarks import few_shot
+from metalearn.models import Linen, train_flag
+from metalearn.models.linen_networks import ConvNet
 from tests.helpers.selection import quick
 
 KEY = jax.random.key(0)
@@ -54,12 +56,38 @@ def test_an_unknown_method_is_refused():
         few_shot.Run("mamml", "5w1s", 0)
 
 
-@pytest.mark.slow
-def test_a_run_resumes_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
-    examples = np.random.default_rng(0).integers(0, 256, (8, 20, 28, 28, 1), np.uint8)
-    index = ClassIndex(examples, np.full(8, 20, np.int32))
-    monkeypatch.setattr(few_shot, "omniglot", lambda split, partition: index)
+@pytest.fixture
+def small_data(monkeypatch):
+    """Noise in place of Omniglot, and few test tasks."""
+
+    def of_classes(count):
+        examples = np.random.default_rng(0).integers(0, 256, (count, 20, 28, 28, 1), np.uint8)
+        index = ClassIndex(examples, np.full(count, 20, np.int32))
+        monkeypatch.setattr(few_shot, "omniglot", lambda split, partition: index)
+
     monkeypatch.setattr(few_shot, "TEST_TASKS", 20)
+    return of_classes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", few_shot.TASKS)
+@pytest.mark.parametrize("method", few_shot.METHODS)
+def test_every_setting_trains_and_is_tested(method, tasks, tmp_path, monkeypatch, small_data):
+    """Two outer steps of narrow networks on tasks of the paper's shape."""
+    small_data(60)
+
+    def narrow(outputs, pool=False):
+        return Linen(ConvNet(outputs, filters=4, pool=pool), few_shot.IMAGE, train_flag)
+
+    monkeypatch.setattr(few_shot, "network", narrow)
+    row = few_shot.Run(method, tasks, 0, 2).row(tmp_path)
+    assert row.items() >= {"method": method, "tasks": tasks, "seed": 0, "steps": 2}.items()
+    assert 0 <= row["accuracy"] <= 1 and row["half_width"] >= 0
+
+
+@pytest.mark.slow
+def test_a_run_resumes_and_is_not_run_twice(tmp_path, monkeypatch, capsys, small_data):
+    small_data(8)
     small = few_shot.METHODS["protonet"].protocol(5, 1)
     algorithm = dataclasses.replace(small.algorithm, ways=6)
     protocol = small._replace(algorithm=algorithm, ways=6)

@@ -30,7 +30,7 @@ from metalearn.loggers import WandbLogger
 from metalearn.training.evaluation import task_metrics
 from metalearn.training.faults import DIVERGED, NONFINITE, Faults
 from metalearn.training.outer_loop import Fit
-from tests.helpers.small_configs import SMALL
+from tests.helpers.small_configs import SMALL, as_small
 
 ROOT = pathlib.Path(metalearn.__file__).parent.parent
 BILLION = 10**9
@@ -86,6 +86,8 @@ TABLES = {  # of `name`, by the part before it
 BASES: dict[str, dict[str, Any]] = {  # where SMALL is not enough, or the data is not there
     "fds_fashion_mnist": {"dataset.tfds": "digits", "model.name": "conv_net"},
 }
+# No case is drawn of these: their data are the user's own.
+WITHOUT_DATA = {"maml_mini_imagenet", "protonet_cifar_fs", "r2d2_fc100"}
 # Of the configs that compile in seconds, one case in so many takes its step. The others are traced
 # alone, by the same code: what a program is refused for is found before it is compiled.
 ONE_IN = 2
@@ -109,7 +111,7 @@ def base(name: str) -> ml_collections.ConfigDict:
     config = module.get_config()
     small = {**SMALL, "tasks_per_step": 2, "model.layers": 1, "model.heads": 1}
     known = dict(fields(config))
-    present = {k: v for k, v in small.items() if k in known and known[k] not in (0, None)}
+    present = {k: as_small(v, known[k]) for k, v in small.items() if known.get(k)}
     config.update_from_flattened_dict({**present, **BASES.get(name, {})})
     return config
 

@@ -34,21 +34,29 @@ def module(name):
 
 def small(name, **overrides) -> ml_collections.ConfigDict:
     config = module(name).get_config()
-    present = {key: value for key, value in SMALL.items() if _has(config, key)}
+    sizes = {key: _at(config, key) for key in SMALL}
+    present = {key: as_small(SMALL[key], size) for key, size in sizes.items() if size}
     config.update_from_flattened_dict({**present, **overrides})
     return config
 
 
-def _has(config, path):
-    """Say whether a config has a size; where it is 0 or None, what it counts is not there."""
+def as_small(small, size):
+    """Return a small value of a size: for each of several, where it is a tuple of them."""
+    return (small,) * len(size) if isinstance(size, tuple) and isinstance(small, int) else small
+
+
+def _at(config, path):
+    """Return a size of a config, or None; where it is 0 or None, what it counts is not there."""
     for key in path.split("."):
         if key not in config:
-            return False
+            return None
         config = config[key]
-    return config not in (0, None)
+    return config
 
 
 def skip_without(dataset, tfds=None):
+    if dataset == "mini_imagenet" and not pathlib.Path("data/mini_imagenet").is_dir():
+        pytest.skip("there is no folder data/mini_imagenet")
     where = os.environ.get("TFDS_DATA_DIR")
     folders = {"omniglot": "omniglot", "text": "tiny_shakespeare"}
     folder = (folders | dict.fromkeys(("cifar_fs", "fc100"), "cifar100")).get(dataset)

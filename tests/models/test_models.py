@@ -280,3 +280,24 @@ def test_max_pool_is_reduce_window_in_value_and_gradient(shape):
     weights = jax.random.normal(OTHER_KEY, max_pool(x).shape)
     slopes = [jax.grad(lambda x, f=f: jnp.sum(f(x) * weights))(x) for f in (max_pool, theirs)]
     assert_close(*slopes, rtol=1e-12)
+    tied = jnp.ones((1, 4, 4, 1)).at[0, 0, 1].set(2).at[0, 1, 0].set(2)
+    assert_close(*(jax.grad(lambda x, f=f: f(x).sum())(tied) for f in (max_pool, theirs)))
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert jnp.isnan(max_pool(x.at[:, row, column].set(jnp.nan))[:, 0, 0]).all()
+
+
+def test_the_gradient_of_max_pool_is_finite_where_its_input_is_computed_twice():
+    """Fused into the backward pass, and rounded in another way than in the forward pass."""
+    x, scales = jax.random.uniform(KEY, (25, 16, 16, 4), jnp.float32), jnp.float32([0.5, -0.9])
+
+    def norm(x):
+        mean = x.mean((0, 1, 2))
+        variance = jnp.maximum((x * x).mean((0, 1, 2)) - mean * mean, 0)
+        return (x - mean[None, None, None]) * jax.lax.rsqrt(variance + 1e-5)[None, None, None]
+
+    def outputs(x, scales):
+        y = norm(x) * scales[0] + norm(x * x) * scales[1]
+        return (jnp.tanh(max_pool(jnp.where(y > 0, y, 0.1 * y))) ** 2).sum()
+
+    grads = jax.jit(jax.grad(outputs, (0, 1)))(x, scales)
+    assert all(jnp.isfinite(leaf).all() for leaf in grads)

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from optax import contrib
 
 from metalearn import Forward, MixedFlow, Reverse, Unroll
+from metalearn.engines.inner_loop import rollout
 from metalearn.experiments.benchmarks import optimizers as table
 from metalearn.optimizers.differentiable import differentiable_at_zero
 from tests.helpers.inner_optimizers import FINITE, NAN, NAN_AT_ALL_ZERO, NAN_AT_ZERO, documented
@@ -242,6 +243,71 @@ def test_derivatives_are_right_where_those_of_the_optimizer_are_nan(name):
 
 def test_radam_has_the_meta_gradient_of_its_loop():
     np.testing.assert_allclose(sampled("radam")[0][0], [0.26809, -0.68673], atol=5e-6)
+
+
+# Learning-rate-free optimizers and Muon: the optimizer, and T, the inner steps. They begin with a
+# scale that is large enough to adapt within T; or with the default one, and take more steps.
+SCALED = {
+    "mechanize": (contrib.mechanize(optax.sgd(1.0), s_init=0.05), 6),
+    "mechanize, adam": (contrib.mechanize(optax.adam(1.0), s_init=0.05), 6),
+    "mechanize, default": (contrib.mechanize(optax.sgd(1.0)), 20),
+    "prodigy": (contrib.prodigy(1.0, estim_lr0=0.05), 6),
+    "prodigy, default": (contrib.prodigy(1.0), 30),
+    "muon": (contrib.muon(0.1), 4),
+    "muon, weight decay": (contrib.muon(0.1, nesterov=False, weight_decay=0.1), 4),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCALED)
+def test_the_meta_gradient_through_it_agrees_with_central_differences(name):
+    """Of an initialisation, a matrix and a vector, and of the weights of two kinds of examples."""
+    optimizer, steps = SCALED[name]
+    wrapped = differentiable_at_zero(optimizer)
+    key = jax.random.key(0)
+    inputs = jax.random.normal(key, (steps + 1, 8, 3))
+    batches = inputs, jnp.sin(inputs @ jnp.arange(1.0, 4))
+
+    def losses(theta, batch):
+        inputs, targets = batch
+        return (jnp.tanh(inputs @ theta["w"]) @ theta["b"] - targets) ** 2
+
+    def unroll(optimizer):
+        def step(eta, state, batch, grad):
+            theta, inner = state
+            weights = jnp.exp(eta["log_weights"]).repeat(4)
+            grads = grad(lambda t, b: (weights * losses(t, b)).mean())(theta, batch)
+            updates, inner = optimizer.update(grads, inner, theta)
+            return optax.apply_updates(theta, updates), inner
+
+        def loss(eta, state):
+            return losses(state[0], jax.tree.map(lambda x: x[-1], batches)).mean(), {}
+
+        return Unroll(lambda eta: (eta["theta"], optimizer.init(eta["theta"])), step, loss)
+
+    eta = {
+        "theta": {"w": jax.random.normal(key, (3, 2)), "b": jnp.array([0.9, -0.7])},
+        "log_weights": jnp.array([0.3, -0.1]),
+    }
+    flat, unravel = ravel_pytree(eta)
+    inner = jax.tree.map(lambda x: x[:-1], batches)
+
+    @jax.jit
+    def measured(flat):
+        moves = 1e-5 * jnp.eye(flat.size)
+        outer = jax.vmap(lambda v: rollout(unroll(optimizer), unravel(v), inner)[0])
+        near, far = (outer(flat[None] + d) - outer(flat[None] - d) for d in (moves, 2 * moves))
+        grads = [
+            ravel_pytree(engine.value_and_grad(unroll(wrapped), unravel(flat), inner)[1])[0]
+            for engine in (Reverse(), MixedFlow())
+        ]
+        return (8 * near - far) / 12e-5, grads
+
+    differences, grads = measured(flat)
+    assert jnp.abs(differences).min() > 1e-8
+    for found in grads:
+        error = jnp.linalg.norm(found - differences) / jnp.linalg.norm(differences)
+        assert error < 1e-6, error
 
 
 def norm(g):
