@@ -7,6 +7,8 @@ filters with stride 2 and batch statistics, one inner step of SGD, exact second 
 Adam. The images are noise, drawn from the device-resident index as in training.
 
 - `metalearn`     `Trainer.step`, reverse and mixed flow, tasks one at a time (`chunk=1`)
+- `metalearn, kernels not transposed`     the same with `jnp.matmul` for `times_kernel` of
+  `metalearn.models.convolution`: what the transposition buys
 - `metalearn, all tasks at once`     the same with `chunk=None`
 - `hand-written`  the same model and tasks in plain JAX, jitted: what the framework costs
 - `naive`         plain JAX as one writes it first: `vmap` over tasks, `lax.conv`
@@ -32,6 +34,7 @@ import random
 import statistics
 import subprocess
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +46,7 @@ from metalearn import MixedFlow, Reverse, Trainer
 from metalearn.algorithms import MAML
 from metalearn.datasets import FewShot
 from metalearn.experiments.benchmarks.sampler import random_index
-from metalearn.models import Linen, train_flag
+from metalearn.models import Linen, convolution, train_flag
 from metalearn.models.linen_networks import ConvNet
 
 TASKS, QUERIES = 16, 25
@@ -56,7 +59,9 @@ def metalearn(tasks: FewShot, engine: Any, chunk: int | None) -> Contender:
     """`Trainer.step`, as a user calls it."""
     model = Linen(ConvNet(5), IMAGE, train_flag)
     trainer = Trainer(MAML(model), engine, optax.adam(1e-3), TASKS, chunk)
-    return timed(lambda state: trainer.step(state, tasks)[0], trainer.init(jax.random.key(0)))
+    state = trainer.init(jax.random.key(0))
+    step = trainer.step.lower(state, tasks).compile()
+    return timed(lambda state: step(state, tasks)[0], state)
 
 
 def hand_written(tasks: FewShot, convolution: str, one_by_one: bool) -> Contender:
@@ -135,6 +140,9 @@ def contenders(torch_python: str | None) -> Iterator[tuple[str, Contender]]:
     """Yield (name, contender), compiled and warm."""
     tasks = FewShot.create(random_index(), ways=5, shots=1, queries=QUERIES // 5)
     yield BASE, metalearn(tasks, Reverse(), 1)
+    with unittest.mock.patch.object(convolution, "times_kernel", jnp.matmul):
+        plain = metalearn(tasks, Reverse(), 1)
+    yield "metalearn, kernels not transposed", plain
     yield "hand-written", hand_written(tasks, "auto", one_by_one=True)
     yield "metalearn, mixed flow", metalearn(tasks, MixedFlow(), 1)
     yield "metalearn, all tasks at once", metalearn(tasks, Reverse(), None)
