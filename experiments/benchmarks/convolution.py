@@ -69,20 +69,22 @@ def product_times(rows: int, tasks: int) -> dict[str, float]:
 
     Args:
       rows: of the matrix of patches.
-      tasks: of one batched product, each with its own kernel.
+      tasks: of one batched product, each with its own kernel; 1: a product that is not batched.
     """
 
-    def gradient(product: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
+    def gradient(product: Callable[..., Any], *inputs: jax.Array) -> jax.Array:
         patches, kernel, cotangent = inputs
         return jax.vjp(lambda kernel: product(patches, kernel), kernel)[1](cotangent)[0]
 
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (rows, COLUMNS), (COLUMNS, CHANNELS), (rows, CHANNELS)
-    inputs = [jax.random.normal(k, (tasks, *shape)) for k, shape in zip(keys, shapes, strict=True)]
-    runs = {
-        name: jax.jit(jax.vmap(functools.partial(gradient, product)))
-        for name, product in {"plain": jnp.matmul, "transposed": times_kernel}.items()
-    }
+    lead = (tasks,) if tasks > 1 else ()
+    inputs = [jax.random.normal(k, (*lead, *s)) for k, s in zip(keys, shapes, strict=True)]
+    products: dict[str, Callable[..., Any]] = {"plain": jnp.matmul, "transposed": times_kernel}
+    runs = {}
+    for name, product in products.items():
+        each = functools.partial(gradient, product)
+        runs[name] = jax.jit(jax.vmap(each) if lead else each)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(PRODUCTS + 1):
         for name, run in runs.items():
