@@ -7,7 +7,7 @@ times a matrix is a batched matmul, which is fast, and so are its derivatives.
 fast with a kernel per task, and about equal with one kernel.
 
 A kernel [kh * kw * c, features] is transposed before the product, so that its gradient is computed
-as [features, kh * kw * c]. On a CPU, XLA takes up to 1.9 times as long for the same products as a
+as [features, kh * kw * c]. On a CPU, XLA takes up to 1.8 times as long for the same products as a
 matrix of short rows, and a step of MAML has four such gradients for every convolution. The same
 benchmark measures this.
 
