@@ -76,7 +76,7 @@ def convolve(
         )
     columns = _patches(images, window, strides, pads, (height, width))
     rows = columns.reshape(-1, columns.shape[-1])
-    flat = times_kernel(rows, kernel.reshape(-1, kernel.shape[-1]), precision)
+    flat = times_kernel(rows, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
     return flat.reshape(*columns.shape[:-1], kernel.shape[-1])
 
 
