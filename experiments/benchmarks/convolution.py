@@ -1,28 +1,43 @@
-"""Patches and matmul against `lax.conv_general_dilated`: the best threshold of "auto".
+"""Patches and matmul against `lax.conv_general_dilated`, and the gradient for a kernel.
 
     python -m metalearn.experiments.benchmarks.convolution
 
 A 3x3 convolution of 64 to 64 channels, stride 1 and 2, over images of growing side, and
 its gradients for kernel and images: on one batch with one kernel, and under `vmap` with a
-kernel per task, as in MAML. Prints `lax` time over `patches` time: above 1, patches win. The
-time of both is the minimum over interleaved repetitions. About 2 minutes on two cores.
+kernel per task, as in MAML. Prints `lax` time over `patches` time: above 1, patches win, which sets
+the threshold of "auto". The time of both is the minimum over interleaved repetitions. About 2
+minutes on two cores.
+
+    python -m metalearn.experiments.benchmarks.convolution --kernel-gradient
+
+The gradient for a kernel of 64 to 64 channels from a matrix of patches, as `jnp.matmul` has it and
+as `times_kernel` has it, its transpositions included. The rows are those of MAML on Omniglot: of
+the second, third and fourth convolution on 5 support and 25 query images. The time of both is the
+first decile over interleaved repetitions. A few seconds; on one core (`taskset -c 0`) other work on
+the machine hardly changes it.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from metalearn.models.convolution import MOST_PATCHES, convolve
+from metalearn.models.convolution import MOST_PATCHES, convolve, times_kernel
 
 TASKS, IMAGES, CHANNELS = 4, 5, 64
 SIDES = (14, 28, 56, 84, 112, 168)
 REPETITIONS = 3
+ROWS = {"conv_1": (245, 1225), "conv_2": (80, 400), "conv_3": (20, 100)}
+COLUMNS = 9 * CHANNELS
+PRODUCTS = 200  # repetitions of a product
 
 
 def gradients(method: str, stride: int, kernel: jax.Array, images: jax.Array) -> Any:
@@ -49,6 +64,50 @@ def speedup(side: int, stride: int, per_task: bool) -> float:
     return best["lax"] / best["patches"]
 
 
+def product_times(rows: int, tasks: int) -> dict[str, float]:
+    """Return the seconds that the gradient for a kernel takes, [columns, features] or transposed.
+
+    Args:
+      rows: of the matrix of patches.
+      tasks: of one batched product, each with its own kernel; 1: a product that is not batched.
+    """
+
+    def gradient(product: Callable[..., Any], *inputs: jax.Array) -> jax.Array:
+        patches, kernel, cotangent = inputs
+        return jax.vjp(lambda kernel: product(patches, kernel), kernel)[1](cotangent)[0]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (rows, COLUMNS), (COLUMNS, CHANNELS), (rows, CHANNELS)
+    lead = (tasks,) if tasks > 1 else ()
+    inputs = [jax.random.normal(k, (*lead, *s)) for k, s in zip(keys, shapes, strict=True)]
+    products: dict[str, Callable[..., Any]] = {"plain": jnp.matmul, "transposed": times_kernel}
+    runs = {}
+    for name, product in products.items():
+        each = functools.partial(gradient, product)
+        runs[name] = jax.jit(jax.vmap(each) if lead else each)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(PRODUCTS + 1):
+        for name, run in runs.items():
+            seconds = _seconds(run, *inputs)
+            if i:  # the first one compiles
+                times[name].append(seconds)
+    return {name: statistics.quantiles(values, n=10)[0] for name, values in times.items()}
+
+
+def kernel_gradients() -> None:
+    """Measure the gradient for a kernel and print a Markdown table."""
+    cores = len(os.sched_getaffinity(0))
+    print(f"{jax.devices()[0].device_kind}, {cores} cores, jax {jax.__version__}\n")
+    print("| of | rows | tasks | [columns, features] | [features, columns] | ratio |")
+    print("|---|---|---|---|---|---|")
+    for name, sizes in ROWS.items():
+        for rows in sizes:
+            for tasks in (1, 4):
+                plain, ours = (1e6 * s / tasks for s in product_times(rows, tasks).values())
+                row = f"{name} | {rows} | {tasks} | {plain:.0f} us | {ours:.0f} us"
+                print(f"| {row} | {plain / ours:.2f}x |", flush=True)
+
+
 def _seconds(run: Any, *inputs: jax.Array) -> float:
     began = time.perf_counter()
     jax.block_until_ready(run(*inputs))
@@ -57,6 +116,11 @@ def _seconds(run: Any, *inputs: jax.Array) -> float:
 
 def main() -> None:
     """Measure and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kernel-gradient", action="store_true")
+    if parser.parse_args().kernel_gradient:
+        kernel_gradients()
+        return
     device = jax.devices()[0].device_kind
     print(f"{device}, {os.cpu_count()} cores, jax {jax.__version__}; time of lax / of patches\n")
     print("| side | stride | one kernel | a kernel per task | auto takes |\n|---|---|---|---|---|")

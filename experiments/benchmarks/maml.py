@@ -7,6 +7,10 @@ filters with stride 2 and batch statistics, one inner step of SGD, exact second 
 Adam. The images are noise, drawn from the device-resident index as in training.
 
 - `metalearn`     `Trainer.step`, reverse and mixed flow, tasks one at a time (`chunk=1`)
+- `metalearn, kernels not transposed`     the same with `jnp.matmul` for `times_kernel` of
+  `metalearn.models.convolution`: what the transposition buys
+- `metalearn, a device per core`     the same with a `Layout` over as many devices as the CPU has
+  cores, which `jax.config.update("jax_num_cpu_devices", ...)` makes
 - `metalearn, all tasks at once`     the same with `chunk=None`
 - `hand-written`  the same model and tasks in plain JAX, jitted: what the framework costs
 - `naive`         plain JAX as one writes it first: `vmap` over tasks, `lax.conv`
@@ -26,12 +30,14 @@ import argparse
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import random
 import statistics
 import subprocess
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,11 +45,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn import MixedFlow, Reverse, Trainer
+from metalearn import Layout, MixedFlow, Reverse, Trainer, make_mesh
 from metalearn.algorithms import MAML
 from metalearn.datasets import FewShot
 from metalearn.experiments.benchmarks.sampler import random_index
-from metalearn.models import Linen, train_flag
+from metalearn.models import Linen, convolution, train_flag
 from metalearn.models.linen_networks import ConvNet
 
 TASKS, QUERIES = 16, 25
@@ -52,11 +58,16 @@ BASE = "metalearn, reverse"
 Contender = Callable[[int], float]  # outer steps -> tasks per second
 
 
-def metalearn(tasks: FewShot, engine: Any, chunk: int | None) -> Contender:
+def metalearn(
+    tasks: FewShot, engine: Any, chunk: int | None, layout: Layout | None = None
+) -> Contender:
     """`Trainer.step`, as a user calls it."""
     model = Linen(ConvNet(5), IMAGE, train_flag)
-    trainer = Trainer(MAML(model), engine, optax.adam(1e-3), TASKS, chunk)
-    return timed(lambda state: trainer.step(state, tasks)[0], trainer.init(jax.random.key(0)))
+    trainer = Trainer(MAML(model), engine, optax.adam(1e-3), TASKS, chunk, layout=layout)
+    state, tasks = trainer.init(jax.random.key(0)), trainer.place(tasks)
+    jitted: Any = trainer.step
+    step = jitted.lower(state, tasks).compile()  # now: not after what is patched has been put back
+    return timed(lambda state: step(state, tasks)[0], state)
 
 
 def hand_written(tasks: FewShot, convolution: str, one_by_one: bool) -> Contender:
@@ -135,6 +146,12 @@ def contenders(torch_python: str | None) -> Iterator[tuple[str, Contender]]:
     """Yield (name, contender), compiled and warm."""
     tasks = FewShot.create(random_index(), ways=5, shots=1, queries=QUERIES // 5)
     yield BASE, metalearn(tasks, Reverse(), 1)
+    with unittest.mock.patch.object(convolution, "times_kernel", jnp.matmul):
+        plain = metalearn(tasks, Reverse(), 1)
+    yield "metalearn, kernels not transposed", plain
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        spread = metalearn(tasks, Reverse(), 1, Layout(make_mesh()))
+        yield "metalearn, a device per core", spread
     yield "hand-written", hand_written(tasks, "auto", one_by_one=True)
     yield "metalearn, mixed flow", metalearn(tasks, MixedFlow(), 1)
     yield "metalearn, all tasks at once", metalearn(tasks, Reverse(), None)
@@ -154,6 +171,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="outer steps a round")
     arguments = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", math.gcd(TASKS, os.cpu_count() or 1))
     rows = dict(contenders(arguments.torch_python))
     load = os.getloadavg()[0]
     rates: dict[str, list[float]] = {name: [] for name in rows}

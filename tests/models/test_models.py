@@ -223,6 +223,43 @@ def test_a_convolution_by_patches_is_that_of_lax_in_value_and_gradient(strides, 
     assert_close(ours[0], direct, rtol=1e-11, atol=1e-12)
 
 
+def by_reverse(grad, kernel, x, along):
+    return jax.grad(lambda k, x: jnp.vdot(grad(k, x), along), (0, 1))(kernel, x)
+
+
+def by_forward(grad, kernel, x, along):
+    return jax.jvp(lambda k: grad(k, x), (kernel,), (along,))
+
+
+@pytest.mark.parametrize("over_reverse", [by_reverse, by_forward])
+def test_second_derivatives_of_patches_with_a_kernel_per_task_are_those_of_lax(over_reverse):
+    keys = jax.random.split(KEY, 3)
+    kernels, along = (jax.random.normal(key, (2, 3, 3, 2, 5)) for key in keys[:2])
+    x = jax.random.normal(keys[2], (2, 3, 6, 5, 2))
+
+    def by(method):
+        def loss(kernel, x):
+            return (convolve(x, kernel, (2, 2), "SAME", method) ** 3).sum()
+
+        return jax.jit(jax.vmap(functools.partial(over_reverse, jax.grad(loss))))(kernels, x, along)
+
+    assert_close(by("patches"), by("lax"), rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "product"),
+    [((3, 2, 3, 4), "4,18"), ((3, 1, 1, 4), "3,4")],  # [h, w, c, features], [rows, columns]
+    ids=str,
+)
+def test_the_gradient_for_a_kernel_is_a_product_with_the_longer_axis_last(kernel, product):
+    x = jnp.ones((2, 7, 6, kernel[2]))
+    gradient = jax.grad(lambda kernel: (convolve(x, kernel) ** 2).sum())
+    program = jax.jit(gradient).lower(jnp.ones(kernel)).compile().as_text()
+    products = re.findall(r"\[([0-9,]+)\]\S* dot\(", program)
+    assert product in products
+    assert ",".join(reversed(product.split(","))) not in products
+
+
 def primitives(function, *args):
     return str(jax.make_jaxpr(function)(*args))
 
