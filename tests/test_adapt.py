@@ -19,13 +19,16 @@ from metalearn.algorithms import (
     TunedRule,
     squared_error,
 )
+from metalearn.algorithms.epochs import InEpochs
 from metalearn.tasks import draw_episode
 from tests.cases import ALGORITHMS, CONV_MAML, MODELS, TASKS, Float64, conv_net, to_float64
 from tests.helpers.selection import quick
 
 KEY = jax.random.key(3)
 COUNT = 3
-CASES = {**{n: c for n, c in ALGORITHMS.items() if n != "first-order"}, "transductive": CONV_MAML}
+# Inside its annealing an outer step of MAML++ has a loss of its own, of all inner steps.
+LEFT_OUT = ("first-order", "MAML++-annealing")
+CASES = {**{n: c for n, c in ALGORITHMS.items() if n not in LEFT_OUT}, "transductive": CONV_MAML}
 PAIRS = [(name, library) for name in CASES for library in ("linen", "nnx", "haiku", "equinox")]
 PLAIN = ("MAML", "Functions")  # the model of two plain functions
 QUICK = {
@@ -50,7 +53,7 @@ def problem(name, library):
 
 def query_loss(algorithm, learner, query):
     """Return the outer loss of a learner's predictions, as one writes it by hand."""
-    if isinstance(algorithm, LearnedOptimizer) or hasattr(algorithm, "hyperparameters"):
+    if isinstance(algorithm, (LearnedOptimizer, InEpochs)):
         inputs, targets = query[0][query[2]], query[1][query[2]]
     else:
         inputs, targets = query[0], query[1]

@@ -235,7 +235,7 @@ def continued(points: np.ndarray, count: int, delays: int, cut: float, kept: str
     amplitudes = np.linalg.lstsq(modes, states[-1].astype(complex), rcond=None)[0]
     powers = (values / np.maximum(np.abs(values), 1)) ** count
     if kept == "stationary":
-        powers = np.abs(values - 1) < 0.02
+        powers = (np.abs(values - 1) < 0.02).astype(powers.dtype)
     return np.asarray((modes @ (amplitudes * powers)).real[-points.shape[1] :] * scale)
 
 

@@ -65,5 +65,6 @@ UNDEFINED_AT_ALL_ZERO = {
 
 def documented():
     """Return the rows of the documentation's table: (name, cells)."""
-    rows = re.findall(r"^\| `(.+?)` \| (.*) \|$", TABLE.read_text(), re.MULTILINE)
+    table = TABLE.read_text().partition("\n## The table\n")[2]
+    rows = re.findall(r"^\| `(.+?)` \| (.*) \|$", table, re.MULTILINE)
     return [(name, [cell.strip() for cell in cells.split(" | ")]) for name, cells in rows]
