@@ -57,6 +57,7 @@ class Protocol(NamedTuple):
       queries: query examples per class of a task to train on.
       partition: of Omniglot's characters: "maml" or "vinyals".
       engine: an exact one.
+      test_batch: support examples of an inner step on test tasks; None: as in training.
     """
 
     algorithm: Algorithm
@@ -68,6 +69,7 @@ class Protocol(NamedTuple):
     queries: int
     partition: str = "maml"
     engine: MetaGradient = Reverse()
+    test_batch: int | None = None
 
 
 class Method(NamedTuple):
@@ -142,7 +144,7 @@ def _reptile(ways: int, shots: int) -> Protocol:
         batch=batch,
     )
     optimizer = optax.sgd(optax.linear_schedule(1.0, 0.0, steps))
-    return Protocol(algorithm, optimizer, steps, 5, ways, 10, 5)
+    return Protocol(algorithm, optimizer, steps, 5, ways, 10, 5, test_batch=5 if few else 10)
 
 
 def _protonet(ways: int, shots: int) -> Protocol:
@@ -255,8 +257,9 @@ class Run:
         algorithm: Any = trainer.algorithm
         if algorithm.own_head:  # it may be trained on tasks of more classes
             algorithm = dataclasses.replace(algorithm, ways=ways)
-            trainer = dataclasses.replace(trainer, algorithm=algorithm)
-        trainer = dataclasses.replace(trainer, tasks_per_step=20, chunk=None)
+        if self.protocol.test_batch is not None:  # a test task may have fewer examples
+            algorithm = dataclasses.replace(algorithm, batch=self.protocol.test_batch)
+        trainer = dataclasses.replace(trainer, algorithm=algorithm, tasks_per_step=20, chunk=None)
         key = jax.random.fold_in(key_of(self.seed), 1)
         return trainer.evaluate(eta, tasks, key, TEST_TASKS)["accuracy"]
 
