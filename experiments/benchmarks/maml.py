@@ -10,7 +10,7 @@ Adam. The images are noise, drawn from the device-resident index as in training.
 - `metalearn, kernels not transposed`     the same with `jnp.matmul` for `times_kernel` of
   `metalearn.models.convolution`: what the transposition buys
 - `metalearn, a device per core`     the same with a `Layout` over as many devices as the CPU has
-  cores, which `jax.config.update("jax_num_cpu_devices", ...)` makes
+  cores, in a process of its own (`docs/devices.md` says how, and what to mind)
 - `metalearn, all tasks at once`     the same with `chunk=None`
 - `hand-written`  the same model and tasks in plain JAX, jitted: what the framework costs
 - `naive`         plain JAX as one writes it first: `vmap` over tasks, `lax.conv`
@@ -36,6 +36,7 @@ import pathlib
 import random
 import statistics
 import subprocess
+import sys
 import time
 import unittest.mock
 from collections.abc import Callable, Iterator
@@ -55,6 +56,7 @@ from metalearn.models.linen_networks import ConvNet
 TASKS, QUERIES = 16, 25
 IMAGE = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
 BASE = "metalearn, reverse"
+DEVICES = math.gcd(TASKS, os.cpu_count() or 1)
 Contender = Callable[[int], float]  # outer steps -> tasks per second
 
 
@@ -142,16 +144,29 @@ def pytorch(python: str, variant: str, threads: int) -> Contender:
     return run
 
 
+def a_device_per_core(steps: int) -> float:
+    """Time outer steps in a process with so many CPU devices; its compilation is not timed."""
+    # Twice as many threads as devices: one that waits for the others at an all-reduce blocks its.
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(DEVICES), "NPROC": str(2 * DEVICES)}
+    command = [sys.executable, "-m", __spec__.name, f"--spread={steps}"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return float(done.stdout.splitlines()[-1])
+
+
+def random_tasks() -> FewShot:
+    """Return 5-way 1-shot tasks of noise."""
+    return FewShot.create(random_index(), ways=5, shots=1, queries=QUERIES // 5)
+
+
 def contenders(torch_python: str | None) -> Iterator[tuple[str, Contender]]:
     """Yield (name, contender), compiled and warm."""
-    tasks = FewShot.create(random_index(), ways=5, shots=1, queries=QUERIES // 5)
+    tasks = random_tasks()
     yield BASE, metalearn(tasks, Reverse(), 1)
     with unittest.mock.patch.object(convolution, "times_kernel", jnp.matmul):
         plain = metalearn(tasks, Reverse(), 1)
     yield "metalearn, kernels not transposed", plain
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        spread = metalearn(tasks, Reverse(), 1, Layout(make_mesh()))
-        yield "metalearn, a device per core", spread
+    if jax.default_backend() == "cpu" and DEVICES > 1:
+        yield "metalearn, a device per core", a_device_per_core
     yield "hand-written", hand_written(tasks, "auto", one_by_one=True)
     yield "metalearn, mixed flow", metalearn(tasks, MixedFlow(), 1)
     yield "metalearn, all tasks at once", metalearn(tasks, Reverse(), None)
@@ -170,8 +185,12 @@ def main() -> None:
     parser.add_argument("--torch-python", default=os.environ.get("METALEARN_TORCH_PYTHON"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="outer steps a round")
+    parser.add_argument("--spread", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", math.gcd(TASKS, os.cpu_count() or 1))
+    if arguments.spread:
+        run = metalearn(random_tasks(), Reverse(), 1, Layout(make_mesh()))
+        print(run(arguments.spread))
+        return
     rows = dict(contenders(arguments.torch_python))
     load = os.getloadavg()[0]
     rates: dict[str, list[float]] = {name: [] for name in rows}

@@ -54,7 +54,9 @@ RULES = (("kernel$", P(None, "model")), ("head$", P("model")))
 def environment(count):
     """The environment of a process with so many devices."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    # A device that waits at an all-reduce blocks a thread of the pool that all of them share.
+    threads = {"NPROC": str(2 * count)}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | threads
 
 
 @jax.tree_util.register_dataclass
