@@ -319,10 +319,14 @@ def search(plain: Mapping[str, Any], space: Sequence[Parameter], options: Option
         workdir.mkdir(parents=True, exist_ok=True)
         write_settings(workdir, settings)
         study = Study(workdir, settings, evaluations=1)
-        resumed = study.running()
+        resumed, known = study.running(), dict[str, Trial]()
         while resumed or len(study.trials()) < count:
             trial = resumed.pop() if resumed else study.ask()
-            result = _tried(plain, _values(trial), say)
+            values = _values(trial)
+            same = repr(sorted(values.items()))  # of few choices, some are suggested again
+            if same not in known:
+                known[same] = _tried(plain, values, say)
+            result = known[same]
             trial.set_user_attr("loss", result.loss)
             fine = math.isfinite(result.metasmoothness) and math.isfinite(result.loss)
             value, state = (result.metasmoothness, "COMPLETE") if fine else (None, "FAIL")
@@ -356,7 +360,8 @@ def _text(settings: Mapping[str, Any]) -> str:
 
 def frontier(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials that no other beats in both, the smoothest first."""
-    finite = [t for t in trials if math.isfinite(t.metasmoothness) and math.isfinite(t.loss)]
+    different = {repr(trial): trial for trial in trials}.values()
+    finite = [t for t in different if math.isfinite(t.metasmoothness) and math.isfinite(t.loss)]
 
     def beaten(trial: Trial) -> bool:
         return any(

@@ -19,6 +19,7 @@ from metalearn.experiments.benchmarks import smoothness as benchmark
 from metalearn.experiments.cli.arguments import packaged
 from metalearn.experiments.commands import run, smooth
 from metalearn.experiments.commands.smooth import Trial, changed, frontier, levers, value_at
+from metalearn.experiments.sweep.space import Parameter
 from metalearn.models.transformer import Architecture
 from tests.helpers.command_line import call
 from tests.helpers.small_configs import module, skip_without, small
@@ -124,7 +125,20 @@ def test_changes_are_of_a_copy():
 def test_the_frontier_holds_what_no_other_trial_beats_in_both():
     trials = [Trial({"a": i}, *pair) for i, pair in enumerate([(0.9, 2.0), (0.5, 1.0), (0.4, 1.5)])]
     failed = Trial({"a": 4}, float("nan"), float("nan"))
-    assert frontier([*trials, failed]) == trials[:2]
+    assert frontier([*trials, failed, *trials]) == trials[:2]
+
+
+def test_a_search_of_few_choices_tries_each_of_them_once(monkeypatch):
+    tried = []
+
+    def trial(config, settings, say):
+        tried.append(settings.get("batch"))
+        return Trial(settings, 0.5, 1.0)
+
+    monkeypatch.setattr(smooth, "_tried", trial)
+    space = [Parameter("batch", "choice", choices=("1", "2"))]
+    trials = smooth.search({}, space, smooth.Options(as_json=True, trials=6))
+    assert len(trials) == 7 and tried[0] is None and sorted(tried[1:]) == [1, 2]
 
 
 @pytest.mark.parametrize("option", ["--trials=3", "--workdir=somewhere"])
