@@ -111,7 +111,7 @@ def row(name: str, found: Sequence[Scores], exact: Sequence[Scores], metrics: Se
         differences = [a - b[metric] for a, b in zip(values, exact, strict=True)]
         cells += [interval(values), "" if name == EXACT else interval(differences)]
     seconds = [each["seconds"] for each in found if "seconds" in each]
-    cells.append(f"{statistics.median(seconds):.0f}" if seconds else "")
+    cells.append(f"{statistics.median(seconds):.1f}" if seconds else "")
     return f"| {' | '.join(cells)} |"
 
 
