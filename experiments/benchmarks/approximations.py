@@ -12,7 +12,8 @@ outer optimizer. The number of outer steps is what two cores do in minutes (`SET
 The score is that of validation tasks, the same for all contenders of a seed; the test split is not
 used. Differences from the exact engine are paired by seed, with their 95% interval (Student's t).
 "none" is the initial eta: what there is to gain. A contender that refuses the config is named below
-the table with its reason.
+the table with its reason. So is `ES` where eta has more than `MOST` entries: the cosine of its
+estimate is about the root of pairs / |eta|.
 """
 
 from __future__ import annotations
@@ -63,22 +64,25 @@ SETTINGS = {
         loss_weights_shakespeare.get_config, 40, 2, ("loss", "weight_auc")
     ),
 }
+MOST = 10_000  # entries of eta for `ES`
 EXACT, NONE = "exact", "none"  # contenders that are not approximations
 
 Scores = Mapping[str, float]  # by metric; "seconds" is there too
 
 
-def contenders(trainer: Trainer, steps: int) -> dict[str, Trainer]:
+def contenders(trainer: Trainer, steps: int, entries: int) -> dict[str, Trainer]:
     """Return the trainers that are compared, by name; the first is exact.
 
     Args:
       trainer: of the config.
       steps: T, inner steps.
+      entries: of eta.
     """
     lasts = sorted({k for k in (1, steps // 10, steps // 2) if 1 <= k < steps})
     engines: list[MetaGradient] = [
         *(Truncated(last) for last in lasts),
-        *(SAMA(), Implicit(), Implicit(variables="params"), ES(pairs=8)),
+        *(SAMA(), Implicit(), Implicit(variables="params")),
+        *([ES(pairs=8)] if entries <= MOST else []),
     ]
     chosen = {EXACT: trainer}
     if isinstance(trainer.algorithm, MAML):
@@ -129,8 +133,9 @@ def compare(name: str, setting: Setting, seeds: Sequence[int]) -> None:
     columns = [cell for metric in setting.metrics for cell in (metric, "against exact")]
     print(f"| meta-gradient | {' | '.join(columns)} | seconds |\n|{'---|' * (len(columns) + 2)}")
     exact: list[Scores] = []
-    refused = []
-    for each, contender in contenders(trainer, steps).items():
+    entries = sum(leaf.size for leaf in jax.tree.leaves(trainer.algorithm.init(key_of(0))))
+    refused = [] if entries <= MOST else [f"ES(pairs=8): left out, eta has {entries:,} entries"]
+    for each, contender in contenders(trainer, steps, entries).items():
         try:
             ends = [trained(contender, splits, setting.steps, faults, seed) for seed in seeds]
         except (*REFUSALS, NonFiniteError) as error:

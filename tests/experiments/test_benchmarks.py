@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from metalearn import Truncated
+from metalearn.experiments import build
 from metalearn.experiments.benchmarks import approximations, engines, forward_estimates
 from tests.helpers.small_configs import small
 
@@ -87,8 +88,16 @@ def test_approximations_are_compared_by_the_differences_within_seeds():
     exact = [{"loss": 1.0, "seconds": 3.0}, {"loss": 5.0, "seconds": 5.0}]
     found = [{"loss": 1.2, "seconds": 9.0}, {"loss": 5.2, "seconds": 1.0}]
     line = approximations.row("SAMA()", found, exact, ("loss",))
-    assert line == "| `SAMA()` | 3.200 +- 25.412 | 0.200 +- 0.000 | 5 |"
-    assert approximations.row("exact", exact, exact, ("loss",)).endswith(" |  | 4 |")
+    assert line == "| `SAMA()` | 3.200 +- 25.412 | 0.200 +- 0.000 | 5.0 |"
+    assert approximations.row("exact", exact, exact, ("loss",)).endswith(" |  | 4.0 |")
+
+
+def test_an_estimate_of_few_pairs_is_left_out_where_eta_is_large():
+    config = build.to_json(small("maml_sinusoid"))
+    trainer = build.trainer(config, build.splits(config["dataset"]))
+    names = list(approximations.contenders(trainer, 1, 10_001))
+    assert "ES(pairs=8)" not in names
+    assert [*names, "ES(pairs=8)"] == list(approximations.contenders(trainer, 1, 10_000))
 
 
 @pytest.mark.slow
