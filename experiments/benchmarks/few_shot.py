@@ -6,8 +6,13 @@
 Tasks are 5-way and 20-way, with 1 and 5 shots. A method has the network, the inner loop, the outer
 optimizer, the number of steps and the tasks of its paper where they differ (`METHODS`); the split
 too, "maml" (1,100 + 100 characters, 423 to test) or "vinyals", with every quarter turn of a
-character as a class of its own. The score is the accuracy on 1,000 test tasks of 15 queries a
-class, with its 95% interval over tasks; over seeds it is Student's interval of their means.
+character as a class of its own. The score is the accuracy on 1,000 test tasks, with its 95%
+interval over tasks; over seeds it is Student's interval of their means.
+
+A test task has the queries of the paper: of the methods after MAML as many a class as it has shots,
+of the others 15. It matters where queries are normalised by statistics of their own: networks that
+were trained on five queries are better at five than at 75. `--queries=15` tests the same trained
+runs on such tasks.
 
 `--steps` cuts the runs short: the score then stands beside the share of the paper's steps that was
 taken, and is no reproduction. A run is saved as it goes, and gone on from by the same command; a
@@ -39,7 +44,7 @@ from metalearn.models import Linen, Model, train_flag
 from metalearn.models.linen_networks import ConvNet
 
 TASKS = {"5w1s": (5, 1), "5w5s": (5, 5), "20w1s": (20, 1), "20w5s": (20, 5)}  # ways, shots
-QUERIES = 15  # a class, of test tasks
+QUERIES = 15  # a class, of test tasks; see `Protocol.test_queries`
 TEST_TASKS = 1000
 IMAGE = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
 
@@ -58,6 +63,7 @@ class Protocol(NamedTuple):
       partition: of Omniglot's characters: "maml" or "vinyals".
       engine: an exact one.
       test_batch: support examples of an inner step on test tasks; None: as in training.
+      test_queries: query examples per class of a test task.
     """
 
     algorithm: Algorithm
@@ -70,6 +76,7 @@ class Protocol(NamedTuple):
     partition: str = "maml"
     engine: MetaGradient = Reverse()
     test_batch: int | None = None
+    test_queries: int = QUERIES
 
 
 class Method(NamedTuple):
@@ -99,7 +106,8 @@ def _maml(ways: int, shots: int, **options: Any) -> Protocol:
     inner = {"inner_steps": 1, "eval_steps": 3} if few else {"inner_steps": 5}
     defaults = {"optimizer": optax.sgd(0.4 if few else 0.1), **inner}
     algorithm = MAML(network(ways), **{**defaults, **options})
-    return Protocol(algorithm, optax.adam(1e-3), 60_000, 32 if few else 16, ways, shots, shots)
+    sizes = 60_000, 32 if few else 16, ways, shots, shots
+    return Protocol(algorithm, optax.adam(1e-3), *sizes, test_queries=shots)
 
 
 def _first_order(ways: int, shots: int) -> Protocol:
@@ -129,7 +137,8 @@ def _maml_plus_plus(ways: int, shots: int) -> Protocol:
     )
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, steps, 0.01))
     tasks = 16 if ways == 5 else 8
-    return Protocol(algorithm, optimizer, steps, tasks, ways, shots, shots, engine=MixedFlow())
+    sizes = steps, tasks, ways, shots, shots
+    return Protocol(algorithm, optimizer, *sizes, engine=MixedFlow(), test_queries=shots)
 
 
 def _reptile(ways: int, shots: int) -> Protocol:
@@ -205,12 +214,14 @@ class Run:
       tasks: a name of `TASKS`.
       seed: of the initial eta, of all tasks and of the test tasks.
       steps: outer steps; None: those of the paper.
+      queries: query examples per class of a test task; None: those of the paper.
     """
 
     method: str
     tasks: str
     seed: int
     steps: int | None = None
+    queries: int | None = None
 
     def __post_init__(self) -> None:
         pick(METHODS, self.method, "method")
@@ -221,8 +232,13 @@ class Run:
         """How the paper trains it, with the network and the algorithm."""
         return METHODS[self.method].protocol(*TASKS[self.tasks])
 
+    @property
+    def test_queries(self) -> int:
+        """Query examples per class of a test task."""
+        return self.protocol.test_queries if self.queries is None else self.queries
+
     def identity(self) -> dict[str, Any]:
-        """Return what distinguishes the run, for checkpoints and rows."""
+        """Return what distinguishes the training, for checkpoints; a row has `queries` too."""
         steps = self.protocol.steps if self.steps is None else self.steps
         return {"method": self.method, "tasks": self.tasks, "seed": self.seed, "steps": steps}
 
@@ -247,13 +263,14 @@ class Run:
         finally:
             checkpoints.close()
         accuracy = self.test(trainer, trainer.learned(state))
-        return {**identity, "accuracy": accuracy.mean, "half_width": accuracy.ci95}
+        scores = {"accuracy": accuracy.mean, "half_width": accuracy.ci95}
+        return {**identity, "queries": self.test_queries, **scores}
 
     def test(self, trainer: Trainer, eta: Any) -> Any:
         """Return the accuracy on test tasks, an `Estimate`."""
         ways, shots = TASKS[self.tasks]
         index = omniglot("test", partition=self.protocol.partition)
-        tasks = FewShot.create(index, ways=ways, shots=shots, queries=QUERIES)
+        tasks = FewShot.create(index, ways=ways, shots=shots, queries=self.test_queries)
         algorithm: Any = trainer.algorithm
         if algorithm.own_head:  # it may be trained on tasks of more classes
             algorithm = dataclasses.replace(algorithm, ways=ways)
@@ -267,18 +284,20 @@ class Run:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of results beside the published ones, in per cent."""
     lines = [
-        "| method | tasks | published | ours | seeds | steps, of the paper's | differs |",
-        "|---|---|---|---|---|---|---|",
+        "| method | tasks | queries | published | ours | seeds | steps, of the paper's | differs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (name, method), kind in ((m, k) for m in METHODS.items() for k in TASKS):
-        paper_steps = method.protocol(*TASKS[kind]).steps
+        protocol = method.protocol(*TASKS[kind])
         published = method.published[list(TASKS).index(kind)]
-        cells = [f"{name} ({method.paper})", kind, "-" if published is None else f"{published}"]
         found = [row for row in rows if (row["method"], row["tasks"]) == (name, kind)]
-        for steps in sorted({row["steps"] for row in found}) or [None]:
-            same = [row for row in found if row["steps"] == steps]
-            taken = "-" if steps is None else f"{steps:,} of {paper_steps:,}"
+        settings = sorted({(row["steps"], row["queries"]) for row in found})
+        for steps, queries in settings or [(None, protocol.test_queries)]:
+            same = [row for row in found if (row["steps"], row["queries"]) == (steps, queries)]
+            taken = "-" if steps is None else f"{steps:,} of {protocol.steps:,}"
             ours = _accuracy(same) if same else "not run"
+            paper = "-" if published is None else f"{published}"
+            cells = f"{name} ({method.paper})", kind, str(queries), paper
             row = [*cells, ours, str(len(same)), taken, method.note]
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
@@ -303,7 +322,7 @@ def runs(arguments: argparse.Namespace) -> Iterator[Run]:
     for method in arguments.methods.split(","):
         for kind in arguments.tasks.split(","):
             for seed in arguments.seeds.split(","):
-                yield Run(method, kind, int(seed), arguments.steps)
+                yield Run(method, kind, int(seed), arguments.steps, arguments.queries)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -313,13 +332,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, help="outer steps; by default those of the paper")
+    parser.add_argument("--queries", type=int, help="a class, of test tasks; see above")
     parser.add_argument("--workdir", default="runs/few_shot", type=pathlib.Path)
     parser.add_argument("--list", action="store_true", help="print the table, and run nothing")
     arguments = parser.parse_args(argv)
     path = arguments.workdir / "rows.jsonl"
     rows, wanted = read_rows(path), list(runs(arguments))
     for run in () if arguments.list else wanted:
-        identity = run.identity()
+        identity = {**run.identity(), "queries": run.test_queries}
         if any(identity.items() <= row.items() for row in rows):
             continue
         print(", ".join(f"{name} {value}" for name, value in identity.items()))

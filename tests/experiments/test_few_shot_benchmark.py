@@ -40,15 +40,24 @@ def test_first_order_maml_anil_and_meta_sgd_are_what_they_say():
 
 
 def test_the_table_says_what_was_run_and_what_was_not():
-    row = {"method": "protonet", "tasks": "5w1s", "steps": 400, "accuracy": 0.95}
+    row = {"method": "protonet", "tasks": "5w1s", "steps": 400, "queries": 15, "accuracy": 0.95}
     rows = [{**row, "seed": 0, "half_width": 0.004}]
     lines = few_shot.table(rows).splitlines()
     (ours,) = (line for line in lines if line.startswith("| protonet (1703.05175) | 5w1s |"))
-    assert "| 98.8 | 95.00 +- 0.40 | 1 | 400 of 20,000 |" in ours
+    assert "| 15 | 98.8 | 95.00 +- 0.40 | 1 | 400 of 20,000 |" in ours
     assert len(lines) == 2 + len(few_shot.METHODS) * len(few_shot.TASKS)
     assert sum("| not run | 0 | - |" in line for line in lines) == len(lines) - 3
     two = [*rows, {**row, "seed": 1, "accuracy": 0.97, "half_width": 0.004}]
     assert "| 96.00 +- 12.71 | 2 |" in few_shot.table(two)  # Student's t of one degree of freedom
+    other = few_shot.table([*rows, {**rows[0], "queries": 5, "accuracy": 0.99}])
+    assert "| 5 | 98.8 | 99.00 +- 0.40 | 1 |" in other and "| 15 | 98.8 | 95.00 +- 0.40 |" in other
+
+
+def test_test_tasks_have_the_queries_of_the_paper_or_those_asked_for():
+    queries = {name: few_shot.Run(name, "5w5s", 0).test_queries for name in few_shot.METHODS}
+    fifteen = {name for name, count in queries.items() if count == 15}
+    assert fifteen == {"reptile", "protonet", "r2d2"} and set(queries.values()) == {5, 15}
+    assert few_shot.Run("maml", "5w1s", 0, queries=7).test_queries == 7
 
 
 def test_an_unknown_method_is_refused():
@@ -102,3 +111,5 @@ def test_a_run_resumes_and_is_not_run_twice(tmp_path, monkeypatch, capsys, small
     (tmp_path / "rows.jsonl").unlink()
     few_shot.main(words)  # from the checkpoint
     assert few_shot.read_rows(tmp_path / "rows.jsonl") == [row]
+    few_shot.main([*words, "--queries=3"])
+    assert few_shot.read_rows(tmp_path / "rows.jsonl")[1]["queries"] == 3
