@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.algorithm = ml_collections.ConfigDict()
     config.algorithm.name = "loss_weights"
-    config.algorithm.optimizer = {"name": "adam", "learning_rate": 1e-2, "eps_root": 1e-8}
+    config.algorithm.optimizer = {"name": "adam", "learning_rate": 1e-2, "eps_root": 1e-6}
     config.algorithm.weighting = {  # its options; see its docstring
         "name": "example",  # or "token", or "domain" with domains=64
         "features": placeholder(tuple),
