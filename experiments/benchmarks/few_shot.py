@@ -9,10 +9,10 @@ too, "maml" (1,100 + 100 characters, 423 to test) or "vinyals", with every quart
 character as a class of its own. The score is the accuracy on 1,000 test tasks, with its 95%
 interval over tasks; over seeds it is Student's interval of their means.
 
-A test task has the queries of the paper: of the methods after MAML as many a class as it has shots,
-of the others 15. It matters where queries are normalised by statistics of their own: networks that
-were trained on five queries are better at five than at 75. `--queries=15` tests the same trained
-runs on such tasks.
+A test task of MAML has as many queries a class as shots, as in its published code; so have, without
+a look at theirs, the methods after it. The others have 15. It matters where queries are normalised
+by statistics of their own: MAML that was trained on five queries is better at five than at 75.
+`--queries=15` tests the same trained runs on such tasks.
 
 `--steps` cuts the runs short: the score then stands beside the share of the paper's steps that was
 taken, and is no reproduction. A run is saved as it goes, and gone on from by the same command; a
@@ -214,7 +214,7 @@ class Run:
       tasks: a name of `TASKS`.
       seed: of the initial eta, of all tasks and of the test tasks.
       steps: outer steps; None: those of the paper.
-      queries: query examples per class of a test task; None: those of the paper.
+      queries: query examples per class of a test task; None: those of the protocol.
     """
 
     method: str
