@@ -133,7 +133,8 @@ def compare(name: str, setting: Setting, seeds: Sequence[int]) -> None:
     columns = [cell for metric in setting.metrics for cell in (metric, "against exact")]
     print(f"| meta-gradient | {' | '.join(columns)} | seconds |\n|{'---|' * (len(columns) + 2)}")
     exact: list[Scores] = []
-    entries = sum(leaf.size for leaf in jax.tree.leaves(trainer.algorithm.init(key_of(0))))
+    eta = jax.eval_shape(trainer.algorithm.init, key_of(0))
+    entries = sum(leaf.size for leaf in jax.tree.leaves(eta))
     refused = [] if entries <= MOST else [f"ES(pairs=8): left out, eta has {entries:,} entries"]
     for each, contender in contenders(trainer, steps, entries).items():
         try:

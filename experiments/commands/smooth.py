@@ -319,21 +319,29 @@ def search(plain: Mapping[str, Any], space: Sequence[Parameter], options: Option
         workdir.mkdir(parents=True, exist_ok=True)
         write_settings(workdir, settings)
         study = Study(workdir, settings, evaluations=1)
-        resumed, known = study.running(), dict[str, Trial]()
+        resumed = study.running()
+        known = {_key(trial.settings): trial for trial in _ended(study)}
         while resumed or len(study.trials()) < count:
             trial = resumed.pop() if resumed else study.ask()
             values = _values(trial)
-            same = repr(sorted(values.items()))  # of few choices, some are suggested again
-            if same not in known:
-                known[same] = _tried(plain, values, say)
-            result = known[same]
+            if _key(values) not in known:  # of few choices, some are suggested again
+                known[_key(values)] = _tried(plain, values, say)
+            result = known[_key(values)]
             trial.set_user_attr("loss", result.loss)
             fine = math.isfinite(result.metasmoothness) and math.isfinite(result.loss)
             value, state = (result.metasmoothness, "COMPLETE") if fine else (None, "FAIL")
             study.tell(trial, value, state)
-        ended = [trial for trial in study.trials() if trial.state.name == "COMPLETE"]
-        trials += [Trial(_values(t), t.value, t.user_attrs["loss"]) for t in ended]
+        trials += _ended(study)
     return trials
+
+
+def _ended(study: Study) -> list[Trial]:
+    ended = [trial for trial in study.trials() if trial.state.name == "COMPLETE"]
+    return [Trial(_values(t), t.value, t.user_attrs["loss"]) for t in ended]
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    return repr(sorted(settings.items()))
 
 
 def _values(trial: Any) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_the_frontier_holds_what_no_other_trial_beats_in_both():
     assert frontier([*trials, failed, *trials]) == trials[:2]
 
 
-def test_a_search_of_few_choices_tries_each_of_them_once(monkeypatch):
+def test_a_search_of_few_choices_tries_each_of_them_once(monkeypatch, tmp_path):
     tried = []
 
     def trial(config, settings, say):
@@ -137,8 +137,11 @@ def test_a_search_of_few_choices_tries_each_of_them_once(monkeypatch):
 
     monkeypatch.setattr(smooth, "_tried", trial)
     space = [Parameter("batch", "choice", choices=("1", "2"))]
-    trials = smooth.search({}, space, smooth.Options(as_json=True, trials=6))
+    options = smooth.Options(as_json=True, trials=6, workdir=tmp_path)
+    trials = smooth.search({}, space, options)
     assert len(trials) == 7 and tried[0] is None and sorted(tried[1:]) == [1, 2]
+    assert len(smooth.search({}, space, options._replace(trials=8))) == 9
+    assert tried[3:] == [None]  # those of the workdir are known
 
 
 @pytest.mark.parametrize("option", ["--trials=3", "--workdir=somewhere"])
