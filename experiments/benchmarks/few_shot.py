@@ -15,9 +15,10 @@ by statistics of their own: MAML that was trained on five queries is better at f
 `--queries=15` tests the same trained runs on such tasks.
 
 `--steps` cuts the runs short: the score then stands beside the share of the paper's steps that was
-taken, and is no reproduction. A run is saved as it goes, and gone on from by the same command; a
-finished one is a row in WORKDIR/rows.jsonl and is not run again. The table has the published number
-beside ours; `--list` prints it and runs nothing. The papers' lengths are for a GPU, or for days.
+taken, and is no reproduction. A run is saved as it goes, and gone on from by the same command, or by
+one with more steps: no schedule depends on `--steps`. A finished one is a row in WORKDIR/rows.jsonl
+and is not run again. The table has the published number beside ours; `--list` prints it and runs
+nothing. The papers' lengths are for a GPU, or for days.
 """
 
 from __future__ import annotations
@@ -95,9 +96,14 @@ class Method(NamedTuple):
     note: str = ""
 
 
-def network(outputs: int | None, pool: bool = False) -> Model:
+def network(outputs: int | None, pool: bool = False, convolution: str = "auto") -> Model:
     """Return four blocks of 64 filters; without outputs an embedding."""
-    return Linen(ConvNet(outputs, pool=pool), IMAGE, train_flag)
+    return Linen(ConvNet(outputs, pool=pool, convolution=convolution), IMAGE, train_flag)
+
+
+def _embedding() -> Model:
+    """Return the network of metric learners, whose kernels no task adapts: "lax" is faster."""
+    return network(None, pool=True, convolution="lax")
 
 
 def _maml(ways: int, shots: int, **options: Any) -> Protocol:
@@ -107,7 +113,8 @@ def _maml(ways: int, shots: int, **options: Any) -> Protocol:
     defaults = {"optimizer": optax.sgd(0.4 if few else 0.1), **inner}
     algorithm = MAML(network(ways), **{**defaults, **options})
     sizes = 60_000, 32 if few else 16, ways, shots, shots
-    return Protocol(algorithm, optax.adam(1e-3), *sizes, test_queries=shots)
+    engine = Reverse() if algorithm.inner_steps == 1 else MixedFlow()  # the faster one
+    return Protocol(algorithm, optax.adam(1e-3), *sizes, engine=engine, test_queries=shots)
 
 
 def _first_order(ways: int, shots: int) -> Protocol:
@@ -126,7 +133,7 @@ def _meta_sgd(ways: int, shots: int) -> Protocol:
 def _imaml(ways: int, shots: int) -> Protocol:
     steps = 16 if ways == 5 else 25
     inner = {"optimizer": optax.sgd(0.1), "inner_steps": steps, "eval_steps": steps}
-    return _maml(ways, shots, proximal=2.0, **inner)._replace(engine=MixedFlow())
+    return _maml(ways, shots, proximal=2.0, **inner)
 
 
 def _maml_plus_plus(ways: int, shots: int) -> Protocol:
@@ -159,13 +166,13 @@ def _reptile(ways: int, shots: int) -> Protocol:
 def _protonet(ways: int, shots: int) -> Protocol:
     """ProtoNet: 60 classes a task to train on, Adam whose rate halves every 2,000 tasks."""
     rate = optax.exponential_decay(1e-3, 2000, 0.5, staircase=True)
-    algorithm = ProtoNet(network(None, pool=True), 60)
+    algorithm = ProtoNet(_embedding(), 60)
     return Protocol(algorithm, optax.adam(rate), 20_000, 1, 60, shots, 5, "vinyals")
 
 
 def _r2d2(ways: int, shots: int) -> Protocol:
     rate = optax.exponential_decay(5e-3, 2000, 0.5, staircase=True)
-    algorithm = R2D2(network(None, pool=True), 60)
+    algorithm = R2D2(_embedding(), 60)
     return Protocol(algorithm, optax.adam(rate), 20_000, 1, 60, shots, 5, "vinyals")
 
 
@@ -237,14 +244,22 @@ class Run:
         """Query examples per class of a test task."""
         return self.protocol.test_queries if self.queries is None else self.queries
 
+    @property
+    def outer_steps(self) -> int:
+        """Outer steps to train."""
+        return self.protocol.steps if self.steps is None else self.steps
+
     def identity(self) -> dict[str, Any]:
-        """Return what distinguishes the training, for checkpoints; a row has `queries` too."""
-        steps = self.protocol.steps if self.steps is None else self.steps
-        return {"method": self.method, "tasks": self.tasks, "seed": self.seed, "steps": steps}
+        """Return what distinguishes the row."""
+        return {**self.training(), "steps": self.outer_steps, "queries": self.test_queries}
+
+    def training(self) -> dict[str, Any]:
+        """Return what distinguishes the training; a run may be gone on from with more steps."""
+        return {"method": self.method, "tasks": self.tasks, "seed": self.seed}
 
     def row(self, folder: pathlib.Path) -> dict[str, Any]:
         """Train, or go on training, and return the test accuracy with its half-interval."""
-        protocol, identity = self.protocol, self.identity()
+        protocol = self.protocol
         trainer = Trainer(
             protocol.algorithm,
             protocol.engine,
@@ -254,17 +269,21 @@ class Run:
         )
         shape = {"ways": protocol.ways, "shots": protocol.shots, "queries": protocol.queries}
         tasks = FewShot.create(omniglot("train", partition=protocol.partition), **shape)
-        name = "-".join(str(value) for value in identity.values())
-        checkpoints = Checkpoints(folder / name, identity, every=500)
+        name = "-".join(str(value) for value in self.training().values())
+        checkpoints = Checkpoints(folder / name, self.training(), every=500)
         try:
             state = trainer.fit(
-                tasks, identity["steps"], key=key_of(self.seed), checkpoints=checkpoints
+                tasks, self.outer_steps, key=key_of(self.seed), checkpoints=checkpoints
             )
         finally:
             checkpoints.close()
+        if (taken := int(state.step)) != self.outer_steps:
+            raise ValueError(
+                f"The run in {folder / name} has already taken {taken:,} outer steps, and --steps asks "
+                f"for {self.outer_steps:,}. Choose as many at least, or another --workdir."
+            )
         accuracy = self.test(trainer, trainer.learned(state))
-        scores = {"accuracy": accuracy.mean, "half_width": accuracy.ci95}
-        return {**identity, "queries": self.test_queries, **scores}
+        return {**self.identity(), "accuracy": accuracy.mean, "half_width": accuracy.ci95}
 
     def test(self, trainer: Trainer, eta: Any) -> Any:
         """Return the accuracy on test tasks, an `Estimate`."""
@@ -339,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = arguments.workdir / "rows.jsonl"
     rows, wanted = read_rows(path), list(runs(arguments))
     for run in () if arguments.list else wanted:
-        identity = {**run.identity(), "queries": run.test_queries}
+        identity = run.identity()
         if any(identity.items() <= row.items() for row in rows):
             continue
         print(", ".join(f"{name} {value}" for name, value in identity.items()))

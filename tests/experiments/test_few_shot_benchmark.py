@@ -85,8 +85,8 @@ def test_every_setting_trains_and_is_tested(method, tasks, tmp_path, monkeypatch
     """Two outer steps of narrow networks on tasks of the paper's shape."""
     small_data(60)
 
-    def narrow(outputs, pool=False):
-        return Linen(ConvNet(outputs, filters=4, pool=pool), few_shot.IMAGE, train_flag)
+    def narrow(outputs, **options):
+        return Linen(ConvNet(outputs, filters=4, **options), few_shot.IMAGE, train_flag)
 
     monkeypatch.setattr(few_shot, "network", narrow)
     row = few_shot.Run(method, tasks, 0, 2).row(tmp_path)
@@ -113,3 +113,8 @@ def test_a_run_resumes_and_is_not_run_twice(tmp_path, monkeypatch, capsys, small
     assert few_shot.read_rows(tmp_path / "rows.jsonl") == [row]
     few_shot.main([*words, "--queries=3"])
     assert few_shot.read_rows(tmp_path / "rows.jsonl")[1]["queries"] == 3
+    few_shot.main([*words, "--steps=4"])  # goes on where the run of two steps stopped
+    assert "Going on from outer step 2 of 4" in capsys.readouterr().out
+    assert few_shot.read_rows(tmp_path / "rows.jsonl")[2]["steps"] == 4
+    with pytest.raises(ValueError, match="already taken 4 outer steps, and --steps asks for 3"):
+        few_shot.main([*words, "--steps=3"])
