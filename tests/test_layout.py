@@ -76,6 +76,10 @@ FEATURES = {
         "differentiable_at_zero",
     ),
     "reversible Adam": ("metalearn/optimizers/reversible.py", "adam"),
+    "a learning rate that falls by itself": (
+        "metalearn/optimizers/meta_regularized.py",
+        "meta_regularized",
+    ),
     "adapting to held-out tasks": ("metalearn/training/evaluation.py", "task_metrics"),
     "logging to W&B": ("metalearn/loggers/wandb.py", "WandbLogger"),
     "refusing what cannot fit the memory": ("metalearn/diagnostics/memory.py", "check_tasks"),

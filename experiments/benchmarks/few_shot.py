@@ -15,10 +15,10 @@ by statistics of their own: MAML that was trained on five queries is better at f
 `--queries=15` tests the same trained runs on such tasks.
 
 `--steps` cuts the runs short: the score then stands beside the share of the paper's steps that was
-taken, and is no reproduction. A run is saved as it goes, and gone on from by the same command, or by
-one with more steps: no schedule depends on `--steps`. A finished one is a row in WORKDIR/rows.jsonl
-and is not run again. The table has the published number beside ours; `--list` prints it and runs
-nothing. The papers' lengths are for a GPU, or for days.
+taken, and is no reproduction. A run is saved as it goes, and gone on from by the same command, or
+by one with more steps: no schedule depends on `--steps`. A finished one is a row in
+WORKDIR/rows.jsonl and is not run again. The table has the published number beside ours; `--list`
+prints it and runs nothing. The papers' lengths are for a GPU, or for days.
 """
 
 from __future__ import annotations
@@ -279,8 +279,8 @@ class Run:
             checkpoints.close()
         if (taken := int(state.step)) != self.outer_steps:
             raise ValueError(
-                f"The run in {folder / name} has already taken {taken:,} outer steps, and --steps asks "
-                f"for {self.outer_steps:,}. Choose as many at least, or another --workdir."
+                f"The run in {folder / name} has already taken {taken:,} outer steps, and --steps "
+                f"asks for {self.outer_steps:,}. Choose as many at least, or another --workdir."
             )
         accuracy = self.test(trainer, trainer.learned(state))
         return {**self.identity(), "accuracy": accuracy.mean, "half_width": accuracy.ci95}

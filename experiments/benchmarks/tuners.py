@@ -41,7 +41,7 @@ from metalearn.experiments.benchmarks.reporting import interval
 from metalearn.experiments.build import key_of
 from metalearn.experiments.tuners.black_box import BOHB, BayesianOptimization, Hyperband
 from metalearn.experiments.tuners.fds import Hypergradients
-from metalearn.experiments.tuners.fixed import Cosine, LearningRateFree
+from metalearn.experiments.tuners.fixed import Cosine, LearningRateFree, MetaRegularization
 from metalearn.experiments.tuners.online import Online
 from metalearn.experiments.tuners.problem import Incumbent, Tuner, TuningProblem
 from metalearn.experiments.tuners.random_search import RandomSearch
@@ -89,6 +89,7 @@ TUNERS: dict[str, tuple[Tuner, float]] = {  # and their budgets
     "cosine, best of 5 peaks": (Cosine(), ALONE),
     "Mechanic, annealed": (LearningRateFree("mechanic", annealed=True), ALONE),
     "Prodigy, annealed": (LearningRateFree("prodigy", annealed=True), ALONE),
+    "Meta-Regularization, best of 3": (MetaRegularization(), ALONE),
 }
 POINTS = 8  # incumbents of a tuner that are tested
 RUNS = 5  # on all the training data, over which a test loss is averaged

@@ -36,7 +36,7 @@ from metalearn._utils.fields import is_optimizer
 from metalearn.algorithms import cross_entropy, sgd, squared_error, weighted_cross_entropy
 from metalearn.experiments.cli.arguments import renamed
 from metalearn.experiments.cli.import_paths import is_import_path, load
-from metalearn.optimizers import reversible
+from metalearn.optimizers import meta_regularized, reversible
 from metalearn.optimizers.master_weights import master_weights
 
 ENGINES = {
@@ -60,6 +60,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "rmsprop": optax.rmsprop,
     "adagrad": optax.adagrad,
     "lion": optax.lion,
+    "meta_regularized": meta_regularized,
 }
 OBJECTIVES: dict[str, Callable[..., Any]] = {
     "cross_entropy": cross_entropy,

@@ -1,4 +1,4 @@
-"""Baselines without tuning: a cosine with a few peaks, or learning-rate-free optimizers.
+"""Baselines without tuning: a cosine with a few peaks, optimizers that set their own rate.
 
 Cosine annealing (Loshchilov & Hutter 2017, arXiv:1608.03983) from a peak down to zero,
 
@@ -13,6 +13,9 @@ optimizer's updates, Prodigy (Mishchenko & Defazio 2023, arXiv:2306.06101) by a 
 the distance from theta_0 to a solution, in steps like Adam's. T inner steps in total, and a copy
 of theta_0 in memory. Neither sets the shape of the schedule: optax recommends one that starts at 1
 and is annealed (`annealed=True`), as in most experiments of these papers.
+
+Meta-Regularization (Xie et al. 2021, arXiv:2104.05447) lets the rate fall from a first one as steps
+get long: T inner steps for each first rate.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from metalearn.algorithms import FDS, Hyperparameter, sgd
 from metalearn.algorithms.fds.hyperparameter import numeric
 from metalearn.experiments.tuners.problem import Incumbent, Tuner, TuningProblem
 from metalearn.experiments.tuners.random_search import Ledger, losses
+from metalearn.optimizers import meta_regularized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +113,49 @@ class LearningRateFree(Tuner):
         return _one_run_each(problem, algorithm, [eta], budget, key)
 
     def _algorithm(self, algorithm: FDS) -> FDS:
-        replaced = numeric(algorithm.optimizer)
-        others = {n: h for n, h in algorithm.hyperparameters.items() if n not in replaced}
         windows = algorithm.inner_steps if self.annealed else 1
         rate = Hyperparameter(0.0, 2.0, start=1.0, windows=windows)
-        return dataclasses.replace(
-            algorithm,
-            hyperparameters={**others, "learning_rate": rate},
-            optimizer=OPTIMIZERS[self.name],
-        )
+        return _with_optimizer(algorithm, OPTIMIZERS[self.name], rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaRegularization(Tuner):
+    """One run per first learning rate, which falls by itself; the best is the incumbent.
+
+    SGD by `metalearn.optimizers.meta_regularized` replaces the optimizer of the problem and its
+    hyperparameters; those of the objective and of the augmentation have their initial values.
+
+    Args:
+      rates: the first learning rates.
+      scale: the length of a step, in units of the parameters, from which on the rate falls.
+      divergence: of `metalearn.optimizers.meta_regularized`.
+      momentum: of the steps.
+    """
+
+    rates: tuple[float, ...] = (0.1, 0.3, 1.0)
+    scale: float = 1.0
+    divergence: str = "adagrad_norm"
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError(
+                f"A first learning rate is positive, and there is at least one; not "
+                f"rates={self.rates}. Pass some, such as (0.1, 1.0)."
+            )
+        self._optimizer(self.rates[0])  # refuses a scale and a divergence
+
+    def tune(self, problem: TuningProblem, budget: float, key: jax.Array) -> Iterator[Incumbent]:
+        rate = Hyperparameter(0.0, max(self.rates))
+        algorithm = _with_optimizer(problem.algorithm, self._optimizer, rate)
+        etas = [
+            algorithm.init(key) | {"learning_rate": jnp.asarray([first])} for first in self.rates
+        ]
+        return _one_run_each(problem, algorithm, etas, budget, key)
+
+    def _optimizer(self, learning_rate: float) -> optax.GradientTransformation:
+        falling = meta_regularized(learning_rate, self.scale, self.divergence)
+        return optax.chain(falling, optax.trace(self.momentum))
 
 
 def cosine(peak: float, horizon: int) -> jax.Array:
@@ -139,6 +177,16 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "mechanic": mechanic,
     "prodigy": prodigy,
 }
+
+
+def _with_optimizer(
+    algorithm: FDS, optimizer: Callable[[float], optax.GradientTransformation], rate: Hyperparameter
+) -> FDS:
+    """Return an algorithm with an optimizer of a learning rate in place of its own."""
+    replaced = numeric(algorithm.optimizer)
+    others = {n: h for n, h in algorithm.hyperparameters.items() if n not in replaced}
+    chosen = {**others, "learning_rate": rate}
+    return dataclasses.replace(algorithm, hyperparameters=chosen, optimizer=optimizer)
 
 
 def _one_run_each(

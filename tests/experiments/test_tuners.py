@@ -14,7 +14,7 @@ import pytest
 
 from metalearn.algorithms import Hyperparameter, cross_entropy, sgd
 from metalearn.experiments.tuners.black_box import BOHB, BayesianOptimization, Hyperband
-from metalearn.experiments.tuners.fixed import Cosine, LearningRateFree
+from metalearn.experiments.tuners.fixed import Cosine, LearningRateFree, MetaRegularization
 from metalearn.experiments.tuners.problem import Score, TuningProblem
 from metalearn.experiments.tuners.random_search import Ledger, RandomSearch
 from tests.helpers.selection import quick
@@ -30,6 +30,7 @@ TUNERS = {
     "Cosine": (Cosine(peaks=(0.03, 0.1, 0.3)), [T] * 3),
     "mechanic": (LearningRateFree("mechanic"), [T]),
     "prodigy": (LearningRateFree("prodigy", annealed=True), [T]),
+    "MetaRegularization": (MetaRegularization(rates=(0.1, 1.0)), [T] * 2),
 }
 SEARCHES = ("RandomSearch", "BayesianOptimization", "Hyperband", "BOHB")
 
@@ -226,6 +227,10 @@ def test_settings_that_make_no_tuner_are_refused():
         Cosine(peaks=())
     with refused("No learning-rate-free optimizer is called 'prodigi'. Did you mean 'prodigy'?"):
         LearningRateFree("prodigi")
+    with refused("A first learning rate is positive, and there is at least one; not rates=()."):
+        MetaRegularization(rates=())
+    with refused("No divergence is called 'reverse-kl'. Did you mean 'reverse_kl'?"):
+        MetaRegularization(divergence="reverse-kl")
 
 
 def test_without_optuna_the_import_names_the_extra(monkeypatch):

@@ -6,6 +6,8 @@ import re
 import optax
 from optax import contrib
 
+from metalearn.optimizers import meta_regularized
+
 TABLE = pathlib.Path(__file__).parents[2] / "docs" / "optimizers.md"
 
 FINITE = {
@@ -20,6 +22,7 @@ FINITE = {
     "sm3": optax.sm3(0.1),
     "adan": optax.adan(0.1),
     "schedule_free_sgd": contrib.schedule_free_sgd(0.1),
+    "meta_regularized": meta_regularized(0.1),
 }
 # NaN where a gradient is exactly zero; those of the first group take `eps_root`.
 ROOTED = {
