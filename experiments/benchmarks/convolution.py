@@ -15,6 +15,13 @@ as `times_kernel` has it, its transpositions included. The rows are those of MAM
 the second, third and fourth convolution on 5 support and 25 query images. The time of both is the
 first decile over interleaved repetitions. A few seconds; on one core (`taskset -c 0`) other work on
 the machine hardly changes it.
+
+    python -m metalearn.experiments.benchmarks.convolution --metric-learner
+
+An outer step of ProtoNet on Omniglot's shapes with "patches" and with "lax": one task of 60
+classes, with one support and five query images each, four blocks of 64 filters and max-pooling. No
+task adapts a kernel. The time is the median over four outer steps in each of five interleaved
+rounds; temporaries are those of the compiled program. Half a minute.
 """
 
 from __future__ import annotations
@@ -30,7 +37,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metalearn import Trainer
+from metalearn.algorithms import ProtoNet
+from metalearn.datasets import FewShot
+from metalearn.experiments.benchmarks.sampler import random_index
+from metalearn.models import Linen, train_flag
 from metalearn.models.convolution import MOST_PATCHES, convolve, times_kernel
+from metalearn.models.linen_networks import ConvNet
 
 TASKS, IMAGES, CHANNELS = 4, 5, 64
 SIDES = (14, 28, 56, 84, 112, 168)
@@ -94,6 +107,34 @@ def product_times(rows: int, tasks: int) -> dict[str, float]:
     return {name: statistics.quantiles(values, n=10)[0] for name, values in times.items()}
 
 
+def metric_learner(rounds: int = 5, **network: Any) -> dict[str, tuple[float, float]]:
+    """Return the seconds of an outer step of ProtoNet and its temporaries in MiB, by method.
+
+    Args:
+      rounds: of four outer steps of each method, and one before them.
+      network: options of `ConvNet`.
+    """
+    tasks = FewShot.create(random_index(), ways=60, shots=1, queries=5)
+    image = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+    steps = {}
+    for method in ("patches", "lax"):
+        model = Linen(ConvNet(None, pool=True, convolution=method, **network), image, train_flag)
+        trainer = Trainer(ProtoNet(model, 60), tasks_per_step=1)
+        inputs = trainer.init(jax.random.key(0)), trainer.place(tasks)
+        jitted: Any = trainer.step
+        steps[method] = jitted.lower(*inputs).compile(), inputs
+    times: dict[str, list[float]] = {method: [] for method in steps}
+    for _ in range(rounds):
+        for method, (step, inputs) in steps.items():
+            _seconds(step, *inputs)  # after another program, memory is mapped anew
+            times[method] += [_seconds(step, *inputs) for _ in range(4)]
+    memory = {method: step.memory_analysis() for method, (step, _) in steps.items()}
+    return {
+        method: (statistics.median(times[method]), memory[method].temp_size_in_bytes / 2**20)
+        for method in steps
+    }
+
+
 def kernel_gradients() -> None:
     """Measure the gradient for a kernel and print a Markdown table."""
     cores = len(os.sched_getaffinity(0))
@@ -118,8 +159,16 @@ def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kernel-gradient", action="store_true")
-    if parser.parse_args().kernel_gradient:
+    parser.add_argument("--metric-learner", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.kernel_gradient:
         kernel_gradients()
+        return
+    if arguments.metric_learner:
+        print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}\n")
+        print("| convolutions | outer step | temporaries |\n|---|---|---|")
+        for method, (seconds, mib) in metric_learner().items():
+            print(f"| {method} | {1000 * seconds:.0f} ms | {mib:.0f} MiB |")
         return
     device = jax.devices()[0].device_kind
     print(f"{device}, {os.cpu_count()} cores, jax {jax.__version__}; time of lax / of patches\n")

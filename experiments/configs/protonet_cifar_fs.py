@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model = {"name": "conv_net", "library": "linen"}
     config.model.update({"filters": 64, "blocks": 4, "pool": True})
+    config.model.convolution = "lax"  # no task adapts a kernel
 
     config.dataset = ml_collections.ConfigDict()
     config.dataset.name = "cifar_fs"

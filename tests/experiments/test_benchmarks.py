@@ -8,7 +8,12 @@ import pytest
 
 from metalearn import Truncated
 from metalearn.experiments import build
-from metalearn.experiments.benchmarks import approximations, engines, forward_estimates
+from metalearn.experiments.benchmarks import (
+    approximations,
+    convolution,
+    engines,
+    forward_estimates,
+)
 from tests.helpers.small_configs import small
 
 NAMES = [engines.BASE, "MixedFlow()"]
@@ -116,3 +121,10 @@ def test_the_approximations_benchmark_trains_with_each_and_names_those_that_refu
     assert ["+-" in row[2] for row in rows] == [False, True, True, True]
     names = ["Truncated()", "Truncated(last=3)", "SAMA()", "Implicit()"]
     assert [line.partition(":")[0] for line in lines[-5:-1]] == names
+
+
+@pytest.mark.slow
+def test_a_metric_learner_needs_half_the_memory_without_patches():
+    measured = convolution.metric_learner(rounds=1, filters=16)
+    assert measured["lax"][1] < 0.6 * measured["patches"][1]
+    assert all(seconds > 0 for seconds, _ in measured.values())
