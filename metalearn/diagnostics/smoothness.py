@@ -341,7 +341,7 @@ def roughness(trainer: Any, state: TrainState, tasks: Tasks) -> str:
 
 
 LEVERS = {
-    "eps_root": "a larger `eps_root` of the inner Adam, such as 1e-6 (where "
+    "eps_root": "under an inner Adam a larger `eps_root`, such as 1e-6 (where "
     "the root of the second moment is small, its update is the sign of a gradient, which flips)",
     "batch": "larger inner batches, or fewer and larger steps",
     "learning_rate": "a smaller inner learning rate, or one that is warmed up and decays",
