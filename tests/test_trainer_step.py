@@ -16,6 +16,9 @@ from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
 from metalearn.engines.inner_loop import rollout
 from metalearn.model import Model
+from metalearn.models import Linen
+from metalearn.models.linen_networks import MLP
+from metalearn.sharding.batched_means import sum_over_tasks
 from tests.cases import MODELS, TASKS, Float64
 from tests.helpers.selection import quick
 
@@ -42,6 +45,44 @@ def test_a_step_in_chunks_is_the_same_step(chunk):
     assert chunked_metrics.keys() == metrics.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(chunked_metrics[name], value, rtol=1e-12)
+
+
+def wide_trainer(hidden=100, **settings):
+    """By default its eta has 10,401 numbers of eight bytes."""
+    inputs = jax.ShapeDtypeStruct((1, 1), jnp.float64)
+    model = Float64(Linen(MLP(1, hidden=(hidden, hidden)), inputs))
+    return Trainer(MAML(model, squared_error), tasks_per_step=6, **settings)
+
+
+def test_a_cpu_unrolls_tasks_with_a_large_eta_one_at_a_time_unless_told_otherwise(monkeypatch):
+    for backend, one in (("cpu", 1), ("gpu", 6)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert wide_trainer().batch.at_once == one
+        assert wide_trainer(chunk=3).batch.at_once == 3
+        assert wide_trainer(chunk=6).batch.at_once == wide_trainer(80).batch.at_once == 6
+        assert wide_trainer(segment=1).batch.at_once == 6  # what is kept depends on it
+
+
+def test_tasks_one_at_a_time_take_less_memory_and_the_same_step(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    steps = {}
+    for chunk in (None, 6):
+        trainer = wide_trainer(chunk=chunk)
+        start = trainer.init(KEY)
+        compiled = trainer.step.lower(start, WAVES).compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        steps[chunk] = flat(compiled(start, WAVES)[0].eta), memory
+    np.testing.assert_allclose(steps[None][0], steps[6][0], rtol=1e-11)
+    assert steps[None][1] < 0.5 * steps[6][1]
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 7), (3, 40, 50), (1000, 64, 32)])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "complex128"])
+def test_a_sum_over_tasks_is_that_of_numpy(shape, dtype):
+    x = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    found = sum_over_tasks(jnp.asarray(x))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, x.sum(0), rtol=1e-5, atol=1e-4 if dtype == "float32" else 0)
 
 
 @pytest.mark.parametrize("chunk", [0, 4, 12])

@@ -265,7 +265,6 @@ class Run:
             protocol.engine,
             protocol.optimizer,
             tasks_per_step=protocol.tasks_per_step,
-            chunk=1 if jax.default_backend() == "cpu" else None,
         )
         shape = {"ways": protocol.ways, "shots": protocol.shots, "queries": protocol.queries}
         tasks = FewShot.create(omniglot("train", partition=protocol.partition), **shape)
@@ -295,7 +294,7 @@ class Run:
             algorithm = dataclasses.replace(algorithm, ways=ways)
         if self.protocol.test_batch is not None:  # a test task may have fewer examples
             algorithm = dataclasses.replace(algorithm, batch=self.protocol.test_batch)
-        trainer = dataclasses.replace(trainer, algorithm=algorithm, tasks_per_step=20, chunk=None)
+        trainer = dataclasses.replace(trainer, algorithm=algorithm, tasks_per_step=20)
         key = jax.random.fold_in(key_of(self.seed), 1)
         return trainer.evaluate(eta, tasks, key, TEST_TASKS)["accuracy"]
 

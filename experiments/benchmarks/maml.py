@@ -6,12 +6,13 @@ One outer step: 16 tasks, 5-way 1-shot, 25 query images of 28 x 28, four convolu
 filters with stride 2 and batch statistics, one inner step of SGD, exact second order, outer
 Adam. The images are noise, drawn from the device-resident index as in training.
 
-- `metalearn`     `Trainer.step`, reverse and mixed flow, tasks one at a time (`chunk=1`)
+- `metalearn`     `Trainer.step`, reverse and mixed flow, as a user calls it: on a CPU tasks are
+  unrolled one at a time
 - `metalearn, kernels not transposed`     the same with `jnp.matmul` for `times_kernel` of
   `metalearn.models.convolution`: what the transposition buys
 - `metalearn, a device per core`     the same with a `Layout` over as many devices as the CPU has
   cores, in a process of its own (`docs/devices.md` says how, and what to mind)
-- `metalearn, all tasks at once`     the same with `chunk=None`
+- `metalearn, all tasks at once`     the same with `chunk=16`
 - `hand-written`  the same model and tasks in plain JAX, jitted: what the framework costs
 - `naive`         plain JAX as one writes it first: `vmap` over tasks, `lax.conv`
 - `pytorch ...`   `pytorch_maml.py` in an environment of its own, which is set up by
@@ -61,7 +62,7 @@ Contender = Callable[[int], float]  # outer steps -> tasks per second
 
 
 def metalearn(
-    tasks: FewShot, engine: Any, chunk: int | None, layout: Layout | None = None
+    tasks: FewShot, engine: Any, chunk: int | None = None, layout: Layout | None = None
 ) -> Contender:
     """`Trainer.step`, as a user calls it."""
     model = Linen(ConvNet(5), IMAGE, train_flag)
@@ -161,15 +162,15 @@ def random_tasks() -> FewShot:
 def contenders(torch_python: str | None) -> Iterator[tuple[str, Contender]]:
     """Yield (name, contender), compiled and warm."""
     tasks = random_tasks()
-    yield BASE, metalearn(tasks, Reverse(), 1)
+    yield BASE, metalearn(tasks, Reverse())
     with unittest.mock.patch.object(convolution, "times_kernel", jnp.matmul):
-        plain = metalearn(tasks, Reverse(), 1)
+        plain = metalearn(tasks, Reverse())
     yield "metalearn, kernels not transposed", plain
     if jax.default_backend() == "cpu" and DEVICES > 1:
         yield "metalearn, a device per core", a_device_per_core
     yield "hand-written", hand_written(tasks, "auto", one_by_one=True)
-    yield "metalearn, mixed flow", metalearn(tasks, MixedFlow(), 1)
-    yield "metalearn, all tasks at once", metalearn(tasks, Reverse(), None)
+    yield "metalearn, mixed flow", metalearn(tasks, MixedFlow())
+    yield "metalearn, all tasks at once", metalearn(tasks, Reverse(), TASKS)
     yield "naive vmap over lax.conv", hand_written(tasks, "lax", one_by_one=False)
     if torch_python is None:
         print("PyTorch is skipped: no --torch-python (see the top of this file).")
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--spread", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.spread:
-        run = metalearn(random_tasks(), Reverse(), 1, Layout(make_mesh()))
+        run = metalearn(random_tasks(), Reverse(), layout=Layout(make_mesh()))
         print(run(arguments.spread))
         return
     rows = dict(contenders(arguments.torch_python))

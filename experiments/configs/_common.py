@@ -73,7 +73,9 @@ def maml() -> ml_collections.ConfigDict:
         float
     )  # the largest norm of a meta-gradient; None: no bound
     config.tasks_per_step = 16
-    config.chunk = placeholder(int)  # tasks unrolled at once on a device; None: all of its share
+    # Tasks unrolled at once on a device. None: all of its share, but one on a CPU where eta is
+    # larger than 64 KiB.
+    config.chunk = placeholder(int)
 
     # Devices over which tasks are divided (None: as many as divide tasks_per_step), which share
     # the examples of a task's inner batches, over which `rules` shard eta, and which share the

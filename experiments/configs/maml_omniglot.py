@@ -18,7 +18,6 @@ from metalearn.experiments.configs import _common
 def get_config() -> ml_collections.ConfigDict:
     config = _common.maml()
     config.engine = "reverse"  # one inner step of a small network needs little memory
-    config.chunk = 1  # a single task per chunk is fastest on a CPU; on a GPU all 16
 
     config.model = {"name": "conv_net", "library": "linen", "filters": 64, "blocks": 4}
 

@@ -181,7 +181,7 @@ def choose_engine(
     row = chosen.choose()
     if progress:
         print(f"engine: {chosen.reason()}.")
-    chunk = None if row.chunk == trainer.batch.share else row.chunk
+    chunk = trainer.chunk if row.chunk == trainer.batch.at_once else row.chunk
     return dataclasses.replace(trainer, engine=row.engine, chunk=chunk)
 
 

@@ -26,6 +26,9 @@ from metalearn._utils.trees import split
 from metalearn.sharding.mesh import format_devices
 
 
+LARGE = 1024  # entries of a leaf
+
+
 def mean_and_each(
     function: Callable[[Any], tuple[Any, Any]], inputs: Any, chunk: int | None
 ) -> tuple[Any, Any]:
@@ -62,7 +65,18 @@ def _sum_and_each(function: Callable[[Any], tuple[Any, Any]], inputs: Any) -> tu
         outputs, each = function(jax.tree.map(lambda x: x[0], inputs))
         return jax.tree.map(_as_float, outputs), jax.tree.map(lambda x: x[None], each)
     outputs, each = jax.vmap(function)(inputs)
-    return jax.tree.map(lambda x: _as_float(x).sum(0), outputs), each
+    return jax.tree.map(lambda x: sum_over_tasks(_as_float(x)), outputs), each
+
+
+def sum_over_tasks(x: jax.Array) -> jax.Array:
+    """Return the sum [...] over the first axis of x [n, ...].
+
+    Of large leaves it is a product with ones: XLA of jax 0.10 takes 40 times as long for the sum
+    on a CPU (2 ms for [16, 64, 576], of which an outer step of MAML has three).
+    """
+    if math.prod(x.shape[1:]) < LARGE:
+        return x.sum(0)
+    return jnp.tensordot(jnp.ones(x.shape[0], x.dtype), x, 1, precision="highest")
 
 
 def _as_float(x: jax.Array) -> jax.Array:
