@@ -20,8 +20,8 @@ the machine hardly changes it.
 
 An outer step of ProtoNet on Omniglot's shapes with "patches" and with "lax": one task of 60
 classes, with one support and five query images each, four blocks of 64 filters and max-pooling. No
-task adapts a kernel. The time is the median over four outer steps in each of five interleaved
-rounds; temporaries are those of the compiled program. Half a minute.
+task adapts a kernel. The time is the median over five interleaved rounds of five outer steps;
+temporaries are those of the compiled program. Half a minute.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ import jax.numpy as jnp
 from metalearn import Trainer
 from metalearn.algorithms import ProtoNet
 from metalearn.datasets import FewShot
+from metalearn.experiments.benchmarks.maml import IMAGE, outer_step_costs
 from metalearn.experiments.benchmarks.sampler import random_index
 from metalearn.models import Linen, train_flag
 from metalearn.models.convolution import MOST_PATCHES, convolve, times_kernel
@@ -111,28 +112,15 @@ def metric_learner(rounds: int = 5, **network: Any) -> dict[str, tuple[float, fl
     """Return the seconds of an outer step of ProtoNet and its temporaries in MiB, by method.
 
     Args:
-      rounds: of four outer steps of each method, and one before them.
+      rounds: as for `outer_step_costs`.
       network: options of `ConvNet`.
     """
     tasks = FewShot.create(random_index(), ways=60, shots=1, queries=5)
-    image = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
-    steps = {}
+    trainers = {}
     for method in ("patches", "lax"):
-        model = Linen(ConvNet(None, pool=True, convolution=method, **network), image, train_flag)
-        trainer = Trainer(ProtoNet(model, 60), tasks_per_step=1)
-        inputs = trainer.init(jax.random.key(0)), trainer.place(tasks)
-        jitted: Any = trainer.step
-        steps[method] = jitted.lower(*inputs).compile(), inputs
-    times: dict[str, list[float]] = {method: [] for method in steps}
-    for _ in range(rounds):
-        for method, (step, inputs) in steps.items():
-            _seconds(step, *inputs)  # after another program, memory is mapped anew
-            times[method] += [_seconds(step, *inputs) for _ in range(4)]
-    memory = {method: step.memory_analysis() for method, (step, _) in steps.items()}
-    return {
-        method: (statistics.median(times[method]), memory[method].temp_size_in_bytes / 2**20)
-        for method in steps
-    }
+        model = Linen(ConvNet(None, pool=True, convolution=method, **network), IMAGE, train_flag)
+        trainers[method] = Trainer(ProtoNet(model, 60), tasks_per_step=1)
+    return outer_step_costs(trainers, tasks, rounds)
 
 
 def kernel_gradients() -> None:

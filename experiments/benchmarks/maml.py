@@ -23,6 +23,11 @@ The contenders take turns, round by round and not always in the same order, so t
 moment hits them all; each row is the median over rounds, and each ratio is the median of the
 ratios within rounds. Run it on an idle machine: other work hits PyTorch's threads much harder
 than XLA's. About 3 minutes.
+
+    python -m metalearn.experiments.benchmarks.maml --at-once
+
+An outer step of 16 tasks one at a time and all at once, for networks of growing width, by mixed
+flow: what decides how `Trainer` unrolls them on a CPU. About 2 minutes.
 """
 
 from __future__ import annotations
@@ -40,19 +45,20 @@ import subprocess
 import sys
 import time
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from metalearn import Layout, MixedFlow, Reverse, Trainer, make_mesh
-from metalearn.algorithms import MAML
-from metalearn.datasets import FewShot
+from metalearn import Algorithm, Layout, MixedFlow, Reverse, Trainer, make_mesh
+from metalearn.algorithms import MAML, squared_error
+from metalearn.datasets import FewShot, Sinusoid
+from metalearn.diagnostics.memory import nbytes
 from metalearn.experiments.benchmarks.sampler import random_index
 from metalearn.models import Linen, convolution, train_flag
-from metalearn.models.linen_networks import ConvNet
+from metalearn.models.linen_networks import MLP, ConvNet
 
 TASKS, QUERIES = 16, 25
 IMAGE = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
@@ -180,14 +186,87 @@ def contenders(torch_python: str | None) -> Iterator[tuple[str, Contender]]:
             yield f"pytorch {variant}, threads={threads}", pytorch(torch_python, variant, threads)
 
 
+def networks() -> Iterator[tuple[str, Algorithm, Any]]:
+    """Yield (name, algorithm, tasks) of growing eta."""
+    number = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    images = random_tasks()
+    for width in (40, 128, 256, 512):
+        model = Linen(MLP(1, hidden=(width, width)), number)
+        sinusoid = MAML(model, squared_error, optax.sgd(0.01))
+        yield f"sinusoids, MLP of 2 x {width}", sinusoid, Sinusoid()
+    for width in (40, 128, 256, 512):
+        model = Linen(MLP(5, hidden=(width, width)), IMAGE)
+        yield f"images, MLP of 2 x {width}", MAML(model, optimizer=optax.sgd(0.1)), images
+    for filters in (8, 16, 32, 64):
+        model = Linen(ConvNet(5, filters=filters), IMAGE, train_flag)
+        yield f"images, ConvNet of {filters}", MAML(model, optimizer=optax.sgd(0.4)), images
+
+
+def outer_step_costs(
+    trainers: Mapping[Any, Trainer], tasks: Any, rounds: int = 5
+) -> dict[Any, tuple[float, float]]:
+    """Return the seconds of an outer step of each trainer, and its temporaries in MiB.
+
+    Args:
+      trainers: by any names.
+      tasks: of the outer steps.
+      rounds: in turn, of one outer step that is not timed and five that are. After another program,
+        memory is mapped anew.
+    """
+    steps = {}
+    for name, trainer in trainers.items():
+        state = trainer.init(jax.random.key(0))
+        jitted: Any = trainer.step
+        steps[name] = jitted.lower(state, tasks).compile(), state
+    times: dict[Any, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, (step, state) in steps.items():
+            state = jax.block_until_ready(step(state, tasks)[0])
+            began = time.perf_counter()
+            for _ in range(5):
+                state = step(state, tasks)[0]
+            jax.block_until_ready(state)
+            times[name].append((time.perf_counter() - began) / 5)
+    memory = {name: step.memory_analysis() for name, (step, _) in steps.items()}
+    return {
+        name: (statistics.median(times[name]), memory[name].temp_size_in_bytes / 2**20)
+        for name in steps
+    }
+
+
+def print_at_once() -> None:
+    """Measure tasks one at a time and all at once, and print a Markdown table."""
+    print(f"{os.cpu_count()} cores, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    print(
+        "| | eta, KiB | one at a time, ms | all at once | ratio | MiB | MiB |\n|---"
+        + "|---" * 6
+        + "|"
+    )
+    for name, algorithm, tasks in networks():
+        size = nbytes(jax.eval_shape(algorithm.init, jax.random.key(0))) / 1024
+        trainers = {
+            chunk: Trainer(algorithm, MixedFlow(), optax.adam(1e-3), TASKS, chunk)
+            for chunk in (1, TASKS)
+        }
+        (one, little), (every, much) = outer_step_costs(trainers, tasks).values()
+        cells = (
+            f"{1e3 * one:.2f} | {1e3 * every:.2f} | {every / one:.2f}x | {little:.1f} | {much:.1f}"
+        )
+        print(f"| {name} | {size:.0f} | {cells} |", flush=True)
+
+
 def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--torch-python", default=os.environ.get("METALEARN_TORCH_PYTHON"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="outer steps a round")
+    parser.add_argument("--at-once", action="store_true", help="one at a time, and all at once")
     parser.add_argument("--spread", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.at_once:
+        print_at_once()
+        return
     if arguments.spread:
         run = metalearn(random_tasks(), Reverse(), layout=Layout(make_mesh()))
         print(run(arguments.spread))

@@ -55,7 +55,7 @@ def meta_regularized(
       ValueError: for an unknown divergence, or for a number that is not positive.
     """
     growth = pick(DIVERGENCES, divergence, "divergence")
-    numbers = {"learning_rate": learning_rate, "scale": scale}
+    numbers: dict[str, Any] = {"learning_rate": learning_rate, "scale": scale}
     known = {n: x for n, x in numbers.items() if not isinstance(x, jax.core.Tracer)}
     above("meta_regularized", 0, **known)
 
