@@ -32,13 +32,19 @@ from metalearn._utils.checks import above, pick
 
 
 class MetaRegularizedState(NamedTuple):
-    """State of `meta_regularized`: the first learning rate over the present one (), at least 1."""
+    """State of `meta_regularized`.
 
+    Args:
+      step: (), steps taken.
+      decay: (), the first learning rate over the present one, at least 1.
+    """
+
+    step: jax.Array
     decay: jax.Array
 
 
 def meta_regularized(
-    learning_rate: float, scale: float = 1.0, divergence: str = "adagrad_norm"
+    learning_rate: optax.ScalarOrSchedule, scale: float = 1.0, divergence: str = "adagrad_norm"
 ) -> optax.GradientTransformation:
     """Return gradient descent whose one learning rate falls by Meta-Regularization.
 
@@ -46,7 +52,8 @@ def meta_regularized(
     traced: `FDS(optimizer=meta_regularized)` learns them.
 
     Args:
-      learning_rate: a_0, which the first step already reduces.
+      learning_rate: a_0, which the first step already reduces; a number, or a function of the step
+        whose values are divided by what the rate has fallen by.
       scale: s, in units of the parameters: the rate falls by steps that are long beside it.
       divergence: of `DIVERGENCES`; after long steps the rate falls by "adagrad_norm" and
         "reverse_kl" in proportion to their length, by "kl" more slowly.
@@ -56,22 +63,26 @@ def meta_regularized(
     """
     growth = pick(DIVERGENCES, divergence, "divergence")
     numbers: dict[str, Any] = {"learning_rate": learning_rate, "scale": scale}
-    known = {n: x for n, x in numbers.items() if not isinstance(x, jax.core.Tracer)}
+    known = {
+        n: x for n, x in numbers.items() if not callable(x) and not isinstance(x, jax.core.Tracer)
+    }
     above("meta_regularized", 0, **known)
 
     def init(params: Any) -> MetaRegularizedState:
-        return MetaRegularizedState(jnp.ones((), jnp.result_type(float, *jax.tree.leaves(params))))
+        one = jnp.ones((), jnp.result_type(float, *jax.tree.leaves(params)))
+        return MetaRegularizedState(jnp.zeros((), jnp.int32), one)
 
     def update(
         grads: Any, state: MetaRegularizedState, params: Any = None
     ) -> tuple[Any, MetaRegularizedState]:
         del params
+        first: Any = learning_rate(state.step) if callable(learning_rate) else learning_rate
         squares = optax.tree.norm(grads, squared=True)
-        length = squares * (learning_rate / (scale * state.decay)) ** 2
+        length = squares * (first / (scale * state.decay)) ** 2
         decay = (state.decay * growth(length)).astype(state.decay.dtype)
-        rate = learning_rate / decay
+        rate = first / decay
         updates = jax.tree.map(lambda g: (-rate * g).astype(g.dtype), grads)
-        return updates, MetaRegularizedState(decay)
+        return updates, MetaRegularizedState(state.step + 1, decay)
 
     return optax.GradientTransformation(init, update)
 

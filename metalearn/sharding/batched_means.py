@@ -25,7 +25,6 @@ from metalearn._utils.checks import MOST_TASKS, is_integer
 from metalearn._utils.trees import split
 from metalearn.sharding.mesh import format_devices
 
-
 LARGE = 1024  # entries of a leaf
 
 

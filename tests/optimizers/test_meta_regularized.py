@@ -73,6 +73,17 @@ def test_lamberts_function_is_that_of_scipy_with_derivatives_of_every_order():
     assert jax.grad(lambert_w)(0.0) == 1.0 and jax.grad(jax.grad(lambert_w))(0.0) == -2.0
 
 
+def test_a_schedule_is_divided_by_what_the_rate_has_fallen_by():
+    state, updates = after(meta_regularized(lambda step: 0.4 / (step + 1), 0.5), 3)
+    decay = 1.0
+    squares = sum(float((g**2).sum()) for g in GRADS.values())
+    for step in range(3):
+        first = 0.4 / (step + 1)
+        decay *= np.sqrt(1 + squares * (first / (0.5 * decay)) ** 2)
+    np.testing.assert_allclose(state.decay, decay, rtol=1e-12)
+    np.testing.assert_allclose(updates["b"], -first / decay * GRADS["b"], rtol=1e-12)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_gradient_of_zeros_leaves_the_rate_and_has_finite_derivatives(divergence):
     def moved(numbers, grads):
