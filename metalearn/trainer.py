@@ -36,7 +36,6 @@ from metalearn.engines import MetaGradient, MixedFlow
 from metalearn.engines.base import Backward, Streaming, check_eta
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
-from metalearn.sharding.batched_means import at_once
 from metalearn.sharding.inner_run import check_rules
 from metalearn.sharding.layout import Layout, abstract
 from metalearn.tasks import (
@@ -69,7 +68,6 @@ from metalearn.training.segmented_unroll import SegmentedUnroll, spread
 from metalearn.training.task_batch import TaskBatch
 from metalearn.training.truncated_unroll import TruncatedUnroll, Truncation
 
-CACHED = 64 * 2**10  # bytes of eta up to which a CPU unrolls the tasks of a step at once
 EVALUATION = 2**32 - 1  # folded into the run's key; outer steps count up from 0
 
 
@@ -84,8 +82,8 @@ class Trainer:
       optimizer: the outer optimizer, of optax.
       tasks_per_step: tasks whose meta-gradients an outer step averages.
       chunk: tasks unrolled at once on a device; None: all of its share, but on a CPU one after the
-        other where eta is larger than 64 KiB: their activations then stay in its cache, which takes
-        a half to a quarter of the time, and the memory of one.
+        other where all of them would outgrow its cache, which takes a half to a third of the time
+        and the memory of one (`metalearn.sharding.batched_means`).
       truncation: truncated unrolls carried across outer steps; None: full unrolls.
       isolate: leave non-finite tasks out of the mean, as truncated unrolls always do; those of an
         evaluation too. They are counted (`tasks_left_out`).
@@ -163,20 +161,10 @@ class Trainer:
     @functools.cached_property
     def batch(self) -> TaskBatch:
         """The tasks of an outer step, over devices and in chunks."""
-        one = self.chunk is None and self.segment is None and self._outgrow_cache()
-        return TaskBatch(self.tasks_per_step, 1 if one else self.chunk, self.layout)
-
-    def _outgrow_cache(self) -> bool:
-        """Return whether tasks that are unrolled at once are too large for the cache of a CPU."""
-        if jax.default_backend() != "cpu":
-            return False
-        eta = jax.eval_shape(self.algorithm.init, jax.eval_shape(lambda: jax.random.key(0)))
-        return memory.nbytes(eta) > CACHED
-
-    @property
-    def _evaluated_at_once(self) -> int:
-        """Tasks of an evaluation at once on a device."""
-        return at_once(self.batch.share, self.chunk)
+        chunk = self.chunk
+        if chunk is None and self.segment is not None:
+            chunk = self.tasks_per_step  # what segments keep depends on it
+        return TaskBatch(self.tasks_per_step, chunk, self.layout)
 
     @functools.cached_property
     def unrolls(self) -> FullUnroll:
@@ -677,11 +665,11 @@ class Trainer:
         cut = None if self.truncation is None else self.truncation.steps
         least = 1 if self.segment == "auto" else self.segment  # steps whose batches are in memory
         steps = cut or (None if least is None else int(least))
-        share = 1 if self.layout is None else self.layout.inner
-        memory.check_tasks(self.algorithm, tasks, self.batch.at_once, steps, devices=share)
+        at_once, share = self.batch.at_once, 1 if self.layout is None else self.layout.inner
+        memory.check_tasks(self.algorithm, tasks, at_once, steps, devices=share)
         for each in evaluated:
-            runs, count = self.algorithm.evaluation(), self._evaluated_at_once
-            memory.check_tasks(runs, each, count, None, "An evaluation", share)
+            runs = self.algorithm.evaluation()
+            memory.check_tasks(runs, each, at_once, None, "An evaluation", share)
 
     def _check_learned(self) -> None:
         devices = 1 if self.layout is None else self.layout.mesh.size
@@ -741,7 +729,7 @@ class Trainer:
         counts("evaluate", 1, tasks=count)
         check_tasks("Trainer.evaluate(tasks=)", tasks)
         tasks, devices = self.place(tasks), self.batch.devices
-        chunk = devices * min(-(-count // devices), self._evaluated_at_once)
+        chunk = devices * min(-(-count // devices), self.batch.at_once)
         algorithm = self._evaluation
         segments = segments_of(algorithm, tasks, chunk)
 

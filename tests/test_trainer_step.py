@@ -13,11 +13,11 @@ from scipy.stats import t as student
 from metalearn import Forward, MixedFlow, Reverse, Trainer, Truncation
 from metalearn._utils.intervals import half_width, interval
 from metalearn.algorithms import MAML, squared_error
+from metalearn.cost.jaxpr import largest_factor
 from metalearn.datasets import Sinusoid
 from metalearn.engines.inner_loop import rollout
 from metalearn.model import Model
-from metalearn.models import Linen
-from metalearn.models.linen_networks import MLP
+from metalearn.sharding import batched_means
 from metalearn.sharding.batched_means import sum_over_tasks
 from tests.cases import MODELS, TASKS, Float64
 from tests.helpers.selection import quick
@@ -47,33 +47,44 @@ def test_a_step_in_chunks_is_the_same_step(chunk):
         np.testing.assert_allclose(chunked_metrics[name], value, rtol=1e-12)
 
 
-def wide_trainer(hidden=100, **settings):
-    """By default its eta has 10,401 numbers of eight bytes."""
-    inputs = jax.ShapeDtypeStruct((1, 1), jnp.float64)
-    model = Float64(Linen(MLP(1, hidden=(hidden, hidden)), inputs))
-    return Trainer(MAML(model, squared_error), tasks_per_step=6, **settings)
+def temporaries(monkeypatch, backend="cpu", cache=10, **settings):
+    """Bytes of the compiled step of the six tasks of `TRAINER`, where a cache has so many bytes."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(batched_means, "CACHE", cache)
+    trainer = dataclasses.replace(TRAINER, **settings)
+    start = trainer.init(KEY)
+    compiled = trainer.step.lower(start, WAVES).compile()
+    state = compiled(start, WAVES)[0]
+    np.testing.assert_allclose(flat(state.eta), flat(TRAINER.step(start, WAVES)[0].eta), rtol=1e-11)
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_a_cpu_unrolls_tasks_with_a_large_eta_one_at_a_time_unless_told_otherwise(monkeypatch):
-    for backend, one in (("cpu", 1), ("gpu", 6)):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert wide_trainer().batch.at_once == one
-        assert wide_trainer(chunk=3).batch.at_once == 3
-        assert wide_trainer(chunk=6).batch.at_once == wide_trainer(80).batch.at_once == 6
-        assert wide_trainer(segment=1).batch.at_once == 6  # what is kept depends on it
+def test_a_cpu_takes_tasks_one_at_a_time_that_would_outgrow_its_cache(monkeypatch):
+    all_at_once = temporaries(monkeypatch, chunk=6)
+    one_at_a_time = temporaries(monkeypatch, chunk=1)
+    assert one_at_a_time < all_at_once
+    assert temporaries(monkeypatch) == one_at_a_time
+    assert temporaries(monkeypatch, cache=10**6) == all_at_once
+    assert temporaries(monkeypatch, backend="gpu") == all_at_once
 
 
-def test_tasks_one_at_a_time_take_less_memory_and_the_same_step(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    steps = {}
-    for chunk in (None, 6):
-        trainer = wide_trainer(chunk=chunk)
-        start = trainer.init(KEY)
-        compiled = trainer.step.lower(start, WAVES).compile()
-        memory = compiled.memory_analysis().temp_size_in_bytes
-        steps[chunk] = flat(compiled(start, WAVES)[0].eta), memory
-    np.testing.assert_allclose(steps[None][0], steps[6][0], rtol=1e-11)
-    assert steps[None][1] < 0.5 * steps[6][1]
+def test_what_segments_keep_is_of_all_tasks_unless_told_otherwise():
+    assert dataclasses.replace(TRAINER, segment=1).batch.chunk == 6
+    assert dataclasses.replace(TRAINER, segment=1, chunk=2).batch.chunk == 2
+
+
+def test_the_largest_factor_is_that_of_products_inside_loops_too():
+    def function(x):
+        big = jnp.zeros((1000, 1000)).sum()
+
+        def body(carry, _):
+            return carry @ jnp.ones((7, 7)), None
+
+        return jax.lax.scan(body, x, None, length=2)[0] + big
+
+    x = jnp.ones((30, 7))
+    assert largest_factor(jax.make_jaxpr(function)(x)) == 30 * 7 * 8
+    assert largest_factor(jax.make_jaxpr(lambda x: jnp.sin(x))(x)) == 0
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 7), (3, 40, 50), (1000, 64, 32)])

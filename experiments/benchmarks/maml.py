@@ -6,8 +6,8 @@ One outer step: 16 tasks, 5-way 1-shot, 25 query images of 28 x 28, four convolu
 filters with stride 2 and batch statistics, one inner step of SGD, exact second order, outer
 Adam. The images are noise, drawn from the device-resident index as in training.
 
-- `metalearn`     `Trainer.step`, reverse and mixed flow, as a user calls it: on a CPU tasks are
-  unrolled one at a time
+- `metalearn`     `Trainer.step`, reverse and mixed flow, as a user calls it: on a CPU these tasks
+  are unrolled one at a time
 - `metalearn, kernels not transposed`     the same with `jnp.matmul` for `times_kernel` of
   `metalearn.models.convolution`: what the transposition buys
 - `metalearn, a device per core`     the same with a `Layout` over as many devices as the CPU has

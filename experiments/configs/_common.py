@@ -73,8 +73,8 @@ def maml() -> ml_collections.ConfigDict:
         float
     )  # the largest norm of a meta-gradient; None: no bound
     config.tasks_per_step = 16
-    # Tasks unrolled at once on a device. None: all of its share, but one on a CPU where eta is
-    # larger than 64 KiB.
+    # Tasks unrolled at once on a device. None: all of its share, or on a CPU one at a time where
+    # all would outgrow its cache.
     config.chunk = placeholder(int)
 
     # Devices over which tasks are divided (None: as many as divide tasks_per_step), which share

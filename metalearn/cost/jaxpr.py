@@ -1,4 +1,4 @@
-"""The FLOPs of a traced function, counted on its jaxpr after dead code elimination.
+"""The FLOPs of a traced function, counted on its jaxpr after dead code elimination; its factors.
 
 XLA's further optimizations (common subexpressions, products by one) are not included, so this is
 an upper bound, usually a close one. It is the fallback where the compiled program has custom
@@ -22,6 +22,21 @@ def flops(closed: ClosedJaxpr) -> int:
     """Return the FLOPs of matrix products and convolutions, loops included."""
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     return _flops(jaxpr)
+
+
+def largest_factor(closed: ClosedJaxpr) -> int:
+    """Return the bytes of the largest factor or result of a product or convolution; 0: none."""
+    return max(_sizes(closed.jaxpr), default=0)
+
+
+def _sizes(jaxpr: Jaxpr) -> Iterator[int]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            for variable in (*eqn.invars, *eqn.outvars):
+                aval: Any = variable.aval
+                yield aval.size * aval.dtype.itemsize
+        for inner in _jaxprs(eqn.params.values()):
+            yield from _sizes(inner)
 
 
 def _flops(jaxpr: Jaxpr) -> int:

@@ -3,8 +3,10 @@
 The tasks of an outer step divide among the devices (a device's share), and a share into chunks.
 
 - A chunk is vmapped, and chunks are scanned. Chunks bound memory, and on a CPU they are often
-  faster too, because the activations of a few tasks stay in the cache. Results agree up to the
-  order of a floating-point sum.
+  faster too, because the activations of one task stay in the cache: where the largest factor of
+  a product (weights, patches) times the tasks is more than 8 MiB, one at a time is the default
+  there (`experiments/benchmarks/maml.py --at-once` measures it). Results agree up to the order of a
+  floating-point sum.
 - The mean over devices is one all-reduce of one vector. A message costs its latency however short
   it is. With one all-reduce for every leaf of a meta-gradient and every metric, an outer step
   would wait for the slowest device a hundred times. The vector has the widest dtype of its parts,
@@ -23,8 +25,10 @@ import jax.numpy as jnp
 
 from metalearn._utils.checks import MOST_TASKS, is_integer
 from metalearn._utils.trees import split
+from metalearn.cost.jaxpr import largest_factor
 from metalearn.sharding.mesh import format_devices
 
+CACHE = 8 * 2**20  # bytes
 LARGE = 1024  # entries of a leaf
 
 
@@ -37,13 +41,16 @@ def mean_and_each(
       function: input -> (output to average, output to return for each input). Integer and boolean
         outputs are averaged as float32.
       inputs: leaves [n, ...].
-      chunk: inputs that are vmapped at once, a divisor of n; None: all n.
+      chunk: inputs that are vmapped at once, a divisor of n; None: all n, or on a CPU one where n
+        of them would outgrow the cache.
 
     Returns:
       (means, second outputs with leaves [n, ...]).
     """
     count = jax.tree.leaves(inputs)[0].shape[0]
-    if chunk is None or chunk == count:
+    if chunk is None:
+        chunk = 1 if _outgrow_cache(function, inputs) else count
+    if chunk == count:
         total, each = _sum_and_each(function, inputs)
         return _divide(total, count), each
 
@@ -57,6 +64,15 @@ def mean_and_each(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, each = jax.lax.scan(add, zeros, chunks)
     return _divide(total, count), jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), each)
+
+
+def _outgrow_cache(function: Callable[[Any], Any], inputs: Any) -> bool:
+    """Return whether the largest factor of one input, times the inputs, is too large for a CPU."""
+    count = jax.tree.leaves(inputs)[0].shape[0]
+    if count == 1 or jax.default_backend() != "cpu":
+        return False
+    closed = jax.make_jaxpr(function)(jax.tree.map(lambda x: x[0], inputs))
+    return count * largest_factor(closed) > CACHE
 
 
 def _sum_and_each(function: Callable[[Any], tuple[Any, Any]], inputs: Any) -> tuple[Any, Any]:

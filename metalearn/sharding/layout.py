@@ -146,10 +146,10 @@ class Layout:
             must not close over traced values.
           shared: a tuple of pytrees that are replicated over "tasks".
           inputs: leaves [n, ...].
-          chunk: inputs that are vmapped at once on a device; None: all of its share.
+          chunk: inputs that are vmapped at once on a device; None: as it chooses.
         """
         share = jax.tree.leaves(inputs)[0].shape[0] // self.devices
-        chunk = at_once(share, chunk)
+        chunk = None if chunk is None else at_once(share, chunk)
 
         def on_device(shared: Any, inputs: Any) -> tuple[Any, Any]:
             mean, each = mean_and_each(functools.partial(function, *shared), inputs, chunk)

@@ -19,7 +19,7 @@ class TaskBatch:
 
     Args:
       size: tasks of an outer step.
-      chunk: tasks unrolled at once on a device; None: all of its share.
+      chunk: tasks unrolled at once on a device; None: all of its share, or on a CPU one at a time.
       layout: over which devices; None: one.
     """
 
@@ -45,7 +45,7 @@ class TaskBatch:
 
     @property
     def at_once(self) -> int:
-        """Return the number of tasks that a device unrolls at once."""
+        """Return the number of tasks that a device unrolls at once, at most."""
         return at_once(self.share, self.chunk)
 
     @property
