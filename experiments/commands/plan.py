@@ -184,7 +184,7 @@ def table(planned: Plan, trainer: Trainer) -> Iterator[str]:
         f"budget {show_bytes(planned.budget)}"
     )
     yield ""
-    chunk = trainer.batch.at_once
+    chunk = planned.rows[0].chunk
     refusals = {row.name: row.refusal for row in planned.rows if row.refusal}
     rows = [("", "plain training", str(chunk), *_cells(planned.plain, planned.plain), "")]
     rows += [_row_cells(row, planned) for row in planned.rows if not row.refusal]

@@ -118,7 +118,7 @@ def cost_of(config: Mapping[str, Any], counted: bool = True) -> Cost:
     try:
         trainer, tasks = abstract(config)
         costs = StepCosts(trainer, tasks)
-        row, plain = costs.row(Candidate(engine), trainer.batch.at_once), costs.plain()
+        row, plain = costs.row(Candidate(engine), costs.at_once), costs.plain()
     except (ValueError, OSError) as error:  # such as data that is not on this machine
         return Cost(name, problem=first_line(error))
     if row.cost is None:

@@ -149,7 +149,7 @@ def plan(
     check_tasks("plan(tasks=)", tasks)
     candidates = CANDIDATES if candidates is None else candidates
     costs = StepCosts(trainer, jax.eval_shape(lambda tree: tree, tasks))
-    chunk = trainer.batch.at_once
+    chunk = costs.at_once
     rows = [costs.row(each, chunk) for each in _compiling(candidates, chunk, progress)]
     budget = device_memory() if budget is None else budget
     result = Plan(rows, costs.plain(), budget, costs.inner_steps())
@@ -181,7 +181,7 @@ def choose_engine(
     row = chosen.choose()
     if progress:
         print(f"engine: {chosen.reason()}.")
-    chunk = trainer.chunk if row.chunk == trainer.batch.at_once else row.chunk
+    chunk = None if trainer.chunk is None and row.chunk == trainer.batch.share else row.chunk
     return dataclasses.replace(trainer, engine=row.engine, chunk=chunk)
 
 

@@ -10,6 +10,7 @@ import jax
 from metalearn.cost import Cost, cost
 from metalearn.diagnostics.comparison import REFUSALS, inner_steps
 from metalearn.engines import MetaGradient
+from metalearn.sharding.batched_means import outgrow_cache
 from metalearn.trainer import Trainer
 from metalearn.training.evaluation import task_metrics
 from metalearn.training.segment_plan import SegmentPlan
@@ -99,14 +100,24 @@ class StepCosts:
         """Return the cost of plain training: the inner loops and the outer loss, forward only."""
         trainer, state = self.trainer, self._state()
 
-        def on_task(eta: Any, tasks: Any, key: jax.Array) -> dict[str, Any]:
-            return task_metrics(trainer.algorithm, eta, tasks, key, self._truncated())
-
         def step(eta: Any, tasks: Any, key: jax.Array) -> dict[str, Any]:
             keys = jax.random.split(key, trainer.tasks_per_step)
-            return trainer.batch.mean(on_task, (eta, tasks), keys)
+            return trainer.batch.mean(self._on_task, (eta, tasks), keys)
 
         return cost(jax.jit(step), state.eta, self.tasks, state.key, known=self.known)
+
+    @property
+    def at_once(self) -> int:
+        """The tasks that a device unrolls at once: where the trainer leaves it open, by size."""
+        batch, state = self.trainer.batch, self._state()
+        one = batch.chunk is None and outgrow_cache(
+            batch.share, self._on_task, state.eta, self.tasks, state.key
+        )
+        return 1 if one else batch.at_once
+
+    def _on_task(self, eta: Any, tasks: Any, key: jax.Array) -> dict[str, Any]:
+        """Train plainly on one task, and return its metrics."""
+        return task_metrics(self.trainer.algorithm, eta, tasks, key, self._truncated())
 
     def with_horizon(self, steps: int) -> StepCosts:
         """Return the `StepCosts` of the same problem with another number of inner steps.

@@ -49,7 +49,8 @@ def mean_and_each(
     """
     count = jax.tree.leaves(inputs)[0].shape[0]
     if chunk is None:
-        chunk = 1 if _outgrow_cache(function, inputs) else count
+        one = jax.tree.map(lambda x: x[0], inputs)
+        chunk = 1 if outgrow_cache(count, function, one) else count
     if chunk == count:
         total, each = _sum_and_each(function, inputs)
         return _divide(total, count), each
@@ -66,13 +67,11 @@ def mean_and_each(
     return _divide(total, count), jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), each)
 
 
-def _outgrow_cache(function: Callable[[Any], Any], inputs: Any) -> bool:
-    """Return whether the largest factor of one input, times the inputs, is too large for a CPU."""
-    count = jax.tree.leaves(inputs)[0].shape[0]
+def outgrow_cache(count: int, function: Callable[..., Any], *args: Any) -> bool:
+    """Return whether `count` calls at once are too large for a CPU: their largest factor is."""
     if count == 1 or jax.default_backend() != "cpu":
         return False
-    closed = jax.make_jaxpr(function)(jax.tree.map(lambda x: x[0], inputs))
-    return count * largest_factor(closed) > CACHE
+    return count * largest_factor(jax.make_jaxpr(function)(*args)) > CACHE
 
 
 def _sum_and_each(function: Callable[[Any], tuple[Any, Any]], inputs: Any) -> tuple[Any, Any]:

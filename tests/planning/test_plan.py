@@ -25,6 +25,7 @@ from metalearn.engines import MetaGradient
 from metalearn.planning import plan as planning
 from metalearn.planning.plan import CANDIDATES, BudgetError, Plan, plan, tasks_at_once
 from metalearn.planning.step_cost import Candidate, Row, StepCosts
+from metalearn.sharding import batched_means
 from metalearn.training.replay_schedule import advances, replays
 from tests.cases import ENGINES, MODELS, TASKS
 from tests.helpers.walks import Aims, Walk
@@ -160,6 +161,17 @@ def test_one_task_at_a_time_is_looked_at_when_asked_for():
     found = plan(TRAINER, WAVES, candidates=TWO[:1], all_chunks=True)
     assert [one.chunk for one in found.rows] == [4, 1]
     assert found.rows[1].peak < found.rows[0].peak and found.choose().chunk == 4
+
+
+def test_tasks_that_outgrow_the_cache_of_a_cpu_are_planned_as_they_are_unrolled(monkeypatch):
+    monkeypatch.setattr(batched_means, "CACHE", 10)
+    for backend, chunks in (("cpu", [1]), ("gpu", [4, 1])):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        found = plan(TRAINER, WAVES, candidates=TWO[:1], all_chunks=True, budget=2**30)
+        assert [one.chunk for one in found.rows] == chunks
+    asked = dataclasses.replace(TRAINER, chunk=4)
+    assert plan(asked, WAVES, candidates=TWO[:1], budget=2**30).choose().chunk == 4
+    assert choose_engine(asked, WAVES, budget=2**30, progress=False).chunk == 4
 
 
 # Where little fits.
