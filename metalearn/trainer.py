@@ -119,7 +119,7 @@ class Trainer:
             raise TypeError(
                 f"`Trainer(truncation=)` takes `Truncation(steps)`, not {self.truncation!r}."
             )
-        TaskBatch(self.tasks_per_step, self.chunk, self.layout).check()
+        self.batch.check()
         self._check_segment()
 
     def _check_segment(self) -> None:
