@@ -18,7 +18,7 @@ from metalearn.datasets import Sinusoid
 from metalearn.engines.inner_loop import rollout
 from metalearn.model import Model
 from metalearn.sharding import batched_means
-from metalearn.sharding.batched_means import sum_over_tasks
+from metalearn.sharding.batched_means import mean_and_each, sum_over_tasks
 from tests.cases import MODELS, TASKS, Float64
 from tests.helpers.selection import quick
 
@@ -66,6 +66,24 @@ def test_a_cpu_takes_tasks_one_at_a_time_that_would_outgrow_its_cache(monkeypatc
     assert temporaries(monkeypatch) == one_at_a_time
     assert temporaries(monkeypatch, cache=10**6) == all_at_once
     assert temporaries(monkeypatch, backend="gpu") == all_at_once
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2, 6])
+@pytest.mark.parametrize("cache", [10, 10**6])
+def test_a_task_is_traced_once_however_many_are_taken_at_once(monkeypatch, chunk, cache):
+    monkeypatch.setattr(batched_means, "CACHE", cache)
+    traced = []
+
+    def of_task(x):
+        traced.append(x)
+        return {"square": (x @ x).sum(), "count": 1}, x + 1
+
+    x = jax.random.normal(KEY, (6, 3, 3))
+    means, each = jax.jit(lambda x: mean_and_each(of_task, x, chunk))(x)
+    assert len(traced) == 1
+    np.testing.assert_allclose(means["square"], (x @ x).sum((1, 2)).mean(), rtol=1e-12)
+    assert means["count"] == 1
+    np.testing.assert_array_equal(each, x + 1)
 
 
 def test_what_segments_keep_is_of_all_tasks_unless_told_otherwise():

@@ -48,6 +48,7 @@ def mean_and_each(
       (means, second outputs with leaves [n, ...]).
     """
     count = jax.tree.leaves(inputs)[0].shape[0]
+    function = jax.jit(function, inline=True)  # traced once, for the choice, shapes and the scan
     if chunk is None:
         one = jax.tree.map(lambda x: x[0], inputs)
         chunk = 1 if outgrow_cache(count, function, one) else count
