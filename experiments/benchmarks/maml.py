@@ -29,6 +29,12 @@ than XLA's. About 3 minutes.
 An outer step of 16 tasks one at a time and all at once, for networks of growing width, by mixed
 flow: what decides how `Trainer` unrolls them on a CPU. "factor" is the largest factor or result of
 a matrix product of one task, times 16. About 2 minutes.
+
+    python -m metalearn.experiments.benchmarks.maml --cores
+
+The first row again: on all cores, on one alone, and in a process per core at the same time, each
+with outer steps of its own. The last is what the cores give if nothing is divided among them, a
+bound on what a better division of one program can gain. Two minutes, on Linux only.
 """
 
 from __future__ import annotations
@@ -36,6 +42,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -46,7 +53,7 @@ import subprocess
 import sys
 import time
 import unittest.mock
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +71,7 @@ from metalearn.models.linen_networks import MLP, ConvNet
 TASKS, QUERIES = 16, 25
 IMAGE = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
 BASE = "metalearn, reverse"
+PINNED_STEPS = 50  # a round: long against the moment by which two processes start apart
 DEVICES = math.gcd(TASKS, os.cpu_count() or 1)
 Contender = Callable[[int], float]  # outer steps -> tasks per second
 
@@ -159,6 +167,60 @@ def a_device_per_core(steps: int) -> float:
     command = [sys.executable, "-m", __spec__.name, f"--spread={steps}"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return float(done.stdout.splitlines()[-1])
+
+
+class Pinned:
+    """A process on some cores that times outer steps whenever it is asked to."""
+
+    def __init__(self, cores: Sequence[int]):
+        """Start it; it compiles while others do."""
+        numbers = ",".join(map(str, cores))
+        command = [sys.executable, "-m", __spec__.name, f"--pinned={numbers}"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
+
+    def ask(self, steps: int) -> None:
+        """Begin to time so many outer steps."""
+        print(steps, file=self.process.stdin)
+
+    def answer(self) -> float:
+        """Return tasks per second."""
+        assert self.process.stdout is not None
+        return float(self.process.stdout.readline())
+
+    @staticmethod
+    def serve(cores: Iterable[int]) -> None:
+        """Be such a process."""
+        os.sched_setaffinity(0, cores)  # before XLA counts them
+        run = metalearn(random_tasks(), Reverse())
+        for steps in sys.stdin:
+            print(run(int(steps)), flush=True)
+
+
+def print_cores(steps: int, rounds: int) -> None:
+    """Measure one process on all cores, on one, and a process on each; print a Markdown table."""
+    cores = sorted(os.sched_getaffinity(0))
+    settings = {
+        "a process on all cores": [Pinned(cores)],
+        "a process on one core": [Pinned(cores[-1:])],
+        "a process per core, together": [Pinned([core]) for core in cores],
+    }
+    rates: dict[str, list[float]] = {name: [] for name in settings}
+    for turn in range(rounds + 1):
+        for name, processes in settings.items():
+            for process in processes:
+                process.ask(steps)
+            together = sum(process.answer() for process in processes)
+            if turn:  # the first one waits for all that compile
+                rates[name].append(together)
+    for process in itertools.chain(*settings.values()):
+        process.process.communicate()
+    print(f"{len(cores)} cores, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    print("| | tasks/s | against the first |\n|---|---|---|")
+    first = next(iter(rates.values()))
+    for name, measured in rates.items():
+        ratio = statistics.median(ours / base for ours, base in zip(measured, first, strict=True))
+        print(f"| {name} | {statistics.median(measured):.1f} | {ratio:.2f}x |")
 
 
 def random_tasks() -> FewShot:
@@ -259,10 +321,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="outer steps a round")
     parser.add_argument("--at-once", action="store_true", help="one at a time, and all at once")
+    parser.add_argument("--cores", action="store_true", help="one process on them, and one on each")
+    parser.add_argument("--pinned", help=argparse.SUPPRESS)
     parser.add_argument("--spread", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.at_once:
         print_at_once()
+        return
+    if arguments.cores:
+        print_cores(PINNED_STEPS, arguments.rounds)
+        return
+    if arguments.pinned:
+        Pinned.serve(map(int, arguments.pinned.split(",")))
         return
     if arguments.spread:
         run = metalearn(random_tasks(), Reverse(), layout=Layout(make_mesh()))
