@@ -158,6 +158,7 @@ class ClosedFormHead(ClosedForm):
     def _embed(self, params: Any, statistics: Any, inputs: Any, **mode: Any) -> tuple[Any, Any]:
         """Return (embeddings [n, d], the network's next statistics)."""
         outputs, statistics = self.model.apply(params, statistics, inputs, **mode)
+        outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))  # a head is exact
         return outputs.reshape(outputs.shape[0], -1), statistics
 
     def _members(self, labels: Any, dtype: Any) -> Members:

@@ -167,6 +167,11 @@ class COMLN(SupportAlgorithm):
                 f"size, but those of this network have {d} numbers. Set features={d}, or None for "
                 "a head that begins at zero."
             )
+        if eta.head.shape[1] != self.ways:
+            raise ValueError(
+                f"`COMLN(ways={self.ways})` got a learned head of {eta.head.shape[1]} classes. "
+                "Take that many, or train with features=None, whose eta fits any number."
+            )
         return eta.head
 
     def batches(self, episode: Episode, key: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from metalearn._utils.pixels import are_pixels
 from metalearn.algorithm import TRAINING_RUN, Algorithm
@@ -59,6 +59,30 @@ def epochs(
     shuffled = jax.vmap(lambda key: jax.random.permutation(key, rows))(keys).reshape(-1)
     offsets = steps * batch - first * n  # of each step's first example in `shuffled`
     return shuffled[offsets[:, None] + jnp.arange(batch)[None]]
+
+
+def epochs_of_some(
+    mask: Bool[Array, " n"], steps: Int[Array, " t"], batch: int, key: jax.Array
+) -> Int[Array, "t {batch}"]:
+    """Return the rows [t, batch] that steps read of a padded set, in shuffled epochs, no padding.
+
+    A step of more examples than there are reads some of them more than once. Every example read is
+    drawn from a permutation of all n: for support sets, which are small.
+
+    Args:
+      mask: [n], whether a row is an example, and no padding; of one at least.
+      steps: [t], numbers of inner steps.
+      batch: examples of a step.
+      key: (), decides the permutation of every epoch.
+    """
+    count = jnp.maximum(mask.sum(), 1)
+
+    def row(number: jax.Array) -> jax.Array:
+        order = jax.random.uniform(jax.random.fold_in(key, number // count), mask.shape)
+        return jnp.argsort(jnp.where(mask, order, jnp.inf))[number % count]
+
+    numbers = steps[:, None] * batch + jnp.arange(batch)[None]
+    return jax.vmap(jax.vmap(row))(numbers).astype(jnp.int32)
 
 
 def read_rows(data: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:

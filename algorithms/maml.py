@@ -70,13 +70,13 @@ from metalearn._utils.readable import described, readable, show
 from metalearn._utils.trees import filled, masked, matching, paths, split, split_by_path
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms import pictures
-from metalearn.algorithms.epochs import epochs
+from metalearn.algorithms.epochs import epochs, epochs_of_some
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.algorithms.support import check_pair, sharded
 from metalearn.engines.inner_loop import depends
 from metalearn.model import Model, check_dropout
 from metalearn.optimizers.updates import evaluate, evaluation_params, start, update
-from metalearn.unroll import Batch, Episode, GradFn, Metrics, ModelTraining, Unroll
+from metalearn.unroll import Batch, Episode, GradFn, Masked, Metrics, ModelTraining, Unroll
 
 
 class BatchNorm(NamedTuple):
@@ -153,7 +153,13 @@ class SupportAlgorithm(Algorithm):
 
     def support_set(self, support: Any) -> Any:
         """Return a support set; ValueError unless it is (inputs [n, ...], targets [n, ...])."""
-        check_pair(type(self).__name__, support)
+        name = type(self).__name__
+        check_pair(name, support)
+        if len(support) > 2:
+            raise ValueError(
+                f"`{name}.adapt(support=)` takes (inputs, targets), but got {len(support)} parts. "
+                f"{name} reads all examples: pass the inputs and targets of those it is to read."
+            )
         return tuple(support)
 
     def shard_examples(self, episode: Episode, shard: Callable[[Any], Any]) -> Episode:
@@ -358,8 +364,12 @@ class MAML(SupportAlgorithm):
         if self.batch is None:
             return jax.random.split(key, self.inner_steps)
         key, epoch_key = jax.random.split(key)
-        examples = jnp.arange(jax.tree.leaves(episode.support)[0].shape[0])
-        rows = epochs(examples, jnp.arange(self.inner_steps), self.batch, epoch_key)
+        steps, targets = jnp.arange(self.inner_steps), episode.support[1]
+        if isinstance(targets, Masked):
+            rows = epochs_of_some(jnp.asarray(targets.mask), steps, self.batch, epoch_key)
+        else:
+            examples = jnp.arange(jax.tree.leaves(episode.support)[0].shape[0])
+            rows = epochs(examples, steps, self.batch, epoch_key)
         return jax.random.split(key, self.inner_steps), rows
 
     def pictures(self) -> Mapping[str, Callable[..., Mapping[str, Any]]]:

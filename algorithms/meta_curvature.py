@@ -9,8 +9,9 @@ for a kernel's gradient G [positions, inputs, outputs]: one square matrix along 
 with theta_0 and the same in all tasks and steps. All begin as the identity, which is MAML. Park and
 Oliva 2019 (arXiv:1902.03356). A matrix of inputs to outputs has two factors and a vector one.
 
-The factors have about 2 d^2 numbers for a d x d layer, as many as the layer itself twice over, and
-cost two matrix products a gradient.
+Kernels are those of Flax and Haiku, [..., inputs, outputs]; the axes before count as one, the
+positions. The factors have about 2 d^2 numbers for a d x d layer, as many as the layer itself twice
+over, and cost two matrix products a gradient.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ import jax.numpy as jnp
 from metalearn._utils.checks import above, at_least, counts
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import readable
+from metalearn._utils.trees import paths
 from metalearn.algorithms.maml import SupportAlgorithm, batch_norm_policy
 from metalearn.algorithms.objectives import Objective, cross_entropy
 from metalearn.model import Model, check_dropout
 from metalearn.unroll import Batch, Episode, GradFn, Metrics, ModelTraining, Unroll
+
+MOST_POSITIONS = 4000  # of a kernel: the width of a projection to heads [width, heads, size]
 
 
 class CurvedInitialisation(NamedTuple):
@@ -73,8 +77,21 @@ class MetaCurvature(SupportAlgorithm):
         at_least("MetaCurvature", 1, eval_steps=self.eval_steps)
 
     def init(self, key: jax.Array) -> CurvedInitialisation:
-        """Return the initialisation, and the identity for each factor."""
+        """Return the initialisation, and the identity for each factor.
+
+        Raises:
+          ValueError: for a parameter whose axes before the last two are too many positions.
+        """
         params, _ = self.model.init(key)
+        for name, leaf in zip(paths(params), jax.tree.leaves(params), strict=True):
+            positions, *others = _axes(leaf.shape)
+            if len(others) == 2 and positions > MOST_POSITIONS:
+                raise ValueError(
+                    f"`MetaCurvature` would learn a factor of {positions:,} x {positions:,} for "
+                    f"{name} {list(leaf.shape)}: it takes a kernel for [..., inputs, outputs], "
+                    "with one factor for all axes before. Kernels of Equinox are [outputs, inputs, "
+                    "...]: take a network of Flax or Haiku."
+                )
         factors = [
             [jnp.eye(size, dtype=leaf.dtype) for size in _axes(leaf.shape)]
             for leaf in jax.tree.leaves(params)

@@ -87,7 +87,8 @@ def weighted_cross_entropy(
     Args:
       logits: [n, classes].
       labels: [n] int.
-      label_smoothing: (), in 0..1: the share of each target distributed over all classes.
+      label_smoothing: (), in 0..1: the share of each target distributed over all classes, but for
+        those whose logit is the least number of its dtype, as of classes without support examples.
       class_weights: [classes], the weight of a loss by its label; None: all one.
     """
     values, mean = unmasked(labels)
@@ -95,7 +96,9 @@ def weighted_cross_entropy(
     log_p = jax.nn.log_softmax(logits)
     right = jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
     share = jnp.asarray(label_smoothing)
-    losses = -(1 - share) * right - share * log_p.mean(-1)
+    possible = logits > jnp.finfo(logits.dtype).min  # others are classes that a task has not
+    over_all = jnp.mean(log_p, -1, where=possible)
+    losses = -(1 - share) * right - share * over_all
     if class_weights is not None:
         losses = losses * class_weights[labels]
     return mean(losses), {"accuracy": mean(logits.argmax(-1) == labels)}

@@ -62,6 +62,7 @@ class ProtoNet(ClosedFormHead):
 
     def logits(self, head: dict[str, jax.Array], embeddings: jax.Array) -> jax.Array:
         """Return the negative squared distances to the prototypes, [m, ways]."""
-        prototypes = head["prototypes"]
+        centre = head["prototypes"].mean(0, keepdims=True)  # far from zero, squares would cancel
+        embeddings, prototypes = embeddings - centre, head["prototypes"] - centre
         lengths = (embeddings**2).sum(1)[:, None] + (prototypes**2).sum(1)[None]
         return 2 * embeddings @ prototypes.T - lengths

@@ -56,6 +56,7 @@ class Reptile(SupportAlgorithm):
       eval_steps: inner steps in evaluation; None: as in training.
       batch: support examples of an inner step, in shuffled epochs; None: the whole support set.
       batch_norm: "transductive", "running" or "frozen": see `metalearn.algorithms.maml`.
+      eval_batch: `batch` in evaluation, whose support sets may be smaller; None: as in training.
     """
 
     model: Model
@@ -65,13 +66,15 @@ class Reptile(SupportAlgorithm):
     eval_steps: int | None = None
     batch: int | None = None
     batch_norm: str = "transductive"
+    eval_batch: int | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "inner_steps", "eval_steps", "batch")
+        check_fields(self, "inner_steps", "eval_steps", "batch", "eval_batch")
         check_dropout("Reptile", self.model)
         batch_norm_policy(self.batch_norm)
         counts("Reptile", 1, inner_steps=self.inner_steps)
-        at_least("Reptile", 1, eval_steps=self.eval_steps, batch=self.batch)
+        sizes = {"batch": self.batch, "eval_batch": self.eval_batch}
+        at_least("Reptile", 1, eval_steps=self.eval_steps, **sizes)
 
     @functools.cached_property
     def maml(self) -> MAML:
@@ -120,8 +123,9 @@ class Reptile(SupportAlgorithm):
         return self.maml.pictures()
 
     def evaluation(self) -> Reptile:
-        """Return the same algorithm with `eval_steps` inner steps."""
-        return self.with_steps(self.maml.evaluation_steps)
+        """Return the same algorithm with `eval_steps` inner steps of `eval_batch` examples."""
+        batch = self.batch if self.eval_batch is None else self.eval_batch
+        return dataclasses.replace(self.with_steps(self.maml.evaluation_steps), batch=batch)
 
     def with_steps(self, steps: int) -> Reptile:
         """Return the same algorithm with another number of inner steps."""

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalearn.unroll import Masked
+
 
 def one_array(what: str, name: str, value: Any, shape: str) -> np.ndarray | jax.Array:
     """Return an array unchanged, and a list of numbers as an array.
@@ -103,16 +105,21 @@ def map_arrays(function: Callable[[np.ndarray], np.ndarray], tree: Any) -> Any:
 def least_and_largest(*labels: Any) -> tuple[int, int] | None:
     """Return the least and the largest integer in some arrays, read on the host.
 
-    None if no array has integers, or none can be read in this process.
+    None if no array has integers, or none can be read in this process. Of `Masked` ones the padding
+    is left out.
     """
     bounds = []
     for array in labels:
+        mask = array.mask if isinstance(array, Masked) else None
+        array = array if mask is None else array.values
         readable = isinstance(array, np.ndarray) or (
             isinstance(array, jax.Array)
             and not isinstance(array, jax.core.Tracer)
             and (array.is_fully_addressable or array.is_fully_replicated)
         )
-        if readable and array.size and jnp.issubdtype(array.dtype, np.integer):
-            values = np.asarray(array)
+        if not readable or not jnp.issubdtype(array.dtype, np.integer):
+            continue
+        values = np.asarray(array) if mask is None else np.asarray(array)[np.asarray(mask, bool)]
+        if values.size:
             bounds += [int(values.min()), int(values.max())]
     return (min(bounds), max(bounds)) if bounds else None

@@ -27,7 +27,7 @@ from metalearn._utils.fields import check_fields
 from metalearn.datasets.arrays import least_and_largest
 from metalearn.datasets.unequal import padded
 from metalearn.tasks import Fetched, Tasks, number_of, only_if
-from metalearn.unroll import Episode, Masked
+from metalearn.unroll import Episode
 
 BATCHES = 8  # of a stream, whose episodes are held for those who ask again
 
@@ -94,8 +94,7 @@ class GivenTasks(Tasks):
     def label_range(self) -> tuple[int, int] | None:
         """Return the least and the largest target; None for a regression."""
         parts = [part for part in self.episodes if isinstance(part, tuple) and len(part) > 1]
-        targets = [part[1].values if isinstance(part[1], Masked) else part[1] for part in parts]
-        return least_and_largest(*targets)
+        return least_and_largest(*(part[1] for part in parts))
 
     def sample(self, key: jax.Array) -> Episode:
         """Draw one task, uniformly."""

@@ -63,7 +63,6 @@ class Protocol(NamedTuple):
       queries: query examples per class of a task to train on.
       partition: of Omniglot's characters: "maml" or "vinyals".
       engine: an exact one.
-      test_batch: support examples of an inner step on test tasks; None: as in training.
       test_queries: query examples per class of a test task.
     """
 
@@ -76,7 +75,6 @@ class Protocol(NamedTuple):
     queries: int
     partition: str = "maml"
     engine: MetaGradient = Reverse()
-    test_batch: int | None = None
     test_queries: int = QUERIES
 
 
@@ -158,9 +156,10 @@ def _reptile(ways: int, shots: int) -> Protocol:
         inner_steps=inner_steps,
         eval_steps=50,
         batch=batch,
+        eval_batch=5 if few else 10,
     )
     optimizer = optax.sgd(optax.linear_schedule(1.0, 0.0, steps))
-    return Protocol(algorithm, optimizer, steps, 5, ways, 10, 5, test_batch=5 if few else 10)
+    return Protocol(algorithm, optimizer, steps, 5, ways, 10, 5)
 
 
 def _protonet(ways: int, shots: int) -> Protocol:
@@ -292,8 +291,6 @@ class Run:
         algorithm: Any = trainer.algorithm
         if algorithm.own_head:  # it may be trained on tasks of more classes
             algorithm = dataclasses.replace(algorithm, ways=ways)
-        if self.protocol.test_batch is not None:  # a test task may have fewer examples
-            algorithm = dataclasses.replace(algorithm, batch=self.protocol.test_batch)
         trainer = dataclasses.replace(trainer, algorithm=algorithm, tasks_per_step=20)
         key = jax.random.fold_in(key_of(self.seed), 1)
         return trainer.evaluate(eta, tasks, key, TEST_TASKS)["accuracy"]

@@ -68,8 +68,9 @@ def beyond(episode: Any, seen: Seen) -> str:
 def range_of(part: Any) -> Range | None:
     """Return the range of the labels of a support or query set, (inputs, labels, ...)."""
     labels = part[1] if isinstance(part, tuple) and len(part) > 1 else None
+    mask = getattr(labels, "mask", None)  # of `Masked`: the labels of padding are not read
     if isinstance(labels, tuple) and labels:
-        labels = labels[0]  # the values of `Masked`: those of padding are labels too
+        labels = labels[0]
     if not isinstance(labels, np.ndarray | jax.Array) or not labels.size:
         return None
     if isinstance(labels, jax.core.Tracer):
@@ -79,6 +80,10 @@ def range_of(part: Any) -> Range | None:
     if isinstance(labels, jax.Array) and not labels.is_fully_addressable:
         return None  # sharded over processes
     values = np.asarray(labels)
+    if mask is not None and not isinstance(mask, jax.core.Tracer):
+        values = values[np.asarray(mask, bool)]
+    if not values.size:
+        return None
     return int(values.min()), int(values.max())
 
 

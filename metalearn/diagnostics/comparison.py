@@ -121,8 +121,14 @@ class Comparison(NamedTuple):
           budget: bytes that it may take; None: any.
 
         Raises:
-          ValueError: if there is none, with the one that comes closest.
+          ValueError: if there is none, with the one that comes closest; if the exact meta-gradient
+            is zero or not finite.
         """
+        if not (math.isfinite(self.norm) and self.norm > 0):
+            raise ValueError(
+                f"The exact meta-gradient has the norm {self.norm:g} here, so that no error can be "
+                "told relative to it: compare at another eta, or on other tasks."
+            )
         able = [
             row
             for row in self.rows

@@ -69,7 +69,7 @@ def meta_regularized(
     above("meta_regularized", 0, **known)
 
     def init(params: Any) -> MetaRegularizedState:
-        one = jnp.ones((), jnp.result_type(float, *jax.tree.leaves(params)))
+        one = jnp.ones((), jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
         return MetaRegularizedState(jnp.zeros((), jnp.int32), one)
 
     def update(
@@ -77,7 +77,8 @@ def meta_regularized(
     ) -> tuple[Any, MetaRegularizedState]:
         del params
         first: Any = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        squares = optax.tree.norm(grads, squared=True)
+        precise = jax.tree.map(lambda g: g.astype(state.decay.dtype), grads)
+        squares = optax.tree.norm(precise, squared=True)
         length = squares * (first / (scale * state.decay)) ** 2
         decay = (state.decay * growth(length)).astype(state.decay.dtype)
         rate = first / decay

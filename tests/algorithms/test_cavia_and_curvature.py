@@ -122,6 +122,16 @@ def test_a_context_is_not_rounded_to_the_precision_of_the_inputs():
     assert with_context(inputs, context)[0, 1] == context[0]
 
 
+def test_a_kernel_of_another_layout_is_refused_where_its_factor_would_be_large():
+    """[outputs, inputs, 3, 3], as of Equinox."""
+    model = Functions(lambda key: {"conv": jnp.zeros((64, 64, 3, 3))}, lambda params, x: x)
+    with pytest.raises(ValueError, match=r"a factor of 4,096 x 4,096 for conv \[64, 64, 3, 3\]"):
+        MetaCurvature(model).init(KEY)
+    model = Functions(lambda key: {"conv": jnp.zeros((3, 3, 64, 64))}, lambda params, x: x)
+    (factors,) = MetaCurvature(model).init(KEY).factors
+    assert [factor.shape for factor in factors] == [(9, 9), (64, 64), (64, 64)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cavia", "curvature"])
 def test_it_learns_waves(name):

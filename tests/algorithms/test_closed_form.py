@@ -13,6 +13,7 @@ from metalearn.algorithms import R2D2, ProtoNet
 from metalearn.datasets import FewShot, UnequalFewShot
 from metalearn.experiments import build
 from metalearn.experiments.build import sections
+from metalearn.models import Functions
 from tests.cases import MODELS, TASKS, Float64, mlp, to_float64
 from tests.helpers.selection import quick
 
@@ -255,3 +256,31 @@ def test_a_network_without_an_embedding_is_refused():
     network = {"name": "transformer", "library": "linen", "layers": 1, "width": 8, "heads": 1}
     with pytest.raises(ValueError, match=message):
         build.model(network, splits)
+
+
+def identity(dtype=jnp.float32):
+    """An embedding x w, with w = 1, of a dtype."""
+    return Functions(
+        lambda key: {"w": jnp.eye(DIMENSIONS, dtype=dtype)}, lambda params, x: x @ params["w"]
+    )
+
+
+def test_distances_far_from_zero_are_not_rounded_away():
+    inputs = jnp.float32(10_000) + jnp.eye(2, DIMENSIONS, dtype=jnp.float32)
+    algorithm = ProtoNet(identity(), 2)
+    learner = algorithm.adapt(algorithm.init(KEY), (inputs, jnp.array([0, 1])), KEY)
+    np.testing.assert_allclose(learner.predict(inputs), [[0, -2], [-2, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_embedding_in_bfloat16_has_a_head_in_float32(kind):
+    support = jnp.asarray(points(classes=3, each=4)[0], jnp.bfloat16), jnp.arange(3).repeat(4)
+    algorithm = kind(identity(jnp.bfloat16), 3)
+    learner = algorithm.adapt(algorithm.init(KEY), support, KEY)
+    outputs = learner.predict(support[0])
+    assert outputs.dtype == jnp.float32
+    precise = kind(identity(), 3)
+    expected = precise.adapt(
+        precise.init(KEY), (support[0].astype(jnp.float32), support[1]), KEY
+    ).predict(support[0].astype(jnp.float32))
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)

@@ -109,3 +109,11 @@ def test_the_time_is_learned_and_helps():
     finer = dataclasses.replace(trainer, algorithm=dataclasses.replace(algorithm, eval_steps=40))
     same = finer.evaluate(eta, tasks(), KEY, 200)["loss"]
     np.testing.assert_allclose(same.mean, after.mean, rtol=1e-3)  # the same time in more steps
+
+
+def test_a_learned_head_of_another_number_of_classes_is_refused():
+    algorithm = COMLN(embedding(), 5, features=5)
+    eta, other = algorithm.init(KEY), dataclasses.replace(algorithm, ways=3)
+    message = r"^`COMLN\(ways=3\)` got a learned head of 5 classes. Take that many, or train with "
+    with pytest.raises(ValueError, match=message):
+        ended(other, eta, tasks().sample(KEY))

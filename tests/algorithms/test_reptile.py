@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from metalearn import Forward, MixedFlow, Reverse, Trainer
+from metalearn import Episode, Forward, MixedFlow, Reverse, Trainer
 from metalearn.algorithms import MAML, Reptile, squared_error
 from metalearn.cost import cost
 from metalearn.datasets import Sinusoid
@@ -129,3 +129,17 @@ def test_a_config_names_it():
     }
     made = build.algorithm(config, MODEL)
     assert isinstance(made, Reptile) and made.batch == 2 and made.objective is squared_error
+
+
+def test_an_evaluation_may_take_smaller_batches_than_training():
+    algorithm = reptile(batch=3, eval_batch=1, eval_steps=4)
+    support = jax.tree.map(lambda leaf: leaf[:2], episode().support)
+    rows = algorithm.evaluation().batches(Episode(support, None), KEY)[1]
+    assert rows.shape == (4, 1)
+    assert algorithm.batches(episode(), KEY)[1].shape == (3, 3)
+    learner = algorithm.adapt(algorithm.init(KEY), support, KEY)
+    assert learner.steps == 4
+    with pytest.raises(ValueError, match="batch=3, but there are 2 training examples"):
+        reptile(batch=3).adapt(algorithm.init(KEY), support, KEY)
+    with pytest.raises(ValueError, match="eval_batch=0"):
+        reptile(eval_batch=0)

@@ -13,6 +13,8 @@ from metalearn.algorithms import (
     Hyperparameter,
     LearningRates,
     LossWeights,
+    ProtoNet,
+    Reptile,
     TokenWeights,
     cross_entropy,
     mean_one,
@@ -195,3 +197,56 @@ def test_runs_on_rows_of_a_dataset_leave_the_padding_out(x64):
     smaller = FDS(algorithm.model, algorithm.hyperparameters, 2, 4)
     expected = loss_of(smaller, episode(targets, repeated))
     assert differences(masked, expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", [MAML, Reptile])
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_mini_batches_of_a_padded_set_are_of_its_examples(kind, count):
+    """Ten rows, of which some are examples: epochs of these without repeats, and no padding."""
+    mask = np.zeros(10, bool)
+    mask[[2, 5, 6, 9][:count]] = True
+    support = np.zeros((10, 16)), Masked(np.where(mask, 1, -1), mask)
+    algorithm = kind(linear(), optimizer=optax.sgd(0.1), inner_steps=6, batch=2)
+    for key in jax.random.split(KEY, 3):
+        _, rows = jax.jit(algorithm.batches)(Episode(support, support), key)
+        assert rows.shape == (6, 2) and mask[rows].all()
+        for epoch in np.asarray(rows).reshape(-1, count):
+            assert len(set(epoch)) == count
+    if count > 2:
+        orders = [np.asarray(algorithm.batches(Episode(support, support), k)[1]) for k in keys(20)]
+        assert len({rows.tobytes() for rows in orders}) > 10  # shuffled
+    params = algorithm.adapt(algorithm.init(KEY), support, KEY).params
+    assert jax.tree.all(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params))
+
+
+def keys(count):
+    return jax.random.split(jax.random.key(7), count)
+
+
+@pytest.mark.parametrize("padding", [-1, -100, 99])
+def test_labels_of_padding_may_be_any_number(padding):
+    mask = np.array([True, True, False])
+    part = np.ones((3, 16), np.float32), Masked(np.array([0, 2, padding]), mask)
+    algorithm = MAML(linear(), optimizer=optax.sgd(0.1))
+    algorithm.adapt(algorithm.init(KEY), part, KEY)
+    tasks = GivenTasks.create([Episode(part, part)] * 2)
+    assert tasks.label_range() == (0, 2)
+    Trainer(algorithm, tasks_per_step=1).fit(tasks, 1, key=KEY, progress=False)
+    wrong = part[0], Masked(np.array([0, 3, padding]), mask)
+    with pytest.raises(ValueError, match="The labels go from 0 to 3"):
+        algorithm.adapt(algorithm.init(KEY), wrong, KEY)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, jnp.float32(0.1)])
+def test_label_smoothing_leaves_out_classes_that_a_task_has_not(smoothing):
+    """A head of five classes for a task of three has the loss of a head of three."""
+    rng = np.random.default_rng(0)
+    part = rng.normal(size=(6, 16)).astype(np.float32), np.arange(6) % 3
+
+    def loss(logits, labels):
+        return weighted_cross_entropy(logits, labels, smoothing)
+
+    losses = [loss_of(ProtoNet(linear(), ways, loss), Episode(part, part)) for ways in (3, 5)]
+    assert jnp.isfinite(losses[1][0])
+    np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-5)
+    assert differences(losses[0][1], losses[1][1]) < 1e-5

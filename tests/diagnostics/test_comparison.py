@@ -33,9 +33,9 @@ class Pull(Algorithm):
         scale = 1 + jax.random.uniform(key, (2,))
 
         def step(eta, theta, batch, grad):
-            curvature = jnp.array([1.0, 2.0])
+            curvature = jnp.diag(jnp.array([1.0, 2.0]))
             aim = eta["target"] * scale
-            return theta - 0.3 * grad(lambda x: jnp.sum(curvature * (x - aim) ** 2) / 2)(theta)
+            return theta - 0.3 * grad(lambda x: (x - aim) @ curvature @ (x - aim) / 2)(theta)
 
         return Unroll(lambda eta: jnp.zeros(2), step, lambda eta, x: (jnp.sum(x**4), {}))
 
@@ -93,6 +93,7 @@ def test_costs_stand_beside_the_errors_and_a_solver_has_a_lower_bound():
     rows = [row for row in comparison().rows if not row.refusal]
     assert all(row.cost.peak > 0 and row.seconds > 0 for row in rows)
     assert row_of(Truncated(1)).cost.temporaries < row_of(Reverse()).cost.temporaries
+    assert [row.flops_known for row in rows] == [row.engine != ENGINES[3] for row in rows]
 
 
 @pytest.mark.slow
@@ -113,6 +114,12 @@ def test_the_cheapest_is_the_fastest_within_the_tolerance():
         comparison()._replace(rows=rows[1:]).cheapest(1e-30)
     with pytest.raises(ValueError, match="within the memory that it may take"):
         timed.cheapest(1.0, budget=1)
+
+
+@pytest.mark.parametrize("norm", [0.0, math.nan])
+def test_nothing_is_the_cheapest_where_no_error_can_be_told(norm):
+    with pytest.raises(ValueError, match=f"The exact meta-gradient has the norm {norm:g} here"):
+        comparison()._replace(norm=norm).cheapest(0.1)
 
 
 def test_a_loop_that_has_not_converged_has_doubts_beside_its_error():

@@ -15,6 +15,7 @@ from metalearn.algorithms import MAML, squared_error
 from metalearn.engines import ApproximationWarning, segments
 from metalearn.engines.approximate import solvers
 from metalearn.engines.inner_loop import Remat
+from metalearn.optimizers import master_weights
 from tests.cases import MODELS, TASKS
 from tests.helpers.selection import quick
 
@@ -531,3 +532,154 @@ def test_nothing_is_said_where_all_is_well():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Implicit().value_and_grad(unroll, eta, jnp.arange(200))
+
+
+# Compiled parts, leaves that stay, scales, and what is not finite.
+
+
+@pytest.mark.parametrize("compiled", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
+@pytest.mark.parametrize("engine", LEARNED_START, ids=lambda engine: type(engine).__name__)
+def test_a_compiled_loss_does_not_read_what_it_does_not_use(engine, compiled):
+    @compiled
+    def loss(eta, theta, count):
+        return jnp.sum((theta - eta["target"]) ** 2)
+
+    def step(eta, state, batch, grad):
+        theta, count = state
+        return theta - 0.1 * grad(lambda theta: loss(eta, theta, count))(theta), count + 1
+
+    def init(eta):
+        return eta["start"], jnp.zeros((), int)
+
+    unroll = Unroll(init, step, lambda eta, state: (jnp.sum(state[0] ** 2), {}))
+    eta = {"start": jnp.ones(2), "target": jnp.full(2, 0.5)}
+    with pytest.raises(ValueError, match="Of eta, start is read by `Unroll.init` alone"):
+        engine_call(engine, unroll, eta, jnp.arange(5))
+    constant = unroll._replace(init=lambda eta: (jnp.ones(2), jnp.zeros((), int)))
+    grads = engine_call(engine, constant, {"target": eta["target"]}, jnp.arange(500))[1]
+    assert jnp.isfinite(grads["target"]).all()  # a count that is passed on but not read is no clock
+
+
+@pytest.mark.parametrize("solver", quick(SOLVERS, lambda solver: solver in ("gmres", "cg")))
+@pytest.mark.parametrize("outer", [lambda x: jnp.sqrt(jnp.sum(x**2)), lambda x: 1 / jnp.sum(x**2)])
+def test_an_outer_derivative_that_is_not_finite_gives_none_that_is(solver, outer):
+    """At theta_T = 1 exactly, from the start, neither the norm nor an inverse has a derivative."""
+    unroll = descent(
+        lambda eta, theta, batch: jnp.sum((theta - eta) ** 2) / 2,
+        lambda eta, theta: outer(theta - 1.0),
+        jnp.ones(2),
+    )
+    engine = Implicit(solver)
+    (loss, aux), grads = engine_call(engine, unroll, jnp.ones(2), jnp.arange(5))
+    assert not jnp.isfinite(grads).any()
+    text = engine.doubts({"loss": 0.0, **aux.metrics})["solver_residual"]
+    assert "has no finite solution" in text
+
+
+@pytest.mark.parametrize("solver", quick(SOLVERS, lambda solver: solver == "gmres"))
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_the_hypergradient_scales_with_the_outer_loss(solver, scale):
+    unroll, eta, expected = quadratic()
+    scaled = unroll._replace(loss=lambda eta, s: (scale * quadratic_outer(eta, s[0]), {}))
+    engine = Implicit(solver, iterations=400, tolerance=1e-12, rank=3)
+    grads, aux = gradient_of(engine, scaled, eta, jnp.arange(400))
+    assert error(grads / scale, expected) < 1e-8 and aux.metrics["solver_residual"] < 1e-10
+
+
+@pytest.mark.parametrize("solver", quick(SOLVERS, lambda solver: solver in ("gmres", "cg")))
+@pytest.mark.parametrize("variables", ["", "^0", "0|1"])
+def test_a_constant_beside_theta_is_held(solver, variables):
+    def step(eta, state, batch, grad):
+        theta, x = state
+        return theta - 0.2 * grad(lambda t: jnp.sum((x * t - eta) ** 2) / 2)(theta), x
+
+    init = (jnp.zeros(2), jnp.array([1.0, 2.0]))
+    unroll = Unroll(lambda eta: init, step, lambda eta, state: (jnp.sum(state[0] ** 2), {}))
+    engine = Implicit(solver, iterations=400, tolerance=1e-12, rank=2, variables=variables)
+    (loss, aux), grads = engine_call(engine, unroll, jnp.ones(2), jnp.arange(400))
+    np.testing.assert_allclose(grads, [2.0, 0.5], rtol=1e-8)  # of sum (eta / x)^2
+    assert engine.doubts({"loss": loss, **aux.metrics}) == {}
+
+
+def test_an_iterate_that_is_held_beside_its_copy_is_told():
+    unroll, eta, expected = quadratic(master_weights(optax.sgd(0.2), jnp.float64))
+    engine = Implicit(tolerance=1e-12, variables="^0")
+    grads, _ = gradient_of(engine, unroll, eta, jnp.arange(400))
+    doubts = doubts_of(engine, unroll, eta, jnp.arange(400))
+    assert error(grads, expected) > 0.1 and [*doubts] == ["held_residual"]
+    assert "or from a copy that is held" in doubts["held_residual"]
+    both = Implicit(tolerance=1e-12)
+    assert error(gradient_of(both, unroll, eta, jnp.arange(400))[0], expected) < 1e-8
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_decoupled_weight_decay_is_told_where_the_rest_is_held(decay):
+    rule = optax.chain(
+        optax.trace(0.8), optax.add_decayed_weights(decay), optax.scale_by_learning_rate(0.1)
+    )
+    unroll, eta, _ = quadratic(rule)
+    doubts = doubts_of(Implicit(tolerance=1e-12, variables="^0"), unroll, eta, jnp.arange(600))
+    assert [*doubts] == ["held_residual"] * (decay > 0)
+
+
+def test_a_series_without_a_tolerance_is_told_where_it_leaves_most():
+    unroll, eta, _ = quadratic(optax.sgd(1e-6))
+    series = Implicit("neumann", iterations=20, tolerance=0.0)
+    text = doubts_of(series, unroll, eta, jnp.arange(50))["solver_residual"]
+    assert "`fixed_point_gap` is a lower bound" in text
+    unroll, eta, expected = quadratic()
+    assert doubts_of(series, unroll, eta, jnp.arange(400)) == {}
+    short = Implicit("cg", iterations=1, tolerance=0.0)
+    assert error(gradient_of(short, unroll, eta, jnp.arange(400))[0], expected) > 0.01
+    assert [*doubts_of(short, unroll, eta, jnp.arange(400))] == ["solver_residual"]
+
+
+@pytest.mark.parametrize("through", [MixedFlow(), Reverse(), Forward()], ids=repr)
+def test_any_exact_engine_differentiates_the_last_steps(through):
+    unroll, eta, _ = quadratic()
+    (_, aux), grads = engine_call(Truncated(3, through), unroll, eta, jnp.arange(20))
+    expected = engine_call(Truncated(3, Reverse("nested")), unroll, eta, jnp.arange(20))[1]
+    assert error(grads, expected) < 1e-12
+    assert len({len(leaf) for leaf in aux.inner}) == 1 and len(aux.inner.losses) == 20
+
+
+def test_what_the_engine_of_the_last_steps_doubts_is_passed_on():
+    unroll, eta, _ = quadratic()
+    assert [*doubts_of(Truncated(1, Implicit()), unroll, eta, jnp.arange(2))] == [
+        "fixed_point_residual"
+    ]
+
+
+@pytest.mark.parametrize("engine", [Truncated(2), SAMA(), Implicit()], ids=repr)
+def test_batches_may_be_numpy_arrays(engine):
+    unroll, eta, _ = quadratic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ApproximationWarning)
+        (_, _), grads = engine.value_and_grad(unroll, eta, np.arange(20))
+    expected = engine_call(engine, unroll, eta, jnp.arange(20))[1]
+    np.testing.assert_allclose(grads, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("engine", [Truncated(1, finite_difference=0.01), SAMA()], ids=repr)
+def test_differences_of_a_bfloat16_state_are_not_rounded_away(engine):
+    """theta moves by 1e-4 an entry, and 1 + 1e-4 is 1 in bfloat16."""
+
+    def loss(eta, theta, batch):
+        return jnp.sum((theta - eta).astype(jnp.float32) ** 2) / 2
+
+    unroll = descent(
+        loss,
+        lambda eta, theta: jnp.sum(theta.astype(jnp.float32)),
+        jnp.ones(10_000, jnp.bfloat16),
+        optax.sgd(0.1),
+    )
+    (_, aux), grads = engine_call(engine, unroll, jnp.float32(1), jnp.arange(3))
+    expected = engine_call(Truncated(1), unroll, jnp.float32(1), jnp.arange(3))[1]
+    assert error(grads, expected) < 0.02 and aux.state[0].dtype == jnp.bfloat16
+
+
+def test_a_warm_start_without_its_state_is_refused():
+    unroll, eta, _ = quadratic()
+    message = r"begins from the last solve: pass `state=engine.init\(key, unroll, eta\)`"
+    with pytest.raises(ValueError, match=message):
+        Implicit(warm_start=True).value_and_grad(unroll, eta, jnp.arange(5))

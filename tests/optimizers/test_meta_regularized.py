@@ -161,3 +161,13 @@ def test_bad_input_is_named():
         meta_regularized(0.0)
     with pytest.raises(ValueError, match=re.escape("`meta_regularized(scale=-1)`: it is a number")):
         meta_regularized(0.1, -1)
+
+
+def test_gradients_in_bfloat16_are_summed_in_float32():
+    grads = jnp.full(1, 0.5, jnp.bfloat16)
+    optimizer = meta_regularized(0.1)
+    state = jax.lax.fori_loop(
+        0, 1000, lambda _, state: optimizer.update(grads, state)[1], optimizer.init(grads)
+    )
+    assert state.decay.dtype == jnp.float32
+    np.testing.assert_allclose(state.decay, np.sqrt(1 + 1000 * (0.1 * 0.5) ** 2), rtol=1e-4)

@@ -23,6 +23,8 @@ So the residual r = step(theta_T) - theta_T is measured in every call, as metric
 | `fixed_point_gap`      | w . r, absolute: to first order, the change of the outer loss up to the |
 |                        | fixed point, which does not fall with the learning rate as r does       |
 | `solver_residual`      | of the linear system, relative to its right-hand side                   |
+| `held_residual`        | what the step adds to that system by other means than its gradient,     |
+|                        | relative to the right-hand side; of `variables` alone (below)           |
 
 and there is a warning where they are too large.
 
@@ -35,7 +37,8 @@ correction, a learning-rate schedule) has none, and is refused. `variables="para
 leaves whose path matches and holds all others at their last values. That is exact where the fixed
 point is a zero of the inner gradient, whatever the optimizer: there the update is B(state) times
 the gradient, and B cancels. It is not where the optimizer moves theta by other means than its
-gradient, such as the decoupled weight decay of AdamW.
+gradient, such as the decoupled weight decay of AdamW, or from a copy of theta that is held, such as
+master weights; `held_residual` shows it. Leaves that no step changes are always held.
 
 References: Bengio 2000; Pedregosa 2016 (arXiv:1602.02355); Lorraine et al. 2020 (arXiv:1911.02590);
 Grazzi et al. 2020 (arXiv:2006.16218, fixed points of any step); Blondel et al. 2022
@@ -57,7 +60,13 @@ from metalearn._utils.checks import Count, above, at_most, pattern, pick
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import is_differentiable, matching, paths, split
 from metalearn.engines import segments
-from metalearn.engines.approximate.reach import check_reach, clocks, last_batch, leaves_read
+from metalearn.engines.approximate.reach import (
+    check_reach,
+    clocks,
+    last_batch,
+    leaves_read,
+    unchanged,
+)
 from metalearn.engines.approximate.solvers import SOLVERS, Settings, Vector, norm
 from metalearn.engines.base import (
     ApproximationWarning,
@@ -73,24 +82,26 @@ from metalearn.engines.mixed_flow import forward_over_reverse as commuted
 from metalearn.unroll import Batch, Eta, InnerState, Metrics, Unroll
 
 RESIDUAL, GAP, SOLVED = "fixed_point_residual", "fixed_point_gap", "solver_residual"
+HELD = "held_residual"
 MOST = 1_000_000  # iterations
 SLACK = 10.0  # a solver stops by a residual that it updates, which drifts from the true one
+MOST_LEFT = 0.5  # relative residual of a series of so many terms and no tolerance
 
 
 @dataclasses.dataclass(frozen=True)
 class Implicit(MetaGradient):
     """Implicit differentiation at a fixed point of the inner step: right where the loop converges.
 
-    Its metrics are `fixed_point_residual`, `fixed_point_gap` and `solver_residual`. `Trainer.fit`,
-    and a call outside of `jax.jit`, warn where they are too large; in a jitted function of your own
-    read them in `aux.metrics`.
+    Its metrics are `fixed_point_residual`, `fixed_point_gap`, `solver_residual`, and with
+    `variables` `held_residual`. `Trainer.fit`, and a call outside of `jax.jit`, warn where they are
+    too large; in a jitted function of your own read them in `aux.metrics`.
 
     Args:
       solver: of the linear system: "gmres" or "bicgstab" (any step), "cg" or "nystrom" (a gradient
         step with one learning rate), "neumann" (a step that contracts).
       iterations: of the solver, at most; terms of "neumann".
       tolerance: of the solver: the residual, relative to the right-hand side, at which it stops. 0
-        with "neumann": exactly `iterations` terms.
+        with "neumann": exactly `iterations` terms, with a warning where they leave more than half.
       damping: added to the eigenvalues of I - J, for a singular or an indefinite one. Above 0 the
         hypergradient is biased.
       relaxation: of "neumann": the length of its steps; below 1 where eigenvalues of J are below
@@ -98,8 +109,8 @@ class Implicit(MetaGradient):
       rank: of "nystrom": columns of its preconditioner, each a product and a vector of memory.
       variables: the paths of the leaves of the inner state that the fixed point is solved for, a
         regular expression such as "params"; the others are held. "": all floating-point ones.
-      stationary: the largest `fixed_point_residual`, and `fixed_point_gap` relative to the outer
-        loss, without a warning.
+      stationary: the largest `fixed_point_residual`, `held_residual`, and `fixed_point_gap` of the
+        size of the outer loss, without a warning.
       warm_start: begin each solve from the result of the last call, as the engine's state: for
         inner states that are carried on (`Trainer(truncation=)`) from one outer step to the next.
     """
@@ -147,6 +158,11 @@ class Implicit(MetaGradient):
     ) -> tuple[tuple[jax.Array, Aux], Eta]:
         """Return ((loss (), aux), the hypergradient like eta)."""
         check_eta(eta)
+        if self.warm_start and not jax.tree.leaves(state):
+            raise ValueError(
+                "`Implicit(warm_start=True)` begins from the last solve: pass "
+                "`state=engine.init(key, unroll, eta)`, and then `aux.engine`, as the Trainer does."
+            )
         batch = last_batch(self, batches)
         theta_0 = unroll.init(eta)
         theta_T, inner, _ = segments.advance(unroll, eta, theta_0, batches)
@@ -157,13 +173,16 @@ class Implicit(MetaGradient):
 
         leaves, held, join = split(theta_T, mask)
         whole = functools.partial(_whole, leaves)
+        same = unchanged(lambda s: unroll.step(eta, s, batch, jax.grad), theta_T)
 
         def outer(eta: Eta, z: Vector) -> tuple[jax.Array, Any]:
             return outer_loss(unroll, eta, join(whole(z), held))
 
-        def step(eta: Eta, z: Vector) -> Vector:
-            grad = Recorder(commuted.value_and_grad).grad
-            return _parts(split(unroll.step(eta, join(whole(z), held), batch, grad), mask)[0])
+        def step(
+            eta: Eta, z: Vector, inner: Any = commuted.value_and_grad, held_too: Any = same
+        ) -> Vector:
+            state = _without_derivative(join(whole(z), held), held_too)
+            return _parts(split(unroll.step(eta, state, batch, Recorder(inner).grad), mask)[0])
 
         z = _parts(leaves)
         (loss, metrics), (eta_bar, right) = jax.value_and_grad(outer, (0, 1), True)(eta, z)
@@ -178,6 +197,9 @@ class Implicit(MetaGradient):
             GAP: jnp.abs(sum(jnp.vdot(a, b) for a, b in zip(w, moved, strict=True))),
             SOLVED: rest,
         }
+        if self.variables:
+            _, pull = jax.vjp(lambda z: step(eta, z, _constant, False), z)
+            ours[HELD] = _relative([x - y for x, y in zip(w, *pull(w), strict=True)], right)
         self._warn({"loss": loss, **ours})
         aux = Aux({**metrics, **ours}, theta_T, inner, w if self.warm_start else ())
         return (loss, aux), jax.tree.map(jnp.add, eta_bar, through)
@@ -202,13 +224,34 @@ class Implicit(MetaGradient):
                 "more inner steps (and one batch, or large ones), or an engine that needs no "
                 "fixed point: `MixedFlow()`, or `Truncated(last=k)`."
             )
-        if not rest <= SLACK * self.tolerance and (self.tolerance or rest != rest):
+        if rest != rest:
+            texts[SOLVED] = (
+                "The linear system of `Implicit` has no finite solution: the derivative of the "
+                "outer loss or of the inner step is not finite at theta_T, or the solver "
+                f"{self.solver!r} diverged. The hypergradient is not finite."
+            )
+        elif rest > self._allowed:
             texts[SOLVED] = (
                 f"The solver {self.solver!r} has not converged: it left a relative residual of "
                 f"{rest:.2g} (tolerance={self.tolerance:g}) after at most {self.iterations} "
                 f"iterations. {HELP[self.solver]}"
             )
+        if metrics.get(HELD, 0) > self.stationary:
+            texts[HELD] = (
+                f"The inner step moves what `variables={self.variables!r}` matches by other means "
+                "than its gradient, such as weight decay, or from a copy that is held: these are "
+                f"{float(metrics[HELD]):.2g} of the linear system (stationary={self.stationary:g})"
+                ", which holding the rest of the state gets wrong. Let the pattern match all of it "
+                "(without counts of steps), or use `Truncated(last=k)`."
+            )
         return texts
+
+    @property
+    def _allowed(self) -> float:
+        """The largest relative residual of the solver without a doubt."""
+        if self.tolerance == 0 and self.solver == "neumann":
+            return MOST_LEFT
+        return SLACK * (self.tolerance or Implicit.tolerance)
 
     def _solve(
         self, pull: Callable[..., Any], right: Vector, state: Any
@@ -224,17 +267,23 @@ class Implicit(MetaGradient):
             pairs = zip(w, transposed(w)[1], strict=True)
             return [(1 + self.damping) * x - z_bar for x, z_bar in pairs]
 
-        target = [b.astype(dtype) for b in right]
+        scale = _largest(right).astype(dtype)  # a solver may stop at the rounding of 1
+        target = [b.astype(dtype) / scale for b in right]
         start = [jnp.zeros_like(b) for b in target]
         if self.warm_start:
             fine = jnp.stack([jnp.isfinite(x).all() for x in state]).all()
-            start = [jnp.where(fine, x, 0) for x in state]
+            start = [jnp.where(fine, x / scale, 0) for x in state]
         settings = Settings(self.iterations, self.tolerance, self.relaxation, self.rank)
         w = SOLVERS[self.solver](product, target, start, settings)
         eta_bar, z_bar = transposed(w)
         rest = [b - (1 + self.damping) * x + y for b, x, y in zip(target, w, z_bar, strict=True)]
-        size = norm(target)
-        return w, norm(rest) / jnp.where(size > 0, size, 1), eta_bar
+        left = _relative(rest, target)
+        # A solver may return its start where it meets NaN.
+        w, eta_bar = jax.tree.map(
+            lambda x: jnp.where(jnp.isfinite(left), scale * x, jnp.nan).astype(x.dtype),
+            (w, eta_bar),
+        )
+        return w, left, eta_bar
 
     def _solved(self, state: InnerState) -> list[bool]:
         """Return which leaves of a state the fixed point is solved for."""
@@ -264,7 +313,8 @@ class Implicit(MetaGradient):
                     "Solve for the parameters alone, with the rest held at its last values: "
                     "`Implicit(variables='params')`, with a pattern of their paths; the leaves of "
                     f"the state are {', '.join(names[:6])}{', ...' * (len(names) > 6)}. That is "
-                    "exact where the inner gradient is zero. Or use `Truncated(last=k)`."
+                    "exact where the inner gradient is zero and moves them alone. Or use "
+                    "`Truncated(last=k)`."
                 )
             return
         read = leaves_read(lambda s: outer_loss(unroll, eta, s)[0], state)
@@ -293,12 +343,38 @@ HELP = {
     "cg": f"It needs a gradient step with one learning rate; else take 'gmres'. {_MORE}.",
     "nystrom": f"It needs a gradient step with one learning rate; else take 'gmres'. {_MORE}.",
     "neumann": (
-        "Its terms shrink as the steps of the inner loop do: raise `iterations`, lower "
-        "`relaxation` where they grow, or take 'gmres'."
+        "Of a large one `fixed_point_gap` is a lower bound. Its terms shrink as the steps of the "
+        "inner loop do: raise `iterations`, lower `relaxation` where they grow, or take 'gmres'."
     ),
     "gmres": f"{_MORE}, or look whether the inner loop has converged.",
     "bicgstab": f"{_MORE}, or take 'gmres', which does not break down.",
 }
+
+
+def _constant(fun: Any, argnums: Any = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """Stand in for `jax.value_and_grad`; its results have no derivative."""
+    differentiate = jax.value_and_grad(fun, argnums, has_aux)
+    return lambda *args, **kwargs: jax.lax.stop_gradient(differentiate(*args, **kwargs))
+
+
+def _without_derivative(state: InnerState, where: Sequence[bool] | bool) -> InnerState:
+    leaves, treedef = jax.tree.flatten(state)
+    where = [where] * len(leaves) if isinstance(where, bool) else where
+    pairs = zip(leaves, where, strict=True)
+    return jax.tree.unflatten(treedef, [jax.lax.stop_gradient(x) if w else x for x, w in pairs])
+
+
+def _largest(x: Vector) -> jax.Array:
+    """Return the largest absolute entry (), or 1 where that is zero or not finite."""
+    largest = functools.reduce(jnp.maximum, [jnp.abs(part).max(initial=0) for part in x])
+    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+
+
+def _relative(x: Vector, right: Vector) -> jax.Array:
+    """Return the norm of x relative to that of the right-hand side (), neither squared as it is."""
+    scale = _largest(right)
+    size, rest = norm([b / scale for b in right]), norm([part / scale for part in x])
+    return rest / jnp.where(size > 0, size, 1)
 
 
 def _precise(z: Vector) -> Any:

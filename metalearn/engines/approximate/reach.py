@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from metalearn._utils.trees import is_differentiable, paths
 from metalearn.engines.base import outer_loss
@@ -34,7 +35,8 @@ def leaves_read(
     """Return for each leaf of a tree whether a derivative of `function(tree)` may go through it.
 
     Conservative, no false negatives: all outputs of an operation count as dependent on all of its
-    inputs, but for `stop_gradient`.
+    inputs, but for `stop_gradient`. A compiled function, a branch or a loop is such an operation,
+    without the inputs that what is wanted of its outputs does not need.
 
     Args:
       function: of the tree.
@@ -52,8 +54,10 @@ def _read(jaxpr: Any, outputs: Sequence[Any], values: bool = False) -> list[bool
     """
     if jaxpr.effects:  # a mutable reference may pass a value on where no variable does
         return [True] * len(jaxpr.invars)
+    used = {id(v) for v in outputs}  # a compiled function, or a scan, keeps what nobody reads
+    smaller, _ = dce_jaxpr(jaxpr, [id(v) in used for v in jaxpr.outvars])
     needed = {v for v in outputs if not isinstance(v, Literal)}
-    for equation in reversed(jaxpr.eqns):
+    for equation in reversed(smaller.eqns):
         stops = equation.primitive.name == "stop_gradient" and not values
         if needed.intersection(equation.outvars) and not stops:
             needed.update(v for v in equation.invars if not isinstance(v, Literal))
@@ -191,6 +195,12 @@ def _kept(first: Any, rest: Any, count: int) -> list[tuple[int, list[bool]]]:
 def _listed(names: Sequence[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def unchanged(step: Callable[[InnerState], InnerState], state: InnerState) -> list[bool]:
+    """Return which leaves of a state a step passes on as they are; see `_kept` on `jax.jit`."""
+    jaxpr = jax.make_jaxpr(step)(state).jaxpr
+    return [new is old for old, new in zip(jaxpr.invars, jaxpr.outvars, strict=True)]
 
 
 def clocks(step: Callable[[InnerState], InnerState], state: InnerState) -> list[int]:

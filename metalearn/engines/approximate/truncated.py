@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -105,7 +106,14 @@ class Truncated(MetaGradient):
         unroll = unroll._replace(init=lambda eta: middle, begins=None)
         batches = jax.tree.map(lambda x: x[steps - self.last :], batches)
         (loss, aux), grads = self._through(unroll, eta, batches)
+        tangents = aux.inner.tangent_norm  # the first steps push none
+        none = jnp.zeros((steps - self.last, *tangents.shape[1:]), tangents.dtype)
+        first = first._replace(tangent_norm=none)
         return (loss, aux._replace(inner=joined([first, aux.inner]))), grads
+
+    def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Return the doubts of the engine `through`."""
+        return self.through.doubts(metrics)
 
     def _through(
         self, unroll: Unroll, eta: Eta, batches: Batch
@@ -121,6 +129,6 @@ def forward(unroll: Unroll, eta: Eta, batches: Batch, steps: int) -> tuple[Inner
     body = step_body(unroll, eta, jax.value_and_grad)
 
     def indexed(state: InnerState, t: jax.Array) -> tuple[InnerState, Inner]:
-        return body(state, jax.tree.map(lambda x: x[t], batches))
+        return body(state, jax.tree.map(lambda x: jnp.asarray(x)[t], batches))
 
     return jax.lax.scan(indexed, unroll.init(eta), jnp.arange(steps))
