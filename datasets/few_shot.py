@@ -77,6 +77,8 @@ class FewShot(Tasks):
       queries: query examples per class.
       scale: for each array of an example, the factor of its values; None: uint8 images are
         divided by 255, others unchanged. (): None for all.
+      variants: of every class, such as the four quarter turns of `rotate`, where a task has one at
+        most of each; 1: all classes are classes of their own.
     """
 
     examples: Any = dataclasses.field(repr=False)
@@ -85,13 +87,21 @@ class FewShot(Tasks):
     shots: int = dataclasses.field(metadata={"static": True})
     queries: int = dataclasses.field(metadata={"static": True})
     scale: Scales = dataclasses.field(default=(), metadata={"static": True}, repr=False)
+    variants: int = dataclasses.field(default=1, metadata={"static": True}, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @classmethod
     def create(
-        cls, index: ClassIndex, *, ways: int, shots: int, queries: int, scale: Any = None
+        cls,
+        index: ClassIndex,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        scale: Any = None,
+        variants: int = 1,
     ) -> FewShot:
         """Put an index on the device, after checking that such tasks can be drawn from it.
 
@@ -103,18 +113,30 @@ class FewShot(Tasks):
           queries: query examples per class.
           scale: a factor for the values of all inputs, such as 1 / 255; or a pytree like the
             inputs of an example, of factors and None. None: only uint8 images are scaled.
+          variants: how many the index has of every class, as `rotate` orders them: 4 of a rotated
+            one. A task then has one at most of each, drawn at random, as in MAML's published code
+            on Omniglot. 1: a task may have several turns of one character, as classes.
 
         Raises:
-          ValueError: if the index has fewer than `ways` classes, or a class has fewer
-            than `shots + queries` examples; if a size is not an integer; for uint8 examples
-            that are not images, which may be pixels or tokens; or for a scale that is no number.
+          ValueError: if the index has fewer than `ways` classes (variants counted once), or a
+            class has fewer than `shots + queries` examples; if a size is not an integer, or there
+            are not as many variants of each class; for uint8 examples that are not images, which
+            may be pixels or tokens; or for a scale that is no number.
           TypeError: if `index` is not a `ClassIndex` of arrays.
         """
         index = _arrays(index)
+        classes, rest = divmod(len(index.counts), max(int(variants), 1))
+        if variants < 1 or rest:
+            raise ValueError(
+                f"`FewShot.create(variants={variants})`: the {len(index.counts)} classes of the "
+                "index are not as many of each. Pass 4 for `rotate(index)`, or 1."
+            )
+        check_sizes(index.counts[:classes], ways, shots, queries)
         check_sizes(index.counts, ways, shots, queries)
         scales = check_scale(index.examples, scale, 2)
         examples, counts = jax.tree.map(jnp.asarray, (index.examples, index.counts))
-        return cls(examples, counts, int(ways), int(shots), int(queries), scales)
+        sizes = int(ways), int(shots), int(queries)
+        return cls(examples, counts, *sizes, scales, int(variants))
 
     @classmethod
     def from_arrays(
@@ -204,7 +226,8 @@ class FewShot(Tasks):
 
     def indices(self, key: jax.Array) -> tuple[Int[Array, " ways"], Int[Array, "ways examples"]]:
         """Draw one task as indices: classes [ways], examples [ways, shots + queries], int32."""
-        return draw_indices(key, self.counts, self.ways, self.shots + self.queries)
+        needed = self.shots + self.queries
+        return draw_indices(key, self.counts, self.ways, needed, self.variants)
 
     def sample(self, key: jax.Array) -> Episode:
         """Draw one task, grouped by class: label 0 first, label ways-1 last.
@@ -221,7 +244,7 @@ class FewShot(Tasks):
 
 
 def draw_indices(
-    key: jax.Array, counts: Int[Array, " classes"], ways: int, needed: int
+    key: jax.Array, counts: Int[Array, " classes"], ways: int, needed: int, variants: int = 1
 ) -> tuple[Int[Array, " {ways}"], Int[Array, "{ways} {needed}"]]:
     """Draw `ways` distinct classes and `needed` distinct examples of each, int32.
 
@@ -230,9 +253,16 @@ def draw_indices(
       counts: the number of examples of each class.
       ways: classes of the task.
       needed: its examples of a class.
+      variants: of every class, of which a task has one; see `FewShot`.
     """
     class_key, example_key = jax.random.split(key)
-    classes = distinct(class_key, counts.shape[0], ways)
+    if variants == 1:
+        classes = distinct(class_key, counts.shape[0], ways)
+    else:
+        class_key, variant_key = jax.random.split(class_key)
+        different = counts.shape[0] // variants
+        turns = jax.random.randint(variant_key, (ways,), 0, variants, jnp.int32)
+        classes = distinct(class_key, different, ways) + different * turns
     keys = jax.random.split(example_key, ways)
     return classes, jax.vmap(lambda key, n: distinct(key, n, needed))(keys, counts[classes])
 

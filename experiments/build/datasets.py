@@ -123,6 +123,7 @@ def few_shot(
     queries: int,
     eval_queries: int,
     on: str = "device",
+    variants: int = 1,
     **options: Any,
 ) -> Splits:
     """Make few-shot tasks of the classes of each split.
@@ -135,9 +136,15 @@ def few_shot(
       eval_queries: query examples per class, of tasks to evaluate on.
       **options: of `read`.
       on: "device", or "host": examples stay on the host, and the rows of a step are read from it.
+      variants: 4 with rotations, for tasks with one quarter turn at most of a class; see `FewShot`.
     """
     host = on_host(on)
-    shape = {"ways": ways, "shots": shots}
+    if host and variants != 1:
+        raise ValueError(
+            f"dataset.variants={variants} is drawn on the device: leave dataset.on='device', or "
+            "variants=1."
+        )
+    shape = {"ways": ways, "shots": shots, **({} if host else {"variants": variants})}
     each = {"train": queries, "validation": eval_queries, "test": eval_queries}
     indices = {split: read(split, **options) for split in SPLITS}
     train, validation, test = (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metalearn.datasets import ClassIndex, FewShot
+from metalearn.datasets import ClassIndex, FewShot, rotate
 from metalearn.datasets.few_shot import distinct
 from metalearn.datasets.task_sizes import check_sizes
 from tests.helpers.selection import quick
@@ -243,3 +243,29 @@ def test_more_examples_of_a_class_than_can_be_drawn_are_refused():
     counts = np.array([2**23 + 1, 5])
     with pytest.raises(ValueError, match="the largest of 8,388,609 examples, but it draws from at"):
         check_sizes(counts, 2, 1, 1)
+
+
+def test_a_task_has_one_turn_at_most_of_each_character():
+    index = rotate(ClassIndex(np.zeros((6, 4, 3, 3, 1), np.uint8), np.full(6, 4, np.int32)))
+    tasks = FewShot.create(index, ways=5, shots=1, queries=1, variants=4)
+    keys = jax.random.split(jax.random.key(0), 500)
+    classes = np.asarray(jax.vmap(lambda key: tasks.indices(key)[0])(keys))
+    assert classes.dtype == np.int32 and all(len(set(row)) == 5 for row in classes % 6)
+    counts = np.bincount(classes.reshape(-1), minlength=24)
+    assert counts.shape == (24,) and abs(counts - 2500 / 24).max() < 5 * np.sqrt(2500 / 24)
+    turns = classes // 6
+    assert np.corrcoef(turns[:, 0], turns[:, 1])[0, 1] < 0.15
+
+
+@pytest.mark.parametrize(
+    ("variants", "ways", "message"),
+    [
+        (5, 5, r"`FewShot.create\(variants=5\)`: the 24 classes of the index are not as many"),
+        (0, 5, r"`FewShot.create\(variants=0\)`"),
+        (4, 7, "6"),
+    ],
+)
+def test_variants_that_do_not_fit_the_index_are_refused(variants, ways, message):
+    index = rotate(ClassIndex(np.zeros((6, 4, 3, 3, 1), np.uint8), np.full(6, 4, np.int32)))
+    with pytest.raises(ValueError, match=message):
+        FewShot.create(index, ways=ways, shots=1, queries=1, variants=variants)
