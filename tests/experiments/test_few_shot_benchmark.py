@@ -83,7 +83,7 @@ def small_data(monkeypatch):
 @pytest.mark.parametrize("method", few_shot.METHODS)
 def test_every_setting_trains_and_is_tested(method, tasks, tmp_path, monkeypatch, small_data):
     """Two outer steps of narrow networks on tasks of the paper's shape."""
-    small_data(60)
+    small_data(80)  # 20 characters, each in four turns
 
     def narrow(outputs, **options):
         return Linen(ConvNet(outputs, filters=4, **options), few_shot.IMAGE, train_flag)
