@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from metalearn._utils.checks import counts
 from metalearn._utils.fields import check_fields
+from metalearn._utils.trees import precise
 from metalearn.algorithm import Algorithm
 from metalearn.algorithms.maml import SupportAlgorithm, batch_norm_policy
 from metalearn.algorithms.objectives import Objective, check_labels, cross_entropy
@@ -158,8 +159,7 @@ class ClosedFormHead(ClosedForm):
     def _embed(self, params: Any, statistics: Any, inputs: Any, **mode: Any) -> tuple[Any, Any]:
         """Return (embeddings [n, d], the network's next statistics)."""
         outputs, statistics = self.model.apply(params, statistics, inputs, **mode)
-        outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))  # a head is exact
-        return outputs.reshape(outputs.shape[0], -1), statistics
+        return precise(outputs).reshape(outputs.shape[0], -1), statistics  # a head is exact
 
     def _members(self, labels: Any, dtype: Any) -> Members:
         values, mask = labels if isinstance(labels, Masked) else (jnp.asarray(labels), None)

@@ -41,7 +41,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.learned_optimizer.update_rule import check_decays, precision
+from metalearn._utils.trees import precision
+from metalearn.algorithms.learned_optimizer.update_rule import check_decays
 
 Values = Float[Array, "size ..."]  # of a feature, for every parameter of a tensor
 LEAST = 1e-16  # added inside a square root: corresponds to Adam's 1e-8 outside

@@ -25,7 +25,8 @@ import optax
 
 from metalearn._utils.checks import pick
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params, precision
+from metalearn._utils.trees import precision
+from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params
 from metalearn.unroll import Eta
 
 LEAST = 1e-16  # added to squared norms: cosines go to zero where a norm is below 1e-8

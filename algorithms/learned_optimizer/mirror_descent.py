@@ -32,7 +32,8 @@ import optax
 
 from metalearn._utils.checks import above
 from metalearn._utils.fields import check_fields
-from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params, precision
+from metalearn._utils.trees import precision
+from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params
 from metalearn.unroll import Eta
 
 LARGEST = 10.0  # change of arcsinh(theta / beta) in a step

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils.fields import check_fields
+from metalearn._utils.trees import precision
 from metalearn.algorithms.learned_optimizer.features import (
     FactoredMoments,
     Feature,
@@ -44,7 +45,7 @@ from metalearn.algorithms.learned_optimizer.features import (
     width,
 )
 from metalearn.algorithms.learned_optimizer.networks import Network, PointwiseMLP
-from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params, precision
+from metalearn.algorithms.learned_optimizer.update_rule import UpdateRule, check_params
 from metalearn.unroll import Eta
 
 DEFAULT_FEATURES = (

@@ -40,11 +40,6 @@ class UpdateRule(abc.ABC):
         """Return the optimizer with parameters eta. Differentiable in eta, at every gradient."""
 
 
-def precision(param: Any) -> Any:
-    """Return the dtype that a rule computes in: float32, or float64 for float64 parameters."""
-    return jnp.promote_types(jnp.result_type(param), jnp.float32)
-
-
 def check_params(params: Any, rule: str) -> None:
     """Raise ValueError for missing parameters, TypeError for those that are not floating-point."""
     if params is None:

@@ -88,6 +88,16 @@ def paths(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_path]
 
 
+def precision(x: Any) -> Any:
+    """Return the dtype to compute in: that of an array, and float32 at least."""
+    return jnp.promote_types(jnp.result_type(x), jnp.float32)
+
+
+def precise(x: jax.Array) -> jax.Array:
+    """Return an array in float32 at least: bfloat16 has eight bits, too few for sums and moves."""
+    return x.astype(precision(x))
+
+
 def strong(tree: Any) -> Any:
     """Return the arrays without weak types, which would cause a second compilation of a step."""
 

@@ -25,12 +25,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
 from metalearn._utils.checks import at_least
+from metalearn._utils.trees import precise
 from metalearn.cost import Cost, cost
 from metalearn.engines import (
     ES,
@@ -227,7 +227,7 @@ def measured(
     except REFUSALS as error:
         return Compared(engine, refusal=str(error).strip()), None
     flat = ravel_pytree(grads)[0]
-    vector = np.asarray(flat.astype(jnp.promote_types(flat.dtype, jnp.float32)))
+    vector = np.asarray(precise(flat))
     values = {name: float(value) for name, value in metrics.items()}
     doubts = tuple(engine.doubts(values).values())
     reference = vector if expected is None else expected

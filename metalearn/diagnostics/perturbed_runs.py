@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import optax
 
 from metalearn._utils.compiling import quick_compilation
-from metalearn._utils.trees import is_differentiable, split
+from metalearn._utils.trees import is_differentiable, precise, split
 from metalearn.engines import Reverse
 from metalearn.engines.base import outer_loss
 from metalearn.engines.grad_recorder import Recorder, Tape
@@ -281,7 +281,7 @@ def metasmoothness(thetas: Sequence[jax.Array]) -> jax.Array:
     """
     agreement = total = jnp.float32(0)
     for leaf in thetas:
-        first, second, third = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        first, second, third = precise(leaf)
         weights = jnp.abs(third - first)
         agreement += jnp.sum(weights * jnp.sign(second - first) * jnp.sign(third - second))
         total += jnp.sum(weights)

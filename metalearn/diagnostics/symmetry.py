@@ -24,7 +24,7 @@ from jax.extend import core
 from jax.extend.core import get_opaque_trace_state
 
 from metalearn._utils.compiling import quick_compilation
-from metalearn._utils.trees import is_differentiable, split
+from metalearn._utils.trees import is_differentiable, precise, precision, split
 from metalearn.algorithm import Algorithm
 from metalearn.engines import MetaGradient
 from metalearn.engines.custom_rules import Plan, Rule
@@ -184,14 +184,10 @@ def _random(tree: Any, seed: int) -> Any:
 def _product(a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
     """Return (<a, b> (), the root of the sum of its squared terms ()). Of complex, real parts."""
     terms = [(x * y).real for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
-    sums = [term.sum(dtype=_precise(term)) for term in terms]
-    squares = [(term.astype(_precise(term)) ** 2).sum() for term in terms]
+    sums = [term.sum(dtype=precision(term)) for term in terms]
+    squares = [(precise(term) ** 2).sum() for term in terms]
     zero = jnp.zeros(())
     return sum(sums, zero), jnp.sqrt(sum(squares, zero))
-
-
-def _precise(leaf: jax.Array) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 def _tolerance(jaxpr: core.Jaxpr) -> float:

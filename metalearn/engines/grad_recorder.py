@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
-from metalearn._utils.trees import split
+from metalearn._utils.trees import precision, split
 from metalearn.unroll import Unroll
 
 
@@ -108,8 +108,7 @@ def _squared_norm(leaf: jax.Array) -> jax.Array:
 
     Real, of complex leaves too.
     """
-    precise = jnp.promote_types(leaf.dtype, jnp.float32)
-    return jnp.vdot(leaf, leaf, preferred_element_type=precise).real
+    return jnp.vdot(leaf, leaf, preferred_element_type=precision(leaf)).real
 
 
 ValueAndGrad = Callable[..., Callable[..., Any]]

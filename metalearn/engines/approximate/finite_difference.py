@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metalearn._utils.trees import precise
 from metalearn.engines.mixed_flow import forward_over_reverse as commuted
 
 
@@ -40,11 +41,11 @@ def value_and_grad(
 
     def push(function: Callable[..., Any], primals: Any, tangents: Any) -> Any:
         leaves = jax.tree.leaves(tangents[0])
-        size = jnp.sqrt(sum(jnp.vdot(u, u).real for u in map(_precise, leaves)))
+        size = jnp.sqrt(sum(jnp.vdot(u, u).real for u in map(precise, leaves)))
         scale = move / jnp.where(size > 0, size, 1)
 
         def at(sign: int) -> Any:
-            moved = jax.tree.map(lambda x, u: _precise(x) + sign * scale * u, primals, tangents)
+            moved = jax.tree.map(lambda x, u: precise(x) + sign * scale * u, primals, tangents)
             return function(*moved)
 
         like = jax.eval_shape(function, *primals)
@@ -53,8 +54,3 @@ def value_and_grad(
         )
 
     return commuted.value_and_grad(fun, argnums, has_aux, push=push)
-
-
-def _precise(x: jax.Array) -> jax.Array:
-    """Return x in float32 at least: a small move is lost in the rounding of bfloat16."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

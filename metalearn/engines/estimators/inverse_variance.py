@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.fields import check_fields
+from metalearn._utils.trees import precise
 from metalearn.engines.base import Aux, MetaGradient
 from metalearn.engines.custom_rules import Plan
 from metalearn.engines.estimators.antithetic import Antithetic, mean
@@ -160,7 +161,6 @@ def _variance_of_mean(samples: Eta) -> jax.Array:
     """Return the variance of the mean of samples, leaves [n, ...], summed over all entries: ()."""
 
     def total(x: jax.Array) -> jax.Array:
-        precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return precise.var(0, ddof=1).sum() / x.shape[0]
+        return precise(x).var(0, ddof=1).sum() / x.shape[0]
 
     return jnp.asarray(sum(map(total, jax.tree.leaves(samples))))

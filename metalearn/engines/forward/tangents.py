@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from metalearn._utils.trees import precise
 from metalearn.sharding.mesh import on_current_mesh
 from metalearn.unroll import Eta
 
@@ -90,8 +91,7 @@ def tangent_norms(pushed: list[jax.Array], tangents: list[jax.Array]) -> jax.Arr
         return jnp.zeros(0)
     squares = []
     for leaf in pushed:
-        precise = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        rows = precise.reshape(leaf.shape[0], -1)
+        rows = precise(leaf).reshape(leaf.shape[0], -1)
         # Faster on a CPU than a sum of squares.
         highest = jax.lax.Precision.HIGHEST
         squares.append(jnp.einsum("kn,kn->k", rows.conj(), rows, precision=highest).real)
