@@ -33,7 +33,7 @@ import jax.scipy.linalg
 from metalearn._utils.checks import above, pattern
 from metalearn._utils.fields import check_fields
 from metalearn._utils.readable import readable
-from metalearn._utils.trees import split_by_path
+from metalearn._utils.trees import precise, split_by_path
 from metalearn.algorithms.closed_form import ClosedForm, no_step
 from metalearn.algorithms.maml import batch_norm_policy
 from metalearn.algorithms.objectives import Objective, check_labels, cross_entropy, unmasked
@@ -103,13 +103,14 @@ class MetaNTK(ClosedForm):
             tangent, fixed, join = split_by_path(eta.params, self.adapted)
 
             def network(tangent: list[jax.Array]) -> tuple[jax.Array, Any]:
-                return self.model.apply(
+                outputs, updated = self.model.apply(
                     join(tangent, fixed),
                     statistics,
                     inputs,
                     train=policy.train_on_support,
                     key=key,
                 )
+                return precise(outputs), updated
 
             outputs, pull, updated = jax.vjp(network, tangent, has_aux=True)
             residuals, counted = _residuals(outputs, targets)
@@ -137,9 +138,10 @@ class MetaNTK(ClosedForm):
 
         def network(tangent: list[jax.Array]) -> jax.Array:
             theta = join(tangent, fixed)
-            return self.model.apply(theta, statistics, inputs, train=train, dropout=False, key=key)[
-                0
-            ]
+            outputs, _ = self.model.apply(
+                theta, statistics, inputs, train=train, dropout=False, key=key
+            )
+            return precise(outputs)
 
         outputs, change = jax.jvp(network, (tangent,), (params["delta"],))
         if params["log_scale"] is None:
@@ -179,9 +181,9 @@ def _ridge(
       residuals: m numbers.
       counted: the same, 0 for padding, which the mean leaves out.
     """
-    flat = [leaf.reshape(len(leaf), -1) for leaf in jacobian]
+    flat = [precise(leaf).reshape(len(leaf), -1) for leaf in jacobian]
     kernel = sum(leaf @ leaf.T for leaf in flat[1:]) + flat[0] @ flat[0].T
     ridge = penalty.astype(kernel.dtype) * jnp.trace(kernel) / jnp.maximum(counted.sum(), 1)
     matrix = kernel + ridge * jnp.eye(len(kernel), dtype=kernel.dtype)
     weights = jax.scipy.linalg.solve(matrix, residuals.reshape(-1), assume_a="pos")
-    return [jnp.tensordot(weights, leaf, 1) for leaf in jacobian]
+    return [jnp.tensordot(weights, leaf, 1).astype(leaf.dtype) for leaf in jacobian]

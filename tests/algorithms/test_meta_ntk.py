@@ -79,6 +79,24 @@ def test_padding_has_no_effect(x64):
     np.testing.assert_allclose(ours, expected, rtol=1e-10)
 
 
+def test_parameters_in_bfloat16_have_a_regression_in_float32():
+    algorithm = MetaNTK(MODELS["Functions"], squared_error, penalty=1.0, scale=None)
+    (support, queries), eta = TASKS["Sinusoid"].sample(KEY), algorithm.init(KEY)
+
+    def cast(tree, dtype):
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    def predicted(dtype):
+        here = eta._replace(params=cast(cast(eta.params, jnp.bfloat16), dtype))
+        inputs, targets = cast(cast((support[0], support[1]), jnp.bfloat16), dtype)
+        learner = algorithm.adapt(here, (inputs, targets), KEY)
+        return learner.predict(cast(cast(queries[0], jnp.bfloat16), dtype))
+
+    outputs = predicted(jnp.bfloat16)
+    assert outputs.dtype == jnp.float32
+    np.testing.assert_allclose(outputs, predicted(jnp.float32), rtol=0.05, atol=0.02)
+
+
 def test_targets_of_another_shape_are_refused():
     algorithm, eta, episode = sinusoid()
     flat = Episode((episode.support[0], episode.support[1][:, 0]), episode.query)
