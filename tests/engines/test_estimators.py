@@ -456,6 +456,12 @@ def test_an_eta_without_a_derivative_is_refused(engine):
     refuses(engine, {}, ValueError, "`eta` has no leaves, so there is nothing to learn.")
 
 
+@pytest.mark.parametrize("engine", [ES(), PES(), InverseVariance()], ids=repr)
+def test_an_eta_that_rounds_perturbations_away_is_refused(engine):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), ETA)
+    refuses(engine, half, TypeError, "`eta['rate']` has dtype bfloat16, and ")
+
+
 def test_a_mixture_refuses_one_pair_and_what_is_no_estimator():
     message = "`InverseVariance` takes variances over pairs, and `ES(pairs=1, sigma=0.01)` has only"
     with pytest.raises(ValueError, match="^" + re.escape(message)):

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from metalearn._utils.checks import at_most, is_integer
 from metalearn._utils.fields import check_fields
+from metalearn._utils.trees import precision
 from metalearn.engines.base import Aux, MetaGradient, check_eta
 from metalearn.engines.grad_recorder import Inner
 from metalearn.engines.inner_loop import rollout
@@ -114,12 +115,25 @@ class Antithetic(MetaGradient):
     def draw_particles(self, eta: Eta, state: Any) -> Particles:
         """Draw the particles of one call, after the checks of eta and of the key."""
         check_eta(eta)
+        self._check_precision(eta)
         if not jax.tree.leaves(state):
             raise ValueError(
                 f"`{self!r}` draws random perturbations and needs a key: pass "
                 "`state=engine.init(key, unroll, eta)`, as the Trainer does."
             )
         return self.draw(eta, state)
+
+    def _check_precision(self, eta: Eta) -> None:
+        """Raise TypeError for a leaf of half precision, which rounds perturbations away."""
+        for path, leaf in jax.tree_util.tree_leaves_with_path(eta):
+            dtype = jnp.result_type(leaf)
+            if precision(leaf) != dtype:
+                raise TypeError(
+                    f"`eta{jax.tree_util.keystr(path)}` has dtype {dtype}, and "
+                    f"`{type(self).__name__}` adds perturbations of about sigma={self.sigma}, "
+                    "which its rounding changes or takes away. Keep eta in float32 and compute in "
+                    f"{dtype}, as `Precision(model, compute=...)` does."
+                )
 
     def at_particles(
         self,
