@@ -81,6 +81,16 @@ class Protocol(NamedTuple):
     test_queries: int = QUERIES
     variants: int = 1
 
+    def omniglot(self, split: str, ways: int, shots: int, queries: int) -> FewShot:
+        """Return tasks of a split, "train", "validation" or "test"."""
+        return FewShot.create(
+            omniglot(split, partition=self.partition),
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            variants=self.variants,
+        )
+
 
 class Method(NamedTuple):
     """A method of the literature.
@@ -287,13 +297,7 @@ class Run:
             protocol.optimizer,
             tasks_per_step=protocol.tasks_per_step,
         )
-        tasks = FewShot.create(
-            omniglot("train", partition=protocol.partition),
-            ways=protocol.ways,
-            shots=protocol.shots,
-            queries=protocol.queries,
-            variants=protocol.variants,
-        )
+        tasks = protocol.omniglot("train", protocol.ways, protocol.shots, protocol.queries)
         name = "-".join(str(value) for value in self.training().values())
         checkpoints = Checkpoints(folder / name, self.training(), every=500)
         try:
@@ -313,13 +317,7 @@ class Run:
     def test(self, trainer: Trainer, eta: Any) -> Any:
         """Return the accuracy on test tasks, an `Estimate`."""
         ways, shots = TASKS[self.tasks]
-        tasks = FewShot.create(
-            omniglot("test", partition=self.protocol.partition),
-            ways=ways,
-            shots=shots,
-            queries=self.test_queries,
-            variants=self.protocol.variants,
-        )
+        tasks = self.protocol.omniglot("test", ways, shots, self.test_queries)
         algorithm: Any = trainer.algorithm
         if algorithm.own_head:  # it may be trained on tasks of more classes
             algorithm = dataclasses.replace(algorithm, ways=ways)
