@@ -10,9 +10,21 @@ import optax
 import pytest
 
 from metalearn import Episode
-from metalearn.algorithms import MAML
+from metalearn.algorithms import (
+    CAVIA,
+    COMLN,
+    MAML,
+    R2D2,
+    LearnedLoss,
+    MAMLPlusPlus,
+    MetaCurvature,
+    MetaNTK,
+    ProtoNet,
+    Reptile,
+)
 from metalearn.algorithms.maml import batch_norm_policy
 from metalearn.engines.inner_loop import rollout
+from metalearn.models import Model
 from tests.cases import LIBRARIES, TASKS, Float64, conv_net, to_float64
 from tests.helpers.selection import quick
 
@@ -113,6 +125,56 @@ def test_frozen_statistics_never_change_and_queries_are_predicted_one_by_one(lib
     assert all(same(statistics, initial) for _, statistics in results)
     np.testing.assert_allclose(results[0][0][0], results[1][0][0], rtol=1e-12)
     assert abs(results[0][0][1:] - results[1][0][1:]).max() > 1e-3
+
+
+class Centred(Model):
+    """A hidden layer whose mean is taken away: a batch normalisation that compiles quickly."""
+
+    def __init__(self, width):
+        self.width = width
+
+    def init(self, key):
+        w, v = (jax.random.normal(jax.random.fold_in(key, i), (self.width, 2)) for i in range(2))
+        return {"w": w, "v": v[:2]}, {"mean": jnp.full(2, 0.3)}
+
+    def apply(self, params, state, inputs, *, train, dropout=True, key=None):
+        hidden = inputs @ params["w"]
+        mean = hidden.mean(0) if train else state["mean"]
+        if train:
+            state = {"mean": (state["mean"] + mean) / 2}
+        return jnp.tanh(hidden - mean[None]) @ params["v"], state
+
+
+POLICY_OF = {
+    "MAML": lambda **policy: MAML(Centred(3), **policy),
+    "MAML++": lambda **policy: MAMLPlusPlus(Centred(3), **policy),
+    "Reptile": lambda **policy: Reptile(Centred(3), **policy),
+    "CAVIA": lambda **policy: CAVIA(Centred(5), context=2, **policy),
+    "MetaCurvature": lambda **policy: MetaCurvature(Centred(3), **policy),
+    "LearnedLoss": lambda **policy: LearnedLoss(Centred(3), **policy),
+    "COMLN": lambda **policy: COMLN(Centred(3), 2, **policy),
+    "ProtoNet": lambda **policy: ProtoNet(Centred(3), 2, **policy),
+    "R2D2": lambda **policy: R2D2(Centred(3), 2, **policy),
+    "MetaNTK": lambda **policy: MetaNTK(Centred(3), **policy),
+}
+
+
+@pytest.mark.parametrize("name", POLICY_OF)
+def test_every_algorithm_keeps_to_the_policy_in_the_inner_loop_and_for_queries(name):
+    support, queries = jax.random.normal(jax.random.key(2), (2, 4, 3))
+    others = queries.at[1:].multiply(0.5)
+    initial = {"mean": jnp.full(2, 0.3)}
+    adapted = {}
+    for policy in ("transductive", "running", "frozen"):
+        algorithm = POLICY_OF[name](batch_norm=policy)
+        key = jax.random.key(0)
+        learner = algorithm.adapt(algorithm.init(key), (support, jnp.array([0, 1, 0, 1])), key)
+        alone = same(learner.predict(queries)[0], learner.predict(others)[0])
+        assert alone == (policy != "transductive")
+        assert same(learner.statistics, initial) == (policy != "running")
+        adapted[policy] = learner.params
+    assert same(adapted["transductive"], adapted["running"])
+    assert not same(adapted["transductive"], adapted["frozen"])
 
 
 def test_an_unknown_policy_is_refused_with_those_there_are():
