@@ -13,7 +13,8 @@ is Student's interval of their means.
 A test task of MAML has as many queries a class as shots, as in its published code; so have, without
 a look at theirs, the methods after it. The others have 15. It matters where queries are normalised
 by statistics of their own: MAML that was trained on five queries is better at five than at 75.
-`--queries=15` tests the same trained runs on such tasks.
+`--queries=15` tests the same trained runs on such tasks, and `--split=validation` on classes of
+validation, which are what to look at as long as a run or a setting may change.
 
 `--steps` cuts the runs short: the score then stands beside the share of the paper's steps that was
 taken, and is no reproduction. A run is saved as it goes, and gone on from by the same command, or
@@ -48,6 +49,7 @@ from metalearn.models.linen_networks import ConvNet
 TASKS = {"5w1s": (5, 1), "5w5s": (5, 5), "20w1s": (20, 1), "20w5s": (20, 5)}  # ways, shots
 QUERIES = 15  # a class, of test tasks; see `Protocol.test_queries`
 TEST_TASKS = 1000
+SPLITS = {"test": "", "validation": " (validation)"}  # how the table marks the score
 IMAGE = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
 
 
@@ -253,6 +255,7 @@ class Run:
       seed: of the initial eta, of all tasks and of the test tasks.
       steps: outer steps; None: those of the paper.
       queries: query examples per class of a test task; None: those of the protocol.
+      split: whose classes the test tasks have: "test" or "validation".
     """
 
     method: str
@@ -260,10 +263,12 @@ class Run:
     seed: int
     steps: int | None = None
     queries: int | None = None
+    split: str = "test"
 
     def __post_init__(self) -> None:
         pick(METHODS, self.method, "method")
         pick(TASKS, self.tasks, "kind of task")
+        pick(SPLITS, self.split, "split")
 
     @property
     def protocol(self) -> Protocol:
@@ -282,7 +287,8 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """Return what distinguishes the row."""
-        return {**self.training(), "steps": self.outer_steps, "queries": self.test_queries}
+        settings = {"steps": self.outer_steps, "queries": self.test_queries, "split": self.split}
+        return {**self.training(), **settings}
 
     def training(self) -> dict[str, Any]:
         """Return what distinguishes the training; a run may be gone on from with more steps."""
@@ -317,7 +323,7 @@ class Run:
     def test(self, trainer: Trainer, eta: Any) -> Any:
         """Return the accuracy on test tasks, an `Estimate`."""
         ways, shots = TASKS[self.tasks]
-        tasks = self.protocol.omniglot("test", ways, shots, self.test_queries)
+        tasks = self.protocol.omniglot(self.split, ways, shots, self.test_queries)
         algorithm: Any = trainer.algorithm
         if algorithm.own_head:  # it may be trained on tasks of more classes
             algorithm = dataclasses.replace(algorithm, ways=ways)
@@ -336,16 +342,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         protocol = method.protocol(*TASKS[kind])
         published = method.published[list(TASKS).index(kind)]
         found = [row for row in rows if (row["method"], row["tasks"]) == (name, kind)]
-        settings = sorted({(row["steps"], row["queries"]) for row in found})
-        for steps, queries in settings or [(None, protocol.test_queries)]:
-            same = [row for row in found if (row["steps"], row["queries"]) == (steps, queries)]
+        settings = sorted({_settings(row) for row in found})
+        for steps, queries, split in settings or [(None, protocol.test_queries, "test")]:
+            same = [row for row in found if _settings(row) == (steps, queries, split)]
             taken = "-" if steps is None else f"{steps:,} of {protocol.steps:,}"
-            ours = _accuracy(same) if same else "not run"
+            ours = _accuracy(same) + SPLITS[split] if same else "not run"
             paper = "-" if published is None else f"{published}"
             cells = f"{name} ({method.paper})", kind, str(queries), paper
             row = [*cells, ours, str(len(same)), taken, method.note]
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
+
+
+def _settings(row: dict[str, Any]) -> tuple[int, int, str]:
+    """Return what rows of one method and kind of task may differ in, but for the seed."""
+    return row["steps"], row["queries"], row["split"]
 
 
 def _accuracy(rows: Sequence[dict[str, Any]]) -> str:
@@ -359,7 +370,8 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """Return the finished runs of a file of rows."""
     if not path.exists():
         return []
-    return [strict_json.loads(line) for line in path.read_text().splitlines() if line]
+    rows = [strict_json.loads(line) for line in path.read_text().splitlines() if line]
+    return [{"split": "test", **row} for row in rows]  # rows of before have no other
 
 
 def runs(arguments: argparse.Namespace) -> Iterator[Run]:
@@ -367,7 +379,8 @@ def runs(arguments: argparse.Namespace) -> Iterator[Run]:
     for method in arguments.methods.split(","):
         for kind in arguments.tasks.split(","):
             for seed in arguments.seeds.split(","):
-                yield Run(method, kind, int(seed), arguments.steps, arguments.queries)
+                options = arguments.steps, arguments.queries, arguments.split
+                yield Run(method, kind, int(seed), *options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -378,6 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, help="outer steps; by default those of the paper")
     parser.add_argument("--queries", type=int, help="a class, of test tasks; see above")
+    parser.add_argument("--split", default="test", choices=list(SPLITS))
     parser.add_argument("--workdir", default="runs/few_shot", type=pathlib.Path)
     parser.add_argument("--list", action="store_true", help="print the table, and run nothing")
     arguments = parser.parse_args(argv)

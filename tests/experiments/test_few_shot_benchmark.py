@@ -40,7 +40,8 @@ def test_first_order_maml_anil_and_meta_sgd_are_what_they_say():
 
 
 def test_the_table_says_what_was_run_and_what_was_not():
-    row = {"method": "protonet", "tasks": "5w1s", "steps": 400, "queries": 15, "accuracy": 0.95}
+    row = {"method": "protonet", "tasks": "5w1s", "steps": 400, "queries": 15, "split": "test"}
+    row["accuracy"] = 0.95
     rows = [{**row, "seed": 0, "half_width": 0.004}]
     lines = few_shot.table(rows).splitlines()
     (ours,) = (line for line in lines if line.startswith("| protonet (1703.05175) | 5w1s |"))
@@ -51,6 +52,14 @@ def test_the_table_says_what_was_run_and_what_was_not():
     assert "| 96.00 +- 12.71 | 2 |" in few_shot.table(two)  # Student's t of one degree of freedom
     other = few_shot.table([*rows, {**rows[0], "queries": 5, "accuracy": 0.99}])
     assert "| 5 | 98.8 | 99.00 +- 0.40 | 1 |" in other and "| 15 | 98.8 | 95.00 +- 0.40 |" in other
+    other = few_shot.table([*rows, {**rows[0], "split": "validation", "accuracy": 0.99}])
+    assert "| 15 | 98.8 | 99.00 +- 0.40 (validation) | 1 |" in other
+    assert "| 15 | 98.8 | 95.00 +- 0.40 | 1 |" in other
+
+
+def test_rows_without_a_split_are_of_the_test_split(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"method": "maml"}\n')
+    assert few_shot.read_rows(tmp_path / "rows.jsonl") == [{"method": "maml", "split": "test"}]
 
 
 def test_test_tasks_have_the_queries_of_the_paper_or_those_asked_for():
@@ -67,12 +76,16 @@ def test_an_unknown_method_is_refused():
 
 @pytest.fixture
 def small_data(monkeypatch):
-    """Noise in place of Omniglot, and few test tasks."""
+    """Noise in place of Omniglot, and few test tasks; a list of the splits that are read."""
+    splits = []
 
     def of_classes(count):
         examples = np.random.default_rng(0).integers(0, 256, (count, 20, 28, 28, 1), np.uint8)
         index = ClassIndex(examples, np.full(count, 20, np.int32))
-        monkeypatch.setattr(few_shot, "omniglot", lambda split, partition: index)
+        monkeypatch.setattr(
+            few_shot, "omniglot", lambda split, partition: splits.append(split) or index
+        )
+        return splits
 
     monkeypatch.setattr(few_shot, "TEST_TASKS", 20)
     return of_classes
@@ -96,7 +109,7 @@ def test_every_setting_trains_and_is_tested(method, tasks, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_a_run_resumes_and_is_not_run_twice(tmp_path, monkeypatch, capsys, small_data):
-    small_data(8)
+    splits = small_data(8)
     small = few_shot.METHODS["protonet"].protocol(5, 1)
     algorithm = dataclasses.replace(small.algorithm, ways=6)
     protocol = small._replace(algorithm=algorithm, ways=6)
@@ -113,8 +126,12 @@ def test_a_run_resumes_and_is_not_run_twice(tmp_path, monkeypatch, capsys, small
     assert few_shot.read_rows(tmp_path / "rows.jsonl") == [row]
     few_shot.main([*words, "--queries=3"])
     assert few_shot.read_rows(tmp_path / "rows.jsonl")[1]["queries"] == 3
+    assert set(splits) == {"train", "test"}
+    few_shot.main([*words, "--split=validation"])
+    assert splits[-2:] == ["train", "validation"]
+    assert few_shot.read_rows(tmp_path / "rows.jsonl").pop(2)["split"] == "validation"
     few_shot.main([*words, "--steps=4"])  # goes on where the run of two steps stopped
     assert "Going on from outer step 2 of 4" in capsys.readouterr().out
-    assert few_shot.read_rows(tmp_path / "rows.jsonl")[2]["steps"] == 4
+    assert few_shot.read_rows(tmp_path / "rows.jsonl")[3]["steps"] == 4
     with pytest.raises(ValueError, match="already taken 4 outer steps, and --steps asks for 3"):
         few_shot.main([*words, "--steps=3"])
