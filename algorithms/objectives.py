@@ -85,8 +85,8 @@ def weighted_cross_entropy(
     """Cross-entropy with hyperparameters that can be learned: mean loss (), accuracy in 0..1.
 
     Args:
-      logits: [n, classes].
-      labels: [n] int.
+      logits: [..., classes].
+      labels: [...] int.
       label_smoothing: (), in 0..1: the share of each target distributed over all classes, but for
         those whose logit is the least number of its dtype, as of classes without support examples.
       class_weights: [classes], the weight of a loss by its label; None: all one.
@@ -94,7 +94,7 @@ def weighted_cross_entropy(
     values, mean = unmasked(labels)
     labels = check_labels("weighted_cross_entropy", logits, values)
     log_p = jax.nn.log_softmax(logits)
-    right = jnp.take_along_axis(log_p, labels[:, None], -1)[:, 0]
+    right = jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
     share = jnp.asarray(label_smoothing)
     possible = logits > jnp.finfo(logits.dtype).min  # others are classes that a task has not
     over_all = jnp.mean(log_p, -1, where=possible)

@@ -237,6 +237,19 @@ def test_labels_of_padding_may_be_any_number(padding):
         algorithm.adapt(algorithm.init(KEY), wrong, KEY)
 
 
+def test_the_weighted_loss_of_sequences_is_that_of_their_positions():
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(rng.normal(size=(4, 6, 5)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 5, (4, 6)))
+    options = 0.1, jnp.arange(1.0, 6.0)
+    flat = weighted_cross_entropy(logits.reshape(24, 5), labels.reshape(24), *options)
+    np.testing.assert_allclose(
+        weighted_cross_entropy(logits, labels, *options)[0], flat[0], rtol=1e-6
+    )
+    plain = cross_entropy(logits, labels)[0]
+    np.testing.assert_allclose(weighted_cross_entropy(logits, labels)[0], plain, rtol=1e-6)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, jnp.float32(0.1)])
 def test_label_smoothing_leaves_out_classes_that_a_task_has_not(smoothing):
     """A head of five classes for a task of three has the loss of a head of three."""
