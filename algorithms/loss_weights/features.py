@@ -101,7 +101,9 @@ def _example_loss(inputs: WeightInputs, sources: int) -> Float[Array, "batch S w
 
 def _spread(inputs: WeightInputs, sources: int) -> Float[Array, "batch S width"]:
     del sources
-    return inputs.losses.std(-1, keepdims=True)[..., None]
+    variance = inputs.losses.var(-1, keepdims=True)[..., None]
+    spread = variance > 0  # the derivative of the root at zero, of equal losses, is infinite
+    return jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1)), 0)
 
 
 def _position(inputs: WeightInputs, sources: int) -> Float[Array, "batch S width"]:

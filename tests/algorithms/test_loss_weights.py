@@ -227,6 +227,18 @@ def test_features_are_what_their_names_say():
     assert by_name["first"][:, 0].tolist() == [0, 0, 0] and (by_name["first"][:, 1] == 1).all()
 
 
+def test_the_spread_of_one_loss_and_of_equal_ones_has_a_derivative():
+    def total(losses):
+        return features(["spread"], WeightInputs(losses, jnp.zeros(len(losses), jnp.int32))).sum()
+
+    for losses in (jnp.ones((3, 1)), jnp.ones((2, 4))):
+        assert total(losses) == 0
+        np.testing.assert_array_equal(jax.grad(total)(losses), jnp.zeros_like(losses))
+    np.testing.assert_allclose(total(INPUTS.losses), INPUTS.losses.std(-1).sum() * 3, rtol=1e-6)
+    several = jax.grad(lambda x: x.std(-1).sum())(INPUTS.losses) * 3
+    np.testing.assert_allclose(jax.grad(total)(INPUTS.losses), several, rtol=1e-5)
+
+
 def test_domain_weights_look_their_source_up_and_refuse_one_they_do_not_know():
     weighting = DomainWeights(2)
     assert weighting(jnp.array([5.0, 7.0]), INPUTS).tolist() == [[7.0], [5.0]]
