@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from metalearn._utils.checks import pick
+from metalearn._utils.trees import precise
 
 METHODS = {
     "auto": "by the size of the output",
@@ -58,6 +59,8 @@ def convolve(
       precision: of the products, as in `jax.lax`.
     """
     pick(METHODS, method, "convolution method")
+    dtype = jnp.promote_types(images.dtype, kernel.dtype)  # of "lax", which takes one
+    images, kernel = images.astype(dtype), kernel.astype(dtype)
     size, window = images.shape[1:3], kernel.shape[:2]
     pads: Any = padding
     if isinstance(padding, str):
@@ -162,8 +165,8 @@ def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
 def batch_statistics(
     x: Float[Array, "*batch channels"],
 ) -> tuple[Float[Array, " channels"], Float[Array, " channels"]]:
-    """Return mean and variance [channels] of x [..., channels]."""
-    leading = tuple(range(x.ndim - 1))
+    """Return mean and variance [channels] of x [..., channels], in float32 at least."""
+    leading, x = tuple(range(x.ndim - 1)), precise(x)
     mean = x.mean(leading)
     return mean, jnp.maximum((x * x).mean(leading) - mean * mean, 0)
 
@@ -175,7 +178,11 @@ def normalized(
     scale: Float[Array, " channels"],
     offset: Float[Array, " channels"],
 ) -> Float[Array, "*batch channels"]:
-    """Return batch-normalised x [..., channels]; the other arguments are [channels]."""
+    """Return batch-normalised x [..., channels]; the other arguments are [channels].
+
+    Computed in float32 at least, in the dtype of x and scale.
+    """
     along = (None,) * (x.ndim - 1)
-    gain = scale * jax.lax.rsqrt(variance + 1e-5)
-    return (x - mean[along]) * gain[along] + offset[along]
+    gain = scale * jax.lax.rsqrt(precise(variance) + 1e-5)
+    outputs = (precise(x) - mean[along]) * gain[along] + offset[along]
+    return outputs.astype(jnp.result_type(x, scale))

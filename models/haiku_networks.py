@@ -73,10 +73,11 @@ class Norm(hk.Module):
         mean = hk.get_state("mean", shape, x.dtype, init=jnp.zeros)
         variance = hk.get_state("variance", shape, x.dtype, init=jnp.ones)
         if is_training:
-            running, momentum = (mean, variance), self.momentum
+            running = {"mean": mean, "variance": variance}
             mean, variance = batch_statistics(x)
-            hk.set_state("mean", momentum * running[0] + (1 - momentum) * mean)
-            hk.set_state("variance", momentum * running[1] + (1 - momentum) * variance)
+            for name, of_batch in (("mean", mean), ("variance", variance)):
+                after = self.momentum * running[name] + (1 - self.momentum) * of_batch
+                hk.set_state(name, after.astype(running[name].dtype))
         return normalized(x, mean, variance, scale, offset)
 
 

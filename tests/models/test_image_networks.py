@@ -14,11 +14,13 @@ from metalearn.models import (
     NNX,
     Haiku,
     Linen,
+    Precision,
     haiku_networks,
     linen_networks,
     nnx_networks,
     train_flag,
 )
+from metalearn.models.convolution import batch_statistics, convolve, normalized
 from metalearn.models.layouts import wide_blocks
 from tests.cases import LIBRARIES, Float64
 from tests.helpers.selection import quick
@@ -37,6 +39,40 @@ def network(library, name, image, outputs=10, **options):
         return NNX(lambda rngs: build(image, outputs, **options, rngs=rngs), train_flag)
     build = getattr(haiku_networks, name)
     return Haiku(lambda x, train: build(outputs, **options)(x, train), inputs, train_flag)
+
+
+def test_batch_statistics_of_bfloat16_are_not_lost_in_rounding():
+    x = (3 + 0.3 * jax.random.normal(KEY, (2000, 4))).astype(jnp.bfloat16)
+    mean, variance = batch_statistics(x)
+    rows = np.asarray(x, np.float64)
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(variance, rows.var(0), rtol=1e-3)
+    outputs = normalized(x, mean, variance, *jnp.ones((2, 4), jnp.bfloat16))
+    assert outputs.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(outputs, np.float64).std(0), 1, rtol=0.01)
+
+
+@pytest.mark.parametrize("method", ["patches", "lax"])
+def test_images_and_a_kernel_of_two_types_are_convolved_in_the_wider_one(method):
+    image, kernel = jnp.ones((1, 4, 4, 2), jnp.float32), jnp.ones((3, 3, 2, 5), jnp.bfloat16)
+    for a, b in ((image, kernel), (image.astype(jnp.bfloat16), kernel.astype(jnp.float32))):
+        outputs = convolve(a, b, method=method)
+        assert outputs.dtype == jnp.float32 and outputs[0, 1, 1, 0] == 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"compute": jnp.bfloat16}, {"params": jnp.bfloat16}], ids=str)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_network_in_bfloat16_goes_on_with_its_statistics(library, options):
+    model = Precision(
+        network(library, "ConvNet", (8, 8, 1), blocks=2, convolution="lax"), **options
+    )
+    params, state = model.init(KEY)
+    x = images(4, (8, 8, 1)).astype(jnp.float32)
+    _, after = model.apply(params, state, x, train=True, key=KEY)
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+    outputs, _ = model.apply(params, after, x, train=False)
+    assert jnp.isfinite(outputs).all()
 
 
 def images(n, shape):
