@@ -90,7 +90,7 @@ class Linen(Model):
         key: jax.Array | None = None,
     ) -> tuple[Any, Any]:
         """Return (outputs, new state)."""
-        streams = {} if key is None else dict.fromkeys(self.rngs, key)
+        streams = {} if key is None else self._streams(key)
         module, flags = self._in_mode(train)
         with contextlib.ExitStack() as within:
             if train and not dropout:
@@ -111,8 +111,13 @@ class Linen(Model):
 
     def _init(self, key: jax.Array) -> dict[str, Any]:
         module, flags = self._in_mode(True)
-        streams = {name: key for name in ("params", *self.rngs)}
+        streams = {**self._streams(key), "params": key}
         return dict(module.init(streams, self._zeros(), **flags))
+
+    def _streams(self, key: jax.Array) -> dict[str, jax.Array]:
+        """Return a key for each random stream: Flax does not fold its name into a key."""
+        others = {name: jax.random.fold_in(key, i) for i, name in enumerate(self.rngs)}
+        return {**others, **dict.fromkeys(self.rngs[:1], key)}
 
     def _zeros(self) -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.inputs)

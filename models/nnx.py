@@ -93,7 +93,7 @@ class NNX(Model):
             _switch_dropout_off(module)
         if key is not None:
             streams: dict[str, Any] = _streams(module, key)
-            nnx.reseed(module, **streams)
+            nnx.reseed(module, policy="match_shape", **streams)  # of stacked layers, one key each
         arguments = flags(self.mode, self._flag, train)
         with warnings.catch_warnings():
             # Flax warns that sown values stay in the module. Here the module is dropped.

@@ -16,7 +16,7 @@ from flax import nnx
 from metalearn import Forward, MixedFlow, Reverse, Trainer
 from metalearn.algorithms import MAML
 from metalearn.model import Model
-from metalearn.models import NNX, Functions, Haiku, Linen, Precision
+from metalearn.models import NNX, Functions, Haiku, Linen, Precision, no_flag
 from tests.cases import TASKS, Float64, to_float64
 
 KEY = jax.random.key(0)
@@ -253,3 +253,46 @@ def test_a_model_without_the_argument_dropout_is_refused_by_its_name(wrap):
         r"dropout=True, key=None\)`",
     ):
         MAML(wrap(WithoutDropout()))
+
+
+class Stacked(nnx.Module):
+    """Two layers as one, each with a random stream of its own."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(axis_size=2)
+        def layer(rngs):
+            return nnx.Dropout(0.5, rngs=rngs)
+
+        self.weight = nnx.Param(jnp.ones(3))
+        self.drop = layer(rngs)
+
+    def __call__(self, x, train):
+        drop = nnx.vmap(lambda layer, x: layer(x, deterministic=not train), in_axes=(0, None))
+        return drop(self.drop, x * self.weight[None])
+
+
+def test_stacked_layers_of_nnx_draw_apart():
+    model = NNX(Stacked)
+    params, state = model.init(KEY)
+    ones = jnp.ones((1, 3000))
+    first, second = model.apply(params, state, ones[:, :3], train=True, key=KEY)[0]
+    assert first.shape == second.shape == (1, 3)
+    runs = [
+        model.apply({"weight": jnp.ones(3000)}, state, ones, train=True, key=key)[0]
+        for key in (KEY, KEY, jax.random.key(1))
+    ]
+    assert (runs[0] == runs[1]).all() and (runs[0] != runs[2]).any()
+    assert (runs[0][0] != runs[0][1]).any()
+
+
+class TwoStreams(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return jnp.stack([jax.random.uniform(self.make_rng(n)) for n in ("dropout", "noise")])
+
+
+def test_two_streams_of_a_linen_network_are_two():
+    model = Linen(TwoStreams(), ROW, no_flag, rngs=("dropout", "noise"))
+    dropout, noise = model.apply({}, {}, X, train=True, key=KEY)[0]
+    assert dropout != noise
