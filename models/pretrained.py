@@ -185,7 +185,8 @@ def with_params(target: Any, params: Any, *, state: Any = None, partial: bool = 
 
     Args:
       target: a `Model`, which then initialises with them; or a pytree of arrays, such as the eta
-        of MAML, whose names may begin with one more part ("params/...").
+        of MAML, whose names may begin with one more part ("params/..."). Other parts of a named
+        tuple, such as learned rates, stay as they are.
       params: a pytree of arrays, or a flat dictionary.
       state: of a model: its mutable state, a pytree like that of its `init`.
       partial: allow parameters of the target that are not given; they stay as they are.
@@ -235,14 +236,21 @@ def match(target: Any, params: Any) -> Match:
     plain = {name if name in ours else name.replace(".", "/"): name for name in theirs}
     starts = ["", *dict.fromkeys(f"{name.partition('/')[0]}/" for name in ours)]
     # The parameters may be one part of the target: take the beginning that most names fit.
-    start = max(starts, key=lambda start: sum(start + name in ours for name in plain))
+    fits = {start: sum(start + name in ours for name in plain) for start in starts}
+    start, *others = sorted(fits, key=lambda start: -fits[start])
+    if others and 0 < fits[others[0]] == fits[start]:
+        raise ValueError(
+            f"`with_params`: the names fit under {start!r} and {others[0]!r} of the target alike. "
+            "Give them with that part of their names, as {'" + start + "...': array}."
+        )
+    part = start if hasattr(target, "_fields") else ""  # of an eta, whose other parts are not given
     matches = {
         start + name: given_name for name, given_name in plain.items() if start + name in ours
     }
     shapes = {n: (ours[n], theirs[g]) for n, g in matches.items() if ours[n] != theirs[g]}
     return Match(
         {name: matches[name] for name in ours if name in matches},
-        tuple(name for name in ours if name not in matches and name.startswith(start)),
+        tuple(name for name in ours if name not in matches and name.startswith(part)),
         tuple(given_name for name, given_name in plain.items() if start + name not in ours),
         shapes,
     )

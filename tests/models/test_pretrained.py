@@ -91,6 +91,23 @@ def test_a_part_of_the_parameters_is_enough_where_that_is_said(caplog):
     assert match(TREE, {"head": np.ones(3)}).matched == {"head": "head"}
 
 
+def test_a_part_of_a_tree_whose_names_fit_is_no_whole():
+    tree = {"body": {"a": jnp.zeros(2), "b": jnp.zeros(3)}, "head": jnp.zeros(1)}
+    part = {"a": np.ones(2), "b": np.ones(3)}
+    message = "2 of 3 parameters were given. Not given: head. To leave those as they are:"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        with_params(tree, part)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        with_params(Functions(lambda key: tree, lambda p, x: x), part)
+    equal(with_params(tree, part, partial=True), {"body": part, "head": jnp.zeros(1)})
+
+
+def test_names_that_fit_two_parts_are_refused():
+    tree = {"first": {"a": jnp.zeros(2)}, "second": {"a": jnp.zeros(2)}}
+    with pytest.raises(ValueError, match="names fit under 'first/' and 'second/' of the target"):
+        with_params(tree, {"a": np.ones(2)}, partial=True)
+
+
 def test_a_report_may_be_of_a_model():
     model = Functions(lambda key: TREE, lambda p, x: x)
     assert str(match(model, VALUES)) == "3 of 3 parameters were given."
