@@ -88,6 +88,16 @@ class Corruption:
         order = np.random.RandomState(self.seed).permutation(pieces).astype(np.int32)
         return np.sort(order[count:]), np.sort(order[:count])
 
+    def like(self, bad: np.ndarray, pieces: int) -> np.ndarray:
+        """Return a corrupted source of the same kind for each of `pieces`, all corrupted in turn.
+
+        Where no source is of that kind, any corrupted one.
+        """
+        kinds = len(self.kinds)
+        of_kind = [bad[kind::kinds] if kind < len(bad) else bad for kind in range(kinds)]
+        chosen = [of_kind[i % kinds][i // kinds % len(of_kind[i % kinds])] for i in range(pieces)]
+        return np.asarray(chosen, np.int32)
+
     def corrupt(self, clean: Pieces, which: np.ndarray, vocabulary: int) -> Pieces:
         """Return the pieces with those at the indices `which` corrupted, and flagged."""
         tokens, corrupted = clean.tokens.copy(), clean.corrupted.copy()

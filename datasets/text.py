@@ -109,7 +109,8 @@ class Windows(NamedTuple):
 
     inputs: [..., S] int32.
     targets: [..., S] int32, the token after each input.
-    source: [...] int32, the piece of the training text, or a training piece of the same kind.
+    source: [...] int32, the piece of the training text, or a training piece that is clean too, or
+      corrupted in the same way.
     corrupted: [...] bool, whether the piece is corrupted; None: no text is.
     """
 
@@ -197,7 +198,7 @@ class Text(Tasks):
             clean, bad = corruption.sources(pieces)
             training = corruption.corrupt(training, bad, tokenizer.vocabulary)
             corrupted = corruption.corrupt(query, np.arange(pieces), tokenizer.vocabulary)
-            corrupted = corrupted._replace(source=np.resize(bad, pieces))
+            corrupted = corrupted._replace(source=corruption.like(bad, pieces))
             query = query._replace(source=np.resize(clean, pieces))
         training, query, corrupted = jax.tree.map(jnp.asarray, (training, query, corrupted))
         sizes = (length, inner_steps, batch, queries, probes, tokenizer.vocabulary)

@@ -158,6 +158,19 @@ def test_kinds_take_turns():
     assert isinstance(after, Pieces)
 
 
+@pytest.mark.parametrize(("pieces", "kinds"), [(10, 2), (8, 2), (9, 3), (4, 3)])
+def test_a_probe_is_of_a_source_that_is_corrupted_in_the_same_way(pieces, kinds):
+    corruption = Corruption(0.5, ("repeated", "shuffled", "random")[:kinds])
+    _, bad = corruption.sources(pieces)
+    sources = corruption.like(bad, pieces)
+    assert np.isin(sources, bad).all() and len(sources) == pieces
+    for probe, source in enumerate(sources):
+        if probe % kinds < len(bad):
+            assert np.flatnonzero(bad == source)[0] % kinds == probe % kinds
+    tasks = counted(corruption=corruption, pieces=pieces, probes=1)
+    assert tasks.corrupted.source.tolist() == sources.tolist()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_drawn_inside_jit_like_any_text(kind):
     tasks = noisy(kind)
