@@ -105,6 +105,14 @@ def test_the_largest_factor_is_that_of_products_inside_loops_too():
     assert largest_factor(jax.make_jaxpr(lambda x: jnp.sin(x))(x)) == 0
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 512])
+def test_means_of_low_precision_are_summed_in_float32(chunk):
+    ones = jnp.ones((512, 3), jnp.bfloat16)
+    (mean, share), _ = mean_and_each(lambda x: ((x, x[0] > 0), ()), ones, chunk)
+    assert mean.dtype == jnp.bfloat16 and share.dtype == jnp.float32
+    assert (mean == 1).all() and share == 1
+
+
 @pytest.mark.parametrize("shape", [(3,), (3, 7), (3, 40, 50), (1000, 64, 32)])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "complex128"])
 def test_a_sum_over_tasks_is_that_of_numpy(shape, dtype):

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from metalearn._utils.checks import MOST_TASKS, is_integer
-from metalearn._utils.trees import split
+from metalearn._utils.trees import is_differentiable, precise, split
 from metalearn.cost.jaxpr import largest_factor
 from metalearn.sharding.mesh import format_devices
 
@@ -38,8 +38,8 @@ def mean_and_each(
     """Apply `function` to every input; return the mean of its first output, and all the second.
 
     Args:
-      function: input -> (output to average, output to return for each input). Integer and boolean
-        outputs are averaged as float32.
+      function: input -> (output to average, output to return for each input). Sums are in float32
+        at least, means in the dtype of the outputs; of integers and booleans in float32.
       inputs: leaves [n, ...].
       chunk: inputs that are vmapped at once, a divisor of n; None: all n, or on a CPU one where n
         of them would outgrow the cache.
@@ -49,12 +49,13 @@ def mean_and_each(
     """
     count = jax.tree.leaves(inputs)[0].shape[0]
     function = jax.jit(function, inline=True)  # traced once, for the choice, shapes and the scan
+    one = jax.tree.map(lambda x: x[0], inputs)
+    like, _ = jax.eval_shape(function, one)
     if chunk is None:
-        one = jax.tree.map(lambda x: x[0], inputs)
         chunk = 1 if outgrow_cache(count, function, one) else count
     if chunk == count:
         total, each = _sum_and_each(function, inputs)
-        return _divide(total, count), each
+        return _divide(total, count, like), each
 
     def add(total: Any, inputs: Any) -> tuple[Any, Any]:
         summed, each = _sum_and_each(function, inputs)
@@ -65,7 +66,7 @@ def mean_and_each(
     shapes, _ = jax.eval_shape(lambda inputs: _sum_and_each(function, inputs), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, each = jax.lax.scan(add, zeros, chunks)
-    return _divide(total, count), jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), each)
+    return _divide(total, count, like), jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), each)
 
 
 def outgrow_cache(count: int, function: Callable[..., Any], *args: Any) -> bool:
@@ -78,9 +79,9 @@ def outgrow_cache(count: int, function: Callable[..., Any], *args: Any) -> bool:
 def _sum_and_each(function: Callable[[Any], tuple[Any, Any]], inputs: Any) -> tuple[Any, Any]:
     if jax.tree.leaves(inputs)[0].shape[0] == 1:  # a plain matmul is faster than a batch of one
         outputs, each = function(jax.tree.map(lambda x: x[0], inputs))
-        return jax.tree.map(_as_float, outputs), jax.tree.map(lambda x: x[None], each)
+        return jax.tree.map(precise, outputs), jax.tree.map(lambda x: x[None], each)
     outputs, each = jax.vmap(function)(inputs)
-    return jax.tree.map(lambda x: sum_over_tasks(_as_float(x)), outputs), each
+    return jax.tree.map(lambda x: sum_over_tasks(precise(x)), outputs), each
 
 
 def sum_over_tasks(x: jax.Array) -> jax.Array:
@@ -94,12 +95,13 @@ def sum_over_tasks(x: jax.Array) -> jax.Array:
     return jnp.tensordot(jnp.ones(x.shape[0], x.dtype), x, 1, precision="highest")
 
 
-def _as_float(x: jax.Array) -> jax.Array:
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+def _divide(total: Any, count: int, like: Any) -> Any:
+    """Return the mean in the dtype of what was summed; of integers and booleans in that of it."""
 
+    def divided(x: jax.Array, output: Any) -> jax.Array:
+        return (x / count).astype(output.dtype if is_differentiable(output) else x.dtype)
 
-def _divide(total: Any, count: int) -> Any:
-    return jax.tree.map(lambda x: x / count, total)
+    return jax.tree.map(divided, total, like)
 
 
 def all_reduce_mean(tree: Any, axis: str, whole: bool = True) -> Any:

@@ -30,6 +30,7 @@ import optax
 
 from metalearn._utils.checks import is_integer, pick
 from metalearn._utils.fields import check_fields
+from metalearn._utils.trees import precise
 from metalearn.engines import Aux
 
 NONFINITE = ("stop", "skip", "back_off", "pass")
@@ -147,7 +148,7 @@ def all_finite(loss: jax.Array, aux: Aux, grads: Any) -> jax.Array:
         loss,
         aux.inner.losses,
         *jax.tree.leaves(aux.metrics),
-        optax.tree.norm(grads) ** 2 * 1e4,
+        optax.tree.norm(jax.tree.map(precise, grads)) ** 2 * 1e4,
     ]
     fine = [jnp.isfinite(x).all() for x in seen]
     return jnp.stack([*fine, aux.inner.finite.all()]).all()

@@ -15,13 +15,24 @@ from metalearn import Algorithm, Faults, Reverse, Tasks, Trainer, Unroll
 from metalearn.algorithms import MAML, squared_error
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import Sinusoid
+from metalearn.engines.base import Aux
+from metalearn.engines.grad_recorder import Inner
 from metalearn.loggers import JsonlLogger
 from metalearn.models import Functions
-from metalearn.training.faults import DivergedError, NonFiniteError
+from metalearn.training.faults import DivergedError, NonFiniteError, all_finite
 from tests.helpers.clock import Heard, clock, fit, steps_of
 from tests.helpers.selection import quick
 
 KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_a_meta_gradient_of_few_bits_is_finite_where_its_numbers_are(dtype):
+    nothing = Inner(*(jnp.ones(1) for _ in Inner._fields))
+    aux = Aux({}, (), nothing._replace(finite=jnp.ones(1, bool)))
+    grads = {"a": jnp.full((4, 2), 100.0, dtype)}
+    assert all_finite(jnp.float32(1), aux, grads)
+    assert not all_finite(jnp.float32(1), aux, {"a": jnp.full(2, jnp.inf, dtype)})
 
 
 @jax.tree_util.register_dataclass
