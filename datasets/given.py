@@ -91,6 +91,11 @@ class GivenTasks(Tasks):
         """True: a trainer visits the tasks in passes."""
         return True
 
+    @property
+    def fetches_keys(self) -> bool:
+        """False: `fetch` goes by how many tasks were visited."""
+        return False
+
     def label_range(self) -> tuple[int, int] | None:
         """Return the least and the largest target; None for a regression."""
         parts = [part for part in self.episodes if isinstance(part, tuple) and len(part) > 1]

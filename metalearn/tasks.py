@@ -57,6 +57,11 @@ class Tasks(abc.ABC):
         return False
 
     @property
+    def fetches_keys(self) -> bool:
+        """Whether `fetch` reads what the keys draw. True, the default; False: the next episodes."""
+        return True
+
+    @property
     def resumable(self) -> bool:
         """Whether the episodes of a step can be drawn again. True, the default."""
         return True

@@ -41,7 +41,16 @@ from metalearn.engines.base import outer_loss
 from metalearn.engines.grad_recorder import Recorder, Tape
 from metalearn.engines.inner_loop import inner_loop
 from metalearn.optimizers.updates import update_outer
-from metalearn.tasks import AtOuterStep, DrawnTask, Reads, Tasks, WithConstants, draw_task, fetched
+from metalearn.tasks import (
+    AtOuterStep,
+    DrawnTask,
+    Reads,
+    Tasks,
+    WithConstants,
+    draw_task,
+    fetched,
+    needs_fetch,
+)
 from metalearn.train_state import TrainState
 from metalearn.unroll import Batch, Eta, InnerState, Unroll, horizon
 
@@ -171,9 +180,11 @@ class PerturbedRuns(InnerRuns):
           key: (), of the task; None: the first of the outer step after `state`.
         """
         first = int(state.step) * trainer.tasks_per_step
+        fetch = needs_fetch(tasks) and (key is None or tasks.fetches_keys)
         key = trainer.task_keys(state)[0] if key is None else key
         steps = None if trainer.truncation is None else trainer.truncation.steps
-        tasks = fetched(tasks, key[None], first, trainer.algorithm, Reads(0, steps))
+        if fetch:
+            tasks = fetched(tasks, key[None], first, trainer.algorithm, Reads(0, steps))
         return cls(trainer, with_arguments(trainer, state, tasks), state, key, steps)
 
     def draw(self, tasks: Tasks, key: jax.Array) -> tuple[DrawnTask, Batch]:

@@ -10,6 +10,7 @@ of inner steps: the rows of a segment are read while the device computes the one
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -135,12 +136,13 @@ def estimate(
     """
     counts("evaluate", 1, tasks=tasks)
     at_most("evaluate", MOST_TASKS, tasks=tasks)
-    keys = jax.random.split(key, tasks)
-    padded = -(-tasks // chunk) * chunk  # one shape, one compilation; the surplus is dropped
-    keys = keys[jnp.arange(padded) % tasks]
-    rows = [metrics_of(keys[i : i + chunk], i) for i in range(0, padded, chunk)]
-    columns = {name: np.concatenate([np.asarray(row[name]) for row in rows]) for name in rows[0]}
-    return summarised({name: column[:tasks] for name, column in columns.items()}, isolate)
+    keys, columns = jax.random.split(key, tasks), collections.defaultdict(list)
+    for i in range(0, tasks, chunk):
+        first = max(min(i, tasks - chunk), 0)  # one shape, one compilation: the last overlaps
+        row = metrics_of(keys[(first + jnp.arange(chunk)) % tasks], first)
+        for name, column in row.items():
+            columns[name].append(np.asarray(column)[i - first : tasks - first])
+    return summarised({name: np.concatenate(parts) for name, parts in columns.items()}, isolate)
 
 
 def summarised(columns: dict[str, np.ndarray], isolate: bool = False) -> dict[str, Estimate]:

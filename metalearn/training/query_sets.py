@@ -191,7 +191,7 @@ class QueryGradients:
         self, tasks: Tasks, key: jax.Array, queries: Any, reads: Reads = ALL_STEPS
     ) -> Tasks:
         """Return tasks on the device with these query sets, as `program` takes them."""
-        if needs_fetch(tasks):
+        if needs_fetch(tasks) and tasks.fetches_keys:
             tasks = fetched(tasks, key[None], 0, self.algorithm, reads._replace(query=False))
         return _QuerySets(tasks, queries)
 

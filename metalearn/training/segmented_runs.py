@@ -109,8 +109,9 @@ class SegmentedRuns(InnerRuns):
                 "a trainer without `layout` (--config.mesh.tasks=1 and no other axis), or without "
                 "`segment`."
             )
+        fetch = needs_fetch(tasks) and (key is None or tasks.fetches_keys)
         key = trainer.task_keys(state)[0] if key is None else key
-        if needs_fetch(tasks) and not tasks.reads_steps:  # once, for all programs
+        if fetch and not tasks.reads_steps:  # once, for all programs
             first = int(state.step) * trainer.tasks_per_step
             tasks = fetched(tasks, key[None], first, trainer.algorithm)
         return cls(trainer, tasks, dataclasses.replace(state, inner=()), key)

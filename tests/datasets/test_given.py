@@ -1,15 +1,17 @@
 """Lists and streams of episodes: the order of their visits, and what is refused."""
 
 import contextlib
+import dataclasses
 import re
 
 import jax
 import numpy as np
 import pytest
 
-from metalearn import Episode, Masked, Truncation
+from metalearn import Episode, Masked, MixedFlow, Truncation
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.datasets import GivenTasks, TaskStream
+from metalearn.unroll import task_keys
 from tests.helpers.checkpoints import bits
 from tests.helpers.few_shot_data import differences, trainer
 
@@ -54,6 +56,37 @@ def test_a_key_by_itself_draws_any_of_them():
     inputs = jax.jit(lambda tasks, keys: jax.vmap(tasks.sample)(keys))(tasks, keys).support[0]
     assert set(inputs[:, 0, 0].astype(int).tolist()) == {0, 1, 2, 3, 4}
     assert tasks.label_range() == (0, 2)
+
+
+@pytest.mark.parametrize("segment", [None, 1])
+def test_query_gradients_are_of_the_task_that_the_key_draws(segment):
+    learner, tasks = trainer(engine=MixedFlow(), segment=segment), GivenTasks.create(EPISODES)
+    eta, key = learner.init(KEY).eta, jax.random.key(3)
+    drawn = tasks.sample(task_keys(key).episode)
+    assert drawn.query[0][0, 0] > 0  # not the first
+    expected, metrics = dataclasses.replace(learner, segment=None).task_gradient(eta, tasks, key)
+    queries = jax.tree.map(lambda x: x[None], drawn.query)
+    found, losses = learner.query_gradients(eta, tasks, key, queries)
+    np.testing.assert_allclose(losses["loss"][0], metrics["loss"], rtol=1e-5)
+    assert differences(jax.tree.map(lambda x: x[0], found), expected) < 1e-5
+
+
+def test_an_evaluation_reads_no_episode_that_it_does_not_need():
+    learner = trainer(tasks_per_step=4)
+    stream = TaskStream(iter([*EPISODES, *EPISODES]))  # ends after ten
+    found = learner.evaluate(learner.init(KEY).eta, stream, KEY, 10)
+    listed = learner.evaluate(learner.init(KEY).eta, GivenTasks.create(EPISODES), KEY, 10)
+    np.testing.assert_allclose(found["loss"].mean, listed["loss"].mean, rtol=1e-6)
+    assert found["loss"].tasks == 10
+
+
+def test_fetching_for_truncated_training_leaves_tasks_to_the_program():
+    learner = trainer(truncation=Truncation(1, staggered=False), inner_steps=3)
+    tasks = GivenTasks.create(EPISODES)
+    state = learner.init(KEY, tasks)
+    for _ in range(3):
+        state, metrics = learner.step(state, learner.fetch(tasks, state))
+        assert np.isfinite(metrics["loss"]) and metrics["tasks_reset"] == 0
 
 
 @pytest.mark.slow
