@@ -25,8 +25,9 @@ from metalearn._utils.fields import check_fields
 from metalearn._utils.intervals import Estimate
 from metalearn._utils.labels import Seen, known
 from metalearn._utils.readable import described, readable
-from metalearn._utils.trees import select, strong
+from metalearn._utils.trees import precise, select, strong
 from metalearn.algorithm import Algorithm
+from metalearn.checkpoints import record as run_record
 from metalearn.checkpoints.manager import Checkpoints
 from metalearn.diagnostics import health, memory
 from metalearn.diagnostics.perturbed_runs import InnerRuns, PerturbedRuns
@@ -193,17 +194,21 @@ class Trainer:
         init = jax.jit(self._init, out_shardings=where)
         return init(key, self.place(tasks), self.constants)
 
-    def shapes(self, tasks: Tasks | None = None, *, carried: bool = True) -> TrainState:
+    def shapes(
+        self, tasks: Tasks | None = None, *, carried: bool = True, key: Any = None
+    ) -> TrainState:
         """Return the shapes and shardings of a state; nothing is allocated.
 
         Args:
           tasks: that are trained on; truncated unrolls need them.
           carried: with the inner states that truncated unrolls carry. False: `inner` is `()`, and
             no tasks are needed.
+          key: (), of the run, or its shape; None: like `jax.random.key(0)`.
         """
         self._check_rules(tasks)
         init = self._init if carried else self._without_carried
-        shapes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)), tasks)
+        key = jax.eval_shape(lambda: jax.random.key(0)) if key is None else key
+        shapes = jax.eval_shape(init, key, tasks)
         return shapes if self.layout is None else abstract(shapes, self._shardings(shapes))
 
     def _check_rules(self, tasks: Tasks | None) -> None:
@@ -273,21 +278,26 @@ class Trainer:
         return self._compiled(self._step) if self.segment is None else self._step_in_segments
 
     def segments(
-        self, tasks: Tasks, folder: str | os.PathLike[str] | None = None
+        self,
+        tasks: Tasks,
+        folder: str | os.PathLike[str] | None = None,
+        key: jax.Array | None = None,
     ) -> SegmentRun | None:
         """Return the programs of an outer step that is cut into segments; None: it is one program.
 
         Args:
           tasks: as for `step`, or their shapes.
           folder: for states that are kept on disk; None: that of `replay`, or a temporary one.
+          key: (), of the run, or its shape; None: like `jax.random.key(0)`.
         """
         if not isinstance(self.unrolls, SegmentedUnroll):
             return None
         leaves, treedef = jax.tree.flatten(tasks)
         shapes = treedef, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        known = shapes, folder, bool(jax.config.read("jax_enable_x64"))
+        of_key = None if key is None else (key.shape, key.dtype)
+        known = shapes, folder, of_key, bool(jax.config.read("jax_enable_x64"))
         if known not in self._known_segments:
-            self._known_segments[known] = self._segmented(self.unrolls, tasks, folder)
+            self._known_segments[known] = self._segmented(self.unrolls, tasks, folder, key)
         return self._known_segments[known]
 
     @functools.cached_property
@@ -295,9 +305,13 @@ class Trainer:
         return {}
 
     def _segmented(
-        self, unrolls: SegmentedUnroll, tasks: Tasks, folder: str | os.PathLike[str] | None
+        self,
+        unrolls: SegmentedUnroll,
+        tasks: Tasks,
+        folder: str | os.PathLike[str] | None,
+        key: jax.Array | None,
     ) -> SegmentRun:
-        shapes = self.shapes(tasks)
+        shapes = self.shapes(tasks, key=key)
         segments = unrolls.segments(shapes.eta, tasks, shapes.key)
 
         def partway(position: Position, gradients: bool = False) -> TrainState:
@@ -331,7 +345,7 @@ class Trainer:
                 "another: it can be no part of a program of yours (`jit`, `vmap`, `eval_shape`). "
                 "Call `trainer.step` outside, or make the trainer without `segment`."
             )
-        segments, metrics = self.segments(tasks), None
+        segments, metrics = self.segments(tasks, key=state.key), None
         assert segments is not None
         if needs_fetch(tasks) and not tasks.reads_steps:
             tasks = self.fetch(tasks, state)  # once, for all programs
@@ -374,8 +388,8 @@ class Trainer:
         )
         updates = jax.tree.map(lambda u: u * state.pace.astype(u.dtype), updates)
         eta = optax.apply_updates(state.eta, updates)
-        metrics["meta_grad_norm"] = optax.tree.norm(grads)
-        metrics["meta_update_norm"] = optax.tree.norm(updates)
+        metrics["meta_grad_norm"] = optax.tree.norm(jax.tree.map(precise, grads))
+        metrics["meta_update_norm"] = optax.tree.norm(jax.tree.map(precise, updates))
         if self.skip_nonfinite:
             fine = jnp.stack([jnp.isfinite(metrics[name]) for name in WATCHED]).all()
             eta, optimizer = select(fine, (eta, optimizer), (state.eta, state.optimizer))
@@ -404,15 +418,16 @@ class Trainer:
         """Return the tasks of the outer step after `state`, for `step`, read from the host.
 
         Tasks on the device are returned unchanged. `fit` does the same in a thread. Of training
-        runs all inner steps are read that the outer step takes.
+        runs all inner steps are read that the outer step takes. In truncated training other tasks
+        are returned unchanged too: unrolls that go on draw theirs within the program.
         """
         return self._fetched(tasks, state, ALL_STEPS)
 
     def _fetched(self, tasks: Tasks, state: TrainState, reads: Reads) -> Tasks:
-        if not needs_fetch(tasks):
-            return tasks
+        if not needs_fetch(tasks) or (self.truncation is not None and not tasks.reads_steps):
+            return tasks  # unrolls that go on draw with keys of earlier steps, within the program
         keys, first = self.task_keys(state), int(state.step) * self.tasks_per_step
-        if self.truncation is not None and tasks.reads_steps:
+        if self.truncation is not None:
             _, keys, start = self._next_steps(state.inner, keys)
             reads = Reads(np.asarray(start), self.truncation.steps)
         return self.place(fetched(tasks, keys, first, self.algorithm, reads))
@@ -612,11 +627,16 @@ class Trainer:
                 assert key is not None
                 state = self.init(key, tasks)
             folder = None if checkpoints is None else checkpoints.directory / "states"
-            outer = trainer._outer_step(tasks, held_out, eval_tasks, folder)
+            outer = trainer._outer_step(tasks, held_out, eval_tasks, folder, state.key)
             return run(fit, outer, state, tasks, loggers, checkpoints)
 
     def _outer_step(
-        self, tasks: Tasks, held_out: Tasks | None, eval_tasks: int, folder: pathlib.Path | None
+        self,
+        tasks: Tasks,
+        held_out: Tasks | None,
+        eval_tasks: int,
+        folder: pathlib.Path | None,
+        key: jax.Array,
     ) -> OuterStep:
         """Return the functions that the loop over outer steps calls."""
 
@@ -628,7 +648,7 @@ class Trainer:
         return OuterStep(
             self.tasks_per_step,
             self.step,
-            self.segments(tasks, folder),
+            self.segments(tasks, folder, key),
             evaluate,
             lambda state: self.check_health(state, tasks),
             lambda state: health.diagnose(self._probes, state, tasks),
@@ -666,7 +686,8 @@ class Trainer:
         least = 1 if self.segment == "auto" else self.segment  # steps whose batches are in memory
         steps = cut or (None if least is None else int(least))
         at_once, share = self.batch.at_once, 1 if self.layout is None else self.layout.inner
-        memory.check_tasks(self.algorithm, tasks, at_once, steps, devices=share)
+        one = self.chunk is None and steps is None and jax.default_backend() == "cpu"
+        memory.check_tasks(self.algorithm, tasks, 1 if one else at_once, steps, devices=share)
         for each in evaluated:
             runs = self.algorithm.evaluation()
             memory.check_tasks(runs, each, at_once, None, "An evaluation", share)
@@ -700,10 +721,11 @@ class Trainer:
         path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         if not path.is_dir():
             raise ValueError(f"`Trainer.restore` found no checkpoints in {directory}.")
-        opened = Checkpoints(path)
+        opened = Checkpoints.of_run(path)
         try:
-            carried = tasks is not None
-            return opened.read(self.shapes(tasks, carried=carried), best, carried)[0]
+            carried, record = tasks is not None, opened.record()
+            key = None if record is None else run_record.key_of(record)
+            return opened.read(self.shapes(tasks, carried=carried, key=key), best, carried)[0]
         finally:
             opened.close()
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalearn._utils import disk, strict_json
-from metalearn._utils.checks import at_least, first_line, is_integer
+from metalearn._utils.checks import at_least, first_line, is_integer, nearest
 from metalearn.checkpoints import record as run_record
 from metalearn.checkpoints.record import ChangedConfigError, OtherArraysError, Record
 from metalearn.checkpoints.store import DiskError, SegmentCheckpoints, Store, UnreadableError
@@ -98,6 +98,20 @@ class Checkpoints:
         self._writes = False  # whether this process has saved
         self.saved_within: dict[str, Any] | None = None  # the record of the last save inside a step
 
+    @classmethod
+    def of_run(cls, directory: str | os.PathLike[str]) -> Checkpoints:
+        """Open the checkpoints of a run to read them, with its own rule for the best."""
+        opened = cls(directory)
+        try:
+            rule = (opened.record() or {}).get("best")
+        except BaseException:
+            opened.close()
+            raise
+        if not isinstance(rule, str):
+            return opened
+        opened.close()
+        return cls(directory, best=rule)
+
     def save(
         self,
         state: TrainState,
@@ -112,8 +126,18 @@ class Checkpoints:
           step: its outer step.
           loggers: their records, by class name.
           metrics: evaluated at this step; `best` names one of them.
+
+        Raises:
+          ValueError: if `best` names none of the metrics.
         """
-        record = run_record.record(step, self.config, loggers, state)
+        name = "" if self.best is None else _best(self.best)[1]
+        if metrics and name and name not in metrics:
+            names = ", ".join(sorted(metrics))
+            raise ValueError(
+                f"checkpoint_best={self.best!r}: an evaluation has no {name!r}."
+                f"{nearest(name, metrics)} It has: {names}."
+            )
+        record = run_record.record(step, self.config, loggers, state, self.best)
         self._save(lambda: self._store.save(step, state, record, metrics or {}))
 
     def save_within(
@@ -248,10 +272,9 @@ class Checkpoints:
         self.wait()
         if within is not None and (inside := self._restore_within(within)) is not None:
             return inside
-        if within is not None:
-            state = within.restored(state, None)
         restored = self._newest(state, self._check_config)
-        return (state, {}) if restored is None else (restored[0], restored[1]["loggers"])
+        state, record = (state, {}) if restored is None else (restored[0], restored[1]["loggers"])
+        return (state if within is None else within.restored(state, None)), record
 
     def read(
         self, state: TrainState, best: bool = False, carried: bool = True

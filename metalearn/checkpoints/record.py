@@ -7,6 +7,7 @@ schema, which lacks fields of the train state, is read with their defaults.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -23,6 +24,7 @@ from metalearn._utils.version import __version__
 # checkpoint is read without it.
 FIELDS = {1: ("step", "eta", "optimizer", "key", "inner", "pace")}
 SCHEMA = 1
+KEYS = ("threefry2x32", "rbg", "unsafe_rbg")  # implementations
 LIBRARIES = ("jax", "jaxlib", "optax", "flax", "dm-haiku", "orbax-checkpoint")
 
 Record = dict[str, Any]
@@ -37,9 +39,13 @@ class OtherArraysError(ChangedConfigError):
 
 
 def record(
-    step: int, config: Mapping[str, Any], loggers: Mapping[str, Any], state: Any = ()
+    step: int,
+    config: Mapping[str, Any],
+    loggers: Mapping[str, Any],
+    state: Any = (),
+    best: str | None = None,
 ) -> Record:
-    """Return the record of a checkpoint of `state`."""
+    """Return the record of a checkpoint of `state`; `best`: the rule of the run."""
     return {
         "schema": SCHEMA,
         "step": step,
@@ -47,6 +53,7 @@ def record(
         "config": dict(config),
         "versions": versions(),
         "loggers": dict(loggers),
+        "best": best,
     }
 
 
@@ -189,6 +196,15 @@ def arrays(state: Any) -> dict[str, str]:
     """Return the type and shape of each array of a state, by its path."""
     leaves = zip(paths(state), jax.tree.leaves(state), strict=True)
     return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def key_of(record: dict[str, Any]) -> Any:
+    """Return the shape of the key of a run; None: of no implementation that there is."""
+    made = [functools.partial(jax.random.key, 0, impl=name) for name in KEYS]
+    raw = [functools.partial(jax.random.PRNGKey, 0, impl=name) for name in KEYS]
+    shapes = map(jax.eval_shape, made + raw)
+    saved = record["arrays"].get("key")
+    return next((s for s in shapes if f"{s.dtype}{list(s.shape)}" == saved), None)
 
 
 def difference(old: Any, new: Any, path: str = "config") -> list[str]:

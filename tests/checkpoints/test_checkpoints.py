@@ -1,5 +1,6 @@
 """Checkpoints: all of a run comes back, bit for bit, or a message says why it cannot."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -16,9 +17,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 import metalearn
+from metalearn import Trainer
+from metalearn.algorithms import MAML, squared_error
 from metalearn.checkpoints import record as run_record
 from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints, DamagedError
 from metalearn.checkpoints.record import difference, same_config
+from metalearn.models import Functions
 from tests.helpers.checkpoints import a_state, bits, flip_a_bit, largest_file
 from tests.helpers.selection import quick
 
@@ -245,6 +249,29 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(opened, tmp_path):
         checkpoints.close()
         kept = {p.name for p in (tmp_path / best[:3]).iterdir() if p.is_dir()}
         assert kept == {str(expected), "5"}
+
+
+def test_a_best_that_no_evaluation_has_is_refused_at_the_first(tmp_path):
+    checkpoints = Checkpoints(tmp_path, best="max eval/acuracy")
+    message = "has no 'eval/acuracy'. Did you mean 'eval/accuracy'? It has: eval/accuracy, eval/lo"
+    checkpoints.save(a_state(step=1), 1, {}, {})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checkpoints.save(a_state(step=2), 2, {}, {"eval/loss": 1.0, "eval/accuracy": 0.5})
+    checkpoints.close()
+
+
+def test_the_best_checkpoint_is_read_without_its_rule(tmp_path):
+    trainer = Trainer(
+        MAML(Functions(lambda key: jnp.ones(()), lambda a, x: a * x), squared_error),
+        tasks_per_step=1,
+    )
+    first = trainer.init(jax.random.key(0))
+    with contextlib.closing(Checkpoints(tmp_path, best="min eval/loss")) as checkpoints:
+        for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0)):
+            state = dataclasses.replace(first, step=jnp.int32(step))
+            checkpoints.save(state, step, {}, {"eval/loss": loss})
+    assert int(trainer.restore(tmp_path, best=True).step) == 2
+    assert int(trainer.restore(tmp_path).step) == 3
 
 
 def test_a_best_by_another_metric_than_before_is_found_among_the_new_ones(tmp_path):

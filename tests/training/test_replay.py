@@ -1,5 +1,6 @@
 """Outer steps cut into segments with a backward pass: the same gradient within any budget."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,7 +18,7 @@ import pytest
 
 from metalearn import Faults, Forward, MixedFlow, Replay, Reverse, Trainer, Unroll
 from metalearn.checkpoints import state_files
-from metalearn.checkpoints.manager import Checkpoints
+from metalearn.checkpoints.manager import ChangedConfigError, Checkpoints, OtherArraysError
 from metalearn.loggers import Logger
 from metalearn.training import outer_loop
 from metalearn.training.faults import NonFiniteError
@@ -690,6 +691,32 @@ def test_a_folder_of_another_run_of_the_same_seed_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_resume_that_is_refused_lets_the_folder_go_and_leaves_what_is_kept(tmp_path):
+    made = trainer_of(Walk(STEPS), replay=Replay(disk="1MB", host=0))
+    at = made.segments(AIMS).programs_in_all + 9  # inside the second step
+
+    def run(made, stop=None, seed=0):
+        with contextlib.closing(Checkpoints(tmp_path, {"seed": seed}, every=1)) as keeps:
+            asked = {"asked_to_stop": lambda number: "SIGTERM" if number == stop else None}
+            made.fit(AIMS, 2, key=KEY, progress=False, checkpoints=keeps, **asked)
+
+    def kept():
+        return sorted(path.name for path in (tmp_path / "states").rglob("*.state"))
+
+    with pytest.raises(Interrupted):
+        run(made, at)
+    before = kept()
+    assert before
+    other = dataclasses.replace(made, optimizer=optax.adam(1.0))
+    with pytest.raises(OtherArraysError):
+        run(other)
+    assert kept() == before
+    run(dataclasses.replace(made))  # to its end: nothing is kept any more
+    with pytest.raises(ChangedConfigError):
+        run(other, seed=1)
+    run(dataclasses.replace(made))
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     store = kept_in(tmp_path)
     with pytest.raises(ValueError, match="Another process keeps the states of its inner run in"):

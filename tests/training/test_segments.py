@@ -1,5 +1,6 @@
 """Outer steps in segments: the same step in several programs, saved and stopped between them."""
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -167,6 +168,19 @@ def fit(made, steps, directory=None, config=None, **options):
     finally:
         if keeps is not None:
             keeps.close()
+
+
+@pytest.mark.parametrize("key", [jax.random.PRNGKey(0), jax.random.key(0, impl="rbg")], ids=str)
+def test_a_run_goes_on_and_is_restored_whatever_its_key_is(key, tmp_path):
+    whole = trainer().fit(Aims(), 2, key=key, progress=False)
+    again = functools.partial(trainer().fit, Aims(), 2, key=key, progress=False)
+    with contextlib.closing(Checkpoints(tmp_path, every=1)) as keeps, pytest.raises(Interrupted):
+        again(checkpoints=keeps, asked_to_stop=Asked(2))
+    asked = []
+    with contextlib.closing(Checkpoints(tmp_path, every=1)) as keeps:
+        state = again(checkpoints=keeps, asked_to_stop=lambda number: asked.append(number))
+    assert asked[0] == 3 and bits(state) == bits(whole)
+    assert bits(trainer().restore(tmp_path)) == bits(whole)
 
 
 def stopped(made, directory, at, **options):
