@@ -342,7 +342,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         protocol = method.protocol(*TASKS[kind])
         published = method.published[list(TASKS).index(kind)]
         found = [row for row in rows if (row["method"], row["tasks"]) == (name, kind)]
-        settings = sorted({_settings(row) for row in found})
+        settings: list[Any] = sorted({_settings(row) for row in found})
         for steps, queries, split in settings or [(None, protocol.test_queries, "test")]:
             same = [row for row in found if _settings(row) == (steps, queries, split)]
             taken = "-" if steps is None else f"{steps:,} of {protocol.steps:,}"
