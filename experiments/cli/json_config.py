@@ -40,6 +40,7 @@ def get_config(path: str, allow_imports: bool = False) -> ml_collections.ConfigD
     overrides = read(pathlib.Path(path))
     if "config" not in overrides and WHOLE <= overrides.keys():
         check_json(path, overrides, allow_imports)
+        overrides.pop("auto", None)  # what engine="auto" chose for that run
         return _whole(overrides)
     if not isinstance(overrides.get("config"), str):
         raise ValueError(
@@ -56,12 +57,17 @@ def get_config(path: str, allow_imports: bool = False) -> ml_collections.ConfigD
 
 
 def _whole(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """Return a whole config; what is null in it is unset."""
+    """Return a whole config; a list in it is a tuple, and what is null is unset."""
     config = ml_collections.ConfigDict()
     for key, value in values.items():
-        value = _whole(value) if isinstance(value, dict) else value
+        value = _whole(value) if isinstance(value, dict) else _tuples(value)
         config[key] = placeholder(object) if value is None else value
     return config
+
+
+def _tuples(value: Any) -> Any:
+    """Return lists, in lists too, as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:

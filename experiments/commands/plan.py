@@ -282,7 +282,7 @@ def settled(
                 f"--budget is the memory that engine='auto' chooses an engine for, but the engine "
                 f"is {config['engine']!r}. Add --config.engine=auto, or leave --budget out."
             )
-        return config
+        return {key: value for key, value in config.items() if key != AUTO}
     options = sorted(build.set_options(config["engine_options"]))
     if options:
         raise ValueError(

@@ -7,6 +7,7 @@ import pytest
 
 from metalearn.experiments import build
 from metalearn.experiments.cli import arguments, json_config, values
+from metalearn.experiments.commands import plan
 from tests.helpers.command_line import SINUSOID, call
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
@@ -37,6 +38,20 @@ def test_a_json_config_is_the_packaged_one_with_its_keys_set(write):
 def test_a_list_stands_for_a_tuple(write):
     config = json_config.get_config(write({"config": "maml_sinusoid", "model": {"hidden": [3]}}))
     assert config.model.hidden == (3,)
+
+
+def test_the_config_of_a_run_has_tuples_and_no_choice_of_that_run(write):
+    given = build.to_json(arguments._load(*arguments._config_file("maml_sinusoid")))
+    given["mesh"]["rules"] = [["kernel$", "data"]]
+    chosen = {"engine": "forward", "engine_options": {}, "chunk": 5, "why": "of a plan"}
+    config = json_config.get_config(write({**given, "auto": chosen}))
+    assert config.model.hidden == (40, 40) and config.mesh.rules == (("kernel$", "data"),)
+    assert build.to_json(config) == given
+
+
+def test_an_engine_that_is_named_is_not_what_was_chosen_before(tmp_path):
+    config = {"engine": "reverse", "auto": {"engine": "forward"}, "seed": 0}
+    assert plan.settled(config, tmp_path) == {"engine": "reverse", "seed": 0}
 
 
 @pytest.mark.parametrize(
