@@ -317,7 +317,7 @@ def search(plain: Mapping[str, Any], space: Sequence[Parameter], options: Option
         if workdir is None:
             workdir = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workdir.mkdir(parents=True, exist_ok=True)
-        write_settings(workdir, settings)
+        write_settings(workdir, settings, plain)
         study = Study(workdir, settings, evaluations=1)
         resumed = study.running()
         known = {_key(trial.settings): trial for trial in _ended(study)}

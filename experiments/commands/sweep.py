@@ -11,6 +11,7 @@ and a larger `--trials` adds more. See `metalearn.experiments.sweep`.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -101,11 +102,12 @@ def sweep(
         )
     trials = check_sampler(settings, options.trials, evaluations)
     with held(workdir):
-        write_settings(workdir, settings)
+        write_settings(workdir, settings, plain)
         study = Study(workdir, settings, evaluations)
         _open(study, trials, options.jobs)
         try:
-            Loop(study, trials, options.jobs, lambda text: print(text, flush=True)).run()
+            say = functools.partial(print, flush=True)
+            Loop(study, trials, options.jobs, say, plain.get("wandb", {})).run()
         except UnknownMetricError:
             _forget(study)
             raise

@@ -17,7 +17,8 @@ import pathlib
 import shlex
 import subprocess
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from metalearn._utils.checks import first_line
@@ -61,7 +62,14 @@ class Job:
 class Loop:
     """Runs the trials of a study, several at a time."""
 
-    def __init__(self, study: Study, trials: int, jobs: int, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        study: Study,
+        trials: int,
+        jobs: int,
+        say: Callable[[str], None] = print,
+        wandb: Mapping[str, Any] = types.MappingProxyType({}),
+    ):
         """Make the loop.
 
         Args:
@@ -69,8 +77,9 @@ class Loop:
           trials: how many in all, those of earlier processes among them.
           jobs: trials that run at a time.
           say: prints a line.
+          wandb: that section of the config, whose `group` and `name` the trials keep.
         """
-        self.study, self.trials, self.say = study, trials, say
+        self.study, self.trials, self.say, self.wandb = study, trials, say, wandb
         self._free = [processes.Share(job, jobs) for job in range(jobs)]
         self._jobs: list[Job] = []
 
@@ -128,7 +137,7 @@ class Loop:
         return [
             f"--config.wandb.{key}={value}"
             for key, value in options.items()
-            if f"--config.wandb.{key}" not in given
+            if f"--config.wandb.{key}" not in given and not self.wandb.get(key)
         ]
 
     def _follow(self, job: Job) -> None:

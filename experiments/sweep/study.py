@@ -23,15 +23,17 @@ import math
 import pathlib
 import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import first_line, pick
+from metalearn.checkpoints.record import difference
 from metalearn.experiments.sweep.space import Parameter, parameter
 
 NAME = "sweep"  # of the study: Hyperband's brackets depend on it
 SETTINGS, JOURNAL, TRIALS = "sweep.json", "sweep.journal", "trials"
+MADE = "made"  # in sweep.json: the config that its words made
 SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("none", "hyperband")
 MOST_POINTS = 1_000  # of a grid
@@ -75,6 +77,7 @@ def read_settings(workdir: pathlib.Path) -> Settings:
         )
     plain = strict_json.read(path, str(path))
     try:
+        plain = {name: value for name, value in plain.items() if name != MADE}
         space = tuple(parameter(key, text) for key, text in plain["space"].items())
         return Settings(**{**plain, "config": tuple(plain["config"]), "space": space})
     except (TypeError, KeyError, AttributeError) as error:
@@ -326,8 +329,15 @@ def _mend(path: pathlib.Path) -> None:
         disk.write(path, whole)
 
 
-def write_settings(workdir: pathlib.Path, settings: Settings) -> None:
+def write_settings(
+    workdir: pathlib.Path, settings: Settings, config: Mapping[str, Any] | None = None
+) -> None:
     """Write the settings of a new sweep, or compare them with those of the one that is there.
+
+    Args:
+      workdir: of the sweep.
+      settings: of the sweep.
+      config: that the words of the settings make, as JSON; None: it is not compared.
 
     Raises:
       ValueError: where the workdir holds another sweep, or a run.
@@ -345,12 +355,21 @@ def write_settings(workdir: pathlib.Path, settings: Settings) -> None:
                 "began it resumes it (--trials and --jobs may change); for this one name another "
                 "workdir."
             )
+        before = strict_json.read(workdir / SETTINGS, SETTINGS).get(MADE)
+        now = strict_json.loads(strict_json.dumps(dict(config or {})))
+        if before and now and (changes := difference(before, now)):
+            raise ValueError(
+                f"{workdir} holds a sweep whose command made another config: {'; '.join(changes)}. "
+                "Its trials could not be compared with new ones. Set the config back, or name "
+                "another workdir."
+            )
         return
     if (workdir / "checkpoints").exists() or (workdir / "config.json").exists():
         raise ValueError(
             f"{workdir} holds a run, and a sweep has a workdir of its own. Name another one."
         )
-    disk.write(workdir / SETTINGS, strict_json.dumps(settings.plain(), indent=2) + "\n")
+    plain = settings.plain() | ({MADE: dict(config)} if config else {})
+    disk.write(workdir / SETTINGS, strict_json.dumps(plain, indent=2) + "\n")
 
 
 def _said(value: Any) -> str:

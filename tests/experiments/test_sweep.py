@@ -372,6 +372,25 @@ def test_the_workdir_of_another_sweep_is_refused_with_the_difference(tmp_path):
         write_settings(tmp_path, BASE._replace(sampler="random", seed=1))
 
 
+def test_a_command_that_makes_another_config_than_before_is_refused(tmp_path):
+    config = {"steps": 10, "model": {"hidden": (4, 4)}}
+    write_settings(tmp_path, BASE, config)
+    write_settings(tmp_path, BASE, config)
+    assert read_settings(tmp_path) == BASE
+    with pytest.raises(ValueError, match=r"command made another config: config.steps: 10 -> 20\."):
+        write_settings(tmp_path, BASE, {**config, "steps": 20})
+
+
+def test_trials_have_the_group_of_the_config_or_that_of_the_sweep(tmp_path):
+    workdir = tmp_path / "mine"
+    workdir.mkdir()
+    write_settings(workdir, BASE)
+    study = Study(workdir, BASE, 4)
+    group, name = "--config.wandb.group=mine", "--config.wandb.name=mine-003"
+    assert Loop(study, 1, 1, print, {"group": "", "name": ""})._group(3) == [group, name]
+    assert Loop(study, 1, 1, print, {"group": "paper", "name": ""})._group(3) == [name]
+
+
 def test_the_workdir_of_a_run_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match=r"holds a run, and a sweep has a workdir of its own"):
