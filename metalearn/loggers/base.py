@@ -16,6 +16,7 @@ from typing import Any
 from metalearn._utils.intervals import Estimate
 
 Record = dict[str, Any]
+INSIDE = "run/"  # begins the names of what is logged from inside an outer step of many programs
 
 
 class Logger(abc.ABC):

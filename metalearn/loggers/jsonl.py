@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import first_line
 from metalearn._utils.intervals import Estimate
-from metalearn.loggers.base import Logger, Record
+from metalearn.loggers.base import INSIDE, Logger, Record
 
 
 class Line(NamedTuple):
@@ -71,10 +72,14 @@ class JsonlLogger(Logger):
         self._told = False
 
     def start(self, step: int, config: Mapping[str, Any], record: Record) -> None:
-        """Resume after `step`: later lines are dropped, and will be logged again."""
+        """Resume after `step`: later lines are dropped, and will be logged again.
+
+        Those from inside the next outer step stay, as far as it was saved.
+        """
         del config
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._take_back(step)
+        size = record.get("size", 0)
+        self._take_back(step, size if type(size) is int else 0)
         waiting = record.get("waiting", [])
         texts = filter(lambda x: isinstance(x, str), waiting if isinstance(waiting, list) else ())
         lines = [_read_line(0, text.encode()) for text in texts]
@@ -82,17 +87,21 @@ class JsonlLogger(Logger):
         self._write()
 
     def record(self) -> Record:
-        """Return the lines that wait for a full disk."""
+        """Return the bytes of the file, and the lines that wait for a full disk."""
         self._write()
-        return {"waiting": self._waiting} if self._waiting else {}
+        size = {"size": self.path.stat().st_size} if self.path.is_file() else {}
+        return {**size, "waiting": self._waiting} if self._waiting else size
 
     def back_to(self, step: int) -> None:
         """Drop the lines after `step`."""
         self._waiting = [text for text in self._waiting if strict_json.loads(text)["step"] <= step]
         self._take_back(step)
 
-    def _take_back(self, step: int) -> None:
-        """Drop the lines after `step` and incomplete ones; report and move unreadable ones."""
+    def _take_back(self, step: int, size: int = 0) -> None:
+        """Drop the lines after `step` and incomplete ones; report and move unreadable ones.
+
+        Lines from inside the next outer step stay that begin within the first `size` bytes.
+        """
         if self.path.exists() and not self.path.is_file():  # such as a pipe
             return
         lines = read_lines(self.path)
@@ -100,7 +109,13 @@ class JsonlLogger(Logger):
         bad = [line for line in whole if line.row is None]
         if bad:
             self._move_bad_lines(bad)
-        kept = b"".join(_strict(line) for line in whole if line.row and line.row["step"] <= step)
+        ends = itertools.accumulate(len(line.text) for line in whole)
+        kept = b"".join(
+            _strict(line)
+            for line, end in zip(whole, ends, strict=True)
+            if line.row
+            and (line.row["step"] <= step or (end <= size and _is_inside(line.row, step + 1)))
+        )
         before = b"".join(line.text for line in lines)
         try:
             if not self.path.exists() or not before.startswith(kept):
@@ -148,6 +163,11 @@ class JsonlLogger(Logger):
             return
         self._waiting.clear()
         self._told = False
+
+
+def _is_inside(row: Record, step: int) -> bool:
+    """Return whether a row is from inside an outer step, not of its end."""
+    return row["step"] == step and all(name.startswith(INSIDE) for name in row if name != "step")
 
 
 def _strict(line: Line) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 from metalearn._utils import disk
 from metalearn._utils.checks import first_line
 from metalearn._utils.intervals import Estimate
-from metalearn.loggers.base import Logger, Record
+from metalearn.loggers.base import INSIDE, Logger, Record
 
 PATIENCE = 300  # seconds to wait until W&B has sent everything; the rest waits on disk
 
@@ -115,6 +115,8 @@ class WandbLogger(Logger):
         if self._run is None:
             return
         self._run.log(dict(metrics), step=step)
+        if all(name.startswith(INSIDE) for name in metrics):  # its row is sent with the step's end
+            self._run.summary.update(dict(metrics))
         self._step = step
 
     def show(self, pictures: Mapping[str, str | os.PathLike[str]]) -> None:

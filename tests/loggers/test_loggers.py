@@ -47,6 +47,21 @@ def test_jsonl_logger_drops_what_came_after_the_resumed_step_and_a_torn_line(tmp
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_jsonl_logger_keeps_what_was_logged_inside_the_step_that_goes_on(tmp_path):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    logger.start(0, {}, {})
+    logger.log(1, {"loss": 0.5})
+    logger.log(2, {"run/inner_step": 100.0, "run/inner_loss": 3.0})
+    kept, record = logger.path.read_text(), logger.record()
+    logger.log(2, {"run/inner_step": 200.0, "run/inner_loss": 2.0})  # after the checkpoint
+    logger.log(2, {"loss": 0.25})
+    for _ in range(2):
+        JsonlLogger(logger.path).start(1, {}, json.loads(json.dumps(record)))
+        assert logger.path.read_text() == kept
+    JsonlLogger(logger.path).start(1, {}, {"size": "all"})
+    assert logger.path.read_text() == '{"step": 1, "loss": 0.5}\n'
+
+
 BAD = {
     "NULs after a power loss": b"\0" * 400,
     "half a line": b'{"step": 2, "lo',
@@ -329,6 +344,20 @@ def test_an_offline_wandb_run_holds_the_config_the_scalars_by_step_and_the_table
     for record in records:
         summary |= record.get("summary", {}).get("update", {})
     assert summary["test/loss"] == found["loss"].mean
+
+
+def test_wandb_shows_what_was_logged_last_inside_a_step(wandb, tmp_path):
+    logger = WandbLogger(mode="offline", directory=tmp_path)
+    logger.start(0, {}, {})
+    for inner_step in (100.0, 200.0):
+        logger.log(1, {"run/inner_step": inner_step, "run/inner_loss": 3.0})
+    logger.abandon()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    updates = [
+        record["summary"]["update"] for record in records_of(run) if record["type"] == "summary"
+    ]
+    steps = [update["run/inner_step"] for update in updates if "run/inner_step" in update]
+    assert steps[:2] == [100.0, 200.0]
 
 
 def test_a_resumed_wandb_run_keeps_its_id(wandb, tmp_path):
