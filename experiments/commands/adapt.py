@@ -159,6 +159,7 @@ def _results(
     if support.labels.dtype.kind != "i":
         if queries.labels is None:
             return results, ""
+        _check_shape(queries.labels, outputs)
         return results, f"Mean squared error {np.mean((outputs - queries.labels) ** 2):.4g}"
     seen = outputs[..., : len(support.classes)] if support.classes else outputs
     results["predictions"] = seen.argmax(-1).astype(np.int32)
@@ -166,4 +167,15 @@ def _results(
         results["names"] = np.array(support.classes)[results["predictions"]]
     if queries.labels is None:
         return results, ""
+    _check_shape(queries.labels, results["predictions"])
     return results, f"Accuracy {np.mean(results['predictions'] == queries.labels):.3f}"
+
+
+def _check_shape(labels: np.ndarray, expected: np.ndarray) -> None:
+    """Raise ValueError for labels of queries of another shape than what is predicted."""
+    if labels.shape != expected.shape:
+        raise ValueError(
+            f"--query has labels {list(labels.shape)}, and what is predicted for its inputs is "
+            f"{list(expected.shape)}: no score can be taken. Give them that shape, or leave the "
+            "labels out."
+        )

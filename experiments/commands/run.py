@@ -111,6 +111,8 @@ def _train(
         loggers: list[Logger] = [ConsoleLogger()] if is_first() else []  # nothing new to log
     else:
         summary.opening(plain, trainer, splits, workdir, command)
+        if is_first():
+            (workdir / "test.json").unlink(missing_ok=True)  # of fewer outer steps
         loggers = _loggers(plain, workdir)
         _write_config(workdir, plain, splits)
     key = build.key_of(plain["seed"])

@@ -1,5 +1,7 @@
 """`metalearn adapt`: a finished run predicts a query set of files."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 from metalearn.datasets import digits
 from metalearn.experiments import build
 from metalearn.experiments.commands import run
-from metalearn.experiments.commands.adapt import read
+from metalearn.experiments.commands.adapt import Examples, _results, read
 from metalearn.experiments.runs import load_run
 from tests.helpers.command_line import SINUSOID, call
 from tests.helpers.small_configs import small
@@ -129,6 +131,21 @@ def test_a_regression_is_scored_by_its_squared_error(tmp_path, capsys):
 
 
 # What is refused.
+
+
+@pytest.mark.parametrize(
+    ("support", "queries", "outputs", "message"),
+    [
+        (np.zeros(3), np.zeros(4), np.zeros((4, 1)), "labels [4], and what is predicted"),
+        (np.arange(3), np.zeros((4, 1), int), np.zeros((4, 3)), "labels [4, 1], and what is"),
+    ],
+)
+def test_labels_of_another_shape_than_the_predictions_are_refused(
+    support, queries, outputs, message
+):
+    examples = (Examples(np.zeros((len(labels), 2)), labels) for labels in (support, queries))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _results(*examples, outputs)
 
 
 @pytest.fixture

@@ -286,6 +286,7 @@ def test_a_run_is_trained_for_longer_and_judged_by_its_best_where_asked(
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(number, tmp_path, monkeypatch, capsys):
     words = (*SINUSOID, "--noprogress", f"--workdir={tmp_path}", "--config.eval_every=0")
     words = (*words, "--config.steps=5")
+    (tmp_path / "test.json").write_text("{}")  # as of a run of fewer steps
     signals = iter([number])  # a second one would end this process
     with monkeypatch.context() as patch:
         patch.setattr(JsonlLogger, "log", lambda *_: [signal.raise_signal(n) for n in signals])
