@@ -65,7 +65,8 @@ class Plan:
       budget: bytes of memory.
       inner_steps: T, or the inner steps of a truncated unroll.
       largest_horizon: if no exact row fits and the algorithm, or the tasks, have a field
-        `inner_steps`: the most inner steps that would fit, or 0. None otherwise.
+        `inner_steps`: the most inner steps that would fit, or 0. None otherwise, and in
+        truncated training.
     """
 
     rows: list[Row]
@@ -208,6 +209,8 @@ def _with_largest(result: Plan, costs: StepCosts, chunk: int) -> Plan:
     candidate = Candidate(leanest.engine)
     if result.chosen is None:
         if not (sets_horizon(costs.trainer.algorithm) or sets_horizon(costs.tasks)):
+            return result
+        if costs.trainer.truncation is not None:  # memory is that of its steps, not of the horizon
             return result
         horizons = range(1, result.inner_steps)
         fewest = bisect.bisect_left(horizons, True, key=costs.takes_horizon)

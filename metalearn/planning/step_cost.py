@@ -84,9 +84,10 @@ class StepCosts:
     def row(self, candidate: Candidate, chunk: int) -> Row:
         """Return the cost of an outer step with a candidate, or the text of its refusal."""
         engine, exact = candidate
-        state, plan = self._state(), None
+        plan = None
         try:
             trainer = dataclasses.replace(self.trainer, engine=engine, chunk=chunk)
+            state = trainer.shapes(self.tasks)  # an engine may have a part in it
             segments = trainer.segments(self.tasks)
             if segments is None:
                 step_cost = cost(trainer.step, state, self.tasks, known=self.known)

@@ -8,7 +8,18 @@ import jax
 import optax
 import pytest
 
-from metalearn import ES, Algorithm, Forward, MixedFlow, Replay, Reverse, Trainer, choose_engine
+from metalearn import (
+    ES,
+    PES,
+    Algorithm,
+    Forward,
+    MixedFlow,
+    Replay,
+    Reverse,
+    Trainer,
+    Truncation,
+    choose_engine,
+)
 from metalearn._utils.device_memory import device_memory, host_memory, parse_bytes, show_bytes
 from metalearn.algorithms import (
     FDS,
@@ -148,6 +159,24 @@ def test_an_engine_that_refuses_is_a_row_with_its_reason():
     assert found.rows[1].cost is None and not found.fits(found.rows[1])
     assert found.rows[1].refusal.startswith("`Forward()` pushes one tangent per meta-parameter")
     assert found.choose().engine == Reverse()
+
+
+def test_truncated_training_is_planned_whatever_state_its_engine_or_a_candidate_has():
+    short = {"truncation": Truncation(2), "tasks_per_step": 2}
+    for engine in (PES(), Reverse()):
+        trainer = Trainer(ADAPTATION, engine, **short)
+        found = plan(trainer, WAVES, candidates=(*TWO[:1], Candidate(PES(), exact=False)))
+        assert all(row.cost is not None for row in found.rows), found.rows
+        assert found.choose().engine == Reverse()
+
+
+def test_truncated_training_has_no_horizon_that_would_fit():
+    trainer = Trainer(ADAPTATION, Reverse(), truncation=Truncation(4), tasks_per_step=1)
+    found = plan(trainer, WAVES, candidates=TWO[:1], budget=1)
+    assert found.chosen is None and found.largest_horizon is None
+    with pytest.raises(BudgetError) as caught:
+        found.choose()
+    assert "inner steps do not help" not in str(caught.value)
 
 
 def test_programs_that_turn_out_the_same_cost_the_same():
