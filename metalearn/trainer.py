@@ -451,7 +451,7 @@ class Trainer:
     def _most_steps(self, steps: int | None, eta: Any, tasks: Tasks, key: jax.Array) -> int | None:
         """Return `steps`, or those that one program differentiates if they are fewer; None: all."""
         most = None if self.truncation is None else self.truncation.steps
-        if isinstance(self.unrolls, SegmentedUnroll) and self.unrolls.has_backward_pass:
+        if isinstance(self.unrolls, SegmentedUnroll) and not self._is_whole:
             # One program could not hold the residuals of all steps.
             most = self.unrolls.segments(eta, tasks, key).length
         return min((n for n in (steps, most) if n is not None), default=None)
@@ -530,7 +530,13 @@ class Trainer:
             self.task_keys,
             self._fetched_first,
             self.labels_seen,
+            self.truncation is None and self._is_whole,
         )
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether one program differentiates all inner steps."""
+        return not (isinstance(self.unrolls, SegmentedUnroll) and self.unrolls.has_backward_pass)
 
     def check_health(self, state: TrainState, tasks: Tasks) -> health.Report:
         """Examine the first task of the outer step after `state`; see `diagnostics.health`."""

@@ -215,9 +215,9 @@ def main(argv: Sequence[str] | None = None) -> list[list[Curve]]:
 def _report(workdir: pathlib.Path, options: argparse.Namespace) -> list[Curve]:
     restored = load_run(workdir)
     settled = settings(restored.config, options.width, options.length)
-    curves = []
+    curves, learned = [], restored.trainer.learned(restored.state)
     for name in options.setting:
-        curves += compare(settled[name], restored.state.eta, name, options.runs, RATES)
+        curves += compare(settled[name], learned, name, options.runs, RATES)
     print("\n".join([f"{workdir}:", *table(curves)]), flush=True)
     write(curves, workdir / "curves.csv")
     draw(curves, workdir / "curves.png")

@@ -97,7 +97,7 @@ def measure(config: Any, seed: int, arms: Arms, trainer: Trainer, tasks: Text) -
     how = {"loggers": [ConsoleLogger()], "log_every": config["log_every"], "progress": False}
     state = trainer.fit(tasks, config["steps"], key=key_of(seed), **how)
     learned = time.perf_counter()
-    row = arms.rows(state.eta, jax.random.fold_in(key_of(seed), 1))
+    row = arms.rows(trainer.learned(state), jax.random.fold_in(key_of(seed), 1))
     ended = time.perf_counter()
     return {"seed": seed, **row, "meta_seconds": learned - began, "arm_seconds": ended - learned}
 

@@ -2,9 +2,9 @@
 
     python -m metalearn.experiments.benchmarks.regret runs/tuners [--wandb auto]
 
-Regret is the test loss of the incumbent at a cost, minus the lowest of its box; the mean over the
-seeds that reached this cost. Logarithmic axes; diverged runs are drawn at the top. With --wandb, a
-W&B run shows the pictures.
+Regret is the test loss of the incumbent at a cost, minus the lowest of its box; the mean over
+seeds, of each its last incumbent up to this cost, or its first one. Logarithmic axes; diverged runs
+are drawn at the top. With --wandb, a W&B run shows the pictures.
 """
 
 from __future__ import annotations

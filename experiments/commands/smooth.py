@@ -166,7 +166,7 @@ def table(result: Smoothness) -> Iterator[str]:
     yield (
         f"Predictions hold within {AGREES:.0%} between these step sizes; 1 moves eta by its own "
         f"scale. The first outer step is one of {result.outer_step:.1e}. Metasmoothness and "
-        f"curvature at {result.step:g}."
+        f"curvature at {result.step:g}, of the outer step at its own length."
     )
     for name, norms in (("tangents", result.tangents), ("cotangents", result.cotangents)):
         chosen = [norms[0], norms[len(norms) // 2], norms[-1]]

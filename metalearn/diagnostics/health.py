@@ -139,6 +139,8 @@ class Probes(NamedTuple):
       fetch: (tasks, state, steps) -> the tasks of its next outer step, read from the host where
         they are there, for the first so many inner steps; None: for those that are differentiated.
       labels_seen: losses, and the outputs of the network that they were traced with.
+      whole: whether `look` sees whole unrolls; False: the first steps of one from a fresh start, of
+        those that are truncated, or cut into segments.
     """
 
     look: Callable[..., Look]
@@ -147,6 +149,7 @@ class Probes(NamedTuple):
     task_keys: Callable[[TrainState], jax.Array]
     fetch: Callable[[Tasks, TrainState, int | None], Tasks]
     labels_seen: Seen
+    whole: bool = True
 
 
 def check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
@@ -195,6 +198,13 @@ def diagnose(probes: Probes, state: TrainState, tasks: Tasks) -> str:
         cause = _cause(result, names, _labels(probes, tasks, key, result), look)
         if cause:
             return f"In its task {i + 1} of {len(keys)} {cause}"
+    if not probes.whole:
+        return (
+            f"The first {len(result.inner.losses)} inner steps from a fresh start, which are what "
+            "is examined of unrolls in segments or truncations, have a finite outer loss and "
+            "meta-gradient for each of its tasks. What is not finite begins in a later inner step, "
+            "or in the sum over the tasks, or in the outer optimizer."
+        )
     return (
         "Each of its tasks has a finite outer loss and meta-gradient of its own, so it is their "
         "sum, or the outer optimizer, that is not."

@@ -76,7 +76,8 @@ class Prediction(NamedTuple):
       changes: F(eta + h v) - F(eta) at each of them.
       metasmoothness: of theta_T, from -1 to 1; NaN where theta_T does not move or is not finite.
         Along "outer step" for h the length of that step, else for the h of `smoothness(step=)`.
-      curvature: |F(eta + 2 h v) - 2 F(eta + h v) + F(eta)| / h^2.
+      curvature: |F(eta + 2 h v) - 2 F(eta + h v) + F(eta)| / h^2. h is `Smoothness.step`, and for
+        the outer step its own length, where rounding may be most of it.
     """
 
     name: str

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from metalearn import Algorithm, Episode, Forward, MixedFlow, Reverse, Tasks, Trainer, Unroll
+from metalearn import (
+    Algorithm,
+    Episode,
+    Forward,
+    MixedFlow,
+    Reverse,
+    Tasks,
+    Trainer,
+    Unroll,
+)
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
 from metalearn.diagnostics.health import ROOT, HealthError, HealthWarning, Report
@@ -276,6 +285,17 @@ def test_a_failing_step_says_which_task_and_from_which_inner_step_on():
     )
     with pytest.raises(NonFiniteError, match=expected):
         wild.fit(TASKS, 3, key=KEY, progress=False)
+
+
+def test_a_step_that_fails_beyond_what_is_examined_does_not_blame_the_outer_optimizer():
+    rate = optax.sgd(lambda count: jnp.where(count < 6, 0.1, jnp.nan))
+    wild = dataclasses.replace(trainer(rate, inner_steps=9), segment=3)
+    message = (
+        r"The first 3 inner steps from a fresh start, .* have a finite outer loss .* begins in "
+        "a later inner step"
+    )
+    with pytest.raises(NonFiniteError, match=message):
+        wild.fit(TASKS, 4, key=KEY, progress=False)
 
 
 def test_a_failing_meta_gradient_names_the_leaves_and_the_way_out():
