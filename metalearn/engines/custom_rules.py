@@ -49,6 +49,7 @@ TRUSTED = {
 PER_ARGUMENT = os.path.join(JAX, "custom_derivatives.py")  # `defjvps` of such a function
 DIRECT_SOLVES = tuple({**_of_jax("numpy/linalg.py"), **_of_jax("lax/linalg.py")})
 HIGHER = "jax._src.numpy."
+OF_MIXED_FLOW = os.path.join(os.path.dirname(__file__), "mixed_flow")
 
 
 class Rule(NamedTuple):
@@ -259,9 +260,15 @@ def _rule(use: _Use) -> Rule:
     name, place = _named(equation)
     if equation.primitive.name == "custom_linear_solve" or name in ("_custom_root", "CustomRoot"):
         return Rule(name, place, Trial(Verdict.UNKNOWN, _IMPLICIT))
-    if equation.params.get("symbolic_zeros") is True:
+    if equation.params.get("symbolic_zeros") is True and not _is_inner_gradient(equation):
         return Rule(name, place, Trial(Verdict.UNKNOWN, _SYMBOLIC))
     return Rule(name, place, trial(*use))
+
+
+def _is_inner_gradient(equation: core.JaxprEqn) -> bool:
+    """Return whether an equation is an inner gradient of `MixedFlow`, whose rule is right."""
+    info = _debug_info(equation.params.get("call_jaxpr") or equation.params.get("fun_jaxpr"))
+    return os.path.dirname(_file(info)) == OF_MIXED_FLOW
 
 
 _IMPLICIT = "implicit differentiation, a derivative only where the solver has converged"

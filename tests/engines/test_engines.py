@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from metalearn import Forward, MetaGradient, MixedFlow, Reverse, Unroll
+from metalearn import ExampleMean, Forward, MetaGradient, MixedFlow, Reverse, Unroll
 from metalearn.engines.mixed_flow.forward_over_reverse import pushforward
 from tests.cases import ENGINES
 from tests.helpers.selection import quick
@@ -654,3 +654,82 @@ def test_an_outer_loss_without_metrics_is_refused_with_what_to_return(engine, re
     unroll = unroll._replace(step=lambda eta, theta, batch, grad: theta)
     with pytest.raises(TypeError, match=r"\(loss, metrics\), but this one.*`return loss, \{\}`"):
         engine.value_and_grad(unroll, eta, batches)
+
+
+# What nothing reads has no part in the derivative, and may have an infinite one.
+
+POINT = jnp.array([1.0, -2.0])
+
+
+def logged_norm(eta, theta, batch, grad):
+    """A metric that is only logged, at parameters that are zero."""
+
+    def loss(theta):
+        miss = 0.5 * jnp.sum((theta - POINT * batch) ** 2) * jnp.exp(eta["s"])
+        return miss, {"norm": jnp.sqrt(jnp.sum(theta**2))}
+
+    return theta - 0.1 * grad(loss, has_aux=True)(theta)[0]
+
+
+def norms_of_examples(eta, theta, batch, grad):
+    """The same of each example, of a loss that is taken in parts."""
+
+    def loss(theta, example):
+        miss = 0.5 * jnp.sum((theta - example) ** 2) * jnp.exp(eta["s"])
+        return miss, {"norm": jnp.sqrt(jnp.sum(theta**2))}
+
+    examples = POINT[None] * batch * jnp.arange(1.0, 5.0)[:, None]
+    return theta - 0.1 * grad(ExampleMean(loss), has_aux=True)(theta, examples)[0]
+
+
+def penalty_of_eta(eta, theta, batch, grad):
+    """A term of eta alone."""
+
+    def loss(theta, eta):
+        miss = 0.5 * jnp.sum((theta - POINT * batch) ** 2) * jnp.exp(eta["s"])
+        return miss + jnp.sqrt(jnp.sum(eta["zero"] ** 2))
+
+    return theta - 0.1 * grad(loss)(theta, eta)
+
+
+def unused_gradient(eta, theta, batch, grad):
+    """A leaf that `grad` differentiates and the step leaves as it is."""
+
+    def loss(parts):
+        both = jnp.sum(parts["zero"] ** 1.5 * parts["theta"])
+        return 0.5 * jnp.sum((parts["theta"] - POINT * batch) ** 2) * jnp.exp(eta["s"]) + both
+
+    return theta - 0.1 * grad(loss)({"theta": theta, "zero": eta["zero"]})["theta"]
+
+
+@pytest.mark.parametrize(
+    ("step", "engine"),
+    [
+        *itertools.product(
+            (logged_norm, penalty_of_eta, unused_gradient),
+            (MixedFlow(), MixedFlow("none"), MixedFlow("nested"), MixedFlow(store="host")),
+        ),
+        (norms_of_examples, MixedFlow(micro_batches=2)),
+    ],
+)
+def test_what_nothing_reads_has_no_part_in_the_meta_gradient(step, engine):
+    eta = {"theta": jnp.zeros(2), "s": jnp.array(0.1), "zero": jnp.zeros(2)}
+    if step is not logged_norm and step is not norms_of_examples:
+        eta["theta"] = jnp.ones(2)
+    unroll = Unroll(lambda eta: eta["theta"], step, lambda eta, theta: (jnp.sum(theta**3), {}))
+    found, expected = (
+        jax.jit(each.value_and_grad, static_argnums=0)(unroll, eta, jnp.arange(1.0, 3.0))[1]
+        for each in (engine, Reverse())
+    )
+    assert all(map(np.any, (expected["theta"], expected["s"])))
+    for name in eta:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_an_argument_that_is_differentiated_is_passed_by_position():
+    def step(eta, theta, batch, grad):
+        return theta - eta * grad(lambda t: jnp.sum(t**2))(t=theta)
+
+    unroll = Unroll(lambda eta: jnp.ones(2), step, lambda eta, theta: (theta.sum(), {}))
+    with pytest.raises(TypeError, match="differentiates positional argument 0 of `fun`, which was"):
+        MixedFlow().value_and_grad(unroll, jnp.array(0.1), jnp.arange(2))

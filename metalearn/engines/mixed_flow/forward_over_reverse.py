@@ -5,7 +5,9 @@ a. One pass gives all of them: differentiate
 
     Phi(theta, s) = (1 + s l) L(theta) + s <a, aux(theta)>
 
-along (u, 1) in (theta, s): d Phi' = u^T H + l L' + a^T aux'.
+along (u, 1) in (theta, s): d Phi' = u^T H + l L' + a^T aux'. Only what has a cotangent is in it
+(`symbolic_zeros`): a metric that is only logged may have an infinite derivative, such as the norm
+of parameters that are zero, and zero times that is NaN.
 
 The inner loss may close over traced values, eta for instance. JAX would drop or refuse a
 derivative through a closure of a custom rule, so the loss is traced once and its closed-over
@@ -34,6 +36,7 @@ import jax.dtypes
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jax.extend import core
 
 from metalearn._utils.trees import is_array, is_differentiable, split
@@ -98,6 +101,11 @@ class Call:
         kwargs: dict[str, Any],
     ):
         chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        if missing := [i for i in chosen if not -len(args) <= i < len(args)]:
+            raise TypeError(
+                f"`grad(fun, argnums={argnums})` differentiates positional argument {missing[0]} "
+                f"of `fun`, which was called with {len(args)} of them. Pass it by position."
+            )
         theta, treedef = jax.tree.flatten([args[i] for i in chosen])
         held = list(args)
         for i in chosen:
@@ -262,9 +270,27 @@ def _commuted(gradient: Gradient) -> Callable[[Leaves, Leaves, Leaves, Any], Any
         theta, floats, rest = residuals
         return *gradient.back(theta, floats, rest, cotangents), None, None
 
+    return with_backward(forward, backward)
+
+
+def with_backward(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `forward` of four arguments, whose first three are the residuals of `backward`.
+
+    Cotangents that are zero since nothing reads an output are `SymbolicZero`s.
+    """
+
+    def saved(*inputs: Any) -> Any:
+        inputs = custom_vjp_primal_tree_values(inputs)
+        return forward(*inputs), inputs[:3]
+
     rule = jax.custom_vjp(forward)
-    rule.defvjp(lambda *inputs: (forward(*inputs), inputs[:3]), backward)
+    rule.defvjp(saved, backward, symbolic_zeros=True)
     return rule
+
+
+def is_zero(cotangent: Any) -> bool:
+    """Return whether nothing reads the output that a cotangent is of."""
+    return isinstance(cotangent, SymbolicZero)
 
 
 def pullback(
@@ -289,16 +315,20 @@ def pullback(
     """
     (value_bar, aux_bar), u = cotangents
     backwards, forwards, join = split(floats, apart)
+    moved, held, whole = split(theta, [not is_zero(leaf) for leaf in u])
+    tangents = [leaf for leaf in u if not is_zero(leaf)]
 
     def phi(theta: Leaves, forwards: Leaves, s: jax.Array) -> jax.Array:
         value, aux = loss(theta, join(backwards, forwards), rest)
-        return (1 + s * value_bar) * value + s * _inner_product(aux_bar, aux)
+        if not is_zero(value_bar):
+            value = (1 + s * value_bar) * value
+        return value + s * _inner_product(aux_bar, aux)
 
-    def gradient(theta: Leaves, s: jax.Array) -> Any:
-        return jax.grad(phi, (0, 1))(theta, forwards, s)
+    def gradient(moved: Leaves, s: jax.Array) -> Any:
+        return jax.grad(phi, (0, 1))(whole(moved, held), forwards, s)
 
     s = jnp.zeros((), value_bar.dtype)
-    theta_bar, forwards_bar = push(gradient, (theta, s), (u, jnp.ones_like(s)))
+    theta_bar, forwards_bar = push(gradient, (moved, s), (tangents, jnp.ones_like(s)))
     if not backwards:
         return theta_bar, forwards_bar
 
@@ -311,9 +341,10 @@ def pullback(
 
 
 def _inner_product(cotangents: Any, values: Any) -> jax.Array | float:
-    """Return the real inner product over the leaves that carry derivatives."""
+    """Return the real inner product over the leaves that have a cotangent."""
     pairs = zip(jax.tree.leaves(cotangents), jax.tree.leaves(values), strict=True)
-    return sum((jnp.real(jnp.sum(c * v)) for c, v in pairs if is_differentiable(v)), start=0.0)
+    read = [(c, v) for c, v in pairs if is_differentiable(v) and not is_zero(c)]
+    return sum((jnp.real(jnp.sum(c * v)) for c, v in read), start=0.0)
 
 
 def pushforward(function: Callable[..., Any], primals: Any, tangents: Any) -> Any:
@@ -353,11 +384,16 @@ def differentiated(
     Raises:
       TypeError: if an operation in it has no derivative; `names` are functions with rules.
     """
+    bars = jax.tree.leaves(cotangents)
+
+    def read(*primals: Any) -> list[Any]:
+        leaves = jax.tree.leaves(function(*primals))
+        return [leaf for leaf, bar in zip(leaves, bars, strict=True) if not is_zero(bar)]
+
     try:
-        result, pull = jax.vjp(function, *primals)
-        leaves, treedef = jax.tree.flatten(result)
-        pairs = zip(leaves, jax.tree.leaves(cotangents), strict=True)
-        return pull(jax.tree.unflatten(treedef, [_cotangent(*pair) for pair in pairs]))
+        result, pull = jax.vjp(read, *primals)
+        pairs = zip(result, (bar for bar in bars if not is_zero(bar)), strict=True)
+        return pull([_cotangent(*pair) for pair in pairs])
     except (TypeError, ValueError, NotImplementedError) as error:
         raise TypeError(
             "`MixedFlow` differentiates this inner gradient as it stands, by reverse over reverse, "

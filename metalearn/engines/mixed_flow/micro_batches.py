@@ -23,8 +23,10 @@ from metalearn.engines.mixed_flow.forward_over_reverse import (
     Leaves,
     inexact,
     inner_gradient,
+    is_zero,
     named,
     primal,
+    with_backward,
 )
 from metalearn.unroll import ExampleMean
 
@@ -122,23 +124,22 @@ def _in_parts(gradient: Gradient, parts: int, dtype: Any) -> Callable[..., Any]:
         theta, others, rest = residuals
         (value_bar, aux_bar), u = cotangents
         leaves, treedef = jax.tree.flatten(aux_bar)
-        leaves = [_cut_cotangent(leaf, parts) for leaf in leaves]
+        unread, rows, join = split(leaves, is_zero)
+        rows = [_cut_cotangent(leaf, parts) for leaf in rows]
 
         def add(total: Any, part: Any) -> tuple[Any, Any]:
             cut, cut_rest, bars = part
             inputs = [*cut, *others[1]], [*cut_rest, *rest[1]]
-            aux_bar = jax.tree.unflatten(treedef, bars)
+            aux_bar = jax.tree.unflatten(treedef, join(unread, bars))
             theta_bar, bars = gradient.back(theta, *inputs, ((value_bar, aux_bar), u))
             cut_bar, common_bar = list(bars[: len(cut)]), list(bars[len(cut) :])
             return _plus(total, (list(theta_bar), common_bar)), cut_bar
 
         zero = jax.tree.map(jnp.zeros_like, (list(theta), others[1]))
-        (theta_bar, common_bar), cut_bar = jax.lax.scan(add, zero, (others[0], rest[0], leaves))
+        (theta_bar, common_bar), cut_bar = jax.lax.scan(add, zero, (others[0], rest[0], rows))
         return theta_bar, (cut_bar, common_bar), None, None
 
-    rule = jax.custom_vjp(forward)
-    rule.defvjp(lambda *inputs: (forward(*inputs), inputs[:3]), backward)
-    return rule
+    return with_backward(forward, backward)
 
 
 def _plus(total: Any, terms: Any) -> Any:
