@@ -49,7 +49,9 @@ def nested_scan(
     def segment(state: InnerState, batches: Batch) -> tuple[InnerState, Inner]:
         return nested_scan(body, state, batches, shorter, policy)
 
-    segments = jax.tree.map(lambda x: x[:even].reshape(-1, length, *x.shape[1:]), batches)
+    segments = jax.tree.map(
+        lambda x: x[:even].reshape(even // length, length, *x.shape[1:]), batches
+    )
     checkpointed = jax.checkpoint(segment, policy=policy, prevent_cse=False)
     state, inner = jax.lax.scan(checkpointed, state, segments)
     inner = jax.tree.map(lambda x: x.reshape(even, *x.shape[2:]), inner)

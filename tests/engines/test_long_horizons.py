@@ -373,3 +373,44 @@ def test_tangents_spread_over_devices_give_the_same_gradient_in_less_memory_each
     assert int(devices) == 4
     assert float(error) < 1e-12
     assert int(spread) < 0.5 * int(alone)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_run_may_begin_before_eta_is_read(chunk):
+    def step(eta, theta, batch, grad):
+        rate = jnp.where(batch < 2, 0.1, eta["rate"])
+        return theta - rate * grad(lambda x: jnp.sum(jnp.cosh(x)))(theta)
+
+    unroll = Unroll(
+        lambda eta: jnp.ones(2), step, lambda eta, theta: (jnp.sum(theta**2), {})
+    )._replace(begins={"rate": np.array(2)})
+    eta = {"rate": 0.3}  # a number of Python, as it is
+    found = Forward(chunk=chunk).value_and_grad(unroll, eta, jnp.arange(4))[1]
+    expected = Reverse().value_and_grad(unroll, eta, jnp.arange(4))[1]
+    np.testing.assert_allclose(found["rate"], expected["rate"], rtol=1e-5)
+
+
+def test_products_of_a_bfloat16_state_are_summed_in_float32():
+    def step(eta, state, batch, grad):
+        return jax.tree.map(lambda x: (x * (1 + eta)).astype(x.dtype), state)
+
+    def loss(eta, state):
+        a, b = (jnp.sum(x.astype(jnp.float32)) for x in state)
+        return a - b, {}
+
+    state = jnp.ones(4096, jnp.bfloat16), jnp.ones(4100, jnp.bfloat16)
+    unroll = Unroll(lambda eta: state, step, loss)
+    for engine in (Forward(), Reverse()):
+        assert engine.value_and_grad(unroll, jnp.float32(0), jnp.arange(1))[1] == -4
+
+
+@pytest.mark.parametrize("engine", [Reverse("nested"), MixedFlow("segments")], ids=str)
+def test_batches_may_have_an_empty_field(engine):
+    def step(eta, theta, batch, grad):
+        return theta - eta * grad(lambda x: jnp.sum(x**2))(theta)
+
+    unroll = Unroll(lambda eta: jnp.ones(2), step, lambda eta, theta: (theta.sum(), {}))
+    batches = jnp.arange(5), jnp.zeros((5, 0))
+    found = engine.value_and_grad(unroll, jnp.array(0.1), batches)[1]
+    expected = Reverse().value_and_grad(unroll, jnp.array(0.1), batches)[1]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)

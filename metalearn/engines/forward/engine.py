@@ -35,7 +35,7 @@ import numpy as np
 
 from metalearn._utils.checks import CountOrZero, at_most, is_integer
 from metalearn._utils.fields import check_fields
-from metalearn._utils.trees import split
+from metalearn._utils.trees import precision, split
 from metalearn.engines.base import Aux, MetaGradient, check_eta, outer_loss
 from metalearn.engines.forward.tangents import first_reads, parts, push, round_up, tangent_norms
 from metalearn.engines.grad_recorder import Inner, joined
@@ -276,5 +276,10 @@ class Forward(MetaGradient):
 
 def _inner_products(cotangents: Any, tangents: Any) -> jax.Array:
     """Return <cotangents, tangents[i]> for each i: [k]. Of complex leaves, the real part."""
-    parts = jax.tree.map(lambda c, t: jnp.tensordot(t, c, c.ndim).real, cotangents, tangents)
+
+    def product(c: jax.Array, t: jax.Array) -> jax.Array:
+        highest = {"precision": "highest", "preferred_element_type": precision(t)}
+        return jnp.tensordot(t, c, c.ndim, **highest).real
+
+    parts = jax.tree.map(product, cotangents, tangents)
     return jnp.asarray(sum(jax.tree.leaves(parts)))

@@ -11,6 +11,7 @@ non-zero by the end of that part. Every part is compiled on its own, so there ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -43,9 +44,9 @@ def push(linear: Callable[..., Any], tangents: Any, chunk: int | None, sharding:
       What `linear` returns, leaves [k, ...].
     """
     tangents = place(tangents, sharding)
-    if chunk is None:
-        return place(jax.vmap(linear)(*tangents), sharding)
     count = jax.tree.leaves(tangents)[0].shape[0]
+    if chunk is None or not count:
+        return place(jax.vmap(linear)(*tangents), sharding)
     return jax.lax.map(lambda one: linear(*one), tangents, batch_size=min(chunk, count))
 
 
@@ -91,7 +92,7 @@ def tangent_norms(pushed: list[jax.Array], tangents: list[jax.Array]) -> jax.Arr
         return jnp.zeros(0)
     squares = []
     for leaf in pushed:
-        rows = precise(leaf).reshape(leaf.shape[0], -1)
+        rows = precise(leaf).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
         # Faster on a CPU than a sum of squares.
         highest = jax.lax.Precision.HIGHEST
         squares.append(jnp.einsum("kn,kn->k", rows.conj(), rows, precision=highest).real)
@@ -125,7 +126,7 @@ def first_reads(begins: Any, eta: Eta) -> np.ndarray:
     """
     leaves = jax.tree.leaves(eta)
     if begins is None:
-        return np.zeros(sum(leaf.size for leaf in leaves), int)
+        return np.zeros(sum(map(jnp.size, leaves)), int)
     steps = jax.tree.leaves(begins)
     shapes = [[np.shape(leaf) for leaf in tree] for tree in (steps, leaves)]
     if shapes[0] != shapes[1]:

@@ -20,8 +20,9 @@ probed when a program is traced (`metalearn.engines.custom_rules`): an inner gra
 rule that is not, or may not be, a derivative is differentiated by reverse over reverse. That is
 exact too, and takes as much memory as `Reverse("step")`.
 
-Mixed flow is as general as reverse mode, within the limits of JAX's custom derivative rules: the
-meta-gradient cannot itself be differentiated, and inner gradients must have a derivative. A
+Mixed flow is as general as reverse mode, within the limits of JAX's custom derivative rules: a
+meta-gradient is differentiated once more through `rollout` alone, as a level above does, and inner
+gradients must have a derivative. A
 callback or a kernel whose backward pass has no derivative works with no engine, and is refused.
 Parameters may be complex; as everywhere in JAX, the gradient of a real loss with respect to them
 is conjugated. A step cannot take a `jax.jvp` of `grad`: compute a Hessian product as the `grad`

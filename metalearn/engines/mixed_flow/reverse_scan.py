@@ -223,7 +223,8 @@ class Anchors(Saved):
         """Return the batches of complete segments [n, every, ...], and the remaining ones."""
         steps = jax.tree.leaves(batches)[0].shape[0]
         complete = steps - steps % self.every
-        head = jax.tree.map(lambda x: x[:complete].reshape(-1, self.every, *x.shape[1:]), batches)
+        sizes = complete // self.every, self.every
+        head = jax.tree.map(lambda x: x[:complete].reshape(*sizes, *x.shape[1:]), batches)
         return head, jax.tree.map(lambda x: x[complete:], batches)
 
 
