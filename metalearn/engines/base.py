@@ -96,8 +96,9 @@ class MetaGradient(abc.ABC):
         del unroll, eta, batches
         raise ValueError(
             f"`{self}` returns a meta-gradient that a level above cannot differentiate once more, "
-            "so it cannot be the engine of a lower level. Use `Reverse()`, with any `remat`, as "
-            "`MetaTraining(engine=)`; the engine of the level above, the Trainer's, may be any."
+            "so it cannot be the engine of a lower level. Use `Reverse()`, with any `remat`, or "
+            "`MixedFlow()` as `MetaTraining(engine=)`; the engine of the level above, the "
+            "Trainer's, may be any."
         )
 
     def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
@@ -171,7 +172,7 @@ class Backward(Protocol):
 
 
 def check_eta(eta: Any) -> None:
-    """Raise TypeError where eta has no leaves, or one without a derivative."""
+    """Raise ValueError where eta has no leaves, TypeError for one without a derivative."""
     leaves = jax.tree_util.tree_leaves_with_path(eta)
     if not leaves:
         raise ValueError("`eta` has no leaves, so there is nothing to learn. Did `init` return it?")

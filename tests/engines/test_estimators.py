@@ -462,6 +462,25 @@ def test_an_eta_that_rounds_perturbations_away_is_refused(engine):
     refuses(engine, half, TypeError, "`eta['rate']` has dtype bfloat16, and ")
 
 
+def test_an_outer_loss_that_rounds_differences_away_is_refused():
+    unroll = pursuit()
+    half = unroll._replace(
+        loss=lambda eta, state: (unroll.loss(eta, state)[0].astype(jnp.bfloat16), {})
+    )
+    with pytest.raises(TypeError, match=r"outer loss is bfloat16, .* Return it in float32"):
+        ES().value_and_grad(half, ETA, BATCHES, KEY)
+
+
+def test_a_mixture_takes_an_eta_with_an_empty_leaf():
+    unroll = pursuit()
+    eta = {**ETA, "none": np.zeros((0, 3), np.float32)}
+    inner = unroll._replace(
+        init=lambda eta: unroll.init({name: eta[name] for name in ETA}),
+    )
+    grads = InverseVariance(ES(2)).value_and_grad(inner, eta, BATCHES, KEY)[1]
+    assert grads["none"].shape == (0, 3) and np.isfinite(grads["rate"])
+
+
 def test_a_mixture_refuses_one_pair_and_what_is_no_estimator():
     message = "`InverseVariance` takes variances over pairs, and `ES(pairs=1, sigma=0.01)` has only"
     with pytest.raises(ValueError, match="^" + re.escape(message)):

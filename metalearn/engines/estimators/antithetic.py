@@ -151,6 +151,11 @@ class Antithetic(MetaGradient):
 
     def pair_estimates(self, particles: Particles, losses: jax.Array) -> Eta:
         """Return the estimate of each pair from losses [2n]: like eta, leaves [n, ...]."""
+        if precision(losses) != losses.dtype:
+            raise TypeError(
+                f"`{type(self).__name__}` divides differences of outer losses by sigma^2, and this "
+                f"outer loss is {losses.dtype}, whose rounding they would be. Return it in float32."
+            )
         plus, minus = losses[: self.pairs], losses[self.pairs :]
         slopes = (plus - minus) / (2 * self.sigma**2)
 

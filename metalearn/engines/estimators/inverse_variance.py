@@ -114,7 +114,9 @@ class InverseVariance(MetaGradient):
         particles = self.estimator.draw_particles(eta, state)
         (losses, aux), gradients = self.estimator.at_particles(particles, solve, unroll, state)
         estimates = self.estimator.pair_estimates(particles, losses)
-        pathwise = mean(jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), gradients))
+        pathwise = mean(
+            jax.tree.map(lambda x: x.reshape(2, x.shape[0] // 2, *x.shape[1:]), gradients)
+        )
         grads, weight = mix_by_inverse_variance(pathwise, estimates)
         aux = self.estimator.mean_aux(particles, aux)
         metrics = {**aux.metrics, "pathwise_weight": weight}

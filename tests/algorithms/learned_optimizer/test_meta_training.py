@@ -226,7 +226,8 @@ def test_an_engine_that_cannot_be_differentiated_again_is_refused_below():
         message = (
             f"`{engine}` returns a meta-gradient that a level above cannot differentiate once "
             "more, so it cannot be the engine of a lower level. Use `Reverse()`, with any `remat`, "
-            "as `MetaTraining(engine=)`; the engine of the level above, the Trainer's, may be any."
+            "or `MixedFlow()` as `MetaTraining(engine=)`; the engine of the level above, the "
+            "Trainer's, may be any."
         )
         with refused_in_tracing(message):
             jax.eval_shape(lambda a=algorithm: solved(a, Reverse(), meta_runs()))
