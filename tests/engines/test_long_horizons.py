@@ -414,3 +414,16 @@ def test_batches_may_have_an_empty_field(engine):
     found = engine.value_and_grad(unroll, jnp.array(0.1), batches)[1]
     expected = Reverse().value_and_grad(unroll, jnp.array(0.1), batches)[1]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_a_step_with_a_rule_that_has_no_tangents_is_refused_with_who_takes_it():
+    clipped = jax.custom_vjp(lambda x: x)
+    clipped.defvjp(lambda x: (x, None), lambda _, bar: (jnp.clip(bar, -1, 1),))
+
+    def step(eta, theta, batch, grad):
+        return clipped(theta - eta * grad(lambda x: jnp.sum(x**2))(theta))
+
+    unroll = Unroll(lambda eta: jnp.ones(2), step, lambda eta, theta: (theta.sum(), {}))
+    with pytest.raises(TypeError, match=r"`jax.custom_vjp`, which has none. Use `Reverse\(\)`"):
+        Forward().value_and_grad(unroll, jnp.array(0.1), jnp.arange(2))
+    assert jnp.isfinite(Reverse().value_and_grad(unroll, jnp.array(0.1), jnp.arange(2))[1])

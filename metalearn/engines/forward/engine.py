@@ -24,8 +24,9 @@ squared gradient (Baydin et al. 2022, arXiv:2202.08587).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -256,10 +257,11 @@ class Forward(MetaGradient):
             joins.append(next_join)
             return next_floats, (next_others, aux)
 
-        next_floats, linear, (next_others, aux) = jax.linearize(
-            on_floats, floats, eta, has_aux=True
-        )
-        next_tangents = push(linear, (tangents, directions), self.chunk, self.sharding)
+        with _going_forwards():
+            next_floats, linear, (next_others, aux) = jax.linearize(
+                on_floats, floats, eta, has_aux=True
+            )
+            next_tangents = push(linear, (tangents, directions), self.chunk, self.sharding)
         return joins[-1](next_floats, next_others), next_tangents, aux
 
     def _gradient(self, unroll: Unroll, slopes: jax.Array, directions: Eta, eta: Eta) -> Eta:
@@ -272,6 +274,21 @@ class Forward(MetaGradient):
         return jax.tree.map(
             lambda v: (jnp.tensordot(slopes, v, 1) / count).astype(v.dtype), directions
         )
+
+
+@contextlib.contextmanager
+def _going_forwards() -> Iterator[None]:
+    """Raise TypeError with the way out where JAX finds a rule that has no tangents."""
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode autodiff (jvp) to a custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            "`Forward` pushes tangents through each inner step (a JVP), and `step` or `init` holds "
+            "a `jax.custom_vjp`, which has none. Use `Reverse()` or `MixedFlow()`, which take it, "
+            "or write it as a `jax.custom_jvp`."
+        ) from error
 
 
 def _inner_products(cotangents: Any, tangents: Any) -> jax.Array:
