@@ -168,6 +168,11 @@ class TaskStream(Tasks):
         return True
 
     @property
+    def fetches_keys(self) -> bool:
+        """False: `fetch` reads what comes next."""
+        return False
+
+    @property
     def resumable(self) -> bool:
         """Whether the iterable can seek."""
         return self._stream.seek is not None

@@ -442,8 +442,8 @@ class Trainer:
 
     def _fetched_first(self, tasks: Tasks, state: TrainState, steps: int | None) -> Tasks:
         """Return the tasks of the outer step after `state`, with their first inner steps."""
-        if not needs_fetch(tasks):
-            return tasks
+        if not needs_fetch(tasks) or (self.truncation is not None and not tasks.reads_steps):
+            return tasks  # as `_fetched`
         keys, first = self.task_keys(state), int(state.step) * self.tasks_per_step
         reads = Reads(0, self._most_steps(steps, state.eta, tasks, keys[0]))
         return self.place(fetched(tasks, keys, first, self.algorithm, reads))
@@ -692,8 +692,7 @@ class Trainer:
         least = 1 if self.segment == "auto" else self.segment  # steps whose batches are in memory
         steps = cut or (None if least is None else int(least))
         at_once, share = self.batch.at_once, 1 if self.layout is None else self.layout.inner
-        one = self.chunk is None and steps is None and jax.default_backend() == "cpu"
-        memory.check_tasks(self.algorithm, tasks, 1 if one else at_once, steps, devices=share)
+        memory.check_tasks(self.algorithm, tasks, at_once, steps, devices=share)
         for each in evaluated:
             runs = self.algorithm.evaluation()
             memory.check_tasks(runs, each, at_once, None, "An evaluation", share)
@@ -763,7 +762,7 @@ class Trainer:
 
         def metrics_of(keys: jax.Array, first: int) -> dict[str, jax.Array]:
             if len(segments) == 1:
-                read = fetched(tasks, keys, first, algorithm)
+                read = fetched(tasks, keys[:count], first, algorithm)  # others are the same again
                 return self._evaluate(eta, self.place(read), keys)
             return self._in_segments(eta, tasks, keys, segments)
 

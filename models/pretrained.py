@@ -238,19 +238,21 @@ def match(target: Any, params: Any) -> Match:
     # The parameters may be one part of the target: take the beginning that most names fit.
     fits = {start: sum(start + name in ours for name in plain) for start in starts}
     start, *others = sorted(fits, key=lambda start: -fits[start])
-    if others and 0 < fits[others[0]] == fits[start]:
+    if start and others and 0 < fits[others[0]] == fits[start]:  # whole names come first
         raise ValueError(
             f"`with_params`: the names fit under {start!r} and {others[0]!r} of the target alike. "
             "Give them with that part of their names, as {'" + start + "...': array}."
         )
-    part = start if hasattr(target, "_fields") else ""  # of an eta, whose other parts are not given
     matches = {
         start + name: given_name for name, given_name in plain.items() if start + name in ours
     }
+    given: tuple[str, ...] = ("",)
+    if hasattr(target, "_fields") and matches:  # an eta: of its other parts nothing is given
+        given = tuple(f"{name.partition('/')[0]}/" for name in matches)
     shapes = {n: (ours[n], theirs[g]) for n, g in matches.items() if ours[n] != theirs[g]}
     return Match(
         {name: matches[name] for name in ours if name in matches},
-        tuple(name for name in ours if name not in matches and name.startswith(part)),
+        tuple(name for name in ours if name not in matches and f"{name}/".startswith(given)),
         tuple(given_name for name, given_name in plain.items() if start + name not in ours),
         shapes,
     )

@@ -27,6 +27,7 @@ from metalearn import Replay, Tasks, Trainer
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import first_line
 from metalearn._utils.intervals import Estimate
+from metalearn.checkpoints.manager import Checkpoints
 from metalearn.checkpoints.record import versions
 from metalearn.eta_file import save_eta
 from metalearn.experiments import build, run_data
@@ -83,6 +84,22 @@ def train(
         return _train(plain, workdir, progress, allow_change, command, test_tasks)
 
 
+@contextlib.contextmanager
+def _without_score(workdir: pathlib.Path, checkpoints: Checkpoints) -> Iterator[None]:
+    """Take the test score away, of fewer outer steps; put it back where no step is taken."""
+    path, before = workdir / "test.json", checkpoints.latest()
+    if not is_first() or not path.is_file():
+        yield
+        return
+    score = path.read_bytes()
+    path.unlink()
+    try:
+        yield
+    finally:
+        if checkpoints.latest() == before:
+            disk.write(path, score)
+
+
 def _train(
     plain: dict[str, Any],
     workdir: pathlib.Path,
@@ -111,8 +128,6 @@ def _train(
         loggers: list[Logger] = [ConsoleLogger()] if is_first() else []  # nothing new to log
     else:
         summary.opening(plain, trainer, splits, workdir, command)
-        if is_first():
-            (workdir / "test.json").unlink(missing_ok=True)  # of fewer outer steps
         loggers = _loggers(plain, workdir)
         _write_config(workdir, plain, splits)
     key = build.key_of(plain["seed"])
@@ -122,7 +137,7 @@ def _train(
             check(trainer, state, splits.train)
             if rough := smooth.warning(plain, trainer, state, splits.train):
                 say(f"Warning: {rough}")
-        with asked_to_stop() as asked:
+        with asked_to_stop() as asked, _without_score(workdir, checkpoints):
             state = trainer.fit(
                 splits.train,
                 plain["steps"],

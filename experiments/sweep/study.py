@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from metalearn._utils import disk, strict_json
 from metalearn._utils.checks import first_line, pick
-from metalearn.checkpoints.record import difference
+from metalearn.checkpoints.record import changes
 from metalearn.experiments.sweep.space import Parameter, parameter
 
 NAME = "sweep"  # of the study: Hyperband's brackets depend on it
@@ -357,9 +357,9 @@ def write_settings(
             )
         before = strict_json.read(workdir / SETTINGS, SETTINGS).get(MADE)
         now = strict_json.loads(strict_json.dumps(dict(config or {})))
-        if before and now and (changes := difference(before, now)):
+        if before and now and (found := changes(before, now)):
             raise ValueError(
-                f"{workdir} holds a sweep whose command made another config: {'; '.join(changes)}. "
+                f"{workdir} holds a sweep whose command made another config: {'; '.join(found)}. "
                 "Its trials could not be compared with new ones. Set the config back, or name "
                 "another workdir."
             )

@@ -103,14 +103,17 @@ class Checkpoints:
         """Open the checkpoints of a run to read them, with its own rule for the best."""
         opened = cls(directory)
         try:
-            rule = (opened.record() or {}).get("best")
+            record = opened.record() or {"config": {}}
+            rule = record.get("best") or record["config"].get("checkpoint_best")
         except BaseException:
             opened.close()
             raise
-        if not isinstance(rule, str):
+        if not rule or not isinstance(rule, str):
             return opened
         opened.close()
-        return cls(directory, best=rule)
+        made = cls(directory, best=rule)
+        made._reported = opened._reported  # damaged ones are told of once
+        return made
 
     def save(
         self,

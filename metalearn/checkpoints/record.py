@@ -119,11 +119,11 @@ def check_schema(saved: Record, where: str | os.PathLike[str]) -> None:
 
 def check_config(saved: Record, config: Any, where: str | os.PathLike[str]) -> None:
     """Raise ChangedConfigError if a record has another config."""
-    changes = _changes(saved, config)
-    if changes:
+    found = _changes(saved, config)
+    if found:
         raise ChangedConfigError(
             f"The run in {where} was started with another config:\n"
-            + "\n".join(f"  {line}" for line in changes)
+            + "\n".join(f"  {line}" for line in found)
             + "\nGive it the config it had, or train the new one in another workdir; "
             "--allow-config-change goes on all the same."
         )
@@ -135,7 +135,12 @@ def same_config(saved: Record, config: Any) -> bool:
 
 
 def _changes(saved: Record, config: Any) -> list[str]:
-    old, new = (strict_json.plain(_of_run(each)) for each in (saved["config"], config))
+    return changes(saved["config"], config)
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return what of a config changed that makes another run, one line per leaf."""
+    old, new = (strict_json.plain(_of_run(each)) for each in (old, new))
     return difference(old, _without_new(new, old))
 
 

@@ -100,7 +100,7 @@ class JsonlLogger(Logger):
     def _take_back(self, step: int, size: int = 0) -> None:
         """Drop the lines after `step` and incomplete ones; report and move unreadable ones.
 
-        Lines from inside the next outer step stay that begin within the first `size` bytes.
+        Lines from inside the next outer step stay that end within the first `size` bytes.
         """
         if self.path.exists() and not self.path.is_file():  # such as a pipe
             return

@@ -10,7 +10,6 @@ of inner steps: the rows of a segment are read while the device computes the one
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -136,13 +135,16 @@ def estimate(
     """
     counts("evaluate", 1, tasks=tasks)
     at_most("evaluate", MOST_TASKS, tasks=tasks)
-    keys, columns = jax.random.split(key, tasks), collections.defaultdict(list)
+    keys, rows = jax.random.split(key, tasks), []
     for i in range(0, tasks, chunk):
         first = max(min(i, tasks - chunk), 0)  # one shape, one compilation: the last overlaps
         row = metrics_of(keys[(first + jnp.arange(chunk)) % tasks], first)
-        for name, column in row.items():
-            columns[name].append(np.asarray(column)[i - first : tasks - first])
-    return summarised({name: np.concatenate(parts) for name, parts in columns.items()}, isolate)
+        rows.append((row, slice(i - first, tasks - first)))  # read once all are on their way
+    columns = {
+        name: np.concatenate([np.asarray(row[name])[part] for row, part in rows])
+        for name in rows[0][0]
+    }
+    return summarised(columns, isolate)
 
 
 def summarised(columns: dict[str, np.ndarray], isolate: bool = False) -> dict[str, Estimate]:

@@ -271,7 +271,7 @@ class SegmentedRuns(InnerRuns):
 
         The number after the last segment: with what the outer loss reads.
         """
-        if not needs_fetch(self.tasks):
+        if not (needs_fetch(self.tasks) and self.tasks.reads_steps):  # others were read before
             tasks = self._arguments(self.tasks)
             return contextlib.nullcontext(lambda number: tasks)
         segments = self._segments

@@ -71,6 +71,25 @@ def test_query_gradients_are_of_the_task_that_the_key_draws(segment):
     assert differences(jax.tree.map(lambda x: x[0], found), expected) < 1e-5
 
 
+@pytest.mark.parametrize("segment", [None, 1])
+def test_a_perturbed_run_is_of_the_task_that_the_key_draws(segment):
+    learner, tasks = trainer(engine=MixedFlow(), segment=segment), GivenTasks.create(EPISODES)
+    state, key = learner.init(KEY), jax.random.key(3)
+    run = learner.perturbed_runs(state, tasks, key)
+    nothing = jax.tree.map(np.zeros_like, state.eta)
+    _, metrics = dataclasses.replace(learner, segment=None).task_gradient(state.eta, tasks, key)
+    np.testing.assert_allclose(run.run(nothing, 0.1).loss, metrics["loss"], rtol=1e-5)
+
+
+def test_a_stream_has_no_task_for_a_key():
+    learner, stream = trainer(), TaskStream(EPISODES)
+    queries = jax.tree.map(lambda x: x[None], EPISODES[0].query)
+    with pytest.raises(Exception, match="draws none by a key inside a"):
+        jax.block_until_ready(
+            learner.query_gradients(learner.init(KEY).eta, stream, jax.random.key(3), queries)
+        )
+
+
 def test_an_evaluation_reads_no_episode_that_it_does_not_need():
     learner = trainer(tasks_per_step=4)
     stream = TaskStream(iter([*EPISODES, *EPISODES]))  # ends after ten

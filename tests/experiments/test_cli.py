@@ -278,6 +278,10 @@ def test_a_run_is_trained_for_longer_and_judged_by_its_best_where_asked(
     assert call("eval", f"--workdir={tmp_path}", "--tasks=4", "--best") == 0
     lowest = min(losses, key=losses.get)
     assert capsys.readouterr().out.startswith(f"{tmp_path}, outer step {lowest}, on test tasks:")
+    score = (tmp_path / "test.json").read_text()
+    adam = ("--config.optimizer.name=adamw", "--config.steps=4", "--allow-config-change")
+    assert "holds other arrays than this run has" in refused(*words, *adam)
+    assert (tmp_path / "test.json").read_text() == score  # of the steps that are there
 
 
 @pytest.mark.parametrize(

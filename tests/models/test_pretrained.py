@@ -102,6 +102,17 @@ def test_a_part_of_a_tree_whose_names_fit_is_no_whole():
     equal(with_params(tree, part, partial=True), {"body": part, "head": jnp.zeros(1)})
 
 
+def test_whole_names_come_before_those_of_a_part():
+    tree = {"Dense": {"k": jnp.zeros(2)}, "Block": {"Dense": {"k": jnp.zeros(2)}}}
+    found = with_params(tree, {"Dense": {"k": np.ones(2)}}, partial=True)
+    equal(found, {"Dense": {"k": jnp.ones(2)}, "Block": {"Dense": {"k": jnp.zeros(2)}}})
+    eta = MAML(Functions(lambda key: [jnp.zeros(2)], lambda p, x: x), learned_rates=0.1).init(KEY)
+    with pytest.raises(ValueError, match="fit under 'params/' and 'rates/' of the target alike"):
+        with_params(eta, [np.ones(2)])
+    found = with_params(eta, {"params": [np.ones(2)]})  # the rates stay
+    equal((found.params, found.rates), ([jnp.ones(2)], eta.rates))
+
+
 def test_names_that_fit_two_parts_are_refused():
     tree = {"first": {"a": jnp.zeros(2)}, "second": {"a": jnp.zeros(2)}}
     with pytest.raises(ValueError, match="names fit under 'first/' and 'second/' of the target"):

@@ -690,7 +690,6 @@ def test_a_folder_of_another_run_of_the_same_seed_is_refused(tmp_path):
     assert names_in(tmp_path / "shared") == ["0-1.state", "lock"]
 
 
-@pytest.mark.slow
 def test_a_resume_that_is_refused_lets_the_folder_go_and_leaves_what_is_kept(tmp_path):
     made = trainer_of(Walk(STEPS), replay=Replay(disk="1MB", host=0))
     at = made.segments(AIMS).programs_in_all + 9  # inside the second step
@@ -717,6 +716,7 @@ def test_a_resume_that_is_refused_lets_the_folder_go_and_leaves_what_is_kept(tmp
     run(dataclasses.replace(made))
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused(tmp_path):
     store = kept_in(tmp_path)
     with pytest.raises(ValueError, match="Another process keeps the states of its inner run in"):
