@@ -140,8 +140,8 @@ def _changes(saved: Record, config: Any) -> list[str]:
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return what of a config changed that makes another run, one line per leaf."""
-    old, new = (strict_json.plain(_of_run(each)) for each in (old, new))
-    return difference(old, _without_new(new, old))
+    before, after = (strict_json.plain(_of_run(each)) for each in (old, new))
+    return difference(before, _without_new(after, before))
 
 
 def _without_new(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
