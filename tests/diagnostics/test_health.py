@@ -12,16 +12,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from metalearn import (
-    Algorithm,
-    Episode,
-    Forward,
-    MixedFlow,
-    Reverse,
-    Tasks,
-    Trainer,
-    Unroll,
-)
+from metalearn import Algorithm, Episode, Forward, MixedFlow, Reverse, Tasks, Trainer, Unroll
 from metalearn.algorithms import MAML, squared_error
 from metalearn.datasets import Sinusoid
 from metalearn.diagnostics.health import ROOT, HealthError, HealthWarning, Report
