@@ -200,6 +200,14 @@ def needs_fetch(tasks: Any) -> bool:
     return isinstance(tasks, Tasks) and tasks.needs_fetch
 
 
+def fetches_key(tasks: Any, key: jax.Array | None) -> bool:
+    """Return whether the task of `key`, or for None that of the next outer step, is fetched.
+
+    Tasks that do not go by keys have no other than the next.
+    """
+    return needs_fetch(tasks) and (key is None or tasks.fetches_keys)
+
+
 @jax.jit
 def episode_keys(keys: jax.Array) -> jax.Array:
     """Return the keys that `draw_episode` gives to `sample` for `keys` [n]."""

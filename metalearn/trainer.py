@@ -424,13 +424,21 @@ class Trainer:
         return self._fetched(tasks, state, ALL_STEPS)
 
     def _fetched(self, tasks: Tasks, state: TrainState, reads: Reads) -> Tasks:
-        if not needs_fetch(tasks) or (self.truncation is not None and not tasks.reads_steps):
-            return tasks  # unrolls that go on draw with keys of earlier steps, within the program
+        if not self._fetches(tasks):
+            return tasks
         keys, first = self.task_keys(state), int(state.step) * self.tasks_per_step
         if self.truncation is not None:
             _, keys, start = self._next_steps(state.inner, keys)
             reads = Reads(np.asarray(start), self.truncation.steps)
         return self.place(fetched(tasks, keys, first, self.algorithm, reads))
+
+    def _fetches(self, tasks: Tasks) -> bool:
+        """Return whether the host reads what an outer step takes of tasks, before its program.
+
+        Truncated unrolls go on with the tasks of earlier steps. Of training runs the next K steps
+        are read, once it is known which runs go on; other tasks are read inside the program.
+        """
+        return needs_fetch(tasks) and (self.truncation is None or tasks.reads_steps)
 
     @functools.cached_property
     def _next_steps(self) -> Callable[..., Any]:
@@ -442,8 +450,8 @@ class Trainer:
 
     def _fetched_first(self, tasks: Tasks, state: TrainState, steps: int | None) -> Tasks:
         """Return the tasks of the outer step after `state`, with their first inner steps."""
-        if not needs_fetch(tasks) or (self.truncation is not None and not tasks.reads_steps):
-            return tasks  # as `_fetched`
+        if not self._fetches(tasks):
+            return tasks
         keys, first = self.task_keys(state), int(state.step) * self.tasks_per_step
         reads = Reads(0, self._most_steps(steps, state.eta, tasks, keys[0]))
         return self.place(fetched(tasks, keys, first, self.algorithm, reads))
@@ -451,7 +459,8 @@ class Trainer:
     def _most_steps(self, steps: int | None, eta: Any, tasks: Tasks, key: jax.Array) -> int | None:
         """Return `steps`, or those that one program differentiates if they are fewer; None: all."""
         most = None if self.truncation is None else self.truncation.steps
-        if isinstance(self.unrolls, SegmentedUnroll) and not self._is_whole:
+        if not self._is_whole:
+            assert isinstance(self.unrolls, SegmentedUnroll)
             # One program could not hold the residuals of all steps.
             most = self.unrolls.segments(eta, tasks, key).length
         return min((n for n in (steps, most) if n is not None), default=None)
@@ -663,12 +672,8 @@ class Trainer:
         )
 
     def _fetch(self, tasks: Tasks) -> Fetch | None:
-        """Return how the tasks of outer steps are read on the host; None: they are not.
-
-        Truncated unrolls go on with the tasks of earlier steps. Of training runs the next K steps
-        are read, once it is known which runs go on; other tasks are read inside the program.
-        """
-        if not needs_fetch(tasks) or (self.truncation is not None and not tasks.reads_steps):
+        """Return how the tasks of outer steps are read on the host; None: they are not."""
+        if not self._fetches(tasks):
             return None
         keys, each = jax.jit(self._keys), self.tasks_per_step
 

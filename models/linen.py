@@ -116,8 +116,7 @@ class Linen(Model):
 
     def _streams(self, key: jax.Array) -> dict[str, jax.Array]:
         """Return a key for each random stream: Flax does not fold its name into a key."""
-        others = {name: jax.random.fold_in(key, i) for i, name in enumerate(self.rngs)}
-        return {**others, **dict.fromkeys(self.rngs[:1], key)}
+        return {n: jax.random.fold_in(key, i) if i else key for i, n in enumerate(self.rngs)}
 
     def _zeros(self) -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.inputs)

@@ -91,8 +91,8 @@ class Checkpoints:
         self.config = strict_json.loads(strict_json.dumps(dict(config or {})))
         self.every, self.best, self.allow_change = every, best or None, allow_change
         self.within = within
-        judged = _best(best) if best else None
-        self._store = Store(self.directory, keep, judged, run_record.problem)
+        self._judged = _best(best) if best else None
+        self._store = Store(self.directory, keep, self._judged, run_record.problem)
         self._segments = SegmentCheckpoints(self.directory / "within")
         self._reported: set[int] = set()  # damaged steps
         self._writes = False  # whether this process has saved
@@ -133,7 +133,7 @@ class Checkpoints:
         Raises:
           ValueError: if `best` names none of the metrics.
         """
-        name = "" if self.best is None else _best(self.best)[1]
+        name = "" if self._judged is None else self._judged[1]
         if metrics and name and name not in metrics:
             names = ", ".join(sorted(metrics))
             raise ValueError(

@@ -119,7 +119,7 @@ def check_schema(saved: Record, where: str | os.PathLike[str]) -> None:
 
 def check_config(saved: Record, config: Any, where: str | os.PathLike[str]) -> None:
     """Raise ChangedConfigError if a record has another config."""
-    found = _changes(saved, config)
+    found = changes(saved["config"], config)
     if found:
         raise ChangedConfigError(
             f"The run in {where} was started with another config:\n"
@@ -131,11 +131,7 @@ def check_config(saved: Record, config: Any, where: str | os.PathLike[str]) -> N
 
 def same_config(saved: Record, config: Any) -> bool:
     """Return whether a record has this config."""
-    return not _changes(saved, config)
-
-
-def _changes(saved: Record, config: Any) -> list[str]:
-    return changes(saved["config"], config)
+    return not changes(saved["config"], config)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -49,7 +49,7 @@ from metalearn.tasks import (
     WithConstants,
     draw_task,
     fetched,
-    needs_fetch,
+    fetches_key,
 )
 from metalearn.train_state import TrainState
 from metalearn.unroll import Batch, Eta, InnerState, Unroll, horizon
@@ -180,7 +180,7 @@ class PerturbedRuns(InnerRuns):
           key: (), of the task; None: the first of the outer step after `state`.
         """
         first = int(state.step) * trainer.tasks_per_step
-        fetch = needs_fetch(tasks) and (key is None or tasks.fetches_keys)
+        fetch = fetches_key(tasks, key)
         key = trainer.task_keys(state)[0] if key is None else key
         steps = None if trainer.truncation is None else trainer.truncation.steps
         if fetch:

@@ -198,16 +198,23 @@ def outer_loss(unroll: Unroll, eta: Any, state: Any) -> tuple[jax.Array, dict[st
 
 
 @contextlib.contextmanager
-def going_backwards() -> Iterator[None]:
-    """Raise ValueError with the way out where JAX finds a loop that it cannot go back through."""
+def explained(kind: type[Exception], part: str, message: str) -> Iterator[None]:
+    """Raise an error of the same kind with `message` in place of one whose text has `part`."""
     try:
         yield
-    except ValueError as error:
-        if "Reverse-mode differentiation does not work for lax.while_loop" not in str(error):
+    except kind as error:
+        if part not in str(error):
             raise
-        raise ValueError(
-            "An inner loop holds a `jax.lax.while_loop`, and JAX has no backward pass through one. "
-            "The usual cause is a line search of the inner optimizer, such as that of "
-            "`optax.lbfgs`. Use `Forward()`, which goes through it, an estimator such as `ES()`, "
-            "or an optimizer without it: `optax.lbfgs(0.1, linesearch=None)`."
-        ) from error
+        raise kind(message) from error
+
+
+def going_backwards() -> contextlib.AbstractContextManager[None]:
+    """Raise ValueError with the way out where JAX finds a loop that it cannot go back through."""
+    return explained(
+        ValueError,
+        "Reverse-mode differentiation does not work for lax.while_loop",
+        "An inner loop holds a `jax.lax.while_loop`, and JAX has no backward pass through one. "
+        "The usual cause is a line search of the inner optimizer, such as that of `optax.lbfgs`. "
+        "Use `Forward()`, which goes through it, an estimator such as `ES()`, or an optimizer "
+        "without it: `optax.lbfgs(0.1, linesearch=None)`.",
+    )

@@ -39,8 +39,8 @@ from metalearn.tasks import (
     draw,
     draw_task,
     fetched,
+    fetches_key,
     label_range,
-    needs_fetch,
 )
 from metalearn.train_state import TrainState
 from metalearn.training import segment_programs
@@ -191,7 +191,7 @@ class QueryGradients:
         self, tasks: Tasks, key: jax.Array, queries: Any, reads: Reads = ALL_STEPS
     ) -> Tasks:
         """Return tasks on the device with these query sets, as `program` takes them."""
-        if needs_fetch(tasks) and tasks.fetches_keys:
+        if fetches_key(tasks, key):
             tasks = fetched(tasks, key[None], 0, self.algorithm, reads._replace(query=False))
         return _QuerySets(tasks, queries)
 

@@ -43,7 +43,7 @@ from metalearn.diagnostics.perturbed_runs import (
     with_arguments,
 )
 from metalearn.engines import Reverse
-from metalearn.tasks import DrawnTask, Reads, Tasks, draw_task, fetched, needs_fetch
+from metalearn.tasks import DrawnTask, Reads, Tasks, draw_task, fetched, fetches_key, needs_fetch
 from metalearn.train_state import TrainState
 from metalearn.training import segment_programs
 from metalearn.training.prefetch import prefetching
@@ -109,7 +109,7 @@ class SegmentedRuns(InnerRuns):
                 "a trainer without `layout` (--config.mesh.tasks=1 and no other axis), or without "
                 "`segment`."
             )
-        fetch = needs_fetch(tasks) and (key is None or tasks.fetches_keys)
+        fetch = fetches_key(tasks, key)
         key = trainer.task_keys(state)[0] if key is None else key
         if fetch and not tasks.reads_steps:  # once, for all programs
             first = int(state.step) * trainer.tasks_per_step

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,7 @@ import numpy as np
 from metalearn._utils.checks import CountOrZero, at_most, is_integer
 from metalearn._utils.fields import check_fields
 from metalearn._utils.trees import precision, split
-from metalearn.engines.base import Aux, MetaGradient, check_eta, outer_loss
+from metalearn.engines.base import Aux, MetaGradient, check_eta, explained, outer_loss
 from metalearn.engines.forward.tangents import first_reads, parts, push, round_up, tangent_norms
 from metalearn.engines.grad_recorder import Inner, joined
 from metalearn.engines.inner_loop import scan, step_body
@@ -276,19 +276,15 @@ class Forward(MetaGradient):
         )
 
 
-@contextlib.contextmanager
-def _going_forwards() -> Iterator[None]:
+def _going_forwards() -> contextlib.AbstractContextManager[None]:
     """Raise TypeError with the way out where JAX finds a rule that has no tangents."""
-    try:
-        yield
-    except TypeError as error:
-        if "forward-mode autodiff (jvp) to a custom_vjp" not in str(error):
-            raise
-        raise TypeError(
-            "`Forward` pushes tangents through each inner step (a JVP), and `step` or `init` holds "
-            "a `jax.custom_vjp`, which has none. Use `Reverse()` or `MixedFlow()`, which take it, "
-            "or write it as a `jax.custom_jvp`."
-        ) from error
+    return explained(
+        TypeError,
+        "forward-mode autodiff (jvp) to a custom_vjp",
+        "`Forward` pushes tangents through each inner step (a JVP), and `step` or `init` holds a "
+        "`jax.custom_vjp`, which has none. Use `Reverse()` or `MixedFlow()`, which take it, or "
+        "write it as a `jax.custom_jvp`.",
+    )
 
 
 def _inner_products(cotangents: Any, tangents: Any) -> jax.Array:
