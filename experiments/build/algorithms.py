@@ -198,8 +198,15 @@ def _learning_rates(
     mean_over_examples: bool = LearningRates.mean_over_examples,
 ) -> Algorithm:
     """Build `LearningRates` around a model; the optimizer's own rate is one."""
+    rate = optimizer.get("learning_rate")
+    if rate not in (None, 1):
+        raise ValueError(
+            f"`algorithm.optimizer.learning_rate={rate!r}`: the algorithm 'learning_rates' learns "
+            "the rate of each parameter, and its inner optimizer has none of its own. Set this "
+            f"one to 1, and `algorithm.initial`, now {initial!r}, to where the learned ones begin."
+        )
     options = {
-        "optimizer": {**optimizer, "learning_rate": 1.0},  # the rates are what is learned
+        "optimizer": {**optimizer, "learning_rate": 1.0},
         "objective": objective,
         "initial": initial,
         "mean_over_examples": mean_over_examples,

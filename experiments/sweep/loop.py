@@ -184,6 +184,7 @@ class Loop:
         rows = evaluations(folder / "metrics.jsonl")
         value = float(rows[-1][settings.metric]) if rows else math.nan
         seconds, steps, loss = _progress(folder)
+        steps = max(steps, rows[-1]["step"] if rows else 0)  # log_every=0 logs evaluations alone
         job.trial.set_user_attr("seconds", seconds)
         job.trial.set_user_attr("steps", steps)
         text = f"{settings.metric} {value:.4g}" if rows else f"outer step {steps}"

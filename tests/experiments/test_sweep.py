@@ -283,6 +283,12 @@ def test_a_trial_that_diverges_is_worst_and_one_that_fails_is_not_counted(
     ]
 
 
+def test_trials_that_log_evaluations_alone_have_their_outer_steps(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_LOG_EVERY", "0")
+    study = run(tmp_path, trials=1)
+    assert study.trials()[0].user_attrs["steps"] == fake_trial.EVALUATIONS
+
+
 def test_a_sweep_whose_first_trials_all_fail_stops_and_says_why(fake, tmp_path):
     settings = BASE._replace(space=(parameter("optimizer.learning_rate", "log(1e-7,1e-6)"),))
     with pytest.raises(

@@ -2,7 +2,8 @@
 
 It writes four evaluations, the better the nearer the learning rate is to 0.01, and goes on from
 those that are there. A rate above 0.9 diverges, one below 1e-5 fails, and SIGTERM ends it as it
-ends a run. One with a rate in FAKE_WAITS, {rate: number}, waits for SIGTERM after so many.
+ends a run. One with a rate in FAKE_WAITS, {rate: number}, waits for SIGTERM after so many. With
+FAKE_LOG_EVERY=0 it logs evaluations alone.
 """
 
 import json
@@ -15,6 +16,7 @@ import time
 
 EVALUATIONS = 4
 PACE = float(os.environ.get("FAKE_PACE", "0.01"))  # seconds of an evaluation
+LOGS = os.environ.get("FAKE_LOG_EVERY") != "0"
 WAITS = json.loads(os.environ.get("FAKE_WAITS", "{}"))
 
 
@@ -26,11 +28,11 @@ def main():
         print("\nmetalearn: the rate is too small.\n(--traceback shows where.)")
         return 2
     path = workdir / "metrics.jsonl"
-    done = len(path.read_text().splitlines()) // 2 if path.exists() else 0
+    done = len(path.read_text().splitlines()) // (1 + LOGS) if path.exists() else 0
     for number in range(done + 1, EVALUATIONS + 1):
         time.sleep(PACE)
         loss = math.nan if rate > 0.9 else abs(math.log10(rate) + 2) + 1 / number
-        rows = [{"step": number, "loss": loss, "time/seconds": number}]
+        rows = [{"step": number, "loss": loss, "time/seconds": number}] if LOGS else []
         rows += [{"step": number, "eval/loss": loss, "eval/loss_ci95": 0.1}]
         with path.open("a") as file:
             file.write("".join(json.dumps(row).replace("NaN", '"NaN"') + "\n" for row in rows))

@@ -184,6 +184,11 @@ KEPT: list[tuple[str, dict[str, Any], str]] = [
         {"dataset.corruption.share": 0.3},
         "some are to be clean and some",
     ),
+    (
+        "learning_rates_shakespeare",
+        {"algorithm.optimizer": {"name": "adam", "learning_rate": 0.1}},
+        "its inner optimizer has none of its own",
+    ),
     ("loss_weights_shakespeare", {"dataset.corruption.seed": -1}, r"`Corruption` got seed=-1"),
     (
         "learning_rates_shakespeare",
