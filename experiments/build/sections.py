@@ -83,10 +83,24 @@ def nullable(config: ConfigDict, key: str) -> bool:
     defaults = _common.maml()
     if _at(config, key) is None or (_has(defaults, key) and _at(defaults, key) is None):
         return True
-    if section not in SECTIONS:
-        return False
-    takes = keys_of(section, _at(config, section).get("name"), _library(config, {})) or {}
+    takes = _takes(config, section)
     return last in takes and _takes_none(takes[last])
+
+
+def unset(config: ConfigDict, key: str) -> Any:
+    """Return None for a key, of the type that its values have: see `ConfigDict.get_type`."""
+    section, _, last = key.rpartition(".")
+    defaults, takes = _common.maml(), _takes(config, section)
+    if _has(defaults, key):
+        return placeholder(_at(defaults, section).get_type(last))
+    return placeholder(type_of(takes[last]) if last in takes else object)
+
+
+def _takes(config: ConfigDict, section: str) -> Parameters:
+    """Return the arguments of what a section names; {} where it names nothing that is known."""
+    if section not in SECTIONS:
+        return {}
+    return keys_of(section, _at(config, section).get("name"), _library(config, {})) or {}
 
 
 def _takes_none(parameter: inspect.Parameter) -> bool:

@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
 from metalearn._utils import strict_json
 from metalearn._utils.checks import nearest, pick
@@ -41,7 +40,9 @@ def get_config(path: str, allow_imports: bool = False) -> ml_collections.ConfigD
     if "config" not in overrides and WHOLE <= overrides.keys():
         check_json(path, overrides, allow_imports)
         overrides.pop("auto", None)  # what engine="auto" chose for that run
-        return _whole(overrides)
+        config = _whole(overrides)
+        _unset(config, config)
+        return config
     if not isinstance(overrides.get("config"), str):
         raise ValueError(
             f'{path} names no packaged config. Begin it with {{"config": "NAME", where NAME is one '
@@ -57,12 +58,23 @@ def get_config(path: str, allow_imports: bool = False) -> ml_collections.ConfigD
 
 
 def _whole(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """Return a whole config; a list in it is a tuple, and what is null is unset."""
+    """Return a whole config; a list in it is a tuple."""
     config = ml_collections.ConfigDict()
     for key, value in values.items():
-        value = _whole(value) if isinstance(value, dict) else _tuples(value)
-        config[key] = placeholder(object) if value is None else value
+        config[key] = _whole(value) if isinstance(value, dict) else _tuples(value)
     return config
+
+
+def _unset(
+    config: ml_collections.ConfigDict, whole: ml_collections.ConfigDict, prefix: str = ""
+) -> None:
+    """Give each key that is null the type of its values, in place."""
+    for key, value in list(config.items()):
+        if isinstance(value, ml_collections.ConfigDict):
+            _unset(value, whole, f"{prefix}{key}.")
+        elif value is None:
+            del config[key]
+            config[key] = sections.unset(whole, f"{prefix}{key}")
 
 
 def _tuples(value: Any) -> Any:

@@ -49,6 +49,27 @@ def test_the_config_of_a_run_has_tuples_and_no_choice_of_that_run(write):
     assert build.to_json(config) == given
 
 
+@pytest.mark.parametrize("name", arguments.packaged())
+def test_what_the_config_of_a_run_leaves_unset_keeps_the_type_of_its_values(name, write):
+    config = arguments._load(*arguments._config_file(name))
+    read = json_config.get_config(write(build.to_json(config)))
+    unset = [key for key in arguments.keys(config) if build.sections._at(config, key) is None]
+    assert {"segment", "mesh.tasks"} <= {*unset}
+    for key in unset:
+        section, _, last = key.rpartition(".")
+        if section in ("algorithm.weighting", "dataset.corruption"):  # no arguments say its type
+            continue
+        before, after = (build.sections._at(each, section) for each in (config, read))
+        assert after.get_type(last) is before.get_type(last), key
+
+
+def test_a_key_that_a_run_left_unset_is_refused_by_its_type(write, refused, tmp_path):
+    path = write(build.to_json(arguments._load(*arguments._config_file("maml_sinusoid"))))
+    words = "train", f"--config={path}", "--config.optimizer.clip=abc", f"--workdir={tmp_path}/a"
+    error = refused(*words)
+    assert "config.optimizer.clip takes a number, such as 0.1, not 'abc'" in error
+
+
 def test_an_engine_that_is_named_is_not_what_was_chosen_before(tmp_path):
     config = {"engine": "reverse", "auto": {"engine": "forward"}, "seed": 0}
     assert plan.settled(config, tmp_path) == {"engine": "reverse", "seed": 0}
