@@ -327,6 +327,8 @@ RUN: dict[str, Any] = {
     "wandb.group": 'of runs that W&B shows together; "": none.',
     "optimizer.schedule": "of the learning rate over the outer steps: constant, linear, cosine.",
     "optimizer.clip": "the largest norm of a meta-gradient; None: no bound.",
+    "optimizer.average": "of the eta that is learned, the decay of a moving average of the "
+    "iterates, such as 0.999; None: the last iterate.",
     "algorithm.optimizer.learning_rate": "of the inner optimizer.",
     "algorithm.rule.network": 'of the rule "per_parameter": "mlp" or "gru".',
     "algorithm.rule.hidden": "the widths of the hidden layers of the rule's network.",

@@ -46,7 +46,7 @@ SECTIONS = (
 # Keys that go with every name, and their defaults.
 BESIDE: dict[str, dict[str, Any]] = {
     "model": {"library": "linen"},
-    "optimizer": {"schedule": "constant", "clip": None},
+    "optimizer": {"schedule": "constant", "clip": None, "average": None},
 }
 TYPES = {  # by a word of the annotation; the first that is there
     **{"tuple": tuple, "Sequence": tuple, "ScalarOrSchedule": float, "float": float},

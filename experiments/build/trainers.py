@@ -50,6 +50,7 @@ from metalearn.experiments.build.registry import (
     without_unset,
 )
 from metalearn.model import Model
+from metalearn.optimizers.averaged import averaged
 from metalearn.optimizers.master_weights import master_weights
 from metalearn.sharding.batched_means import check_tasks, most_devices
 from metalearn.sharding.mesh import AXES, DATA, MODEL, TANGENTS, TASKS, format_devices, remaining
@@ -184,8 +185,19 @@ def outer_optimizer(
     """Build the outer optimizer, its learning rate on a schedule over the outer steps.
 
     It may be one that the algorithm brings (`Algorithm.outer_rules`), and goes through
-    `Algorithm.outer_optimizer`. `master`: whether it sums its updates in float32.
+    `Algorithm.outer_optimizer`. `average`: the decay of the average of eta that is what a run
+    learns. `master`: whether it sums its updates in float32.
     """
+    options = dict(config)
+    average = options.pop("average", None)
+    outer = _optimizer(options, steps, learner, master)
+    return outer if average is None else averaged(outer, average)
+
+
+def _optimizer(
+    config: Mapping[str, Any], steps: int, learner: Algorithm | None, master: bool
+) -> optax.GradientTransformation:
+    """Build the outer optimizer of a config that sets no average."""
     options = without_unset(config)
     schedule = pick(SCHEDULES, options.pop("schedule"), "schedule")
     clip = options.get("clip")

@@ -72,6 +72,8 @@ def maml() -> ml_collections.ConfigDict:
     config.optimizer.clip = placeholder(
         float
     )  # the largest norm of a meta-gradient; None: no bound
+    # The decay of the average of eta that is learned, such as 0.999; None: the last eta.
+    config.optimizer.average = placeholder(float)
     config.tasks_per_step = 16
     # Tasks unrolled at once on a device. None: all of its share, or on a CPU one at a time where
     # all would outgrow its cache.

@@ -8,7 +8,7 @@ and names them by path.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -80,6 +80,15 @@ def filled(tree: Any, others: Any) -> Any:
 def is_masked(node: Any) -> bool:
     """Return whether a node is an `optax.MaskedNode`."""
     return isinstance(node, optax.MaskedNode)
+
+
+def nodes(tree: Any, kinds: Any) -> Iterator[Any]:
+    """Yield the nodes of a tree that are of some kinds, from the outside in."""
+
+    def is_kind(node: Any) -> bool:
+        return isinstance(node, kinds)
+
+    return filter(is_kind, jax.tree.leaves(tree, is_leaf=is_kind))
 
 
 def paths(tree: Any) -> list[str]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from metalearn._utils.trees import nodes
+from metalearn.optimizers.averaged import JUDGED_APART, Averaged, including
 from metalearn.unroll import ExampleMean
 
 LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
@@ -130,9 +132,9 @@ def update(optimizer: Any, evaluated: Evaluated, state: Any, params: Any) -> tup
       TypeError: where the optimizer asks for something else, with the way out.
     """
     extra = {"value": evaluated.value, "grad": evaluated.grads, "value_fn": evaluated.value_fn}
-    if any(_nodes(state, OBJECTIVES)):
+    if any(nodes(state, OBJECTIVES)):
         extra["obj_fn"] = evaluated.value_fn
-    if any(_nodes(state, contrib.SAMState)):
+    if any(nodes(state, contrib.SAMState)):
         extra["grad_fn"] = evaluated.grad_fn
     passes = "An inner loop passes value, grad and value_fn"
     return _call(optimizer, evaluated.grads, state, params, extra, passes)
@@ -141,8 +143,9 @@ def update(optimizer: Any, evaluated: Evaluated, state: Any, params: Any) -> tup
 def evaluation_params(state: Any, params: Any) -> Any:
     """Return the parameters that a run is judged by: those that its optimizer says.
 
-    `optax.contrib.schedule_free` takes gradients at an interpolation, and is judged at the average
-    (`schedule_free_eval_params`); `optax.contrib.sam` moves to adversarial points and comes back.
+    `averaged` is judged at the average of its iterates. `optax.contrib.schedule_free` takes
+    gradients at an interpolation, and is judged at the average (`schedule_free_eval_params`);
+    `optax.contrib.sam` moves to adversarial points and comes back.
     All others are judged at `params`, which these return.
 
     Args:
@@ -152,7 +155,10 @@ def evaluation_params(state: Any, params: Any) -> Any:
     Raises:
       ValueError: where such a state is of another tree than `params`.
     """
-    for inner in _nodes(state, (contrib.ScheduleFreeState, contrib.SAMState)):
+    for inner in nodes(state, (Averaged, *JUDGED_APART)):
+        if isinstance(inner, Averaged):
+            params = _merged(_with_last(inner), inner.average, params, "averaged")
+            continue
         if isinstance(inner, contrib.ScheduleFreeState):
             params = _merged(_averaged(inner), inner.z, params, "optax.contrib.schedule_free")
             continue
@@ -164,7 +170,7 @@ def evaluation_params(state: Any, params: Any) -> Any:
 
 def interpolations(state: Any) -> list[jax.Array]:
     """Return the b1 () of each `optax.contrib.schedule_free` inside an optimizer's state."""
-    return [inner.b1 for inner in _nodes(state, contrib.ScheduleFreeState)]
+    return [inner.b1 for inner in nodes(state, contrib.ScheduleFreeState)]
 
 
 def start_outer(optimizer: Any, eta: Any) -> Any:
@@ -177,7 +183,7 @@ def start_outer(optimizer: Any, eta: Any) -> Any:
     state = optimizer.init(eta)
     _refuse_lookahead(state, "The Trainer")
     for kinds, name, way_out in _FURTHER:
-        refused = [s for s in _nodes(state, kinds) if not _is_transparent(s)]
+        refused = [s for s in nodes(state, kinds) if not _is_transparent(s)]
         if refused:
             raise ValueError(
                 f"The outer optimizer contains {name}, which takes the outer loss or its gradient "
@@ -228,24 +234,18 @@ def _is_transparent(state: Any) -> bool:
     return isinstance(state, contrib.SAMState) and state.cache is not None
 
 
-def _nodes(state: Any, kinds: Any) -> Iterator[Any]:
-    """Yield the parts of an optimizer's state that are of some kinds, from the outside in."""
-
-    def is_kind(node: Any) -> bool:
-        return isinstance(node, kinds)
-
-    for node in jax.tree.leaves(state, is_leaf=is_kind):
-        if is_kind(node):
-            yield node
-
-
 def _refuse_lookahead(state: Any, who: str) -> None:
-    if any(_nodes(state, optax.LookaheadState)):
+    if any(nodes(state, optax.LookaheadState)):
         raise ValueError(
             f"{who} carries one set of parameters, but `optax.lookahead` moves two, fast and slow "
             "ones (`optax.LookaheadParams`), and is judged by the slow. Take the fast optimizer "
             "by itself or, for an average of its iterates, `optax.contrib.schedule_free`."
         )
+
+
+def _with_last(state: Averaged) -> Callable[[Any, Any], Any]:
+    include = including(state)
+    return lambda average, last: include(average, last).astype(jnp.result_type(last))
 
 
 def _averaged(state: Any) -> Callable[[Any, Any], Any]:

@@ -17,6 +17,7 @@ from metalearn import Algorithm, Forward, MixedFlow, Reverse, Trainer, Truncatio
 from metalearn.algorithms import MAML, Hyperparameter, LearnedOptimizer, TunedRule, squared_error
 from metalearn.engines.inner_loop import rollout
 from metalearn.models import Functions
+from metalearn.optimizers import averaged
 from metalearn.optimizers.updates import evaluation_params
 from tests.cases import ALGORITHMS, MODELS, TASKS, Float64, to_float64
 from tests.helpers.selection import quick
@@ -551,6 +552,21 @@ def test_sam_is_judged_where_it_comes_back_to(steps):
         return query(params)
 
     agrees(maml(sam, inner_steps=steps), run, MixedFlow())
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=IDS)
+def test_the_outer_loss_is_at_the_average_of_the_iterates(engine):
+    steps, decay = 4, 0.5
+
+    def move(params, value, grads, state):
+        number, average = state
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+        weight = max(1 / (number + 1), 1 - decay)
+        moved = jax.tree.map(lambda a, p: a + weight * (p - a), average, params)
+        return params, (number + 1, moved)
+
+    run = by_hand(MODEL, move, steps, lambda params: (1, params), lambda _, state: state[1])
+    agrees(maml(averaged(optax.sgd(0.1), decay), inner_steps=steps), run, engine)
 
 
 def test_a_flattened_schedule_free_is_refused_by_name():
