@@ -133,7 +133,7 @@ def test_the_code_of_the_page_runs_on_a_run(workdir, exported, tmp_path, monkeyp
     (tmp_path / "runs" / "sinusoid").symlink_to(workdir)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     exec(compile("\n".join(blocks), "page", "exec"), {})  # noqa: S102
 
 
