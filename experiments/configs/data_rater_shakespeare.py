@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.truncation.steps = 2  # K
     config.truncation.transform = "optax.scale_by_adam"
-    config.optimizer = {"name": "sgd", "learning_rate": 3e-3, "schedule": "constant"}
+    config.optimizer.update({"name": "sgd", "learning_rate": 3e-3, "schedule": "constant"})
     config.tasks_per_step = 8
 
     config.steps = 40

@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset.label_noise = 0.3  # share of wrong labels in the inner loop
     config.dataset.noise_seed = 0
 
-    config.optimizer = {"name": "adam", "learning_rate": 0.2, "schedule": "constant"}
+    config.optimizer.update({"name": "adam", "learning_rate": 0.2, "schedule": "constant"})
     config.tasks_per_step = 1
 
     config.steps = 10

@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset.queries = 32
     config.dataset.eval_queries = 128
 
-    config.optimizer = {"name": "adam", "learning_rate": 0.05, "schedule": "cosine"}
+    config.optimizer.update({"name": "adam", "learning_rate": 0.05, "schedule": "cosine"})
     config.tasks_per_step = 2
 
     config.steps = 200

@@ -54,7 +54,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset.corruption.kinds = ("replaced", "repeated")
 
     # The meta-gradient of a task is noisy and sometimes huge: a short memory for Adam's b2.
-    config.optimizer = {"name": "adam", "learning_rate": 0.02, "b2": 0.9, "schedule": "constant"}
+    config.optimizer.update({"name": "adam", "learning_rate": 0.02, "b2": 0.9})
+    config.optimizer.schedule = "constant"
     config.tasks_per_step = 1
 
     config.steps = 160

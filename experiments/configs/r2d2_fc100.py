@@ -12,7 +12,6 @@ Expect       not measured
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
 from metalearn.experiments.configs import protonet_cifar_fs
 
@@ -26,9 +25,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.dataset.name = "fc100"
 
-    config.optimizer = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}
+    config.optimizer.update({"name": "sgd", "learning_rate": 0.1, "momentum": 0.9})
     config.optimizer.update({"nesterov": True, "weight_decay": 5e-4, "schedule": "cosine"})
-    config.optimizer.clip = placeholder(float)
     config.tasks_per_step = 8
 
     config.steps = 60_000
