@@ -14,7 +14,8 @@ A test task of MAML has as many queries a class as shots, as in its published co
 a look at theirs, the methods after it. The others have 15. It matters where queries are normalised
 by statistics of their own: MAML that was trained on five queries is better at five than at 75.
 `--queries=15` tests the same trained runs on such tasks, and `--split=validation` on classes of
-validation, which are what to look at as long as a run or a setting may change.
+validation, which are what to look at as long as a run or a setting may change. `--eval_steps=5`
+adapts by as many inner steps, and `--last` judges the last iterate where a protocol averages them.
 
 `--steps` cuts the runs short: the score then stands beside the share of the paper's steps that was
 taken, and is no reproduction. A run is saved as it goes, and gone on from by the same command, or
@@ -50,7 +51,8 @@ from metalearn.optimizers import averaged
 TASKS = {"5w1s": (5, 1), "5w5s": (5, 5), "20w1s": (20, 1), "20w5s": (20, 5)}  # ways, shots
 QUERIES = 15  # a class, of test tasks; see `Protocol.test_queries`
 TEST_TASKS = 1000
-SPLITS = {"test": "", "validation": " (validation)"}  # how the table marks the score
+SPLITS = ("test", "validation")
+DEFAULTS = {"split": "test", "eval_steps": None, "last": False}  # of a row; the table marks others
 IMAGE = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
 
 
@@ -268,6 +270,8 @@ class Run:
       steps: outer steps; None: those of the paper.
       queries: query examples per class of a test task; None: those of the protocol.
       split: whose classes the test tasks have: "test" or "validation".
+      eval_steps: inner steps in evaluation; None: those of the protocol.
+      last: judge the last iterate, whatever the protocol averages.
     """
 
     method: str
@@ -276,11 +280,17 @@ class Run:
     steps: int | None = None
     queries: int | None = None
     split: str = "test"
+    eval_steps: int | None = None
+    last: bool = False
 
     def __post_init__(self) -> None:
         pick(METHODS, self.method, "method")
         pick(TASKS, self.tasks, "kind of task")
-        pick(SPLITS, self.split, "split")
+        pick(dict.fromkeys(SPLITS), self.split, "split")
+        if self.eval_steps is not None and not hasattr(self.protocol.algorithm, "eval_steps"):
+            raise ValueError(
+                f"{self.method} adapts without inner steps, so it has no --eval_steps to set."
+            )
 
     @property
     def protocol(self) -> Protocol:
@@ -299,8 +309,9 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """Return what distinguishes the row."""
-        settings = {"steps": self.outer_steps, "queries": self.test_queries, "split": self.split}
-        return {**self.training(), **settings}
+        settings = {"steps": self.outer_steps, "queries": self.test_queries}
+        judged = {name: getattr(self, name) for name in DEFAULTS}
+        return {**self.training(), **settings, **judged}
 
     def training(self) -> dict[str, Any]:
         """Return what distinguishes the training; a run may be gone on from with more steps."""
@@ -329,7 +340,7 @@ class Run:
                 f"The run in {folder / name} has already taken {taken:,} outer steps, and --steps "
                 f"asks for {self.outer_steps:,}. Choose as many at least, or another --workdir."
             )
-        accuracy = self.test(trainer, trainer.learned(state))
+        accuracy = self.test(trainer, state.eta if self.last else trainer.learned(state))
         return {**self.identity(), "accuracy": accuracy.mean, "half_width": accuracy.ci95}
 
     def test(self, trainer: Trainer, eta: Any) -> Any:
@@ -339,6 +350,8 @@ class Run:
         algorithm: Any = trainer.algorithm
         if algorithm.own_head:  # it may be trained on tasks of more classes
             algorithm = dataclasses.replace(algorithm, ways=ways)
+        if self.eval_steps is not None:
+            algorithm = dataclasses.replace(algorithm, eval_steps=self.eval_steps)
         trainer = dataclasses.replace(trainer, algorithm=algorithm, tasks_per_step=20)
         key = jax.random.fold_in(key_of(self.seed), 1)
         return trainer.evaluate(eta, tasks, key, TEST_TASKS)["accuracy"]
@@ -355,10 +368,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         published = method.published[list(TASKS).index(kind)]
         found = [row for row in rows if (row["method"], row["tasks"]) == (name, kind)]
         settings: list[Any] = sorted({_settings(row) for row in found})
-        for steps, queries, split in settings or [(None, protocol.test_queries, "test")]:
-            same = [row for row in found if _settings(row) == (steps, queries, split)]
+        for steps, queries, judged in settings or [(None, protocol.test_queries, "")]:
+            same = [row for row in found if _settings(row) == (steps, queries, judged)]
             taken = "-" if steps is None else f"{steps:,} of {protocol.steps:,}"
-            ours = _accuracy(same) + SPLITS[split] if same else "not run"
+            ours = _accuracy(same) + judged if same else "not run"
             paper = "-" if published is None else f"{published}"
             cells = f"{name} ({method.paper})", kind, str(queries), paper
             row = [*cells, ours, str(len(same)), taken, method.note]
@@ -368,7 +381,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _settings(row: dict[str, Any]) -> tuple[int, int, str]:
     """Return what rows of one method and kind of task may differ in, but for the seed."""
-    return row["steps"], row["queries"], row["split"]
+    words = {
+        "split": str(row["split"]),
+        "eval_steps": f"{row['eval_steps']} steps",
+        "last": "last iterate",
+    }
+    marks = [word for name, word in words.items() if row[name] != DEFAULTS[name]]
+    return row["steps"], row["queries"], f" ({', '.join(marks)})" if marks else ""
 
 
 def _accuracy(rows: Sequence[dict[str, Any]]) -> str:
@@ -383,7 +402,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = [strict_json.loads(line) for line in path.read_text().splitlines() if line]
-    return [{"split": "test", **row} for row in rows]  # rows of before have no other
+    return [{**DEFAULTS, **row} for row in rows]  # those of before have no other
 
 
 def runs(arguments: argparse.Namespace) -> Iterator[Run]:
@@ -391,8 +410,8 @@ def runs(arguments: argparse.Namespace) -> Iterator[Run]:
     for method in arguments.methods.split(","):
         for kind in arguments.tasks.split(","):
             for seed in arguments.seeds.split(","):
-                options = arguments.steps, arguments.queries, arguments.split
-                yield Run(method, kind, int(seed), *options)
+                options = {name: getattr(arguments, name) for name in DEFAULTS}
+                yield Run(method, kind, int(seed), arguments.steps, arguments.queries, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -403,7 +422,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, help="outer steps; by default those of the paper")
     parser.add_argument("--queries", type=int, help="a class, of test tasks; see above")
-    parser.add_argument("--split", default="test", choices=list(SPLITS))
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_argument("--eval_steps", type=int, help="inner steps of the adaptation; see above")
+    parser.add_argument("--last", action="store_true", help="judge the last iterate; see above")
     parser.add_argument("--workdir", default="runs/few_shot", type=pathlib.Path)
     parser.add_argument("--list", action="store_true", help="print the table, and run nothing")
     arguments = parser.parse_args(argv)

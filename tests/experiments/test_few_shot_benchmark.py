@@ -3,14 +3,18 @@
 import dataclasses
 
 import jax
+import jax.flatten_util
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metalearn._utils.intervals import Estimate
 from metalearn.algorithms import MAML, R2D2, ProtoNet
 from metalearn.datasets import ClassIndex
 from metalearn.experiments.benchmarks import few_shot
 from metalearn.models import Linen, train_flag
 from metalearn.models.linen_networks import ConvNet
+from metalearn.optimizers.averaged import Averaged
 from tests.helpers.selection import quick
 
 KEY = jax.random.key(0)
@@ -40,8 +44,8 @@ def test_first_order_maml_anil_and_meta_sgd_are_what_they_say():
 
 
 def test_the_table_says_what_was_run_and_what_was_not():
-    row = {"method": "protonet", "tasks": "5w1s", "steps": 400, "queries": 15, "split": "test"}
-    row["accuracy"] = 0.95
+    row = {"method": "protonet", "tasks": "5w1s", "steps": 400, "queries": 15, "accuracy": 0.95}
+    row |= few_shot.DEFAULTS
     rows = [{**row, "seed": 0, "half_width": 0.004}]
     lines = few_shot.table(rows).splitlines()
     (ours,) = (line for line in lines if line.startswith("| protonet (1703.05175) | 5w1s |"))
@@ -55,11 +59,29 @@ def test_the_table_says_what_was_run_and_what_was_not():
     other = few_shot.table([*rows, {**rows[0], "split": "validation", "accuracy": 0.99}])
     assert "| 15 | 98.8 | 99.00 +- 0.40 (validation) | 1 |" in other
     assert "| 15 | 98.8 | 95.00 +- 0.40 | 1 |" in other
+    other = few_shot.table([*rows, {**rows[0], "eval_steps": 5, "last": True, "accuracy": 0.94}])
+    assert "| 94.00 +- 0.40 (5 steps, last iterate) | 1 |" in other and "| 95.00 +- 0.40 |" in other
 
 
-def test_rows_without_a_split_are_of_the_test_split(tmp_path):
+def test_rows_are_of_the_test_split_and_the_protocol_where_they_say_nothing(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"method": "maml"}\n')
-    assert few_shot.read_rows(tmp_path / "rows.jsonl") == [{"method": "maml", "split": "test"}]
+    (row,) = few_shot.read_rows(tmp_path / "rows.jsonl")
+    assert row == {"method": "maml", "split": "test", "eval_steps": None, "last": False}
+
+
+def test_only_maml_of_20_ways_is_judged_at_an_average_and_adapts_by_ten_steps():
+    for method in few_shot.METHODS:
+        for tasks in ("5w1s", "20w1s"):
+            protocol = few_shot.Run(method, tasks, 0).protocol
+            state = protocol.optimizer.init({"w": jnp.zeros(1)})
+            assert isinstance(state, Averaged) == ((method, tasks) == ("maml", "20w1s"))
+    assert few_shot.Run("maml", "20w1s", 0).protocol.algorithm.eval_steps == 10
+
+
+def test_inner_steps_of_a_method_without_any_are_refused():
+    assert few_shot.Run("maml", "20w1s", 0, eval_steps=5).eval_steps == 5
+    with pytest.raises(ValueError, match="protonet adapts without inner steps"):
+        few_shot.Run("protonet", "20w1s", 0, eval_steps=5)
 
 
 def test_test_tasks_have_the_queries_of_the_paper_or_those_asked_for():
@@ -105,6 +127,29 @@ def test_every_setting_trains_and_is_tested(method, tasks, tmp_path, monkeypatch
     row = few_shot.Run(method, tasks, 0, 2).row(tmp_path)
     assert row.items() >= {"method": method, "tasks": tasks, "seed": 0, "steps": 2}.items()
     assert 0 <= row["accuracy"] <= 1 and row["half_width"] >= 0
+
+
+@pytest.mark.slow
+def test_the_same_run_is_judged_at_the_average_or_the_last_iterate(
+    tmp_path, monkeypatch, small_data
+):
+    small_data(80)
+    judged = []
+
+    def evaluate(self, eta, tasks, key, count):
+        judged.append((self.algorithm.evaluation_steps, eta))
+        return {"accuracy": Estimate(0.5, 0.1, 20)}
+
+    def narrow(outputs, **options):
+        return Linen(ConvNet(outputs, filters=4, **options), few_shot.IMAGE, train_flag)
+
+    monkeypatch.setattr(few_shot, "network", narrow)
+    monkeypatch.setattr(few_shot.Trainer, "evaluate", evaluate)
+    for options in ({}, {"last": True}, {"eval_steps": 5}):
+        few_shot.Run("maml", "20w1s", 0, 2, **options).row(tmp_path)
+    assert [steps for steps, _ in judged] == [10, 10, 5]
+    average, last, again = (jax.flatten_util.ravel_pytree(eta)[0] for _, eta in judged)
+    assert (average == again).all() and abs(average - last).max() > 1e-4
 
 
 @pytest.mark.slow
