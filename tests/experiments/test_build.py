@@ -167,12 +167,12 @@ def test_the_cosine_schedule_ends_at_zero_after_the_outer_steps_and_the_constant
 
 @pytest.mark.parametrize("name", build.OBJECTIVES)
 def test_every_objective_goes_with_every_algorithm(name):
-    inner = {"name": "sgd", "learning_rate": 0.1}
     own = {"loss_weights", "fds", "learned_optimizer", "data_weights", "data_rater"}
     for algorithm in build.ALGORITHMS.keys() - own:  # they have their own
         config = {"name": algorithm, "objective": name}
         if "optimizer" in inspect.signature(build.ALGORITHMS[algorithm]).parameters:
-            config["optimizer"] = inner
+            rate = 1 if algorithm == "learning_rates" else 0.1  # it learns the rates
+            config["optimizer"] = {"name": "sgd", "learning_rate": rate}
         made = build.algorithm(config, model("mlp", "linen"), outputs=3)
         assert made.objective is build.OBJECTIVES[name]
 
