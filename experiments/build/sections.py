@@ -93,7 +93,7 @@ def unset(config: ConfigDict, key: str) -> Any:
     defaults, takes = _common.maml(), _takes(config, section)
     if _has(defaults, key):
         return placeholder(_at(defaults, section).get_type(last))
-    return placeholder(type_of(takes[last]) if last in takes else object)
+    return placeholder((last in takes and _annotated(takes[last])) or object)
 
 
 def _takes(config: ConfigDict, section: str) -> Parameters:
@@ -185,15 +185,20 @@ def _plain(value: Any) -> bool:
 
 def type_of(parameter: inspect.Parameter, value: Any = None) -> type:
     """Return the type of an argument's values, by its annotation, its default or a value."""
-    annotation = parameter.annotation
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    for word, kind in TYPES.items():
-        if re.search(rf"\b{word}\b", text):
-            return kind
+    if (kind := _annotated(parameter)) is not None:
+        return kind
     for candidate in (parameter.default, value, _literal(value)):
         if type(candidate) in (tuple, float, int, bool):
             return type(candidate)
     return str
+
+
+def _annotated(parameter: inspect.Parameter) -> type | None:
+    """Return the type of an argument's values by its annotation; None: it does not say."""
+    annotation = parameter.annotation
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    kinds = (kind for word, kind in TYPES.items() if re.search(rf"\b{word}\b", text))
+    return next(kinds, None)
 
 
 def _literal(text: Any) -> Any:

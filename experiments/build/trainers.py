@@ -188,16 +188,6 @@ def outer_optimizer(
     `Algorithm.outer_optimizer`. `average`: the decay of the average of eta that is what a run
     learns. `master`: whether it sums its updates in float32.
     """
-    options = dict(config)
-    average = options.pop("average", None)
-    outer = _optimizer(options, steps, learner, master)
-    return outer if average is None else averaged(outer, average)
-
-
-def _optimizer(
-    config: Mapping[str, Any], steps: int, learner: Algorithm | None, master: bool
-) -> optax.GradientTransformation:
-    """Build the outer optimizer of a config that sets no average."""
     options = without_unset(config)
     schedule = pick(SCHEDULES, options.pop("schedule"), "schedule")
     clip = options.get("clip")
@@ -209,11 +199,13 @@ def _optimizer(
         check_call(f"outer optimizer {name!r}", options, rules[name], filled=("schedule", "steps"))
         return rules[name](schedule=scale if callable(scale) else None, steps=steps, **options)
     options.pop("clip", None)
+    average = options.pop("average", None)
     outer = optimizer(_scheduled(options, schedule, steps))
     if clip is not None:
         outer = optax.chain(optax.clip_by_global_norm(clip), outer)
     outer = master_weights(outer) if master else outer
-    return outer if learner is None else learner.outer_optimizer(outer)
+    outer = outer if learner is None else learner.outer_optimizer(outer)
+    return outer if average is None else averaged(outer, average)
 
 
 def _scheduled(

@@ -205,7 +205,7 @@ def fds() -> ml_collections.ConfigDict:
     # The sign rule of arXiv:2007.07869, with updates reverted if the outer loss rises by more than
     # the tolerance, and shrinking steps. The paper's rule: guarded=False, schedule="constant".
     config.optimizer = {"name": "fds_rule", "share": 0.1, "schedule": "linear"}
-    config.optimizer.update({"guarded": True, "tolerance": 0.1, "average": placeholder(float)})
+    config.optimizer.update({"guarded": True, "tolerance": 0.1})
     # The rule reverts updates after which the inner loop diverges: these are not failures.
     config.faults.update({"nonfinite": "pass", "diverged": "pass"})
     config.tasks_per_step = 1

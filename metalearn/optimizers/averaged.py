@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from metalearn._utils.trees import nodes, precise
+from metalearn._utils.trees import is_differentiable, nodes, precise
 
-JUDGED_APART = (contrib.ScheduleFreeState, contrib.SAMState)
+JUDGED_APART = (contrib.ScheduleFreeState, contrib.SAMState)  # at other points than it trains at
 
 
 class Averaged(NamedTuple):
@@ -48,7 +48,8 @@ def averaged(
 
     Its updates are those of `optimizer`: gradients are taken where they are without it. What is
     evaluated, saved and exported (`Trainer.learned`), or of an inner optimizer what the outer loss
-    is taken at, is the average. It takes the memory of one more copy of the parameters.
+    is taken at, is the average. It takes the memory of one more copy of the parameters, in each
+    inner state of an inner loop. It goes inside `optax.MultiSteps`, not around it.
 
     Args:
       optimizer: any of optax that has no average of its own.
@@ -67,13 +68,14 @@ def averaged(
 
     def init(params: Any) -> Averaged:
         inner = optimizer.init(params)
-        if any(nodes(inner, JUDGED_APART)):
+        if _is_judged_apart(inner):
             raise ValueError(
                 "`averaged` got an optimizer that trains at one point and is judged at another "
-                "(`optax.contrib.schedule_free` or `optax.contrib.sam`), of which an average of "
-                "the points that it trains at is neither. Leave `averaged` away."
+                "(`optax.contrib.schedule_free`, `optax.contrib.sam`, or `averaged` itself), of "
+                "which an average of the points that it trains at is neither. Leave `averaged` "
+                "away."
             )
-        start = jax.tree.map(lambda x: precise(jnp.asarray(x)), params)
+        start = jax.tree.map(lambda x: _precise(jnp.array(x, copy=True)), params)
         return Averaged(start, jnp.zeros((), jnp.int32), jnp.float32(1 - decay), inner)
 
     def update(
@@ -81,6 +83,7 @@ def averaged(
     ) -> tuple[Any, Averaged]:
         if params is None:
             raise ValueError("`averaged` needs the parameters: `update(grads, state, params)`.")
+        state = state._replace(least=jnp.float32(1 - decay))  # a run may go on with another
         updates, inner = extended.update(grads, state.inner, params, **extra)
         after = jax.tree.map(including(state), state.average, params)
         return updates, Averaged(after, state.steps + 1, state.least, inner)
@@ -93,7 +96,26 @@ def including(state: Averaged) -> Callable[[Any, Any], jax.Array]:
     weight = jnp.maximum(1 / (state.steps + 1), state.least)
 
     def include(average: Any, iterate: Any) -> jax.Array:
-        move = precise(jnp.asarray(iterate)) - average
-        return average + weight.astype(move.real.dtype) * move
+        if not is_differentiable(iterate):
+            return jnp.asarray(iterate)
+        iterate = precise(jnp.asarray(iterate))
+        move = iterate - average
+        mean = average + weight.astype(move.real.dtype) * move
+        return jnp.where(weight < 1, mean, iterate)  # the sum alone would be rounded
 
     return include
+
+
+def _precise(x: jax.Array) -> jax.Array:
+    return precise(x) if is_differentiable(x) else x
+
+
+def _is_judged_apart(state: Any) -> bool:
+    """Return whether an optimizer's result is another point than the one it trains at."""
+
+    def is_apart(node: Any) -> bool:
+        if isinstance(node, contrib.SAMState) and node.cache is None:  # it moves in one step
+            return _is_judged_apart(node.opt_state)
+        return True
+
+    return any(map(is_apart, nodes(state, (Averaged, *JUDGED_APART))))

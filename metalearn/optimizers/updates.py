@@ -239,7 +239,7 @@ def _refuse_lookahead(state: Any, who: str) -> None:
         raise ValueError(
             f"{who} carries one set of parameters, but `optax.lookahead` moves two, fast and slow "
             "ones (`optax.LookaheadParams`), and is judged by the slow. Take the fast optimizer "
-            "by itself or, for an average of its iterates, `optax.contrib.schedule_free`."
+            "by itself or, for an average of its iterates, `metalearn.optimizers.averaged`."
         )
 
 

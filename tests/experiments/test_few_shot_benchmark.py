@@ -67,6 +67,9 @@ def test_rows_are_of_the_test_split_and_the_protocol_where_they_say_nothing(tmp_
     (tmp_path / "rows.jsonl").write_text('{"method": "maml"}\n')
     (row,) = few_shot.read_rows(tmp_path / "rows.jsonl")
     assert row == {"method": "maml", "split": "test", "eval_steps": None, "last": False}
+    (tmp_path / "rows.jsonl").write_text('{"method": "maml", "tasks": "20w1s"}\n')
+    (row,) = few_shot.read_rows(tmp_path / "rows.jsonl")  # before it was averaged
+    assert row["eval_steps"] == 5 and row["last"]
 
 
 def test_only_maml_of_20_ways_is_judged_at_an_average_and_adapts_by_ten_steps():
@@ -75,7 +78,8 @@ def test_only_maml_of_20_ways_is_judged_at_an_average_and_adapts_by_ten_steps():
             protocol = few_shot.Run(method, tasks, 0).protocol
             state = protocol.optimizer.init({"w": jnp.zeros(1)})
             assert isinstance(state, Averaged) == ((method, tasks) == ("maml", "20w1s"))
-    assert few_shot.Run("maml", "20w1s", 0).protocol.algorithm.eval_steps == 10
+            if method in ("maml", "first_order_maml") and tasks == "20w1s":
+                assert protocol.algorithm.evaluation_steps == (10 if method == "maml" else 5)
 
 
 def test_inner_steps_of_a_method_without_any_are_refused():

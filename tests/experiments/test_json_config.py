@@ -63,6 +63,13 @@ def test_what_the_config_of_a_run_leaves_unset_keeps_the_type_of_its_values(name
         assert after.get_type(last) is before.get_type(last), key
 
 
+def test_an_unset_key_without_an_annotation_takes_any_value(write):
+    config = build.to_json(arguments._load(*arguments._config_file("data_weights_digits")))
+    config["algorithm"]["outer_loss"] = None
+    read = json_config.get_config(write(config)).algorithm
+    assert read.get_type("outer_loss") is object and read.get_type("tokens") is int
+
+
 def test_a_key_that_a_run_left_unset_is_refused_by_its_type(write, refused, tmp_path):
     path = write(build.to_json(arguments._load(*arguments._config_file("maml_sinusoid"))))
     words = "train", f"--config={path}", "--config.optimizer.clip=abc", f"--workdir={tmp_path}/a"

@@ -10,7 +10,7 @@ import pytest
 from optax import contrib
 
 from metalearn import MixedFlow, Trainer
-from metalearn.algorithms import MAML, squared_error
+from metalearn.algorithms import FDS, MAML, Hyperparameter, squared_error
 from metalearn.experiments import build
 from metalearn.experiments.configs import maml_sinusoid
 from metalearn.optimizers import averaged, master_weights
@@ -18,6 +18,7 @@ from metalearn.optimizers.updates import evaluation_params
 from tests.cases import MODELS, TASKS
 
 KEY = jax.random.key(0)
+RATE = {"learning_rate": Hyperparameter(1e-3, 1.0, 0.1)}
 PARAMS = {"w": jnp.array([[1.0, -2.0]]), "b": jnp.array(0.5)}
 SUPPORT = [{"w": jnp.full((1, 2), t - 2.0), "b": jnp.array(0.3 * t)} for t in range(7)]
 
@@ -70,11 +71,11 @@ def test_it_is_the_mean_of_the_first_iterates_and_then_a_moving_average(decay):
 )
 def test_it_averages_what_the_parameters_were_wherever_it_stands(wrap):
     # What comes after it scales its updates, as a trainer does that has backed off.
-    found, state = iterates(wrap(averaged(optax.sgd(0.1), 0.6)), pace=0.5)
+    pace = 1.0 if wrap is master_weights else 0.5  # which has a copy that nothing may scale
+    found, state = iterates(wrap(averaged(optax.sgd(0.1), 0.6)), pace=pace)
     judged = evaluation_params(state, found[-1])
     expected = by_hand([x["w"] for x in found], 0.6)
-    if wrap is not master_weights:  # it has a copy of its own, which nothing may scale
-        np.testing.assert_allclose(judged["w"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(judged["w"], expected, rtol=1e-5, atol=1e-6)
     masked = isinstance(state, optax.MaskedState)
     assert (judged["b"] == found[-1]["b"]) == masked
 
@@ -102,12 +103,41 @@ def test_another_decay_is_refused(decay):
     [
         contrib.schedule_free_sgd(0.1),
         optax.chain(optax.clip(1.0), contrib.sam(optax.sgd(0.1), optax.sgd(0.05))),
+        optax.chain(optax.clip(1.0), averaged(optax.sgd(0.1))),
+        contrib.sam(contrib.schedule_free_sgd(0.1), optax.sgd(0.05), opaque_mode=True),
     ],
-    ids=["schedule_free", "sam"],
+    ids=["schedule_free", "sam", "averaged", "opaque sam"],
 )
 def test_an_optimizer_that_is_judged_elsewhere_already_is_refused(inner):
     with pytest.raises(ValueError, match=r"`averaged` got an optimizer that trains at one point"):
         averaged(inner).init(PARAMS)
+
+
+def test_sharpness_aware_steps_that_come_back_at_once_are_averaged():
+    sam = contrib.sam(optax.sgd(0.1), optax.sgd(0.05), opaque_mode=True)
+    assert averaged(sam).init(PARAMS).steps == 0
+
+
+def test_a_run_that_goes_on_with_another_decay_has_that_one():
+    found, state = iterates(averaged(optax.sgd(0.1), 0.999))
+    _, state = averaged(optax.sgd(0.1), 0.5).update(SUPPORT[0], state, found[-1])
+    assert state.least == 0.5
+
+
+def test_it_has_a_copy_of_the_parameters_which_may_be_donated():
+    params = jax.tree.map(jnp.array, PARAMS)
+    optimizer = averaged(optax.sgd(0.1))
+    step = jax.jit(lambda p, s: optimizer.update(p, s, p), donate_argnums=(0, 1))
+    updates, state = step(params, optimizer.init(params))
+    assert updates["b"] == -0.05 and state.average["b"] == 0.5
+
+
+def test_a_weight_of_one_is_the_iterate_itself_and_integers_are_as_they_are():
+    start = {"w": jnp.float32(1e8), "n": jnp.int32(2**24 + 1)}
+    last = {"w": jnp.float32(1e-3), "n": jnp.int32(2**24 + 3)}
+    state = averaged(optax.set_to_zero(), 0.0).init(start)
+    judged = evaluation_params(state, last)
+    assert judged["w"] == last["w"] and judged["n"] == last["n"]
 
 
 def test_it_asks_for_the_parameters():
@@ -146,5 +176,10 @@ def test_a_config_names_its_decay():
     np.testing.assert_allclose(evaluation_params(state, found[-1])["w"], expected, rtol=1e-5)
     last = iterates(plain)
     np.testing.assert_array_equal(evaluation_params(last[1], last[0][-1])["w"], last[0][-1]["w"])
+    rule = {"name": "fds_rule", "share": 0.1, "schedule": "linear", "average": 0.9}
+    with pytest.raises(
+        ValueError, match="'fds_rule' has no option 'average'"
+    ):  # it takes steps back
+        build.outer_optimizer(rule, 10, FDS(MODELS["Functions"], RATE, inner_steps=2, batch=2))
     with pytest.raises(ValueError, match=r"averaged\(decay=1.5\)"):
         build.outer_optimizer({**config, "average": 1.5}, steps=10)
