@@ -251,3 +251,6 @@ class _AtOuterStep(Algorithm):
 
     def batches(self, episode: Episode, key: jax.Array) -> Batch:
         return self.algorithm.batches(episode, key)
+
+    def evaluation(self) -> Algorithm:
+        return self.algorithm

@@ -115,6 +115,13 @@ def test_inner_gradients_are_constants_before_the_second_order_begins(step, stop
     assert abs(grads.params[0] - other.params[0]).max() > 1e-4
 
 
+def test_the_algorithm_of_an_outer_step_adapts_as_after_annealing():
+    plus = algorithm(multi_step=10)
+    eta, support = generic(plus.init(KEY)), episode().support
+    now = plus.at_outer_step(jnp.asarray(0)).adapt(eta, support, KEY)
+    assert_close(now.params, plus.adapt(eta, support, KEY).params)
+
+
 @pytest.mark.slow
 def test_a_trainer_anneals_over_its_outer_steps():
     plus = algorithm(multi_step=2, second_order_from=1)
