@@ -30,11 +30,12 @@ An outer step of 16 tasks one at a time and all at once, for networks of growing
 flow: what decides how `Trainer` unrolls them on a CPU. "factor" is the largest factor or result of
 a matrix product of one task, times 16. About 2 minutes.
 
-    python -m metalearn.experiments.benchmarks.maml --cores
+    python -m metalearn.experiments.benchmarks.maml --cores [--queries=5]
 
 The first row again: on all cores, on one alone, and in a process per core at the same time, each
-with outer steps of its own. The last is what the cores give if nothing is divided among them, a
-bound on what a better division of one program can gain. Two minutes, on Linux only.
+with outer steps of its own. The last is what the cores give if nothing is divided among them: what
+several seeds gain side by side, and a bound on what a better division of one program can gain.
+Two minutes, on Linux only.
 """
 
 from __future__ import annotations
@@ -172,10 +173,11 @@ def a_device_per_core(steps: int) -> float:
 class Pinned:
     """A process on some cores that times outer steps whenever it is asked to."""
 
-    def __init__(self, cores: Sequence[int]):
+    def __init__(self, cores: Sequence[int], queries: int):
         """Start it; it compiles while others do."""
         numbers = ",".join(map(str, cores))
-        command = [sys.executable, "-m", __spec__.name, f"--pinned={numbers}"]
+        options = f"--pinned={numbers}", f"--queries={queries}"
+        command = [sys.executable, "-m", __spec__.name, *options]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
 
@@ -189,21 +191,21 @@ class Pinned:
         return float(self.process.stdout.readline())
 
     @staticmethod
-    def serve(cores: Iterable[int]) -> None:
+    def serve(cores: Iterable[int], queries: int) -> None:
         """Be such a process."""
         os.sched_setaffinity(0, cores)  # before XLA counts them
-        run = metalearn(random_tasks(), Reverse())
+        run = metalearn(random_tasks(queries), Reverse())
         for steps in sys.stdin:
             print(run(int(steps)), flush=True)
 
 
-def print_cores(steps: int, rounds: int) -> None:
+def print_cores(steps: int, rounds: int, queries: int) -> None:
     """Measure one process on all cores, on one, and a process on each; print a Markdown table."""
     cores = sorted(os.sched_getaffinity(0))
     settings = {
-        "a process on all cores": [Pinned(cores)],
-        "a process on one core": [Pinned(cores[-1:])],
-        "a process per core, together": [Pinned([core]) for core in cores],
+        "a process on all cores": [Pinned(cores, queries)],
+        "a process on one core": [Pinned(cores[-1:], queries)],
+        "a process per core, together": [Pinned([core], queries) for core in cores],
     }
     rates: dict[str, list[float]] = {name: [] for name in settings}
     for turn in range(rounds + 1):
@@ -215,7 +217,8 @@ def print_cores(steps: int, rounds: int) -> None:
                 rates[name].append(together)
     for process in itertools.chain(*settings.values()):
         process.process.communicate()
-    print(f"{len(cores)} cores, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    kind = jax.devices()[0].device_kind
+    print(f"{queries} queries, {len(cores)} cores, {kind}, jax {jax.__version__}\n")
     print("| | tasks/s | against the first |\n|---|---|---|")
     first = next(iter(rates.values()))
     for name, measured in rates.items():
@@ -223,9 +226,9 @@ def print_cores(steps: int, rounds: int) -> None:
         print(f"| {name} | {statistics.median(measured):.1f} | {ratio:.2f}x |")
 
 
-def random_tasks() -> FewShot:
-    """Return 5-way 1-shot tasks of noise."""
-    return FewShot.create(random_index(), ways=5, shots=1, queries=QUERIES // 5)
+def random_tasks(queries: int = QUERIES) -> FewShot:
+    """Return 5-way 1-shot tasks of noise, with so many queries of all five classes."""
+    return FewShot.create(random_index(), ways=5, shots=1, queries=queries // 5)
 
 
 def contenders(torch_python: str | None) -> Iterator[tuple[str, Contender]]:
@@ -322,6 +325,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="outer steps a round")
     parser.add_argument("--at-once", action="store_true", help="one at a time, and all at once")
     parser.add_argument("--cores", action="store_true", help="one process on them, and one on each")
+    parser.add_argument("--queries", type=int, default=QUERIES, help="of a task, with --cores")
     parser.add_argument("--pinned", help=argparse.SUPPRESS)
     parser.add_argument("--spread", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -329,10 +333,10 @@ def main() -> None:
         print_at_once()
         return
     if arguments.cores:
-        print_cores(PINNED_STEPS, arguments.rounds)
+        print_cores(PINNED_STEPS, arguments.rounds, arguments.queries)
         return
     if arguments.pinned:
-        Pinned.serve(map(int, arguments.pinned.split(",")))
+        Pinned.serve(map(int, arguments.pinned.split(",")), arguments.queries)
         return
     if arguments.spread:
         run = metalearn(random_tasks(), Reverse(), layout=Layout(make_mesh()))
