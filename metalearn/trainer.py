@@ -33,7 +33,7 @@ from metalearn.diagnostics import health, memory
 from metalearn.diagnostics.perturbed_runs import InnerRuns, PerturbedRuns
 from metalearn.diagnostics.probe import Look, look_at
 from metalearn.diagnostics.symmetry import Measure
-from metalearn.engines import MetaGradient, MixedFlow
+from metalearn.engines import MetaGradient, MixedFlow, Reverse
 from metalearn.engines.base import Backward, Streaming, check_eta
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
@@ -538,9 +538,30 @@ class Trainer:
             symmetry,
             self.task_keys,
             self._fetched_first,
+            self._difference if isinstance(self.engine, MixedFlow) else None,
             self.labels_seen,
             self.truncation is None and self._is_whole,
         )
+
+    def _difference(self, eta: Any, tasks: Tasks, key: jax.Array) -> float:
+        """Return the relative difference of a task's meta-gradient from that of `Reverse`.
+
+        Over the first steps, as in a health check. Compiles two programs.
+        """
+        others = dataclasses.replace(self, engine=Reverse())
+        count = self._most_steps(health.STEPS, eta, tasks, key)
+
+        def gradients(trainer: Trainer) -> Any:
+            def solve(eta: Any, tasks: Tasks, key: jax.Array) -> Any:
+                return trainer.unrolls.solve(eta, tasks, key, lambda unroll: unroll, count)[1]
+
+            options = quick_compilation()
+            return trainer._compiled(solve, compiler_options=options)(eta, tasks, key)
+
+        ours, exact = gradients(self), gradients(others)
+        norm = optax.tree.norm(exact)
+        difference = optax.tree.norm(jax.tree.map(jnp.subtract, ours, exact))
+        return float(jnp.where(norm > 0, difference / norm, difference))
 
     @property
     def _is_whole(self) -> bool:

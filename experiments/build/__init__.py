@@ -16,6 +16,7 @@ from metalearn.experiments.build.registry import (
     optimizer,
 )
 from metalearn.experiments.build.trainers import (
+    check_keys,
     engine,
     evaluation_layout,
     idle_devices,
@@ -25,6 +26,7 @@ from metalearn.experiments.build.trainers import (
     set_options,
     trainer,
     truncation,
+    with_open_engine,
 )
 from metalearn.experiments.cli.values import to_json
 
@@ -39,6 +41,7 @@ __all__ = [
     "Sizes",
     "Splits",
     "algorithm",
+    "check_keys",
     "engine",
     "evaluation_layout",
     "idle_devices",
@@ -53,4 +56,5 @@ __all__ = [
     "to_json",
     "trainer",
     "truncation",
+    "with_open_engine",
 ]

@@ -94,7 +94,7 @@ def model(config: Mapping[str, Any], sizes: Sizes | Splits) -> Model:
     options = {key: as_tuple(value) for key, value in dict(config).items()}
     if is_import_path(options["name"]):
         return _own(options.pop("name"), options.pop("library", None), options, sizes)
-    library = pick(LIBRARIES, options.pop("library"), "model library")
+    library = pick(LIBRARIES, options.pop("library", "linen"), "model library")
     network = pick(library.networks, options.pop("name"), "network")
     takes = parameters(network)
     if "architecture" in takes:

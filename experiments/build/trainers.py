@@ -33,7 +33,7 @@ from metalearn import (
     Truncation,
     make_mesh,
 )
-from metalearn._utils.checks import above, at_least, counts, is_integer, pick
+from metalearn._utils.checks import above, at_least, counts, is_integer, nearest, pick
 from metalearn.experiments.build.algorithms import algorithm, sized_for, takes_model
 from metalearn.experiments.build.datasets import Sizes, Splits
 from metalearn.experiments.build.models import model, wrapped
@@ -49,12 +49,15 @@ from metalearn.experiments.build.registry import (
     parameters,
     without_unset,
 )
+from metalearn.experiments.configs import _common
+from metalearn.loggers import WandbLogger
 from metalearn.model import Model
 from metalearn.optimizers.averaged import averaged
 from metalearn.optimizers.master_weights import master_weights
 from metalearn.sharding.batched_means import check_tasks, most_devices
 from metalearn.sharding.mesh import AXES, DATA, MODEL, TANGENTS, TASKS, format_devices, remaining
 from metalearn.sharding.partition import check_rules
+from metalearn.training.faults import Faults
 
 
 def trainer(
@@ -94,6 +97,21 @@ def trainer(
     )
 
 
+def check_keys(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for keys of a config file that nothing reads.
+
+    The command line refuses them by itself. At the top level a config may have keys of its own: one
+    that is almost a known one is refused.
+    """
+    known = [*_common.maml(), "dataset", "model", "steps", "eval_every", "checkpoint_every"]
+    for key in config:
+        if key not in (*known, "auto") and (hint := nearest(key, known)):
+            raise ValueError(f"The config has a key {key!r}, which nothing reads.{hint}")
+    check_call("section faults", config["faults"], Faults)
+    named = {key: value for key, value in config["wandb"].items() if key != "name"}
+    check_call("section wandb", named, WandbLogger, filled=("directory",))
+
+
 def _network(config: Mapping[str, Any], sizes: Sizes | Splits) -> Model | None:
     """Build the model of a config; None where there is none and the algorithm takes none."""
     name = config["algorithm"]["name"]
@@ -112,6 +130,7 @@ def _network(config: Mapping[str, Any], sizes: Sizes | Splits) -> Model | None:
 def truncation(config: Mapping[str, Any]) -> Truncation | None:
     """Build a truncation; None, full unrolls, where its number of steps is not set."""
     options = without_unset(config)
+    check_call("section truncation", {"steps": 0, **options}, Truncation)
     if "steps" in options:
         if "transform" in options:
             options["transform"] = optimizer({"name": options["transform"]})
@@ -149,6 +168,17 @@ def engine(name: str, options: Mapping[str, Any] | None = None) -> MetaGradient:
             "--config.engine_options.KEY= with nothing behind it."
         ) from None
     return check_kind(build(**values), name, "engine", (MetaGradient,))
+
+
+def with_open_engine(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the default engine, for commands that try them all.
+
+    Raises:
+      ValueError: for a name of no engine.
+    """
+    if config["engine"] != "auto":
+        engine_builder(config["engine"])
+    return {**config, "engine": "mixed_flow", "engine_options": {}}
 
 
 def engine_builder(name: str) -> Callable[..., MetaGradient]:
@@ -189,7 +219,7 @@ def outer_optimizer(
     learns. `master`: whether it sums its updates in float32.
     """
     options = without_unset(config)
-    schedule = pick(SCHEDULES, options.pop("schedule"), "schedule")
+    schedule = pick(SCHEDULES, options.pop("schedule", "constant"), "schedule")
     clip = options.get("clip")
     above("optimizer", 0, clip=clip)
     rules = {} if learner is None else learner.outer_rules()
@@ -259,6 +289,8 @@ def layout(config: Mapping[str, Any]) -> Layout | None:
     config = {**config, **config.get("auto", {})}  # with the chunks that were chosen
     mesh = {**MESH, **config.get("mesh", {})}
     check_tasks(config["tasks_per_step"], config["chunk"])
+    for key in mesh:
+        pick(MESH, key, "axis or option of config.mesh")
     at_least("mesh", 1, **{axis: mesh[axis] for axis in AXES})
     counts("mesh", 1, **{axis: mesh[axis] for axis in (DATA, MODEL, TANGENTS)})
     _check(mesh, config)

@@ -68,10 +68,17 @@ def adapt(
         np.savez(file, **results)  # type: ignore[arg-type]
     size = ", ".join(f"{name} {list(array.shape)}" for name, array in results.items())
     step, count = run.step, len(outputs)
+    undefined = int((~np.isfinite(outputs.reshape(count, -1))).any(1).sum())
     print(
         f"{out}: {size}, of outer step {step} of {workdir} after {learner.steps} inner steps."
         + (f"\n{score} on the {count} labelled queries." if score else "")
     )
+    if undefined:
+        print(
+            f"Warning: the outputs of {undefined} of the {count} queries are NaN or infinite, and "
+            "what is predicted for them means nothing. The inner loop diverged on this support "
+            "set, or it lacks a class that the algorithm needs."
+        )
 
 
 def read(what: str, path: pathlib.Path, example: Any, labelled: bool = True) -> Examples:

@@ -45,8 +45,7 @@ def compared(config: Mapping[str, Any], x64: bool = False, progress: bool = Fals
         config = {**config, "precision": types} if config.get("model") else config
     with jax.enable_x64(True) if x64 else contextlib.nullcontext():
         splits = build.splits(config["dataset"])
-        open_config = {**config, "engine": "mixed_flow", "engine_options": {}}
-        trainer = build.trainer(open_config, splits, build.layout(config))
+        trainer = build.trainer(build.with_open_engine(config), splits, build.layout(config))
         tasks = trainer.place(splits.train)
         return compare(trainer, tasks, key=build.key_of(config["seed"]), progress=progress)
 

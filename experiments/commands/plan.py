@@ -329,8 +329,7 @@ def abstract(config: Mapping[str, Any]) -> tuple[Trainer, Any]:
 
     train, validation, test = jax.eval_shape(tasks)
     splits = read[-1]._replace(train=train, validation=validation, test=test)
-    open_config = {**config, "engine": "mixed_flow", "engine_options": {}}
-    return build.trainer(open_config, splits, build.layout(config)), train
+    return build.trainer(build.with_open_engine(config), splits, build.layout(config)), train
 
 
 def settings(row: Row) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from metalearn._utils import disk
 from metalearn._utils.checks import first_line
 from metalearn.experiments import build
+from metalearn.experiments.cli.import_paths import import_paths
 from metalearn.experiments.commands.pictures import draw
 from metalearn.experiments.commands.plan import abstract
 from metalearn.experiments.report.figures import curve_figure, metrics_of, save_png
@@ -104,8 +105,9 @@ def _learned(run: RunLog, allow_imports: bool) -> list[pathlib.Path]:
 
 def command_of(run: RunLog) -> str:
     """Return the command that trains the config of a run again."""
-    config = run.workdir / "config.json"
-    return shlex.join(["metalearn", "train", f"--config={config}", "--workdir=runs/again"])
+    path = run.workdir / "config.json"
+    allowed = ["--allow-imports"] if import_paths(run.config) else []
+    return shlex.join(["metalearn", "train", f"--config={path}", "--workdir=runs/again", *allowed])
 
 
 def cost_of(config: Mapping[str, Any], counted: bool = True) -> Cost:

@@ -73,6 +73,7 @@ def train(
       Interrupted: where a signal asked to stop, once the run is saved.
     """
     plain = build.to_json(config)
+    build.check_keys(plain)
     import_paths.remember(plain)
     plain = auto.settled(plain, checkpoints_of(workdir), budget, tolerance)
     if plain["checkpoint_best"] and not plain["eval_every"]:

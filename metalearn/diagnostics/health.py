@@ -16,7 +16,8 @@ zeros in its gradients.
 Of an engine that assumes symmetric Jacobians of inner gradients (`MixedFlow`), the check lists the
 inner gradients where it does not, and why: a note, since the result is exact and only costs more
 memory. The symmetry of the others is measured on the task (`metalearn.diagnostics.symmetry`): a
-warning if a Jacobian is not symmetric.
+warning if a Jacobian is not symmetric and the meta-gradient is not that of `Reverse` there, a note
+if it is: where every gradient vanishes, as of a saturated softmax, rounding is all that is left.
 
 `diagnose` explains a failed outer step: which task, where, from which inner step on.
 """
@@ -42,6 +43,7 @@ from metalearn.tasks import Tasks, check_tasks, draw_episode, label_range
 from metalearn.train_state import TrainState
 
 STEPS = 5  # inner steps of a check: enough to detect every optimizer of optax concerned
+AGREES = 1e-3  # relative difference of meta-gradients that an asymmetry does not matter to
 
 WRAP = "wrap it: `metalearn.optimizers.differentiable_at_zero(optimizer)`"
 ROOT = (
@@ -75,6 +77,15 @@ DIVERGES = (
     "The inner loop diverges, or its data are not finite: lower the inner learning rate, clip "
     "the inner gradients, or take fewer inner steps."
 )
+AT_FIRST = (
+    "No step had been taken then: the data are not finite, or the state that `Unroll.init` "
+    "returns, or the inner loss at it."
+)
+UNSEEN = (
+    "No inner gradient is taken by the `grad` that `step` is given, so zeros in inner gradients "
+    "were not tried, and their losses and norms are in no metric. If `step` calls `jax.grad`, call "
+    "`grad` in its place."
+)
 OUTER = ": look at the `loss` of the algorithm's unroll, and at the data it reads."
 
 GROWN = 1e8  # norm of a tangent above which it counts as overflowing
@@ -96,11 +107,14 @@ class Report:
       errors: training would fail at its first step.
       warnings: training may fail later, or does not learn all of eta.
       notes: nothing is wrong.
+      probed: whether zeros were put into inner gradients; False where the loop takes none by the
+        `grad` that it is given.
     """
 
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    probed: bool = True
 
     @property
     def healthy(self) -> bool:
@@ -108,10 +122,8 @@ class Report:
         return not (self.errors or self.warnings)
 
     def __str__(self) -> str:
-        fine = (
-            "Health: the meta-gradient is finite, with a zero in every inner gradient too, "
-            "and with all of them zero."
-        )
+        zeros = ", with a zero in every inner gradient too, and with all of them zero"
+        fine = f"Health: the meta-gradient is finite{zeros if self.probed else ''}."
         lines = [fine] if self.healthy else [f"Error: {text}" for text in self.errors]
         lines += [f"Warning: {text}" for text in self.warnings]
         return "\n".join(lines + [f"Note: {text}" for text in self.notes])
@@ -138,6 +150,8 @@ class Probes(NamedTuple):
       task_keys: state -> the keys of the tasks of its next outer step.
       fetch: (tasks, state, steps) -> the tasks of its next outer step, read from the host where
         they are there, for the first so many inner steps; None: for those that are differentiated.
+      difference: (eta, tasks, key) -> the relative difference of the meta-gradient from that of
+        `Reverse`, over a task's first inner steps; None: the engine has no such exact form.
       labels_seen: losses, and the outputs of the network that they were traced with.
       whole: whether `look` sees whole unrolls; False: the first steps of one from a fresh start, of
         those that are truncated, or cut into segments.
@@ -148,6 +162,7 @@ class Probes(NamedTuple):
     symmetry: Callable[..., Symmetry]
     task_keys: Callable[[TrainState], jax.Array]
     fetch: Callable[[Tasks, TrainState, int | None], Tasks]
+    difference: Callable[..., float] | None
     labels_seen: Seen
     whole: bool = True
 
@@ -182,7 +197,17 @@ def _check(probes: Probes, state: TrainState, tasks: Tasks) -> Report:
     if result.zero.any():
         warnings += _unreached(probes, state.eta, tasks, key, names)
     symmetry = probes.symmetry(state.eta, tasks, key)
-    return Report(warnings=(*warnings, *_asymmetric(symmetry)), notes=_not_commuted(symmetry))
+    notes = list(_not_commuted(symmetry))
+    steps, gradients = np.shape(result.inner.losses)
+    if steps and not gradients:
+        notes.append(UNSEEN)
+    if symmetry.asymmetry > symmetry.tolerance:
+        difference = None if probes.difference is None else probes.difference(state.eta, tasks, key)
+        if difference is not None and difference <= AGREES:
+            notes.append(_rounded(symmetry, difference))
+        else:
+            warnings.append(_asymmetric(symmetry))
+    return Report(warnings=tuple(warnings), notes=tuple(notes), probed=gradients > 0)
 
 
 def diagnose(probes: Probes, state: TrainState, tasks: Tasks) -> str:
@@ -270,11 +295,12 @@ def _cause(result: Look, names: Sequence[str], labels: str, look: Callable[..., 
     bad = ~(np.isfinite(losses) & finite)
     if bad.any():
         first = int(bad.any(axis=1).argmax())
+        reason = DIVERGES if first or np.isfinite(losses[0]).all() else AT_FIRST
         return (
             f"the inner loss or its gradient is not finite from inner step {first + 1} of "
             f"{len(losses)} on (inner loss: first {losses[0].mean():.4g}, last "
             f"{losses[-1].mean():.4g}; {1 - bad.mean():.0%} finite). "
-            f"{_undefined(look) or DIVERGES}"
+            f"{_undefined(look) or reason}"
         )
     overflow = _overflow(np.asarray(result.inner.tangent_norm))
     if overflow:
@@ -332,10 +358,18 @@ def _unreached(
     ]
 
 
-def _asymmetric(symmetry: Symmetry) -> tuple[str, ...]:
-    """Return a warning if a Jacobian that an engine assumes symmetric is not, on this task."""
-    if not symmetry.asymmetry > symmetry.tolerance:
-        return ()
+def _rounded(symmetry: Symmetry, difference: float) -> str:
+    """Return a note of an asymmetry that the meta-gradient does not show."""
+    return (
+        "The Jacobian J of an inner gradient is not symmetric on the first task (u^T J v and "
+        f"v^T J u differ by {symmetry.asymmetry:.2g} of their size), but the meta-gradient is that "
+        f"of `Reverse()` to {difference:.0e}: J is mostly rounding there, as where a softmax is "
+        "saturated and its gradient vanishes."
+    )
+
+
+def _asymmetric(symmetry: Symmetry) -> str:
+    """Return a warning of a Jacobian that an engine assumes symmetric and is not, on this task."""
     return (
         "The Jacobian J of an inner gradient is not symmetric on the first task (u^T J v and "
         f"v^T J u differ by {symmetry.asymmetry:.2g} of their size, of which rounding explains "
@@ -343,7 +377,7 @@ def _asymmetric(symmetry: Symmetry) -> tuple[str, ...]:
         "wrong there. A function of the inner loss has a derivative rule that is no derivative "
         "where this task uses it, though it is one wherever it was tried, or was declared one in "
         "`true_rules`. Use `Reverse()`, or take the name out of `true_rules`; a rule that was "
-        "believed without being declared is worth a report.",
+        "believed without being declared is worth a report."
     )
 
 

@@ -187,14 +187,28 @@ def check_eta(eta: Any) -> None:
 
 
 def outer_loss(unroll: Unroll, eta: Any, state: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return what `unroll.loss` returns; TypeError unless that is (loss (), metrics)."""
+    """Return what `unroll.loss` returns; TypeError unless that is (loss (), metrics of ())."""
     result = unroll.loss(eta, state)
-    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict):
-        return result
-    raise TypeError(
-        "`Unroll.loss` returns the outer loss and a dictionary of metrics, (loss, metrics), but "
-        f"this one returned {type(result).__name__}. Without metrics: `return loss, {{}}`."
-    )
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise TypeError(
+            "`Unroll.loss` returns the outer loss and a dictionary of metrics, (loss, metrics), "
+            f"but this one returned {_kinds(result)}. Without metrics: `return loss, {{}}`."
+        )
+    for name, value in {"the outer loss": result[0], **result[1]}.items():
+        if jnp.shape(value):
+            what = name if value is result[0] else f"its metric {name!r}"
+            raise TypeError(
+                f"`Unroll.loss` returns numbers, but {what} has shape {list(jnp.shape(value))}. "
+                "Take a mean, or give each entry a name of its own."
+            )
+    return result
+
+
+def _kinds(result: Any) -> str:
+    """Say what a function returned: arrays, or a tuple of what."""
+    if isinstance(result, tuple):
+        return f"({', '.join(map(_kinds, result))})"
+    return "one array" if isinstance(result, jax.Array) else type(result).__name__
 
 
 @contextlib.contextmanager

@@ -204,6 +204,85 @@ def test_an_inner_loop_that_diverges_is_an_error_with_its_step():
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class OfItself(Algorithm):
+    """A step that calls `jax.grad`, though it is given a `grad`; theta_0 is `start`."""
+
+    start: float = 1.0
+    grad: bool = False
+
+    def init(self, key):
+        return jnp.ones(())
+
+    def batches(self, episode, key):
+        return jnp.arange(3)
+
+    def unroll(self, episode, key):
+        def step(eta, theta, t, grad):
+            slope = (grad if self.grad else jax.grad)(lambda theta: (theta**2).sum())(theta)
+            return theta - 0.1 * eta * slope
+
+        start = jnp.full(2, self.start)
+        return Unroll(lambda eta: start, step, lambda eta, theta: (theta.sum(), {}))
+
+
+@pytest.mark.parametrize(("grad", "notes"), [(True, 0), (False, 1)])
+def test_gradients_that_a_step_takes_by_itself_are_noted_and_not_called_probed(grad, notes):
+    report = checked(Trainer(OfItself(grad=grad), Reverse(), tasks_per_step=1))
+    assert report.healthy and len(report.notes) == notes
+    assert (HEALTHY in str(report)) == grad
+    assert ("No inner gradient is taken by the `grad`" in str(report)) != grad
+
+
+def test_a_state_that_is_nan_from_the_start_is_not_called_a_loop_that_diverges():
+    report = checked(Trainer(OfItself(math.nan, grad=True), Reverse(), tasks_per_step=1))
+    (error,) = report.errors
+    assert "from inner step 1 of 3 on" in error and "that `Unroll.init` returns" in error
+    assert "diverges" not in error
+
+
+@dataclasses.dataclass(frozen=True)
+class Saturated(Algorithm):
+    """A head of prototypes, far apart: the softmax is sure, and inner gradients vanish."""
+
+    def init(self, key):
+        return {"w": jax.random.normal(key, (4, 16)), "rate": jnp.float32(0.1)}
+
+    def batches(self, episode, key):
+        return jnp.arange(2)
+
+    def unroll(self, episode, key):
+        x = jax.random.normal(jax.random.key(1), (5, 4))
+
+        def features(w):
+            return jax.nn.relu(4.0 * x @ w)
+
+        def init(eta):
+            centres = features(eta["w"])
+            return {"w": eta["w"], "head": 2 * centres.T, "bias": -(centres**2).sum(-1)}
+
+        def loss(theta):
+            bias = jnp.broadcast_to(theta["bias"], (5, 5))
+            logits = features(theta["w"]) @ theta["head"] + bias
+            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(5)).mean()
+
+        def step(eta, theta, t, grad):
+            return jax.tree.map(lambda p, g: p - eta["rate"] * g, theta, grad(loss)(theta))
+
+        def outer(eta, theta):
+            return features(theta["w"]).var() + (theta["head"] ** 2).sum(), {}
+
+        return Unroll(init, step, outer)
+
+
+def test_an_asymmetry_of_rounding_alone_is_a_note():
+    learner = Trainer(Saturated(), MixedFlow(), tasks_per_step=1)
+    state = dataclasses.replace(learner.init(KEY), eta=Saturated().init(KEY))
+    report = learner.check_health(state, TASKS)
+    (note,) = report.notes
+    assert report.healthy and "not symmetric" in note and "that of `Reverse()` to" in note
+
+
 class Parts(NamedTuple):
     used: jax.Array
     cut: jax.Array

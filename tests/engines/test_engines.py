@@ -656,6 +656,23 @@ def test_an_outer_loss_without_metrics_is_refused_with_what_to_return(engine, re
         engine.value_and_grad(unroll, eta, batches)
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda theta: (theta, {}), "the outer loss has shape"),
+        (lambda theta: (theta.sum(), {"each": theta}), "its metric 'each' has shape"),
+        (lambda theta: (theta.sum(), [1]), r"returned \(one array, list\)"),
+    ],
+)
+@every_engine
+def test_an_outer_loss_or_metric_that_is_no_number_is_refused_by_name(engine, returned, message):
+    eta, batches = eta_and_batches()
+    unroll = Unroll(lambda eta: eta["start"], descend, lambda eta, theta: returned(theta))
+    unroll = unroll._replace(step=lambda eta, theta, batch, grad: theta)
+    with pytest.raises(TypeError, match=message):
+        engine.value_and_grad(unroll, eta, batches)
+
+
 # What nothing reads has no part in the derivative, and may have an infinite one.
 
 POINT = jnp.array([1.0, -2.0])

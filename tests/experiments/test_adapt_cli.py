@@ -115,6 +115,16 @@ def test_arrays_of_a_file_are_adapted_to_and_predicted(workdir, images, tmp_path
     np.testing.assert_allclose(result["outputs"], expected(workdir, images), rtol=1e-5)
 
 
+def test_outputs_that_are_not_finite_are_counted(workdir, images, tmp_path, capsys):
+    pixels = np.concatenate(list(images.values())).astype(np.float32)
+    np.savez(tmp_path / "support.npz", inputs=pixels, labels=np.repeat(np.arange(5), 4))
+    pixels[:3] = np.nan
+    np.savez(tmp_path / "query.npz", inputs=pixels)
+    files = [f"--{name}={tmp_path / name}.npz" for name in ("support", "query")]
+    assert call("adapt", f"--workdir={workdir}", *files, f"--out={tmp_path / 'out.npz'}") == 0
+    assert "Warning: the outputs of " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_regression_is_scored_by_its_squared_error(tmp_path, capsys):
     workdir = tmp_path / "run"

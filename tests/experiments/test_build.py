@@ -347,3 +347,42 @@ def test_a_corrupted_share_of_zero_is_clean_text():
     config = {"share": 0.0, "kinds": ["random"], "probability": 0.5, "seed": 0}
     assert datasets.build_corruption(config) is None
     assert datasets.build_corruption({**config, "share": 0.2}).kinds == ("random",)
+
+
+def test_a_model_and_an_optimizer_need_no_more_than_their_names():
+    sized = splits("mlp")
+    assert build.model({"name": "mlp", "hidden": [4]}, sized) == model("mlp", "linen")
+    outer = build.outer_optimizer({"name": "sgd", "learning_rate": 0.5}, steps=3)
+    updates, _ = outer.update(jnp.ones(()), outer.init(jnp.ones(())))
+    assert updates == -0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stpes": 5}, "'stpes', which nothing reads. Did you mean 'steps'"),
+        ({"isolat": True}, "Did you mean 'isolate'"),
+        ({"faults": {"nonfinit": "skip"}}, "section faults has no option 'nonfinit'"),
+        ({"wandb": {"projct": "mine"}}, "section wandb has no option 'projct'"),
+    ],
+)
+def test_keys_of_a_config_file_that_nothing_reads_are_refused(change, message):
+    plain = build.to_json(module("maml_sinusoid").get_config())
+    build.check_keys({**plain, "notes_of_my_own": 1})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build.check_keys({**plain, **change})
+
+
+def test_keys_of_sections_that_nothing_reads_are_refused():
+    with pytest.raises(ValueError, match="section truncation has no option 'step'"):
+        build.truncation({"steps": None, "step": 1})
+    plain = build.to_json(module("maml_sinusoid").get_config())
+    with pytest.raises(ValueError, match="'task'. Did you mean 'tasks'"):
+        build.layout({**plain, "mesh": {"task": 1}})
+
+
+def test_commands_that_try_every_engine_know_the_name_of_the_one_that_is_set():
+    opened = build.with_open_engine({"engine": "auto", "engine_options": {"last": 2}})
+    assert opened == {"engine": "mixed_flow", "engine_options": {}}
+    with pytest.raises(ValueError, match="No engine is called 'revers'"):
+        build.with_open_engine({"engine": "revers"})

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from metalearn.experiments.commands.report import cost_of, report
+from metalearn.experiments.commands.report import command_of, cost_of, report
 from metalearn.experiments.report.figures import curve_figure, curves_figure, metrics_of
 from metalearn.experiments.report.run_logs import (
     curves,
@@ -85,6 +85,13 @@ def test_a_page_shows_what_was_learned_though_the_run_did_not_draw_it(page, runs
 def test_a_page_says_how_to_run_it_again(page, runs):
     assert f"metalearn train --config={runs[0] / 'config.json'} --workdir=runs/again" in page
     assert "&quot;tasks_per_step&quot;: 2" in page and "metalearn 0." in page
+
+
+def test_the_command_of_a_run_with_code_of_ones_own_may_import_it(runs):
+    run = read_run(runs[0])
+    assert "--allow-imports" not in command_of(run)
+    own = {**run.config, "model": {"name": "mine:net"}}
+    assert command_of(run._replace(config=own)).endswith(" --allow-imports")
 
 
 def test_one_run_has_its_page_in_its_workdir_with_pictures_beside_it(runs):
