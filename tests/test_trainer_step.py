@@ -1,6 +1,7 @@
 """One outer step, and evaluation: what they compute, whatever computes it."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -269,18 +270,37 @@ def test_a_step_of_no_tasks_is_refused():
         Trainer(ALGORITHM, tasks_per_step=0)
 
 
-class TakesAName(MAML):
-    """Returns a metric that would hide the outer loss."""
+@dataclasses.dataclass(frozen=True)
+class WithMetrics(MAML):
+    """Returns these metrics."""
+
+    metrics: Any = None
 
     def unroll(self, episode, key):
         unroll = super().unroll(episode, key)
-        return unroll._replace(loss=lambda eta, state: (unroll.loss(eta, state)[0], {"loss": 1.0}))
+        return unroll._replace(loss=lambda eta, state: (unroll.loss(eta, state)[0], self.metrics))
 
 
-def test_a_metric_by_the_name_of_the_outer_loss_is_refused():
-    trainer = Trainer(TakesAName(MODEL, squared_error), tasks_per_step=2)
-    with pytest.raises(ValueError, match="returns a metric called 'loss', a name that the Trainer"):
-        trainer.step(trainer.init(KEY), WAVES)
+@pytest.mark.parametrize(
+    ("metrics", "error", "message"),
+    [
+        ({"loss": 1.0}, ValueError, "returns a metric called 'loss', a name that the Trainer"),
+        (
+            {"each": jnp.ones(3)},
+            TypeError,
+            r"returns a metric 'each' of shape \[3\]\. Take its mean",
+        ),
+        ({"group": {"a": 1.0}}, TypeError, r"returns a metric 'group' of shape \{'a': \[\]\}"),
+    ],
+)
+def test_metrics_are_numbers_by_names_that_are_free(metrics, error, message):
+    algorithm = WithMetrics(MODEL, squared_error, metrics=metrics)
+    trainer = Trainer(algorithm, tasks_per_step=2)
+    state = trainer.init(KEY)
+    with pytest.raises(error, match=message):
+        trainer.step(state, WAVES)
+    with pytest.raises(error, match=message):
+        trainer.evaluate(trainer.learned(state), WAVES, KEY, 2)
 
 
 def test_the_outer_step_compiles_once_though_eta_begins_with_weak_types():

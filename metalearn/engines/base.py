@@ -187,20 +187,18 @@ def check_eta(eta: Any) -> None:
 
 
 def outer_loss(unroll: Unroll, eta: Any, state: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return what `unroll.loss` returns; TypeError unless that is (loss (), metrics of ())."""
+    """Return what `unroll.loss` returns; TypeError unless that is (loss (), metrics)."""
     result = unroll.loss(eta, state)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
         raise TypeError(
             "`Unroll.loss` returns the outer loss and a dictionary of metrics, (loss, metrics), "
             f"but this one returned {_kinds(result)}. Without metrics: `return loss, {{}}`."
         )
-    for name, value in {"the outer loss": result[0], **result[1]}.items():
-        if jnp.shape(value):
-            what = name if value is result[0] else f"its metric {name!r}"
-            raise TypeError(
-                f"`Unroll.loss` returns numbers, but {what} has shape {list(jnp.shape(value))}. "
-                "Take a mean, or give each entry a name of its own."
-            )
+    if jnp.shape(result[0]):
+        raise TypeError(
+            "`Unroll.loss` returns a number as the outer loss, but this one has shape "
+            f"{list(jnp.shape(result[0]))}. Take its mean or its sum."
+        )
     return result
 
 

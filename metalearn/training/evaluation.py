@@ -107,13 +107,26 @@ def advanced(
 
 
 def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Join our metrics and an algorithm's; ValueError if one has a name that we reserve."""
+    """Join our metrics of a task and an algorithm's, which are averaged over tasks.
+
+    Raises:
+      ValueError: if one of the algorithm's has a name that we reserve.
+      TypeError: if one is no number.
+    """
     reserved = sorted((ours.keys() | OURS) & theirs.keys())
     if reserved:
         raise ValueError(
             f"The algorithm's `loss` returns a metric called {reserved[0]!r}, a name that the "
             "Trainer needs for its own. Call it something else."
         )
+    for name, value in theirs.items():
+        shape = jax.tree.map(lambda leaf: list(jnp.shape(leaf)), value)
+        if shape != []:
+            raise TypeError(
+                f"Metrics are numbers, whose mean over tasks the Trainer reports, but the "
+                f"algorithm's `loss` returns a metric {name!r} of shape {shape}. Take its mean, or "
+                "give each entry a name of its own."
+            )
     return {**ours, **theirs}
 
 
