@@ -205,7 +205,7 @@ class Algorithm(abc.ABC):
     def _adapted(self, eta: Eta, support: Any, key: jax.Array) -> Learner:
         keys, episode = task_keys(key), Episode(support, None)
         batches = self.batches(episode, keys.batches)
-        state, _ = inner_loop(self.unroll(episode, keys.unroll), eta, batches)
+        state, _ = inner_loop(unroll_of(self, episode, keys.unroll), eta, batches)
         return Learner(*self.trained(eta, state), keys.unroll, horizon(batches), self.predict)
 
     @functools.cached_property
@@ -305,3 +305,14 @@ class Algorithm(abc.ABC):
         `config.pictures` names.
         """
         return {}
+
+
+def unroll_of(algorithm: Algorithm, episode: Episode, key: jax.Array) -> Unroll:
+    """Return the inner loop on one task; TypeError where `unroll` returns something else."""
+    unroll = algorithm.unroll(episode, key)
+    if not isinstance(unroll, Unroll):
+        raise TypeError(
+            f"`{type(algorithm).__name__}.unroll` returns a `metalearn.Unroll(init, step, loss)`, "
+            f"not a {type(unroll).__name__}."
+        )
+    return unroll

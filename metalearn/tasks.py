@@ -25,7 +25,7 @@ import numpy as np
 
 from metalearn._utils.checks import first_line
 from metalearn._utils.fields import check_fields
-from metalearn.algorithm import Algorithm
+from metalearn.algorithm import Algorithm, unroll_of
 from metalearn.rows import absent_value
 from metalearn.sharding.inner_run import constrain, shard_examples
 from metalearn.sharding.layout import Layout
@@ -470,7 +470,7 @@ def draw_task(
     examples: list[tuple[int, ...]] = []
     if layout is not None:
         episode, examples = _over_devices(algorithm, episode, layout)
-    unroll = algorithm.unroll(episode, keys.unroll)
+    unroll = unroll_of(algorithm, episode, keys.unroll)
     unroll = unroll if transform is None else transform(unroll)
 
     def laid_out(batches: Callable[..., Batch]) -> Callable[..., Batch]:

@@ -35,6 +35,7 @@ from metalearn.diagnostics.probe import Look, look_at
 from metalearn.diagnostics.symmetry import Measure
 from metalearn.engines import MetaGradient, MixedFlow, Reverse
 from metalearn.engines.base import Backward, Streaming, check_eta
+from metalearn.learner import check_key
 from metalearn.loggers import Logger
 from metalearn.optimizers.updates import evaluation_params, start_outer, update_outer
 from metalearn.sharding.inner_run import check_rules
@@ -53,7 +54,13 @@ from metalearn.tasks import (
 )
 from metalearn.train_state import TrainState
 from metalearn.training import segment_programs
-from metalearn.training.evaluation import advanced, estimate, segments_of, task_metrics
+from metalearn.training.evaluation import (
+    LEFT_OUT,
+    advanced,
+    estimate,
+    segments_of,
+    task_metrics,
+)
 from metalearn.training.faults import WATCHED, Faults
 from metalearn.training.fit import run
 from metalearn.training.full_unroll import FullUnroll, step_metrics
@@ -184,6 +191,7 @@ class Trainer:
 
         It includes the inner states that truncated unrolls carry, so `truncation` needs `tasks`.
         """
+        check_key("Trainer.init(key=)", key)
         if tasks is not None:
             check_tasks("Trainer.init(tasks=)", tasks)
         self._check_learned()
@@ -631,6 +639,8 @@ class Trainer:
                 "`Trainer.fit` needs `key`, of the run, or a `state` to start from: "
                 "`fit(tasks, steps, key=jax.random.key(0))`."
             )
+        if key is not None:
+            check_key("Trainer.fit(key=)", key)
         if state is not None and not isinstance(state, TrainState):
             raise TypeError(
                 f"`Trainer.fit(state=)` starts from a TrainState, such as `init(key, tasks)`, not "
@@ -663,6 +673,8 @@ class Trainer:
                 assert key is not None
                 state = self.init(key, tasks)
             folder = None if checkpoints is None else checkpoints.directory / "states"
+            if checkpoints is not None and checkpoints.best and held_out is not None and eval_every:
+                checkpoints.check_best(trainer._evaluated(state, held_out))
             outer = trainer._outer_step(tasks, held_out, eval_tasks, folder, state.key)
             return run(fit, outer, state, tasks, loggers, checkpoints)
 
@@ -781,6 +793,7 @@ class Trainer:
         """
         counts("evaluate", 1, tasks=count)
         check_tasks("Trainer.evaluate(tasks=)", tasks)
+        check_key("Trainer.evaluate(key=)", key)
         tasks, devices = self.place(tasks), self.batch.devices
         chunk = devices * min(-(-count // devices), self.batch.at_once)
         algorithm = self._evaluation
@@ -794,6 +807,15 @@ class Trainer:
 
         with known(label_range(tasks), self.labels_seen):
             return estimate(metrics_of, key, count, chunk, self.isolate)
+
+    def _evaluated(self, state: TrainState, tasks: Tasks) -> set[str]:
+        """Return the names of the metrics that an evaluation logs; nothing is computed."""
+
+        def metrics(state: TrainState, tasks: Tasks) -> dict[str, jax.Array]:
+            return task_metrics(self._evaluation, self.learned(state), tasks, state.key)
+
+        names = jax.eval_shape(metrics, state, tasks).keys()
+        return {f"eval/{name}" for name in (*names, *([LEFT_OUT] if self.isolate else []))}
 
     @functools.cached_property
     def _evaluation(self) -> Algorithm:

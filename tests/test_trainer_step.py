@@ -303,6 +303,33 @@ def test_metrics_are_numbers_by_names_that_are_free(metrics, error, message):
         trainer.evaluate(trainer.learned(state), WAVES, KEY, 2)
 
 
+def test_an_unroll_that_is_a_plain_tuple_is_refused_by_what_it_has_to_be():
+    class Plain(MAML):
+        def unroll(self, episode, key):
+            return tuple(super().unroll(episode, key))
+
+    trainer = Trainer(Plain(MODEL, squared_error))
+    message = r"^`Plain.unroll` returns a `metalearn.Unroll\(init, step, loss\)`, not a tuple\."
+    with pytest.raises(TypeError, match=message):
+        trainer.step(trainer.init(KEY), WAVES)
+    with pytest.raises(TypeError, match=message):
+        trainer.fit(WAVES, 1, key=KEY, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [
+        ("init", lambda: TRAINER.init(0)),
+        ("fit", lambda: TRAINER.fit(WAVES, 1, key=0, progress=False)),
+        ("evaluate", lambda: TRAINER.evaluate({}, WAVES, 0, 2)),
+    ],
+)
+def test_a_seed_is_no_key(method, call):
+    message = rf"^`Trainer.{method}\(key=\)` takes a key, not 0. Of a seed: `jax.random.key\(0\)`.$"
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
 def test_the_outer_step_compiles_once_though_eta_begins_with_weak_types():
     model = MODELS["Functions"]
     trainer = Trainer(MAML(Scaled(model), squared_error), tasks_per_step=2)

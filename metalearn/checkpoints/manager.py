@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -133,15 +133,19 @@ class Checkpoints:
         Raises:
           ValueError: if `best` names none of the metrics.
         """
-        name = "" if self._judged is None else self._judged[1]
-        if metrics and name and name not in metrics:
-            names = ", ".join(sorted(metrics))
-            raise ValueError(
-                f"checkpoint_best={self.best!r}: an evaluation has no {name!r}."
-                f"{nearest(name, metrics)} It has: {names}."
-            )
+        if metrics:
+            self.check_best(metrics)
         record = run_record.record(step, self.config, loggers, state, self.best)
         self._save(lambda: self._store.save(step, state, record, metrics or {}))
+
+    def check_best(self, metrics: Iterable[str]) -> None:
+        """Raise ValueError if `best` names none of the metrics of an evaluation."""
+        name, names = "" if self._judged is None else self._judged[1], sorted(metrics)
+        if name and name not in names:
+            raise ValueError(
+                f"checkpoint_best={self.best!r}: an evaluation has no {name!r}."
+                f"{nearest(name, names)} It has: {', '.join(names)}."
+            )
 
     def save_within(
         self,

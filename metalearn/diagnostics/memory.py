@@ -19,7 +19,7 @@ import optax
 
 from metalearn._utils.device_memory import device_memory, show_bytes
 from metalearn._utils.trees import is_array
-from metalearn.algorithm import Algorithm
+from metalearn.algorithm import Algorithm, unroll_of
 from metalearn.tasks import Tasks
 from metalearn.unroll import horizon
 
@@ -90,7 +90,7 @@ def _parts(algorithm: Algorithm, tasks: Tasks, steps: int | None) -> dict[str, i
     episode = jax.eval_shape(tasks.sample, key)
     batches = jax.eval_shape(algorithm.batches, episode, key)
     state = jax.eval_shape(
-        lambda eta, episode, key: algorithm.unroll(episode, key).init(eta), eta, episode, key
+        lambda eta, episode, key: unroll_of(algorithm, episode, key).init(eta), eta, episode, key
     )
     total = horizon(batches)
     share = 1.0 if steps is None else min(steps, total) / max(total, 1)

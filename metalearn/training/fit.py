@@ -74,10 +74,10 @@ def run(
             reading(outer, tasks, state, fit.steps) as reads,
         ):
             state = OuterLoop(fit, outer, reads, loggers, checkpoints, progress).run(state)
-        if segments is not None and checkpoints is not None:
-            checkpoints.wait()
-            if checkpoints.within_at() is None:  # all is saved: kept states are of no use any more
-                segments.clear()
+        if checkpoints is not None:
+            checkpoints.wait()  # what is read after this is the last state
+            if segments is not None and checkpoints.within_at() is None:
+                segments.clear()  # all is saved: kept states are of no use any more
         return state
     except Interrupted:
         for logger in loggers:

@@ -192,3 +192,23 @@ def test_a_fit_needs_a_key_or_a_state_and_knows_its_options():
         clock().fit(TASKS, 2, state=jnp.zeros(()), progress=False)
     with pytest.raises(TypeError, match="unexpected keyword argument 'evaluate_every'"):
         fit(clock(), 2, evaluate_every=1)
+
+
+@pytest.mark.parametrize(
+    ("best", "has"),
+    [
+        ("max eval/los", r"Did you mean 'eval/loss'\? It has: eval/clock, eval/loss, eval/size\."),
+        ("min eval/tasks_left_out", "It has: eval/clock, eval/loss, eval/size"),
+    ],
+)
+def test_a_best_checkpoint_by_no_metric_is_refused_before_the_first_step(tmp_path, best, has):
+    heard, checkpoints = Heard(), Checkpoints(tmp_path, every=1, best=best)
+    name = best.split()[1]
+    with pytest.raises(ValueError, match=f"^checkpoint_best='{best}': .* no '{name}'.*{has}"):
+        fit(clock(), 3, heard, held_out=TASKS, eval_every=2, checkpoints=checkpoints)
+    assert not heard.rows and checkpoints.latest() is None
+    if name.endswith("left_out"):
+        isolated = dataclasses.replace(clock(), isolate=True)
+        fit(isolated, 2, heard, held_out=TASKS, eval_every=2, checkpoints=checkpoints)
+        assert checkpoints.best_step() == 2
+    checkpoints.close()
