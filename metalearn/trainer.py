@@ -810,9 +810,10 @@ class Trainer:
 
     def _evaluated(self, state: TrainState, tasks: Tasks) -> set[str]:
         """Return the names of the metrics that an evaluation logs; nothing is computed."""
+        algorithm = self._evaluation  # made outside of the trace, for it may compute
 
         def metrics(state: TrainState, tasks: Tasks) -> dict[str, jax.Array]:
-            return task_metrics(self._evaluation, self.learned(state), tasks, state.key)
+            return task_metrics(algorithm, self.learned(state), tasks, state.key)
 
         names = jax.eval_shape(metrics, state, tasks).keys()
         return {f"eval/{name}" for name in (*names, *([LEFT_OUT] if self.isolate else []))}

@@ -149,7 +149,6 @@ def test_evaluations_on_the_way_without_held_out_images_are_refused(tmp_path):
         run.train(config, tmp_path / "run", progress=False)
 
 
-@pytest.mark.slow
 def test_the_best_checkpoint_of_fds_is_chosen_by_the_held_out_images(tmp_path):
     config = small("fds_digits", **{"eval_every": 1, "eval_tasks": 2, "health": False})
     config.update({"steps": 2, "checkpoint_best": "min eval/loss", "pictures": ()})
